@@ -1,0 +1,440 @@
+"""Every setting of the project and the recipes, as frozen dataclasses.
+
+Nothing heavy is imported here, so that `--help` answers at once, and nothing here knows of JAX, files
+or the network. A number stands once: as the default of its field, or in the recipe or preset that
+differs from it. A mistake raises `ValueError` with what was expected, what came and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+WARMUP_SHARE = 10  # a recipe's own warm-up is at most a tenth of the steps
+DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of SmolLM2's 2,000,000 steps
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Remat = Literal["auto", "none", "dots", "full"]
+Schedule = Literal["linear", "constant", "cosine", "wsd"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: the numbers of a published `config.json`."""
+
+    vocab_size: int = 49_152
+    hidden_size: int = 576
+    num_layers: int = 30
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    head_dim: int = 64
+    intermediate_size: int = 1_536
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 100_000.0
+    max_seq_len: int = 8_192
+    initializer_range: float = 1 / 24
+    tie_embeddings: bool = True
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "intermediate_size", "max_seq_len"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; "
+            "SmolLM2-135M uses 9 and 3",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, a tied head counted once."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return embeddings + self.num_layers * block + self.hidden_size
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward FLOPs a token of a causal row of `seq_len` tokens, remat not counted.
+
+        6 a matrix weight (Kaplan et al. 2020, the head included), and 6·L·T·N·H for attention: the
+        causal half of PaLM's 12·L·T·N·H (Chowdhery et al. 2022, appendix B).
+        """
+        lookup_only = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        attention = 6 * self.num_layers * seq_len * self.num_heads * self.head_dim
+        return 6 * (self.num_parameters - lookup_only) + attention
+
+
+MODELS = {
+    "135M": ModelConfig(),
+    "360M": ModelConfig(
+        hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2_560
+    ),
+    "1.7B": ModelConfig(
+        hidden_size=2_048,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
+        intermediate_size=8_192,
+        rope_theta=130_000.0,
+        initializer_range=0.02,
+    ),
+    "quickstart": ModelConfig(
+        vocab_size=4_096,
+        hidden_size=256,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=704,
+        rope_theta=10_000.0,
+        max_seq_len=1_024,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the maths is carried out; none of it but `dtype` changes the result by more than rounding."""
+
+    dtype: Dtype = "auto"
+    """Compute dtype over float32 parameters; auto: float32 on a CPU, bfloat16 on GPU and TPU."""
+    remat: Remat = "auto"
+    """What the backward pass computes again: nothing, all but matrix products, all; auto: by memory."""
+    unroll: int = 1
+    """Layers a turn of the scan over layers."""
+    loss_chunk: int = 1_024
+    """Tokens whose logits exist at one time."""
+    grad_accum: int = 1
+    """Micro-batches a step; the batch is split, the result is that of the whole."""
+    compilation_cache_dir: str = "~/.cache/smollm_jax"
+    """Where compiled programs are kept between runs; empty: nowhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("unroll", "loss_chunk", "grad_accum"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how it becomes rows."""
+
+    data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
+    """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file or glob, or builtin:python-docs; A=0.7,B=0.3 mixes."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
+    """Hub id, folder, or train:VOCAB for a byte-level BPE trained on the head of the data."""
+    seq_len: int = 2_048
+    """Tokens a row."""
+    shuffle_window: int = 1_024
+    """Documents shuffled together; 1: the order of the source."""
+    epochs: int = 0
+    """Passes over a finite source, each shuffled anew; 0: for as long as the run lasts."""
+    eval_data: str | None = None
+    """Held-out source; without it documents are held out of the training source."""
+    eval_documents: int = 200
+    """Documents held out; 0: none."""
+    eval_batches: int = 16
+    """Batches an evaluation reads at most."""
+    on_bad_data: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read stops the run, or is skipped and counted."""
+    data_timeout: float = 600.0
+    """Seconds to wait for a source that does not answer before saving and leaving with exit code 75."""
+    tokenizer_workers: int = 0
+    """Processes that tokenise; 0: threads of the tokenizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "shuffle_window", "eval_batches"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("epochs", "eval_documents", "tokenizer_workers"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
+        require(self.data_timeout > 0, f"data_timeout={self.data_timeout} must be above 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 6e-4
+    """Peak."""
+    schedule: Schedule = "linear"
+    """After the warm-up: linear or cosine decay to the end, constant, or stable then linear decay."""
+    warmup_steps: int | None = None
+    """Linear warm-up; default: the recipe's, at most a tenth of the steps."""
+    decay_steps: int | None = None
+    """Length of the decay of `wsd`; default: a fifth of the steps."""
+    final_learning_rate: float = 0.0
+    """Where a decay ends."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    """Decoupled; norm weights are exempt."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    max_bad_steps: int = 10
+    """Steps in a row without finite gradients (they change nothing) after which the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon", "clip_norm", "max_bad_steps"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "final_learning_rate"):
+            require((getattr(self, name) or 0) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        require(
+            self.final_learning_rate <= self.learning_rate,
+            f"final_learning_rate={self.final_learning_rate} must not be above "
+            f"learning_rate={self.learning_rate}",
+        )
+        require(
+            self.decay_steps is None or self.schedule == "wsd",
+            f"decay_steps={self.decay_steps} belongs to --schedule wsd; {self.schedule} came",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how large, where to, and what is shown and kept."""
+
+    run_dir: str | None = None
+    """Run folder; default: runs/RECIPE."""
+    new_run: bool = False
+    """Start afresh: an existing run folder is moved aside, not deleted."""
+    init_from: str | None = None
+    """Weights to start from: a run, an exported folder or a Hub id."""
+    phases: str = "5000x32,50x8"
+    """Steps x sequences a step, one after the other under one schedule."""
+    steps: int | None = None
+    """Length of the run and of its schedule; default: that of the phases."""
+    batch_size: int | None = None
+    """Sequences a step, of the longest phase; smaller phases stay smaller."""
+    stop_after: int | None = None
+    """Stop, saved, after this step; the schedule stays, the same command without it goes on."""
+    seed: int = 0
+    log_every: int = 10
+    """Steps between reports."""
+    eval_every: int = 500
+    """Steps between evaluations, one more at the end; 0: never."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, one more at the end; 0: only at the end."""
+    keep_last: int = 3
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints of every so-manieth step kept for good; 0: none."""
+    sample_prompts: tuple[str, ...] = (
+        "Once upon a time",
+        "Photosynthesis is the process by which",
+        "The first step to learn how to cook is",
+    )
+    """Prompts continued at each evaluation."""
+    sample_tokens: int = 64
+    """Tokens a sample; 0: no samples."""
+    export: bool = True
+    """Write RUN/export at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "stop_after", "log_every", "keep_last"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value} must be at least 1")
+        for name in ("eval_every", "checkpoint_every", "keep_every", "sample_tokens", "seed"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
+        parse_phases(self.phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    steps: int
+    batch_size: int
+
+
+def parse_phases(text: str) -> tuple[Phase, ...]:
+    """`"5000x32,50x8"` as phases; raises `ValueError` on anything else."""
+    phases = []
+    for part in text.split(","):
+        steps, _, batch_size = part.strip().partition("x")
+        require(
+            steps.isdecimal() and batch_size.isdecimal() and int(steps) > 0 and int(batch_size) > 0,
+            f"phases={text!r} must read STEPSxBATCH,STEPSxBATCH such as 5000x32,50x8",
+        )
+        phases.append(Phase(steps=int(steps), batch_size=int(batch_size)))
+    return tuple(phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    recipe: str = "replica"
+    """replica: the seed's run. smollm2: the published recipe. quickstart: no download, minutes on a CPU."""
+    preset: str = "135M"
+    """Architecture: 135M, 360M, 1.7B, quickstart; single numbers by the flags under `model`."""
+    recipe_warmup_steps: int = 100
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        micro, warmup = self.compute.grad_accum, self.optimizer.warmup_steps
+        for phase in self.phases:
+            require(
+                phase.batch_size % micro == 0,
+                f"grad_accum={micro} must divide the batch size {phase.batch_size} of every phase",
+            )
+        require(
+            warmup is None or warmup < self.total_steps,
+            f"warmup_steps={warmup} must be below the {self.total_steps} steps of the run; "
+            "leave --warmup-steps out to have the recipe's fitted",
+        )
+        require(
+            self.warmup_steps + self.decay_steps <= self.total_steps,
+            f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} together must not "
+            f"exceed the {self.total_steps} steps of the run",
+        )
+        require(
+            self.data.seq_len <= self.model.max_seq_len,
+            f"seq_len={self.data.seq_len} must not exceed the model's max_seq_len={self.model.max_seq_len}",
+        )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The recipe's phases under `--steps` (cut at the end, or the longest made longer) and `--batch-size`."""
+        phases = list(parse_phases(self.run.phases))
+        main = max(range(len(phases)), key=lambda i: phases[i].steps)
+        if self.run.batch_size is not None:
+            for i, phase in enumerate(phases):
+                batch_size = self.run.batch_size if i == main else min(phase.batch_size, self.run.batch_size)
+                phases[i] = replace(phase, batch_size=batch_size)
+        if self.run.steps is None:
+            return tuple(phases)
+        total = sum(phase.steps for phase in phases)
+        if self.run.steps >= total:
+            phases[main] = replace(phases[main], steps=phases[main].steps + self.run.steps - total)
+            return tuple(phases)
+        kept, left = [], self.run.steps
+        for phase in phases:
+            if left > 0:
+                kept.append(replace(phase, steps=min(phase.steps, left)))
+            left -= phase.steps
+        return tuple(kept)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def main_batch_size(self) -> int:
+        """Sequences a step of the longest phase; evaluations use it too."""
+        return max(self.phases, key=lambda phase: phase.steps).batch_size
+
+    def batch_size_at(self, step: int) -> int:
+        """Sequences of update `step`, counted from 1."""
+        for phase in self.phases:
+            if step <= phase.steps:
+                return phase.batch_size
+            step -= phase.steps
+        raise ValueError(f"step lies {step} past the end of the run")
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.optimizer.warmup_steps is not None:
+            return self.optimizer.warmup_steps
+        return min(self.recipe_warmup_steps, self.total_steps // WARMUP_SHARE)
+
+    @property
+    def decay_steps(self) -> int:
+        """Updates of the decay: the rest of the run, but for `wsd` and `constant`."""
+        if self.optimizer.schedule == "constant":
+            return 0
+        if self.optimizer.schedule == "wsd":
+            given = self.optimizer.decay_steps
+            return self.total_steps // DECAY_SHARE if given is None else given
+        return self.total_steps - self.warmup_steps
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.run_dir or f"runs/{self.recipe}"
+
+
+RECIPES = {
+    "replica": Config(),
+    "smollm2": Config(
+        recipe="smollm2",
+        recipe_warmup_steps=2_000,
+        run=RunConfig(phases="2000000x512", seed=8),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd"),
+        # pre-trained at these two; the released 100,000 and 8,192 come from a later stage
+        model=replace(ModelConfig(), rope_theta=10_000.0, max_seq_len=2_048),
+    ),
+    "quickstart": Config(
+        recipe="quickstart",
+        preset="quickstart",
+        recipe_warmup_steps=20,
+        run=RunConfig(
+            phases="300x16",
+            eval_every=100,
+            checkpoint_every=100,
+            sample_prompts=("Return the", "The following example", "If the argument is", "A class is"),
+        ),
+        data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+        model=MODELS["quickstart"],
+    ),
+}
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Every setting, with what was left open filled in, as plain JSON values."""
+    values = dataclasses.asdict(config)
+    values["run"] |= {
+        "run_dir": config.run_dir,
+        "steps": config.total_steps,
+        "batch_size": config.main_batch_size,
+        "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.phases),
+        "sample_prompts": list(config.run.sample_prompts),
+    }
+    values["optimizer"] |= {"warmup_steps": config.warmup_steps, "decay_steps": config.decay_steps}
+    return values
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The `Config` whose `as_dict` is `values`; raises `ValueError` naming an unknown or missing part."""
+    parts: dict[str, Any] = {}
+    groups = {
+        "run": RunConfig,
+        "data": DataConfig,
+        "optimizer": OptimizerConfig,
+        "compute": ComputeConfig,
+        "model": ModelConfig,
+    }
+    for name, value in values.items():
+        if name not in groups:
+            parts[name] = value
+            continue
+        require(isinstance(value, dict), f"{name} in config.json must be an object, {value!r} came")
+        known = {item.name for item in dataclasses.fields(groups[name])}
+        unknown = sorted(set(value) - known)
+        require(not unknown, f"{name} in config.json has unknown fields: {', '.join(unknown)}")
+        parts[name] = dict(value)
+    unknown = sorted(set(parts) - {item.name for item in dataclasses.fields(Config)})
+    require(not unknown, f"config.json has unknown fields: {', '.join(unknown)}")
+    if parts.get("optimizer", {}).get("schedule") != "wsd":
+        parts.get("optimizer", {}).pop("decay_steps", None)
+    if "sample_prompts" in parts.get("run", {}):
+        parts["run"]["sample_prompts"] = tuple(parts["run"]["sample_prompts"])
+    return Config(**{n: groups[n](**v) if n in groups else v for n, v in parts.items()})
