@@ -78,9 +78,7 @@ class ModelConfig:
 
 MODELS = {
     "135M": ModelConfig(),
-    "360M": ModelConfig(
-        hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2_560
-    ),
+    "360M": ModelConfig(hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2_560),
     "1.7B": ModelConfig(
         hidden_size=2_048,
         num_layers=24,
@@ -197,8 +195,7 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
         require(
             self.final_learning_rate <= self.learning_rate,
-            f"final_learning_rate={self.final_learning_rate} must not be above "
-            f"learning_rate={self.learning_rate}",
+            f"final_learning_rate={self.final_learning_rate} must not be above learning_rate={self.learning_rate}",
         )
         require(
             self.decay_steps is None or self.schedule == "wsd",

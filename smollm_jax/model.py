@@ -1,0 +1,313 @@
+"""SmolLM2: a Llama-style decoder with grouped-query attention, in Flax NNX.
+
+NNX declares and initialises the parameters; the layers are stacked on their first dim and run by
+`jax.lax.scan`, so that thirty of them compile like one. Everything below is pure: a `SmolLM` is built,
+split into a plain dict of arrays (`params_of`) and put together again (`SmolLM.from_params`) inside jit.
+This file knows no mesh, no loss, no tokenizer and no Hugging Face name.
+
+Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
+V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
+G = N/K · H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from smollm_jax.config import ModelConfig, require
+
+Params = dict[str, Any]
+Policy = Literal["none", "dots", "full"]
+LayerCache = tuple[jax.Array, jax.Array]  # k_BSKH, v_BSKH
+
+# Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
+# of a long row never exist whole; a row that fits in one block keeps its scores for the backward pass.
+QUERY_BLOCK = 512
+
+
+def positions_of(segment_ids_BT: jax.Array) -> jax.Array:
+    """Position of each token in its own document: (B, T) int32, 0 where a segment begins."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    start_BT = jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+    return index_T - start_BT
+
+
+def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (B, T, 1, H/2) of the rotary embedding, in f32: bf16 cannot tell positions past 256 apart.
+
+    Su et al. 2021 (RoFormer); dim i turns with dim i + H/2, as Llama's released weights expect.
+    """
+    frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
+    return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
+
+
+def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the pairs (i, i + H/2) of each head by the angles in `rope`."""
+    cos, sin = rope
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax attention of N query heads over K key/value heads where `mask_BTS` is true: (B, T, N, H)."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    # scores and softmax in f32: differences of large scores decide
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, -1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def packed_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Causal attention inside each segment of packed rows: (B, T, N, H)."""
+    T = q_BTNH.shape[1]
+    # one block keeps its scores, several compute theirs again: their sum would not fit
+    block_of = attend if T <= QUERY_BLOCK else jax.checkpoint(attend)
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        causal_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
+        mask_BTS = causal_TS & same_BTS
+        blocks.append(block_of(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+class RMSNorm(nnx.Module):
+    """Zhang & Sennrich 2019, computed in f32: the mean of squares loses small addends in bf16."""
+
+    def __init__(self, config: ModelConfig):
+        self.scale = nnx.Param(jnp.ones(config.hidden_size))
+        self.epsilon = config.rms_norm_eps
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...]).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        init = partial(_normal, rngs, config.initializer_range)
+        self.q, self.k, self.v = init(D, N, H), init(D, K, H), init(D, K, H)
+        self.o = init(N, H, D)
+
+    def __call__(self, x_BTD, rope, core: Callable) -> jax.Array:
+        """`core(q, k, v)` is the attention proper: over the row in training, over a cache in decoding."""
+        dtype = x_BTD.dtype
+        q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...].astype(dtype)), rope)
+        k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...].astype(dtype)), rope)
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...].astype(dtype))
+        return jnp.einsum("BTNH,NHD->BTD", core(q_BTNH, k_BTKH, v_BTKH), self.o[...].astype(dtype))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        init = partial(_normal, rngs, config.initializer_range)
+        self.gate, self.up, self.down = init(D, F), init(D, F), init(F, D)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate, up, down = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x_BTD, rope, core: Callable) -> jax.Array:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, core)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class SmolLM(nnx.Module):
+    """The language model; `dtype` is that of the computation, the parameters are f32.
+
+    `remat` says what the backward pass computes again: "none", "dots" (all but matrix products), "full".
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        remat: Policy = "none",
+        unroll: int = 1,
+    ):
+        self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        self.embedding = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
+        self.blocks = _stacked_blocks(config, rngs)
+        self.final_norm = RMSNorm(config)
+        if not config.tie_embeddings:
+            self.head = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
+
+    @classmethod
+    def from_params(cls, config: ModelConfig, params: Params, **compute: Any) -> SmolLM:
+        """The model around `params` (see `params_of`); raises `ValueError` naming a leaf that does not fit."""
+        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **compute))
+        graphdef, state = nnx.split(abstract)
+        _check_same_leaves(nnx.to_pure_dict(state), params)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """Weights that turn features into logits; the embedding itself where they are tied."""
+        return self.embedding[...] if self.config.tie_embeddings else self.head[...]
+
+    def features(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Final normed hidden states (B, T, D) of rows whose documents `segment_ids_BT` keeps apart."""
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        rope = self._rope(positions_of(segment_ids_BT))
+        core = partial(packed_attention, segment_ids_BT=segment_ids_BT)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x_BTD: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, weights)(x_BTD, rope, core), None
+
+        x_BTD, _ = jax.lax.scan(
+            _rematerialise(layer, self.remat), self._embed(tokens_BT), stacked, unroll=self.unroll
+        )
+        return self.final_norm(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """f32 logits (..., V) of features (..., D)."""
+        head_VD = self.head_VD.astype(x_BTD.dtype)
+        return jnp.einsum("...D,VD->...V", x_BTD, head_VD, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """f32 logits (B, T, V); `segment_ids` (B, T) keeps packed documents apart, positions restart in each."""
+        return self.logits(self.features(tokens_BT, segment_ids))
+
+    def layers(self) -> tuple[Block, ...]:
+        """The blocks one by one, each with its own leaves: decoding reads them faster than slices of a stack."""
+        graphdef, stacked = nnx.split(self.blocks)
+        return tuple(
+            nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            for i in range(self.config.num_layers)
+        )
+
+    def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
+        """An empty key/value cache of `length` positions: a pair of (B, S, K, H) a layer."""
+        shape = (batch_size, length, self.config.num_kv_heads, self.config.head_dim)
+        return tuple(
+            (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.num_layers)
+        )
+
+    def cached_features(
+        self,
+        layers: tuple[Block, ...],
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: tuple[LayerCache, ...],
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Features (B, T, D) of tokens at `positions_BT`, which join the cache and see all before them.
+
+        A row padded on its right writes nonsense past its end; nothing reads that before the row's own
+        next tokens overwrite it.
+        """
+        rope = self._rope(positions_BT)
+        x_BTD, grown = self._embed(tokens_BT), []
+        for block, layer_cache in zip(layers, cache, strict=True):
+            kept: list[LayerCache] = []
+
+            def core(q_BTNH, k_BTKH, v_BTKH, layer_cache=layer_cache, kept=kept):
+                k_BSKH, v_BSKH = _write(layer_cache, k_BTKH, v_BTKH, positions_BT)
+                kept.append((k_BSKH, v_BSKH))
+                mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, :, None]
+                return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+            x_BTD = block(x_BTD, rope, core)
+            grown.append(kept[0])
+        return self.final_norm(x_BTD), tuple(grown)
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens_BT].astype(self.dtype)
+
+    def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Fresh f32 parameters, every matrix normal with `initializer_range`, every norm one."""
+    return params_of(SmolLM(config, rngs=nnx.Rngs(seed)))
+
+
+def params_of(model: SmolLM) -> Params:
+    """The model's parameters as a plain nested dict of arrays, layers stacked on their first dim."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def _normal(rngs: nnx.Rngs, std: float, *shape: int) -> nnx.Param:
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs)
+
+    return create(rngs)
+
+
+def _rematerialise(layer: Callable, remat: Policy) -> Callable:
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[remat]
+    # the scan already keeps XLA from merging the two computations
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> LayerCache:
+    row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
+    k_BSKH, v_BSKH = cache
+    return (
+        k_BSKH.at[row_B1, positions_BT].set(k_BTKH, mode="drop"),
+        v_BSKH.at[row_B1, positions_BT].set(v_BTKH, mode="drop"),
+    )
+
+
+def _check_same_leaves(expected: Params, params: Params) -> None:
+    want = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(expected)
+    }
+    have = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for name in sorted(want.keys() | have.keys()):
+        require(name in have, f"parameter {name} is missing; the config asks for it")
+        require(name in want, f"parameter {name} is not part of this config's model")
+        require(
+            want[name].shape == have[name].shape,
+            f"parameter {name}: expected shape {want[name].shape} from the config, got {have[name].shape}",
+        )
