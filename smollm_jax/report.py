@@ -1,0 +1,167 @@
+"""What a person sees of a run: progress, metrics.jsonl, TensorBoard, samples.txt and loss.png.
+
+Talk goes to stderr, numbers to files. Every line is flushed, so that a kill loses nothing that was shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def say(message: str) -> None:
+    """A line to stderr; results alone go to stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Report:
+    """Writes the records of one run; `start` is the step it goes on from, `total` its last."""
+
+    def __init__(self, run_dir: Path, *, start: int, total: int):
+        from tensorboardX import SummaryWriter
+        from tqdm import tqdm
+
+        self.run_dir, self.total = run_dir, total
+        self._metrics = (run_dir / "metrics.jsonl").open("a")
+        self._samples = (run_dir / "samples.txt").open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1, flush_secs=10)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
+        self._began, self._start = time.monotonic(), start
+
+    def progress(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def train(self, line: dict[str, Any]) -> None:
+        self._record(line)
+        rate, step = line["tokens_per_second"], line["step"]
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss}, {rate:,.0f} tokens/s")
+            return
+        left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
+        self.say(
+            f"step {step:>{len(str(self.total))}}/{self.total}  loss {loss}  lr {line['learning_rate']:.2e}  "
+            f"grad norm {_number(line['grad_norm'])}  {rate:,.0f} tokens/s  {_duration(left)} left"
+        )
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        self._record(line)
+        self.say(
+            f"step {line['step']}: held-out loss {line['eval_loss']:.4f}, "
+            f"{line['eval_bits_per_byte']:.4f} bits per byte ({line['eval_tokens']:,} tokens)"
+        )
+        plot(self.run_dir)
+
+    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """Continuations of prompts, appended to samples.txt; the first one is shown."""
+        self._samples.write(f"=== step {step}\n")
+        for prompt, text in texts:
+            # a blank-free margin keeps a sample's own lines from looking like a heading
+            body = (prompt + "⟶" + text).replace("\n", "\n  ")
+            self._samples.write(f"  {body}\n")
+            self._board.add_text(f"samples/{prompt}", prompt + "**" + text + "**", step)
+        self._samples.flush()
+        if texts:
+            prompt, text = texts[0]
+            self.say(f"  {prompt}⟶{' '.join(text.split())}")
+
+    def say(self, message: str) -> None:
+        if self._bar is None:
+            say(message)
+        else:
+            self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for file in (self._metrics, self._samples, self._board):
+            file.close()
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, line["step"])
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without one that a kill cut short."""
+    lines = []
+    path = run_dir / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def plot(run_dir: Path) -> Path | None:
+    """Draw loss.png from metrics.jsonl: training loss, its running mean, and the held-out loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(run_dir)
+    train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
+    held_out = [(x["step"], x["eval_loss"], x["eval_bits_per_byte"]) for x in lines if "eval_loss" in x]
+    if not train:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="training")
+    axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=1.6, label="training, running mean")
+    if held_out:
+        axes.plot(
+            [x[0] for x in held_out], [x[1] for x in held_out], "o-", color="#c8502d", markersize=4,
+            linewidth=1.2, label="held out",
+        )  # fmt: skip
+        step, loss, bits = held_out[-1]
+        axes.annotate(
+            f"{loss:.3f} nats a token\n{bits:.3f} bits a byte", (step, loss), xytext=(-6, 14),
+            textcoords="offset points", ha="right", va="bottom", fontsize=9, color="#c8502d",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.resolve().name)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    part, path = run_dir / "loss.part.png", run_dir / "loss.png"
+    figure.savefig(part)
+    plt.close(figure)
+    part.replace(path)
+    return path
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean with bias correction; its memory is a twentieth of the curve."""
+    keep = 1 - 1 / max(len(values) / 20, 1)
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,182 @@
+"""The train step: optimizer and schedule, train state, mesh, and the pure function that updates them.
+
+The state is a plain dict of arrays (`params`, `opt_state`, `step`), the step a pure function of state and
+batch, compiled once for each batch size before the first update, with the state donated and its layout
+pinned. Steps without finite gradients leave parameters and moments as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from smollm_jax.config import Config, OptimizerConfig
+from smollm_jax.loss import summed_nll, targets_of
+from smollm_jax.model import Policy, SmolLM, init_params
+
+State = dict[str, Any]
+Step = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+def learning_rate_schedule(config: Config) -> optax.Schedule:
+    """Learning rate of the update after `count` updates.
+
+    Update n of W warm-up updates has n/W of the peak; from W on the decay falls from the peak and would
+    reach its end at update N+1, so that no update of the N is wasted at zero.
+    """
+    peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if config.optimizer.schedule == "cosine":
+        after = optax.schedules.cosine_decay_schedule(peak, max(decay, 1), alpha=end / peak)
+    else:
+        stable = config.total_steps - warmup - decay
+        after = optax.schedules.linear_schedule(peak, end if decay else peak, max(decay, 1), stable)
+    if warmup == 0:
+        return after
+    rise = optax.schedules.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.schedules.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW but for the learning rate (Loshchilov & Hutter 2019), after a clip by global norm."""
+
+    def decays(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def make_mesh(config: Config) -> Mesh:
+    """All devices on one `data` axis, or as many of them as divide every phase's micro-batch."""
+    micro = math.gcd(*(phase.batch_size for phase in config.phases)) // config.compute.grad_accum
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if micro % n == 0)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
+    """A state before the first update, with fresh parameters unless `params` are given."""
+
+    def create(params: Any) -> State:
+        return _state_of(config, init_params(config.model, config.run.seed) if params is None else params)
+
+    return jax.jit(create, out_shardings=replicated(mesh))(params)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> State:
+    """Shapes, dtypes and layout of the state, without its arrays."""
+    shapes = jax.eval_shape(lambda: _state_of(config, init_params(config.model, config.run.seed)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+
+
+def _state_of(config: Config, params: Any) -> State:
+    opt_state = make_optimizer(config.optimizer).init(params)
+    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
+
+
+def make_nll(config: Config, *, dtype: Any, remat: Policy) -> Callable:
+    """`nll(params, tokens_BT1, segment_ids_BT1)`: nats summed over the targets of the rows, f32."""
+
+    def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
+        model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=config.compute.unroll)
+        targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
+        x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
+        head_VD = model.head_VD.astype(dtype)
+        return summed_nll(x_BTD, head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
+
+    return nll
+
+
+def make_step(config: Config, *, dtype: Any, remat: Policy) -> Step:
+    """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics)."""
+    value_and_grad = jax.value_and_grad(make_nll(config, dtype=dtype, remat=remat))
+    optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
+    accumulate = config.compute.grad_accum
+
+    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+        if accumulate == 1:
+            return value_and_grad(params, tokens, segment_ids)
+
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *micro)), None
+
+        # every A-th row goes together, so that each device keeps its own rows
+        micros = tuple(x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for x in (tokens, segment_ids))
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, micros)[0]
+
+    def step(state: State, tokens: jax.Array, segment_ids: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        params = state["params"]
+        nll, grads = gradients(params, tokens, segment_ids)
+        targets = jnp.sum(targets_of(tokens, segment_ids)[1])
+        scale = 1.0 / jnp.maximum(targets, 1)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        norm, learning_rate = optax.tree.norm(grads), schedule(state["step"])
+        finite = jnp.isfinite(norm) & jnp.isfinite(nll)
+
+        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state
+
+        params, opt_state = jax.lax.cond(finite, update, lambda *same: same, params, state["opt_state"])
+        metrics = {
+            "loss": nll * scale,
+            "grad_norm": norm,
+            "learning_rate": jnp.float32(learning_rate),
+            "targets": targets,
+            "finite": finite,
+        }
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    return step
+
+
+def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy) -> jax.stages.Compiled:
+    """The step compiled for batches of `batch_size` rows; the state is donated and keeps its layout."""
+    rows = jax.ShapeDtypeStruct((batch_size, config.data.seq_len + 1), jnp.int32, sharding=by_row(mesh))
+    step = jax.jit(make_step(config, dtype=dtype, remat=remat), donate_argnums=0, out_shardings=replicated(mesh))
+    return step.lower(abstract_state(config, mesh), rows, rows).compile()
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory the program needs at once, its arguments included."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def compile_steps(
+    config: Config, mesh: Mesh, *, dtype: Any, memory_bytes: int
+) -> tuple[dict[int, jax.stages.Compiled], Policy]:
+    """A compiled step for each batch size of the run, and the remat policy they use.
+
+    `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
+    """
+    sizes = sorted({phase.batch_size for phase in config.phases}, reverse=True)
+    policies: tuple[Policy, ...] = ("none", "dots", "full")
+    if config.compute.remat != "auto":
+        policies = (config.compute.remat,)
+    for remat in policies:
+        largest = compile_step(config, mesh, sizes[0], dtype=dtype, remat=remat)
+        if remat == policies[-1] or compiled_bytes(largest) < memory_bytes:
+            break
+    rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat) for size in sizes[1:]}
+    return {sizes[0]: largest} | rest, remat

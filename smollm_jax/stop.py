@@ -1,0 +1,69 @@
+"""Stop on request: SIGTERM and Ctrl-C become a flag that the loop reads between steps.
+
+Python runs a signal handler only between two bytecodes of the main thread, which may sit in a compile for
+minutes. So the signal also wakes a thread of our own: while nothing would be lost it leaves at once, and a
+second signal always does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+
+EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
+EXIT_FAILED = 1
+
+
+class StopRequest:
+    """Context manager around a run. `requested` turns true with the first SIGTERM or SIGINT."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.nothing_to_lose = True  # until the first update, and again once the last save is on disk
+        self._received = 0
+
+    def __enter__(self) -> StopRequest:
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        self._previous_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._theirs.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.requested = True
+
+    def _watch(self) -> None:
+        while numbers := self._ours.recv(16):
+            for number in numbers:
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                self._received += 1
+                self.requested = True
+                name = signal.Signals(number).name
+                if self._received > 1:
+                    _leave(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
+                if self.nothing_to_lose:
+                    _leave(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
+                _say(f"{name}: saving and stopping; once more leaves at once")
+
+
+def _say(message: str) -> None:
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
+
+
+def _leave(message: str, code: int) -> None:
+    _say(message)
+    os._exit(code)
