@@ -1,0 +1,309 @@
+"""Save, verify and restore checkpoints; the only door to orbax.
+
+A checkpoint is a sealed folder `checkpoints/STEP`: one orbax tree for each top-level part of the state
+(`params`, `opt_state`, ...), so that the parameters can be read without the rest, and `meta.json`.
+It is written under another name by a thread of its own and appears by one rename, so a folder named by
+its step was complete once; whether it still is, the manifest tells. Orbax has no checksum on array data,
+casts dtypes without a word and takes an empty folder for the latest: all that is checked here, before it
+is asked for anything. Nothing heavy is imported until arrays are saved or loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smollm_jax.inventory import (
+    META,
+    Found,
+    Info,
+    compare,
+    good_ones,
+    list_checkpoints,
+    named_step,
+    set_aside,
+    steps_in,
+)
+from smollm_jax.run_folder import Damaged, fsync, seal, verify, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TEMPORARY, TRASH = ".tmp-", ".trash-"
+COPY_THREADS = 4  # page faults on the fresh host memory, not the bus, bound a single copying thread
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    step: int
+    message: str
+
+
+class Checkpoints:
+    """A run's checkpoints; the newest `keep_last` and each step that `keep_every` divides (0: none) stay."""
+
+    def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int):
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.failed: Failure | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Copy `state` to the host and return; the writing goes on behind, its errors end up in `failed`.
+
+        The buffers of `state` may be donated or overwritten as soon as this returns. Waits for a save
+        still under way. Does nothing where a good checkpoint of that step exists.
+        """
+        self.wait()
+        json.dumps(meta)  # the caller's mistake is to surface here, not in the thread
+        leaves = _host_copies(state)
+        # not a daemon: a process that ends without close() still finishes what it began to write
+        self._thread = threading.Thread(target=self._write, args=(step, leaves, meta), name=f"save-{step}")
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Wait for a save under way; whether the last one succeeded (none yet counts as success)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.failed is None
+
+    def close(self) -> bool:
+        return self.wait()
+
+    def clean(self) -> None:
+        """Remove what dead processes left half written or deleted; only for the holder of the run's lock."""
+        for path in self.folder.glob(".*"):
+            if path.name.startswith((TEMPORARY, TRASH)):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def latest_good(self, expect: Any = None, *, set_aside: bool = False) -> Found | None:
+        """The newest checkpoint that verifies; bad ones on the way are reported and, if asked, renamed.
+
+        `expect` is a target as for `restore`; a mismatch with what was found raises `ValueError`.
+        """
+        found = next(good_ones(self.folder, rename=set_aside), None)
+        if found is not None and expect is not None:
+            compare(found, _described(_leaves_by_name(expect)))
+        return found
+
+    def restore(self, step: int, target: Any) -> Any:
+        """The state saved at `step` in the structure, layout and dtypes of `target`, whose leaves are arrays
+        or `jax.ShapeDtypeStruct`; raises `ValueError` naming leaves that differ, or what is damaged.
+        """
+        import jax
+
+        named = _leaves_by_name(target)
+        found = named_step(self.folder, step)
+        compare(found, _described(named))
+        loaded: dict[str, Any] = {}
+        for group in _groups(named):
+            args = {name: _restore_args(leaf) for name, leaf in named.items() if _group(name) == group}
+            loaded |= _load(self.folder / str(step) / group, args)
+        return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
+
+    def list(self) -> list[Info]:
+        return list_checkpoints(self.folder)
+
+    def _write(self, step: int, leaves: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
+        try:
+            self._write_and_rename(step, leaves, meta, temporary)
+            self.failed = None
+        except Exception as error:  # whatever it is: the run goes on, and the next save tries again
+            message = _reason(error)
+            self.failed = Failure(step=step, message=message)
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = steps_in(self.folder)
+            logger.error(
+                "checkpoint %d could not be saved (%s); the newest is %s",
+                step,
+                message,
+                kept[0] if kept else "none",
+            )
+            return
+        try:
+            self._remove_old(step)
+        except OSError as error:
+            logger.warning("old checkpoints could not be removed: %s", error)
+
+    def _write_and_rename(
+        self, step: int, leaves: dict[str, np.ndarray], meta: dict[str, Any], temporary: Path
+    ) -> None:
+        final = self.folder / str(step)
+        if final.exists():
+            try:
+                verify(final)
+                return
+            except Damaged as reason:
+                set_aside(final, reason)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for group in _groups(leaves):
+            _store(temporary / group, {n: leaf for n, leaf in leaves.items() if _group(n) == group})
+        write_json(temporary / META, meta)
+        described = {n: {"shape": shape, "dtype": dtype} for n, (shape, dtype) in _described(leaves).items()}
+        seal(temporary, {"step": step, "leaves": described})
+        temporary.rename(final)
+        fsync(self.folder)
+
+    def _remove_old(self, saved: int) -> None:
+        """Apply the retention rule to whole checkpoints; what is damaged neither counts nor goes."""
+        whole = []
+        for step in steps_in(self.folder):
+            try:
+                verify(self.folder / str(step), checksums=False)
+                whole.append(step)
+            except Damaged:
+                continue
+        for step in whole[self.keep_last :]:
+            # the one just written is the one known to be good, also when damaged or foreign ones are newer
+            if step == saved or (self.keep_every and step % self.keep_every == 0):
+                continue
+            trash = self.folder / f"{TRASH}{step}-{os.getpid()}"
+            (self.folder / str(step)).rename(trash)
+            shutil.rmtree(trash)
+
+
+def read_params(
+    folder: str | Path, step: int | None = None, *, group: str = "params"
+) -> tuple[Found, dict[str, Any]]:
+    """One top-level part of the state as nested dicts of numpy arrays, and the checkpoint it comes from.
+
+    Reads no other part from the disk, and needs no device. Without `step`: the newest whose part is
+    good; raises `ValueError` where there is none.
+    """
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder)
+    if step is None:
+        found = next(good_ones(folder, group=group), None)
+        if found is None:
+            raise ValueError(f"{folder} holds no good checkpoint")
+    else:
+        found = named_step(folder, step, group=group)
+    names = [name for name in found.leaves if _group(name) == group]
+    if not names:
+        raise ValueError(f"checkpoint {found.step} in {folder} holds no {group}")
+    args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+    loaded = _load(folder / str(found.step) / group, args)
+    return found, _nested(loaded)[group]
+
+
+def _reason(error: Exception) -> str:
+    """One line; of tensorstore's paragraph only what the operating system said, such as a full disk."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _group(name: str) -> str:
+    return name.split("/", maxsplit=1)[0]
+
+
+def _groups(named: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(map(_group, named)))
+
+
+def _leaves_by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree in order, named by their path: dict keys, fields and indices joined by "/"."""
+    import jax
+
+    pairs = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
+    # orbax joins a path by dots
+    if len({name.replace(".", "/") for name in named}) != len(pairs) or "" in named:
+        raise ValueError("the state has leaves that share a name, or none: it must be nested dicts or tuples")
+    return named
+
+
+def _described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items()}
+
+
+def _nested(named: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *folders, last = name.split("/")
+        branch = tree
+        for part in folders:
+            branch = branch.setdefault(part, {})
+        branch[last] = leaf
+    return tree
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    items = tree.items()
+    return {k: v for n, t in items for k, v in _flat(t, f"{prefix}/{n}" if prefix else n).items()}
+
+
+def _host_copies(state: Any) -> dict[str, np.ndarray]:
+    """Every leaf in host memory that nothing else refers to."""
+    import jax
+    import numpy as np
+
+    def copy(leaf: Any) -> np.ndarray:
+        # on a CPU device asarray is a view of the very buffer that the next step overwrites
+        in_device_memory = isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices())
+        if in_device_memory and leaf.sharding.memory_kind == "device":
+            return np.asarray(leaf)
+        return np.array(leaf, copy=True)
+
+    named = _leaves_by_name(state)
+    for name, leaf in named.items():
+        if isinstance(leaf, jax.Array):
+            if not leaf.is_fully_addressable:
+                raise ValueError(f"{name} is spread over several processes; only one process can save so far")
+            leaf.copy_to_host_async()
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        return dict(zip(named, pool.map(copy, named.values()), strict=True))
+
+
+def _restore_args(leaf: Any) -> Any:
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    if isinstance(leaf, np.ndarray | np.generic):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    # orbax prints a traceback from each of its threads, and then raises what is reported here in one line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # float32 weights shrink by 8 % and take eight times as long
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+
+
+def _store(path: Path, leaves: dict[str, np.ndarray]) -> None:
+    import orbax.checkpoint as ocp
+
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
+
+
+def _load(path: Path, restore_args: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    args = _nested(restore_args)
+    with _checkpointer() as checkpointer:
+        return _flat(checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=args)))
