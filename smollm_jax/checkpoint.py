@@ -48,6 +48,9 @@ class Failure:
     step: int
     message: str
 
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.message}"
+
 
 class Checkpoints:
     """A run's checkpoints; the newest `keep_last` and each step that `keep_every` divides (0: none) stay."""
@@ -68,7 +71,7 @@ class Checkpoints:
         self.wait()
         json.dumps(meta)  # the caller's mistake is to surface here, not in the thread
         leaves = _host_copies(state)
-        # not a daemon: a process that ends without close() still finishes what it began to write
+        # not a daemon, which would be torn down in the middle of orbax's own threads
         self._thread = threading.Thread(target=self._write, args=(step, leaves, meta), name=f"save-{step}")
         self._thread.start()
 
@@ -80,6 +83,7 @@ class Checkpoints:
         return self.failed is None
 
     def close(self) -> bool:
+        """`wait`, to be called however a run ends: orbax cannot finish once the interpreter goes down."""
         return self.wait()
 
     def clean(self) -> None:

@@ -289,6 +289,23 @@ def test_damaged_checkpoints_neither_count_as_kept_nor_are_removed(tmp_path):
     assert names(tmp_path) == ["2", "3", "5"]
 
 
+def test_a_removal_that_is_cut_short_leaves_only_whole_checkpoints(tmp_path, monkeypatch, caplog):
+    saved(tmp_path, 1)
+
+    def remove_one_file_and_fail(folder, ignore_errors=False):
+        if not ignore_errors:
+            largest_file(folder).unlink()
+            raise OSError("cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smollm_jax.checkpoint.shutil.rmtree", remove_one_file_and_fail)
+        checkpoints = saved(tmp_path, 2, keep_last=1)
+    assert "could not be removed: cut short" in caplog.text
+    assert {info.verdict for info in checkpoints.list()} == {"good"}
+    checkpoints.clean()
+    assert names(tmp_path) == ["2"]
+
+
 def test_a_save_older_than_what_is_there_is_not_removed_by_its_own_retention(tmp_path):
     saved(tmp_path, 8, 9)
     saved(tmp_path, 5, keep_last=1)
@@ -304,6 +321,9 @@ def test_saving_a_good_step_again_writes_nothing_and_a_damaged_one_is_replaced(t
     saved(tmp_path, 1)
     assert names(tmp_path) == ["1", "1.bad"]
     assert_same_bits(checkpoints.restore(1, make_state()), make_state(1))
+    missing_file(tmp_path / "1")
+    saved(tmp_path, 1)
+    assert names(tmp_path) == ["1", "1.bad", "1.bad-2"]
 
 
 def test_parameters_are_read_without_the_optimizer(tmp_path, caplog):

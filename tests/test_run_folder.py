@@ -62,10 +62,12 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
 
 
 def test_the_lock_is_free_after_leaving_also_by_an_error(tmp_path):
+    descriptors = len(os.listdir("/dev/fd"))
     with pytest.raises(KeyError), RunLock(tmp_path / "new"):
         raise KeyError
     with RunLock(tmp_path / "new"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
         RunLock(tmp_path / "new").__enter__()
+    assert len(os.listdir("/dev/fd")) == descriptors
 
 
 FORK_AND_BE_KILLED = """
@@ -92,7 +94,7 @@ def test_a_forked_child_that_outlives_its_killed_parent_does_not_hold_the_lock(t
             os.kill(child, signal.SIGKILL)
 
 
-@given(content=st.binary(max_size=60))
+@given(content=st.binary(max_size=60) | st.sampled_from([b"{}", b"[]", b'{"pid": {}}', b"[" * 4096]))
 @settings(max_examples=50, deadline=None)
 def test_whatever_stands_in_a_held_lock_file_the_refusal_is_one_line(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("lock")
@@ -109,6 +111,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(TypeError):
         write_json_atomic(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["config.json"]
     write_json_atomic(str(path), {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert os.listdir(tmp_path) == ["config.json"]
