@@ -1,0 +1,35 @@
+"""SmolLM2 in JAX: pre-train it, continue it, convert it both ways, and generate with it.
+
+    model = smollm_jax.load_hf("HuggingFaceTB/SmolLM2-135M")   # a SmolLM
+    logits_BTV = model(tokens_BT)
+    smollm_jax.save_hf(model, "folder")
+
+The map, in the order of imports: config (settings, recipes) · model, loss, step (the mathematics) · tokenizer,
+sources, data (documents to batches) · run_folder, inventory, checkpoint (what is kept) · generation, convert ·
+start, train (a run). Names load when they are first asked for, so that `--help` need not wait for JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smollm_jax.config import ModelConfig
+    from smollm_jax.convert import load_hf, save_hf
+    from smollm_jax.generation import generate
+    from smollm_jax.model import SmolLM
+
+__all__ = ["ModelConfig", "SmolLM", "generate", "load_hf", "save_hf"]
+
+_HOMES = {
+    "ModelConfig": "config",
+    "SmolLM": "model",
+    "generate": "generation",
+    "load_hf": "convert",
+    "save_hf": "convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 20}  # of each recipe
 WARMUP_SHARE = 10  # a recipe's own warm-up is at most a tenth of the steps
 DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of SmolLM2's 2,000,000 steps
 
@@ -279,7 +280,6 @@ class Config:
     """replica: the seed's run. smollm2: the published recipe. quickstart: no download, minutes on a CPU."""
     preset: str = "135M"
     """Architecture: 135M, 360M, 1.7B, quickstart; single numbers by the flags under `model`."""
-    recipe_warmup_steps: int = 100
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -287,6 +287,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
+        require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
         micro, warmup = self.compute.grad_accum, self.optimizer.warmup_steps
         for phase in self.phases:
             require(
@@ -351,7 +353,7 @@ class Config:
     def warmup_steps(self) -> int:
         if self.optimizer.warmup_steps is not None:
             return self.optimizer.warmup_steps
-        return min(self.recipe_warmup_steps, self.total_steps // WARMUP_SHARE)
+        return min(WARMUP_STEPS[self.recipe], self.total_steps // WARMUP_SHARE)
 
     @property
     def decay_steps(self) -> int:
@@ -372,7 +374,6 @@ RECIPES = {
     "replica": Config(),
     "smollm2": Config(
         recipe="smollm2",
-        recipe_warmup_steps=2_000,
         run=RunConfig(phases="2000000x512", seed=8),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd"),
         # pre-trained at these two; the released 100,000 and 8,192 come from a later stage
@@ -381,7 +382,6 @@ RECIPES = {
     "quickstart": Config(
         recipe="quickstart",
         preset="quickstart",
-        recipe_warmup_steps=20,
         run=RunConfig(
             phases="300x16",
             eval_every=100,

@@ -205,13 +205,36 @@ class SmolLM(nnx.Module):
         """f32 logits (B, T, V); `segment_ids` (B, T) keeps packed documents apart, positions restart in each."""
         return self.logits(self.features(tokens_BT, segment_ids))
 
-    def layers(self) -> tuple[Block, ...]:
-        """The blocks one by one, each with its own leaves: decoding reads them faster than slices of a stack."""
-        graphdef, stacked = nnx.split(self.blocks)
-        return tuple(
-            nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-            for i in range(self.config.num_layers)
+    def decoder(self) -> Decoder:
+        """The same weights laid out for decoding, in the compute dtype."""
+        return Decoder(self)
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        return self.embedding[...][tokens_BT].astype(self.dtype)
+
+    def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+
+
+class Decoder(nnx.Module):
+    """The model for decoding with a key/value cache.
+
+    Layers are apart, since decoding reads leaves of their own faster than slices of a stack, and all weights
+    are in the compute dtype already: a token costs one read of them.
+    """
+
+    def __init__(self, model: SmolLM):
+        self.config, self.dtype = model.config, model.dtype
+        graphdef, stacked = nnx.split(model.blocks)
+        self.layers = nnx.List(
+            nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i].astype(model.dtype), stacked))
+            for i in range(model.config.num_layers)
         )
+        self.embedding = nnx.Param(model.embedding[...].astype(model.dtype))
+        self.final_norm = RMSNorm(model.config)
+        self.final_norm.scale = nnx.Param(model.final_norm.scale[...])
+        if not model.config.tie_embeddings:
+            self.head = nnx.Param(model.head[...].astype(model.dtype))
 
     def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
         """An empty key/value cache of `length` positions: a pair of (B, S, K, H) a layer."""
@@ -220,21 +243,18 @@ class SmolLM(nnx.Module):
             (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.num_layers)
         )
 
-    def cached_features(
-        self,
-        layers: tuple[Block, ...],
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        cache: tuple[LayerCache, ...],
+    def features(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """Features (B, T, D) of tokens at `positions_BT`, which join the cache and see all before them.
 
         A row padded on its right writes nonsense past its end; nothing reads that before the row's own
         next tokens overwrite it.
         """
-        rope = self._rope(positions_BT)
-        x_BTD, grown = self._embed(tokens_BT), []
-        for block, layer_cache in zip(layers, cache, strict=True):
+        config = self.config
+        rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
+        x_BTD, grown = self.embedding[...][tokens_BT], []
+        for block, layer_cache in zip(self.layers, cache, strict=True):
             kept: list[LayerCache] = []
 
             def core(q_BTNH, k_BTKH, v_BTKH, layer_cache=layer_cache, kept=kept):
@@ -247,11 +267,10 @@ class SmolLM(nnx.Module):
             grown.append(kept[0])
         return self.final_norm(x_BTD), tuple(grown)
 
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens_BT].astype(self.dtype)
-
-    def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """f32 logits (..., V) of features (..., D)."""
+        head_VD = self.embedding[...] if self.config.tie_embeddings else self.head[...]
+        return jnp.einsum("...D,VD->...V", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:

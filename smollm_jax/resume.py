@@ -23,7 +23,7 @@ NEUTRAL = {
 SAME_MATHS = {"compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum"}
 OF_THE_SCHEDULE = {
     "run.steps", "run.phases", "run.batch_size", "optimizer.schedule", "optimizer.warmup_steps",
-    "optimizer.decay_steps", "optimizer.final_learning_rate", "optimizer.learning_rate", "recipe_warmup_steps",
+    "optimizer.decay_steps", "optimizer.final_learning_rate", "optimizer.learning_rate",
 }  # fmt: skip
 
 

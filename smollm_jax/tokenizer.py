@@ -67,7 +67,9 @@ class Tokenizer:
         if isinstance(eos, dict):
             eos = eos["content"]
         found = self._fast.token_to_id(eos)
-        require(found is not None, f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
+        require(
+            found is not None, f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one"
+        )
         return found
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -118,7 +120,9 @@ def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Toke
         size = name.removeprefix("train:")
         require(size.isdecimal(), f"--tokenizer {name}: expected train:VOCAB with a number, such as train:4096")
         smallest = BYTES + 1
-        require(int(size) >= smallest, f"--tokenizer {name}: a byte-level vocabulary has at least {smallest} entries")
+        require(
+            int(size) >= smallest, f"--tokenizer {name}: a byte-level vocabulary has at least {smallest} entries"
+        )
         require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
         return train(documents or (), int(size))
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -136,7 +140,9 @@ def _download(repo: str) -> Path:
         raise ValueError(f"--tokenizer {repo}: no such folder here and no such repository on the Hub") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--tokenizer {repo} cannot be fetched from the Hub ({reason[:150]}); {WAYS_OUT}") from None
+        raise ValueError(
+            f"--tokenizer {repo} cannot be fetched from the Hub ({reason[:150]}); {WAYS_OUT}"
+        ) from None
 
 
 def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -1,0 +1,84 @@
+"""From a command line to a `Config`, and from a mistake to one clear line.
+
+The recipe and the preset are looked up first, because they are the defaults that `--help` shows. tyro
+builds the flags from the dataclasses, one group for each; its error boxes are folded into a single line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from smollm_jax.config import MODELS, RECIPES, Config, require
+
+EXIT_MISTAKE = 2
+EXIT_FAILED = 1
+
+
+def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
+    """The `Config` that `argv` asks for; raises `ValueError` in one line, `SystemExit(0)` after `--help`."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="replica")
+    first.add_argument("--preset")
+    try:
+        given, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}; see {prog} --help") from None
+    require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
+    default = RECIPES[given.recipe]
+    if given.preset is not None:
+        require(given.preset in MODELS, f"--preset {given.preset}: expected one of {', '.join(MODELS)}")
+        default = replace(default, preset=given.preset, model=MODELS[given.preset])
+    talk = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(talk):
+            return tyro.cli(
+                Config,
+                args=argv,
+                default=default,
+                prog=prog,
+                description="Pre-train a SmolLM2-class model; the same command again resumes.",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise ValueError(f"{_fold(talk.getvalue())}; see {prog} --help") from None
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run `main`; a mistake of the user becomes one line and exit code 2, a fault of ours a traceback."""
+    try:
+        return main()
+    except ValueError as error:
+        if not _is_ours(error):
+            traceback.print_exc()
+            return EXIT_FAILED
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_MISTAKE
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package raised it on purpose: a library's own ValueError is not a user's mistake."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).parent == Path(__file__).parent
+
+
+def _fold(boxes: str) -> str:
+    """The message in tyro's first box, as one line without its frame."""
+    words = []
+    for line in boxes.splitlines():
+        text = line.strip("╭╮╰╯│─ ")
+        if "For full helptext" in text:
+            break
+        if text and not line.startswith("╭"):
+            words.append(text)
+    return " ".join(words) or "the arguments could not be read"

@@ -1,0 +1,259 @@
+"""Everything before the first step: the run folder, the data, the devices, and what the run starts from.
+
+In the order in which a mistake is cheapest to find: settings against the run folder, tokenizer, data,
+compile, weights. The outcome is a `Run`, which the loop in train.py moves forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smollm_jax.checkpoint import Checkpoints
+from smollm_jax.config import Config, as_dict, require
+from smollm_jax.data import HeldOut, Stream, check_vocab, heldout, open_stream
+from smollm_jax.hardware import memory_bytes, peak_flops
+from smollm_jax.inventory import Found
+from smollm_jax.loading import load_for_inference
+from smollm_jax.report import Report, say
+from smollm_jax.resume import check_settings, keep_records
+from smollm_jax.run_folder import RunLock, read_json, write_json_atomic
+from smollm_jax.step import (
+    abstract_state,
+    by_row,
+    compile_steps,
+    compiled_bytes,
+    init_state,
+    learning_rate_schedule,
+    make_mesh,
+    make_nll,
+    replicated,
+)
+from smollm_jax.stop import StopRequest
+from smollm_jax.tokenizer import Tokenizer, load_tokenizer
+
+# documents from the head of the data that a `train:VOCAB` tokenizer is trained on
+TOKENIZER_DOCUMENTS = 20_000
+
+
+@dataclass
+class Progress:
+    """What a checkpoint records beside the arrays."""
+
+    step: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    evaluated: int = 0
+    """Last step evaluated."""
+    cursor: dict[str, Any] | None = None
+
+
+@dataclass
+class Run:
+    """A run in motion. `steps` holds the compiled train step of each batch size."""
+
+    config: Config
+    run_dir: Path
+    stop: StopRequest
+    tokenizer: Tokenizer
+    stream: Stream
+    heldout: HeldOut | None
+    mesh: jax.sharding.Mesh
+    dtype: Any
+    steps: dict[int, jax.stages.Compiled]
+    nll: Callable[..., jax.Array]
+    checkpoints: Checkpoints
+    state: dict[str, Any]
+    report: Report
+    progress: Progress = field(default_factory=Progress)
+    saved: int = 0
+    """Step of the last checkpoint begun."""
+    reported: int = 0
+    """Last step whose metrics were read."""
+
+    @property
+    def last_step(self) -> int:
+        """Where this process stops: the end of the run, or --stop-after."""
+        return min(self.config.total_steps, self.config.run.stop_after or self.config.total_steps)
+
+
+def claim(config: Config) -> tuple[Path, RunLock]:
+    """The run folder and its lock; --new-run moves an old folder aside first. Raises if it is in use."""
+    run_dir = Path(config.run_dir)
+    if config.run.new_run and (run_dir / "config.json").exists():
+        with RunLock(run_dir):
+            aside = next(p for n in range(1, 10_000) if not (p := Path(f"{run_dir}.old{n}")).exists())
+            run_dir.rename(aside)
+        say(f"moved the old run to {aside}")
+    return run_dir, RunLock(run_dir)
+
+
+def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
+    """Build or restore the run, and say what it will do."""
+    began = time.monotonic()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every
+    )
+    checkpoints.clean()
+    found, notes = find_checkpoint(config, checkpoints)
+    tokenizer = prepare_tokenizer(config, run_dir, resumes=found is not None)
+    config = with_ids_of(config, tokenizer)
+    held_out = heldout(config.data, tokenizer) if config.data.eval_documents else None
+    stream = open_stream(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        batch_size_at=config.batch_size_at,
+        steps=config.total_steps,
+        cursor=found.meta["cursor"] if found else None,
+        excluded=held_out.hashes if held_out else frozenset(),
+    )
+    params = None
+    if found is None:
+        if config.run.init_from is not None:
+            config, params = initial_weights(config)
+        write_json_atomic(run_dir / "config.json", as_dict(config))
+    use_compilation_cache(config)
+    mesh, dtype = make_mesh(config), compute_dtype(config)
+    device = mesh.devices.flat[0]
+    steps, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
+    rows = by_row(mesh)
+    nll = jax.jit(make_nll(config, dtype=dtype, remat="none"), in_shardings=(replicated(mesh), rows, rows))
+    progress, start = Progress(), 0
+    if found is None:
+        state = init_state(config, mesh, params)
+    else:
+        state = checkpoints.restore(found.step, abstract_state(config, mesh))
+        progress, start = Progress(**found.meta["progress"]), found.step
+        if as_dict(config) != read_json(run_dir / "config.json"):
+            write_json_atomic(run_dir / "config.json", as_dict(config))
+    keep_records(run_dir, start)
+    run = Run(
+        config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
+        Report(run_dir, start=start, total=config.total_steps), progress, start, start,
+    )  # fmt: skip
+    introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
+    return run
+
+
+def find_checkpoint(config: Config, checkpoints: Checkpoints) -> tuple[Found | None, list[str]]:
+    """The newest good checkpoint, if it may go on under `config`, and notes on what changed."""
+    found = checkpoints.latest_good(set_aside=True)
+    if found is None:
+        return None, []
+    if "progress" not in found.meta:  # weights that were imported: a first step is still to be made
+        return None, []
+
+    def updates(of: Config) -> list[tuple[float, int]]:
+        rates = np.asarray(jax.vmap(learning_rate_schedule(of))(jnp.arange(found.step)))
+        return [(float(rate), of.batch_size_at(i + 1)) for i, rate in enumerate(rates)]
+
+    return found, check_settings(found.meta["config"], config, found.step, updates)
+
+
+def prepare_tokenizer(config: Config, run_dir: Path, *, resumes: bool) -> Tokenizer:
+    """The run's own tokenizer when it resumes; otherwise the one asked for, kept in the run folder."""
+    folder = run_dir / "tokenizer"
+    if resumes:
+        require((folder / "tokenizer.json").exists(), f"{folder} is missing; the run was tokenised with it")
+        tokenizer = load_tokenizer(str(folder))
+    else:
+        documents = None
+        if config.data.tokenizer.startswith("train:"):
+            from smollm_jax.data import head_texts
+
+            documents = islice(head_texts(config.data), TOKENIZER_DOCUMENTS)
+        tokenizer = load_tokenizer(config.data.tokenizer, documents=documents)
+        tokenizer.save(folder)
+    check_vocab(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def with_ids_of(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config whose model ends a text with the tokenizer's own eos."""
+    return replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))
+
+
+def initial_weights(config: Config) -> tuple[Config, Any]:
+    """The weights of --init-from, whose architecture must be the one asked for."""
+    source = str(config.run.init_from)
+    theirs, params, _ = load_for_inference(source)
+    for name, value in vars(theirs).items():
+        ours = getattr(config.model, name)
+        free = name in ("max_seq_len", "initializer_range", "bos_token_id", "eos_token_id")
+        flag = name.replace("_", "-")
+        require(
+            free or ours == value,
+            f"{source} has {name}={value}, this run asks for {ours}; give --preset or --{flag} {value}",
+        )
+    return config, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def compute_dtype(config: Config) -> Any:
+    if config.compute.dtype != "auto":
+        return jnp.dtype(config.compute.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def use_compilation_cache(config: Config) -> None:
+    if config.compute.compilation_cache_dir:
+        folder = os.path.expanduser(config.compute.compilation_cache_dir)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None:
+    """Say in a dozen lines what the run will do."""
+    config, model, device = run.config, run.config.model, run.mesh.devices.flat[0]
+    phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {config.data.seq_len}" for p in config.phases)
+    flops = model.flops_per_token(config.data.seq_len)
+    peak = peak_flops(device)
+    scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
+    largest = run.steps[max(run.steps)]
+    optimizer = config.optimizer
+    eval_tokens = config.data.eval_batches * config.main_batch_size * config.data.seq_len
+    held_out = (
+        "none"
+        if run.heldout is None
+        else f"{len(run.heldout.documents):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
+    )
+    recipe_warmup = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
+    lines = [
+        f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
+        f"device      {run.mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}",
+        f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
+        f"context {model.max_seq_len:,}",
+        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, "
+        f"{compiled_bytes(largest) / 2**30:.2f} GiB a device",
+        f"tokens      {config.main_batch_size * config.data.seq_len:,} a step, "
+        f"{flops / 1e6:,.0f} MFLOP a token (causal){scale}",
+        f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        f"warm-up {config.warmup_steps} steps{recipe_warmup}",
+        f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
+        f"held out    {held_out}",
+        f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
+        f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
+        f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
+        *notes,
+    ]
+    run.report.say("\n".join(lines))
+
+
+def _starting_point(run: Run) -> str:
+    if run.progress.step:
+        return f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
+    if run.config.run.init_from is not None:
+        return f"from the weights of {run.config.run.init_from}"
+    return "from fresh weights"

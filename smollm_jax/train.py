@@ -1,0 +1,315 @@
+"""Train: move a run from where it stands to its end, and leave everything where the next start finds it.
+
+One step is in flight while the one before it is reported, so that the device never waits for the host.
+The records of a step are on disk before a checkpoint of it can be: a resume never misses a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smollm_jax.config import Config, as_dict
+from smollm_jax.convert import export
+from smollm_jax.data import Batch, SourceTimeout, num_targets
+from smollm_jax.evaluate import score
+from smollm_jax.generation import Generator, Sampling
+from smollm_jax.hardware import peak_flops
+from smollm_jax.model import SmolLM
+from smollm_jax.report import finite_or_none, plot, read_metrics
+from smollm_jax.start import Run, begin, claim
+from smollm_jax.step import by_row
+from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
+
+POLL_SECONDS = 0.2
+# greedy base models repeat themselves; this shows what was learned and is still nearly deterministic
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
+
+
+class TooManyBadSteps(RuntimeError):
+    """Gradients were not finite for --max-bad-steps steps in a row."""
+
+
+@dataclass
+class Pending:
+    """A step under way: its metrics are read once the next one has been sent off."""
+
+    step: int
+    tokens: int
+    """Targets trained on so far, this step's included."""
+    metrics: dict[str, jax.Array]
+    cursor_before: dict[str, Any] | None
+    slots: int
+    """Token positions of the batch."""
+
+
+@dataclass
+class Interval:
+    """Sums since the last line of metrics; evaluations and saves are not part of it."""
+
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    steps: int = 0
+    targets: int = 0
+    slots: int = 0
+    data_wait_seconds: float = 0.0
+
+    def restart(self) -> None:
+        vars(self).update(vars(Interval()))
+
+
+def fit(config: Config) -> int:
+    """Train as `config` says, from the newest good checkpoint if there is one; returns the exit code.
+
+    Raises `ValueError` on a mistake in settings or input.
+    """
+    with StopRequest() as stop:
+        run_dir, lock = claim(config)
+        with lock:
+            run = begin(config, run_dir, stop)
+            try:
+                return finish(run, train(run))
+            except TooManyBadSteps as error:
+                run.report.say(f"stopped: {error}")
+                return EXIT_FAILED
+            finally:
+                run.stream.close()
+                run.checkpoints.close()
+                run.report.close()
+
+
+def train(run: Run) -> str:
+    """The loop; returns why it ended: "done", "stopped", or how the data gave out."""
+    pending, interval = None, Interval()
+    if run.progress.evaluated < run.progress.step and evaluation_due(run):
+        evaluate(run)
+    while run.progress.step < run.last_step:
+        waiting_since = time.monotonic()
+        item = next_batch(run)
+        if isinstance(item, str):
+            report_step(run, pending, interval)
+            save(run)
+            return item
+        interval.data_wait_seconds += time.monotonic() - waiting_since
+        dispatched = dispatch(run, *item)
+        report_step(run, pending, interval)
+        pending = dispatched
+        if not (evaluation_due(run) or save_due(run) or run.stop.requested):
+            continue
+        report_step(run, pending, interval)
+        paused = time.monotonic()
+        if evaluation_due(run) and not run.stop.requested:
+            evaluate(run)
+        if save_due(run) or run.stop.requested:
+            save(run)
+        interval.began += time.monotonic() - paused
+        if run.stop.requested and run.progress.step < run.last_step:
+            return "stopped"
+    report_step(run, pending, interval)
+    save(run)
+    return "done"
+
+
+def next_batch(run: Run) -> tuple[Batch, dict[str, Any]] | str:
+    """The next batch and its cursor, or why there is none."""
+    while not run.stop.requested:
+        try:
+            item = run.stream.get(timeout=POLL_SECONDS)
+        except StopIteration:
+            return "data ended"
+        except SourceTimeout as error:
+            run.report.say(f"{error}; run the same command to go on")
+            return "stopped"
+        if item is not None:
+            return item
+    return "stopped"
+
+
+def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
+    """Send a step to the device without waiting for it."""
+    rows, slots = by_row(run.mesh), batch.tokens.shape[1] - 1
+    tokens, segment_ids = jax.device_put((batch.tokens, batch.segment_ids), (rows, rows))
+    run.stop.nothing_to_lose = False
+    run.state, metrics = run.steps[len(batch.tokens)](run.state, tokens, segment_ids)
+    progress = run.progress
+    before, progress.cursor = progress.cursor, cursor
+    progress.step += 1
+    progress.tokens += num_targets(batch)
+    return Pending(progress.step, progress.tokens, metrics, before, len(batch.tokens) * slots)
+
+
+def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
+    """Wait for a step's metrics, count what went wrong, and write its line if one is due."""
+    if pending is None or pending.step <= run.reported:
+        return
+    run.reported = pending.step
+    values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+    interval.steps += 1
+    interval.targets += values["targets"]
+    interval.slots += pending.slots
+    run.report.progress(pending.step)
+    count_bad_step(run, pending, finite=values["finite"])
+    if pending.step not in (1, run.config.total_steps) and pending.step % run.config.run.log_every:
+        return
+    seconds = max(time.monotonic() - interval.began, 1e-9)
+    line = {
+        "step": pending.step,
+        "loss": finite_or_none(values["loss"]),
+        "learning_rate": values["learning_rate"],
+        "grad_norm": finite_or_none(values["grad_norm"]),
+        "tokens": pending.tokens,
+        "tokens_per_second": interval.targets / seconds,
+        "data_wait_seconds": interval.data_wait_seconds,
+        "step_seconds": seconds / interval.steps,
+        "bad_steps": run.progress.bad_steps,
+    }
+    peak = peak_flops(run.mesh.devices.flat[0])
+    if peak is not None:
+        flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
+        line["mfu"] = flops / seconds / (peak * run.mesh.size)
+    run.report.train(line)
+    interval.restart()
+
+
+def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
+    """Count a step without finite gradients; raises `TooManyBadSteps`, the batch's documents written out."""
+    if finite:
+        run.progress.bad_steps_in_a_row = 0
+        return
+    run.progress.bad_steps += 1
+    run.progress.bad_steps_in_a_row += 1
+    run.report.say(f"step {pending.step}: loss or gradient not finite; the update is skipped")
+    limit = run.config.optimizer.max_bad_steps
+    if run.progress.bad_steps_in_a_row < limit:
+        return
+    path = run.run_dir / f"bad_step_{pending.step}.jsonl"
+    with path.open("w") as file:
+        for document in run.stream.documents_of(pending.cursor_before):
+            file.write(json.dumps(document) + "\n")
+    raise TooManyBadSteps(
+        f"{limit} steps in a row without a finite gradient; the documents of the last are in {path}, "
+        f"the newest checkpoint is {run.saved or 'none'}"
+    )
+
+
+def evaluate(run: Run) -> None:
+    """Held-out loss, samples and loss.png; left undone when the run is asked to stop on the way."""
+    if run.heldout is None:
+        return
+    began, config, step = time.monotonic(), run.config, run.progress.step
+    batches = run.heldout.batches(config.main_batch_size // config.compute.grad_accum, config.data.eval_batches)
+    result = score(
+        run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.stop.requested
+    )
+    if result is None:
+        return
+    line = {
+        "step": step,
+        "eval_loss": result.loss,
+        "eval_bits_per_byte": result.bits_per_byte,
+        "eval_tokens": result.tokens,
+        "eval_seconds": time.monotonic() - began,
+    }
+    texts = sample(run)
+    if run.stop.requested:
+        return
+    run.report.evaluation(line)
+    run.report.samples(step, texts)
+    run.progress.evaluated = step
+
+
+def sample(run: Run) -> list[tuple[str, str]]:
+    """The sample prompts and their continuations."""
+    settings = run.config.run
+    if not settings.sample_tokens or not settings.sample_prompts:
+        return []
+    # on one device: decoding a few short texts gains nothing from more
+    params = jax.device_put(run.state["params"], run.mesh.devices.flat[0])
+    generator = Generator(SmolLM.from_params(run.config.model, params, dtype=run.dtype))
+    sampling = Sampling(
+        max_new_tokens=settings.sample_tokens,
+        temperature=SAMPLE_TEMPERATURE,
+        top_p=SAMPLE_TOP_P,
+        seed=settings.seed,
+        stop_ids=(run.tokenizer.eos_id,),
+    )
+    prompts = [run.tokenizer.encode(prompt).tolist() for prompt in settings.sample_prompts]
+    texts = generator.generate(prompts, sampling)
+    return [(p, run.tokenizer.decode(ids)) for p, ids in zip(settings.sample_prompts, texts, strict=True)]
+
+
+def save(run: Run) -> None:
+    """Begin a checkpoint of the step the run stands at, unless there is one."""
+    step = run.progress.step
+    if step == run.saved:
+        return
+    meta = {
+        "cursor": run.progress.cursor,
+        "progress": dataclasses.asdict(run.progress),
+        "config": as_dict(run.config),
+    }
+    run.checkpoints.save(step, run.state, meta)
+    run.saved = step
+
+
+def finish(run: Run, outcome: str) -> int:
+    """Wait for the last checkpoint, export a finished run, and print the result; returns the exit code."""
+    if not run.checkpoints.wait():
+        run.report.say(f"the last checkpoint could not be saved: {run.checkpoints.failed}")
+        return EXIT_FAILED
+    run.stop.nothing_to_lose = True
+    step, total = run.progress.step, run.config.total_steps
+    if outcome == "stopped":
+        run.report.say(f"stopped at step {step:,} of {total:,}, saved; run the same command to go on")
+        return EXIT_STOPPED
+    if step < total and outcome == "done":
+        print(f"step {step:,} of {total:,}, as --stop-after asked; saved in {run.run_dir}/checkpoints/{step}")
+        return 0
+    if outcome == "data ended" and run.progress.evaluated < step and run.config.run.eval_every:
+        evaluate(run)
+    curve = plot(run.run_dir)
+    evaluations = [line for line in read_metrics(run.run_dir) if "eval_loss" in line]
+    result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
+    result += f", {run.progress.tokens:,} tokens"
+    if evaluations:
+        last = evaluations[-1]
+        result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
+    if run.config.run.export:
+        result += f"; export in {export_run(run, evaluations, curve)}"
+    else:
+        result += f"; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it"
+    print(result)
+    return 0
+
+
+def evaluation_due(run: Run) -> bool:
+    every, step = run.config.run.eval_every, run.progress.step
+    return every > 0 and (step % every == 0 or step == run.config.total_steps)
+
+
+def save_due(run: Run) -> bool:
+    every, step = run.config.run.checkpoint_every, run.progress.step
+    return step == run.config.total_steps or (every > 0 and step % every == 0)
+
+
+def export_run(run: Run, evaluations: list[dict[str, Any]], curve: Path | None) -> Path:
+    """Write RUN/export from the parameters at hand."""
+    config, folder = run.config, run.run_dir / "export"
+    facts = {
+        "recipe": config.recipe,
+        "data": config.data.data,
+        "steps": run.progress.step,
+        "tokens": run.progress.tokens,
+        "held_out_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "bits_per_byte": evaluations[-1]["eval_bits_per_byte"] if evaluations else None,
+        "curve": curve,
+    }
+    params = jax.device_get(run.state["params"])
+    tokenizer = run.run_dir / "tokenizer"
+    export(params, config.model, folder, dtype="float32", tokenizer_folder=tokenizer, card_facts=facts)
+    return folder

@@ -1,0 +1,255 @@
+"""The loss, the optimizer, the schedule and the train step."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from smollm_jax.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from smollm_jax.loss import summed_nll, targets_of
+from smollm_jax.model import SmolLM, init_params
+from smollm_jax.step import compile_step, compile_steps, init_state, learning_rate_schedule, make_mesh
+
+TINY = ModelConfig(
+    vocab_size=53, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24
+)
+
+
+def config_of(*, phases="20x4", seq_len=12, compute=None, **optimizer):
+    return Config(
+        model=TINY,
+        run=RunConfig(phases=phases),
+        data=DataConfig(seq_len=seq_len),
+        optimizer=OptimizerConfig(**optimizer),
+        compute=ComputeConfig(**({"loss_chunk": 16} | (compute or {}))),
+    )
+
+
+def batch_of(rows, length, *, vocab=TINY.vocab_size, seed=0):
+    """Rows of random tokens and documents, the last with padding at its end."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    segment_ids = 1 + np.cumsum(rng.random((rows, length + 1)) < 0.2, axis=1).astype(np.int32)
+    segment_ids[-1, length // 2 :] = 0
+    return tokens, segment_ids
+
+
+def whole_loss(params, tokens, segment_ids):
+    """The loss written in the plainest way: a Python loop over the tokens that have a successor of their own."""
+    logits = SmolLM.from_params(TINY, params)(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
+    log_p = jax.nn.log_softmax(logits)
+    total, count = 0.0, 0
+    for row in range(tokens.shape[0]):
+        for t in range(tokens.shape[1] - 1):
+            if segment_ids[row, t] == segment_ids[row, t + 1] != 0:
+                total -= log_p[row, t, tokens[row, t + 1]]
+                count += 1
+    return total, count
+
+
+def run_steps(config, batches, params=None):
+    mesh = make_mesh(config)
+    compiled = {}
+    state, metrics = init_state(config, mesh, params), []
+    for tokens, segment_ids in batches:
+        step = compiled.setdefault(
+            len(tokens), compile_step(config, mesh, len(tokens), dtype=jnp.float32, remat="none")
+        )
+        state, values = step(state, tokens, segment_ids)
+        metrics.append({name: value.item() for name, value in values.items()})
+    return state, metrics
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 10_000])
+def test_the_chunked_loss_and_its_gradients_equal_the_whole_ones(chunk):
+    rng = np.random.default_rng(0)
+    x, head = jnp.asarray(rng.normal(size=(3, 11, 8))), jnp.asarray(rng.normal(size=(29, 8)))
+    targets, valid = jnp.asarray(rng.integers(0, 29, (3, 11))), jnp.asarray(rng.random((3, 11)) < 0.7)
+
+    def whole(x, head):
+        nll = optax.losses.softmax_cross_entropy_with_integer_labels(x @ head.T, targets)
+        return jnp.sum(nll * valid)
+
+    value, gradients = jax.value_and_grad(whole, argnums=(0, 1))(x, head)
+    ours, our_gradients = jax.value_and_grad(
+        lambda x, head: 3 * summed_nll(x, head, targets, valid, chunk), argnums=(0, 1)
+    )(x, head)
+    np.testing.assert_allclose(ours, 3 * value, rtol=1e-6)
+    np.testing.assert_allclose(summed_nll(x, head, targets, valid, chunk), value, rtol=1e-6)
+    for a, b in zip(our_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a, 3 * b, atol=1e-5)
+
+
+def test_the_logits_never_exist_whole():
+    shape = {"B": 8, "T": 256, "D": 16, "V": 4_096}
+    x = jnp.ones((shape["B"], shape["T"], shape["D"]))
+    head = jnp.ones((shape["V"], shape["D"]))
+    targets, valid = jnp.zeros(x.shape[:2], int), jnp.ones(x.shape[:2], bool)
+    gradient = jax.jit(jax.grad(lambda x, h: summed_nll(x, h, targets, valid, 64), argnums=(0, 1)))
+    temporary = gradient.lower(x, head).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < shape["B"] * shape["T"] * shape["V"] * 4 / 4
+
+
+def test_the_loss_is_summed_nll_over_the_targets_of_the_whole_step():
+    tokens, segment_ids = batch_of(4, 12)
+    state, metrics = run_steps(config_of(), [(tokens, segment_ids)])
+    del state
+    nll, count = whole_loss(init_params(TINY, 0), tokens, segment_ids)
+    assert metrics[0]["targets"] == count
+    assert metrics[0]["loss"] == pytest.approx(float(nll) / count, rel=1e-5)
+
+
+def test_eos_is_a_target_and_padding_and_document_starts_are_not():
+    tokens = np.array([[5, 6, 0, 7, 8, 0, 0]])
+    segment_ids = np.array([[1, 1, 1, 2, 2, 2, 0]])
+    targets, valid = targets_of(tokens, segment_ids)
+    assert targets[valid].tolist() == [6, 0, 8, 0]
+
+
+def test_accumulation_equals_one_big_batch():
+    batch = batch_of(8, 12)
+    whole, whole_metrics = run_steps(config_of(phases="20x8"), [batch])
+    for parts in (2, 4):
+        state, metrics = run_steps(config_of(phases="20x8", compute={"grad_accum": parts}), [batch])
+        assert metrics[0]["loss"] == pytest.approx(whole_metrics[0]["loss"], rel=1e-6)
+        assert metrics[0]["grad_norm"] == pytest.approx(whole_metrics[0]["grad_norm"], rel=1e-5)
+        moments = zip(jax.tree.leaves(state["opt_state"]), jax.tree.leaves(whole["opt_state"]), strict=True)
+        for a, b in moments:
+            np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_adamw_updates_equal_those_of_torch():
+    import torch
+
+    config = config_of(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, phases="10x4")
+    params = init_params(TINY, 0)
+    batches = [batch_of(4, 12, seed=i) for i in range(4)]
+    state, metrics = run_steps(config, batches, params)
+    tensors = {jax.tree_util.keystr(path): torch.tensor(np.array(leaf), requires_grad=True)
+               for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    groups = [
+        {"params": [t for name, t in tensors.items() if "scale" not in name], "weight_decay": 0.1},
+        {"params": [t for name, t in tensors.items() if "scale" in name], "weight_decay": 0.0},
+    ]
+    torch_adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for i, (tokens, segment_ids) in enumerate(batches):
+        current = jax.tree.unflatten(jax.tree.structure(params), [t.detach().numpy() for t in tensors.values()])
+        count = whole_loss(current, tokens, segment_ids)[1]
+        gradients = jax.grad(lambda p, t=tokens, s=segment_ids: whole_loss(p, t, s)[0])(current)
+        for tensor, gradient in zip(tensors.values(), jax.tree.leaves(gradients), strict=True):
+            tensor.grad = torch.tensor(np.array(gradient)) / count
+        torch.nn.utils.clip_grad_norm_(tensors.values(), 0.5)
+        for group in torch_adamw.param_groups:
+            group["lr"] = metrics[i]["learning_rate"]
+        torch_adamw.step()
+    for ours, theirs in zip(jax.tree.leaves(state["params"]), tensors.values(), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
+
+
+def test_norms_do_not_decay():
+    config = config_of(weight_decay=0.9, learning_rate=1e-2)
+    empty = (np.zeros((4, 13), np.int32), np.zeros((4, 13), np.int32))  # no targets, hence no gradient
+    before, (state, _) = init_params(TINY, 0), run_steps(config, [empty] * 3)
+    np.testing.assert_array_equal(state["params"]["final_norm"]["scale"], before["final_norm"]["scale"])
+    assert float(jnp.abs(state["params"]["embedding"]).sum()) < float(jnp.abs(before["embedding"]).sum())
+
+
+def test_the_linear_schedule_warms_up_and_ends_at_zero_without_wasting_an_update():
+    config = Config(run=RunConfig(phases="1000x2"))
+    rate = learning_rate_schedule(config)
+    rates = np.array([float(rate(i)) for i in range(1_001)])
+    assert rates[:2] == pytest.approx([6e-6, 1.2e-5], rel=1e-4)  # optax counts down from the peak, in f32
+    assert rates[99:101] == pytest.approx([6e-4, 6e-4])
+    assert (rates[:1_000] > 0).all()
+    assert rates[1_000] == 0
+    assert np.diff(rates[100:]) == pytest.approx(-6e-4 / 900, rel=1e-2)
+
+
+def test_the_replica_decays_over_both_phases():
+    config = Config()
+    assert [config.batch_size_at(step) for step in (1, 5_000, 5_001, 5_050)] == [32, 32, 8, 8]
+    rate = learning_rate_schedule(config)
+    assert float(rate(4_999)) > float(rate(5_000)) > float(rate(5_049)) > 0
+    assert float(rate(5_000)) == pytest.approx(6e-4 * 50 / 4_950, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at_half", "at_end"), [("constant", 1.0, 1.0), ("cosine", 0.5, 0.1), ("wsd", 1.0, 0.1)]
+)
+def test_other_schedules_have_their_shapes(schedule, at_half, at_end):
+    optimizer = OptimizerConfig(
+        learning_rate=1.0,
+        schedule=schedule,
+        warmup_steps=0,
+        final_learning_rate=0.0 if schedule == "constant" else 0.1,
+    )
+    rate = learning_rate_schedule(Config(run=RunConfig(phases="100x2"), optimizer=optimizer))
+    half = at_half if schedule != "cosine" else 0.55
+    assert float(rate(50)) == pytest.approx(half, abs=1e-6)
+    assert float(rate(100)) == pytest.approx(at_end, abs=1e-6)
+    if schedule == "wsd":
+        assert float(rate(79)) == pytest.approx(1.0)
+        assert float(rate(90)) == pytest.approx(0.55, abs=1e-6)
+
+
+def test_a_step_without_finite_gradients_changes_nothing_but_the_count():
+    config = config_of()
+    params = init_params(TINY, 0)
+    params["embedding"] = params["embedding"].at[7, 0].set(jnp.inf)
+    batch = batch_of(4, 12)
+    state, metrics = run_steps(config, [batch], params)
+    assert not metrics[0]["finite"]
+    assert int(state["step"]) == 1
+    for after, before in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(after, before)
+    fresh = init_state(config, make_mesh(config), params)
+    for after, before in zip(
+        jax.tree.leaves(state["opt_state"]), jax.tree.leaves(fresh["opt_state"]), strict=True
+    ):
+        np.testing.assert_array_equal(after, before)
+
+
+def test_random_tokens_cannot_be_learned_below_the_logarithm_of_the_vocabulary():
+    """The canary for a leak of targets into inputs: fresh random tokens each step, yet plenty of training."""
+    config = config_of(phases="200x8", seq_len=32, learning_rate=3e-2, warmup_steps=5)
+    batches = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        batches.append((rng.integers(0, 53, (8, 33)).astype(np.int32), np.ones((8, 33), np.int32)))
+    _, metrics = run_steps(config, batches)
+    last = np.mean([values["loss"] for values in metrics[-50:]])
+    assert np.log(53) - 0.02 < last < np.log(53) + 0.1
+
+
+def test_a_pattern_is_learned():
+    """The other side of the canary: what can be predicted is."""
+    config = config_of(phases="150x8", seq_len=32, learning_rate=1e-2, warmup_steps=5)
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(150):
+        tokens = (rng.integers(0, 53, (8, 1)) + 3 * np.arange(33)) % 53
+        batches.append((tokens.astype(np.int32), np.ones((8, 33), np.int32)))
+    _, metrics = run_steps(config, batches)
+    assert metrics[-1]["loss"] < 0.5
+
+
+def test_bf16_training_keeps_f32_masters():
+    config = config_of()
+    step = compile_step(config, make_mesh(config), 4, dtype=jnp.bfloat16, remat="none")
+    state, _ = step(init_state(config, make_mesh(config)), *batch_of(4, 12))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state["params"])} == {"float32"}
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state["params"], init_params(TINY, 0))
+    # the first warm-up update is far below what a bf16 weight of 1.0 could show
+    assert 0 < moved["final_norm"]["scale"] < 2**-9
+
+
+def test_remat_auto_takes_the_first_policy_that_fits():
+    config = config_of(seq_len=64, phases="20x8")
+    mesh = make_mesh(config)
+    assert compile_steps(config, mesh, dtype=jnp.float32, memory_bytes=10**12)[1] == "none"
+    assert compile_steps(config, mesh, dtype=jnp.float32, memory_bytes=1)[1] == "full"
+    forced = replace(config, compute=replace(config.compute, remat="dots"))
+    assert compile_steps(forced, mesh, dtype=jnp.float32, memory_bytes=1)[1] == "dots"

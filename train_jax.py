@@ -1,0 +1,20 @@
+"""Pre-train SmolLM2: `python train_jax.py [--recipe replica|smollm2|quickstart] [overrides]`.
+
+The same command again resumes. Exit codes: 0 finished; 2 a mistake in the arguments or the input;
+75 stopped on request with everything saved; 1 anything else.
+"""
+
+import sys
+
+from smollm_jax.arguments import guarded, parse
+
+
+def main() -> int:
+    config = parse(sys.argv[1:])
+    from smollm_jax.train import fit  # JAX only now: --help answers at once
+
+    return fit(config)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
