@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,21 @@ from smollm_jax.config import DataConfig, require
 from smollm_jax.sources import Document, Source, SourceTimeout, mixture, open_source
 from smollm_jax.tokenizer import Tokenizer
 
-__all__ = ["Batch", "HeldOut", "SourceTimeout", "Stream", "check_vocab", "heldout", "num_targets", "open_stream"]
+__all__ = [
+    "Batch",
+    "HeldOut",
+    "SourceTimeout",
+    "Stream",
+    "check_vocab",
+    "heldout",
+    "num_targets",
+    "open_stream",
+    "plain_batches",
+]
 
 Cursor = dict[str, Any]
 BATCHES_AHEAD = 4  # made while the device works; a window's tokens are held anyway
+TOKENISED_TOGETHER = 256  # documents: enough to keep the tokenizer's threads busy
 HELD_OUT_EVERY = 10  # one document in so many, from the head of a source, until there are enough
 
 
@@ -167,6 +179,29 @@ class Packer:
         for i in range(rows):
             self.row(tokens[i], segment_ids[i])
         return Batch(tokens, segment_ids)
+
+
+def pack(drawn: Iterator[tuple[Document, np.ndarray]], seq_len: int, batch_size: int) -> Iterator[Batch]:
+    """Documents and their tokens in batches of full rows; only the last batch has padding."""
+    packer = Packer(partial(next, drawn, None), seq_len)
+    while num_targets(batch := packer.batch(batch_size)):
+        packer.drawn.clear()
+        yield batch
+
+
+def plain_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
+    """The whole of `config.data` once, source after source, in order; only the last batch has padding.
+
+    Raises `ValueError` when there is nothing to read, or as `Source.documents` does.
+    """
+    documents = (d for spec, _ in mixture(config.data) for d in open_source(spec, config).documents())
+    yield from pack(tokenised(documents, tokenizer), config.seq_len, batch_size)
+
+
+def tokenised(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents and their tokens, a group at a time."""
+    while group := list(islice(documents, TOKENISED_TOGETHER)):
+        yield from zip(group, tokenise(tokenizer, group), strict=True)
 
 
 class Batches:
@@ -338,10 +373,7 @@ class HeldOut:
     def batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
         """The documents in rows, in the same order every time; the last batch is filled up with padding."""
         drawn = zip(self.documents, self.tokens, strict=True)
-        packer, made = Packer(partial(next, drawn, None), self.seq_len), 0
-        while made != max_batches and num_targets(batch := packer.batch(batch_size)):
-            yield batch
-            made += 1
+        return islice(pack(drawn, self.seq_len, batch_size), max_batches)
 
 
 def heldout(config: DataConfig, tokenizer: Tokenizer) -> HeldOut:
