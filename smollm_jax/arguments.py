@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from smollm_jax.config import MODELS, RECIPES, Config, require
 
+Command = Callable[..., int]
 EXIT_MISTAKE = 2
 EXIT_FAILED = 1
 
@@ -37,17 +40,49 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     if given.preset is not None:
         require(given.preset in MODELS, f"--preset {given.preset}: expected one of {', '.join(MODELS)}")
         default = replace(default, preset=given.preset, model=MODELS[given.preset])
+    return _one_line(
+        prog,
+        lambda: tyro.cli(
+            Config,
+            args=argv,
+            default=default,
+            prog=prog,
+            description="Pre-train a SmolLM2-class model; the same command again resumes.",
+            config=(tyro.conf.OmitArgPrefixes,),
+        ),
+    )
+
+
+def parse_command(commands: dict[str, Command] | Command, argv: list[str], prog: str) -> Callable[[], int]:
+    """The command that `argv` asks for, its arguments filled in, ready to be called.
+
+    Flags, types and help are those of the command's signature and docstring. Raises like `parse`.
+    """
+    import tyro
+
+    if callable(commands):
+        only = _deferred(commands)
+        return _one_line(prog, lambda: tyro.cli(only, args=argv, prog=prog))
+    named = {name: _deferred(command) for name, command in commands.items()}
+    return _one_line(prog, lambda: tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog))
+
+
+def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
+    """tyro calls what it has parsed while its talk is caught; the work itself is to be done after that."""
+
+    @functools.wraps(command)
+    def fill_in(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
+
+    return fill_in
+
+
+def _one_line(prog: str, read: Callable[[], Any]) -> Any:
+    """What `read` makes of the arguments, a mistake in them as a `ValueError` of one line."""
     talk = io.StringIO()
     try:
         with contextlib.redirect_stderr(talk):
-            return tyro.cli(
-                Config,
-                args=argv,
-                default=default,
-                prog=prog,
-                description="Pre-train a SmolLM2-class model; the same command again resumes.",
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            return read()
     except SystemExit as stop:
         if stop.code == 0:
             raise

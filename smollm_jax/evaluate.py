@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte.
+"""Held-out loss and bits per byte: of a run under way, and of any model on any text.
 
 Bits per byte compare across tokenizers: the nats of the targets over the UTF-8 bytes that those very targets
 stand for. Sums are kept to the end; a mean of means would weigh short batches more.
@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from smollm_jax.data import Batch
+from smollm_jax.config import Config, DataConfig, require
+from smollm_jax.data import Batch, check_vocab, plain_batches
+from smollm_jax.loading import is_run, load_for_inference, read_run
+from smollm_jax.step import make_nll
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,40 @@ def score(
         tokens += targets.size
         text_bytes += int(token_bytes_V[targets].sum())
     return Score(nats, tokens, text_bytes)
+
+
+def evaluate_model(
+    path: str | Path,
+    data: DataConfig,
+    *,
+    seq_len: int | None = None,
+    batch_size: int,
+    max_batches: int | None = None,
+    dtype: str,
+) -> dict[str, Any]:
+    """Score a run, exported folder or Hub id on all of `data.data`, in order; plain JSON values.
+
+    Rows are as long as those that the run was trained on, or as `seq_len`, but never longer than the model's
+    context. Raises `ValueError` for what cannot be read or holds nothing to score.
+    """
+    model, params, tokenizer = load_for_inference(path)
+    check_vocab(tokenizer, model.vocab_size)
+    trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
+    settings = replace(data, seq_len=seq_len or min(trained, model.max_seq_len))
+    config = Config(model=model, data=settings)
+    nll = jax.jit(make_nll(config, dtype=jnp.dtype(dtype), remat="none"))
+    batches = islice(plain_batches(settings, tokenizer, batch_size), max_batches)
+    result = score(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
+    assert result is not None
+    require(result.tokens > 0, f"--data {settings.data} holds nothing to score: no document of two tokens")
+    return {
+        "path": str(path),
+        "data": settings.data,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "seq_len": settings.seq_len,
+        "dtype": dtype,
+    }

@@ -68,6 +68,25 @@ def list_checkpoints(folder: str | Path) -> list[Info]:
     return sorted(infos, key=lambda info: (info.step, info.name))
 
 
+def table(run_dir: Path) -> str:
+    """The checkpoints of a run as lines of step, size, age and verdict; raises `ValueError` for no run."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{run_dir} is not a run: it has no checkpoints/")
+    rows = [
+        f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {_age(info.age_seconds):>8}  {info.verdict}"
+        for info in list_checkpoints(folder)
+    ]
+    return "\n".join([f"{'checkpoint':>14}  {'size':>13}  {'age':>8}  verdict", *rows])
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def steps_in(folder: Path) -> list[int]:
     """Steps that have a folder, newest first."""
     if not folder.is_dir():

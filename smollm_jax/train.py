@@ -10,18 +10,17 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from smollm_jax.config import Config, as_dict
-from smollm_jax.convert import export
 from smollm_jax.data import Batch, SourceTimeout, num_targets
 from smollm_jax.evaluate import score
 from smollm_jax.generation import Generator, Sampling
 from smollm_jax.hardware import peak_flops
 from smollm_jax.model import SmolLM
+from smollm_jax.publish import publish
 from smollm_jax.report import finite_or_none, plot, read_metrics
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.step import by_row
@@ -272,7 +271,7 @@ def finish(run: Run, outcome: str) -> int:
         return 0
     if outcome == "data ended" and run.progress.evaluated < step and run.config.run.eval_every:
         evaluate(run)
-    curve = plot(run.run_dir)
+    plot(run.run_dir)
     evaluations = [line for line in read_metrics(run.run_dir) if "eval_loss" in line]
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens"
@@ -280,7 +279,7 @@ def finish(run: Run, outcome: str) -> int:
         last = evaluations[-1]
         result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
     if run.config.run.export:
-        result += f"; export in {export_run(run, evaluations, curve)}"
+        result += f"; export in {publish(run.run_dir, run.run_dir / 'export', step=step).folder}"
     else:
         result += f"; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it"
     print(result)
@@ -295,21 +294,3 @@ def evaluation_due(run: Run) -> bool:
 def save_due(run: Run) -> bool:
     every, step = run.config.run.checkpoint_every, run.progress.step
     return step == run.config.total_steps or (every > 0 and step % every == 0)
-
-
-def export_run(run: Run, evaluations: list[dict[str, Any]], curve: Path | None) -> Path:
-    """Write RUN/export from the parameters at hand."""
-    config, folder = run.config, run.run_dir / "export"
-    facts = {
-        "recipe": config.recipe,
-        "data": config.data.data,
-        "steps": run.progress.step,
-        "tokens": run.progress.tokens,
-        "held_out_loss": evaluations[-1]["eval_loss"] if evaluations else None,
-        "bits_per_byte": evaluations[-1]["eval_bits_per_byte"] if evaluations else None,
-        "curve": curve,
-    }
-    params = jax.device_get(run.state["params"])
-    tokenizer = run.run_dir / "tokenizer"
-    export(params, config.model, folder, dtype="float32", tokenizer_folder=tokenizer, card_facts=facts)
-    return folder

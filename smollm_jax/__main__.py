@@ -1,0 +1,188 @@
+"""The commands beside training: `python -m smollm_jax export | import | generate | evaluate | push | checkpoints`.
+
+Results go to stdout, talk to stderr. A command is a function: its signature is its flags, its docstring its
+help. What it needs is imported when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from smollm_jax.arguments import guarded, parse_command
+from smollm_jax.config import DataConfig
+from smollm_jax.report import say
+
+Positional = Annotated[str, tyro.conf.Positional]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def export(
+    run: Positional, *, out: str, step: int | None = None, dtype: Dtype = "float32", verify: bool = True
+) -> int:
+    """Write a Hugging Face folder that AutoModelForCausalLM loads.
+
+    Args:
+        run: Run folder.
+        out: Folder to write.
+        step: Checkpoint; default: the newest good one.
+        dtype: Dtype of the file; float32 keeps the masters' own bits.
+        verify: Compare what was written with the checkpoint, and leave nothing behind if they differ.
+    """
+    from smollm_jax.publish import publish
+
+    done = publish(run, out, step=step, dtype=dtype, verify=verify)
+    say(f"step {done.step:,}: {done.checked}")
+    print(done.folder)
+    return 0
+
+
+def import_(path: Positional, *, out: str) -> int:
+    """Make a run of Hugging Face weights, which train_jax.py continues and serve.py serves.
+
+    Args:
+        path: Hugging Face folder or Hub id.
+        out: Run folder to make.
+    """
+    from smollm_jax.loading import import_run
+
+    model = import_run(path, out)
+    say(f"{model.num_parameters:,} parameters; go on with: python train_jax.py --init-from {out} --data ...")
+    print(out)
+    return 0
+
+
+def generate(
+    path: Positional,
+    *,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    backend: Literal["jax", "torch"] = "jax",
+    dtype: Dtype = "float32",
+) -> int:
+    """Continue a prompt; the text goes to stdout as it comes.
+
+    Args:
+        path: Run, exported folder or Hub id.
+        prompt: Text to continue.
+        max_new_tokens: Longest continuation.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Keep the likeliest tokens that make up this probability.
+        top_k: Keep the k likeliest tokens; 0: all.
+        min_p: Keep tokens at least this likely relative to the likeliest.
+        repetition_penalty: Above 1, tokens already there become less likely.
+        seed: Of the draws.
+        stop: Texts at which to stop.
+        backend: What computes.
+        dtype: What it computes in.
+    """
+    from smollm_jax.completion import open_completer
+    from smollm_jax.generation import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    completer = open_completer(path, backend=backend, dtype=dtype)
+    pieces = completer.stream(prompt, sampling, stop)
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    print()
+    say(f"stopped: {completer.stop_reason}")
+    return 0
+
+
+def evaluate(
+    path: Positional,
+    *,
+    data: str,
+    text_column: str = DataConfig.text_column,
+    split: str = DataConfig.split,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+    dtype: Dtype = "float32",
+) -> int:
+    """Score a model on text: loss, perplexity and bits per byte, as one JSON line.
+
+    Args:
+        path: Run, exported folder or Hub id.
+        data: Any source that train_jax.py takes.
+        text_column: Column that holds the text.
+        split: Split of a Hub dataset.
+        seq_len: Tokens a row; default: what the run was trained on, else 2,048 or the model's context.
+        batch_size: Rows at a time.
+        max_batches: Read no more than this; default: all of it.
+        dtype: What is computed in.
+    """
+    from smollm_jax.evaluate import evaluate_model
+
+    settings = DataConfig(data=data, text_column=text_column, split=split)
+    result = evaluate_model(
+        path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype
+    )
+    print(json.dumps(result))
+    return 0
+
+
+def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private: bool = False) -> int:
+    """Upload an exported folder to the Hugging Face Hub.
+
+    Args:
+        folder: What `export` wrote.
+        repo: OWNER/NAME on the Hub.
+        dry_run: Only list what would go.
+        private: Make a new repository private.
+    """
+    from smollm_jax.hub import push
+
+    print(push(folder, repo, dry_run=dry_run, private=private))
+    return 0
+
+
+def checkpoints(run: Positional) -> int:
+    """List a run's checkpoints with step, size, age and verdict.
+
+    Args:
+        run: Run folder.
+    """
+    from smollm_jax.inventory import table
+
+    print(table(Path(run)))
+    return 0
+
+
+COMMANDS = {
+    "export": export,
+    "import": import_,
+    "generate": generate,
+    "evaluate": evaluate,
+    "push": push,
+    "checkpoints": checkpoints,
+}
+
+
+def main() -> int:
+    return parse_command(COMMANDS, sys.argv[1:], "python -m smollm_jax")()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
