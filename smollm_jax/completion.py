@@ -189,7 +189,7 @@ def _open_jax(path: str | Path, dtype: Dtype) -> Completer:
     from smollm_jax.model import SmolLM
 
     config, params, tokenizer = load_for_inference(path)
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model meets the same few programs each time it is opened
         folder = Path(ComputeConfig().compilation_cache_dir).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
