@@ -1,48 +1,49 @@
 """Where documents come from: local files, the Hugging Face Hub, and the prose inside every CPython.
 
 A source yields documents in a fixed order, each with the cursor from which the next one follows. It knows
-nothing of tokens, shuffling or rows. `datasets` finds the files of a Hub dataset; they are then read range
-by range, so that a resume opens one file at one row group. A fault of the network re-opens the source at
-the last cursor, until `timeout` seconds have gone by without a document.
+nothing of tokens, shuffling or rows. What cannot be read is named, by file and row, and stops the run or is
+skipped and counted; it never goes unmentioned.
 """
 
 from __future__ import annotations
 
-import ast
 import glob
 import gzip
-import hashlib
-import inspect
+import io
 import json
 import logging
-import random
 import sys
-import sysconfig
-import time
-from collections.abc import Iterator
+import threading
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+import xxhash
 
 from smollm_jax.config import DataConfig, require
-from smollm_jax.tokenizer import WAYS_OUT
+from smollm_jax.hub import BLOCK_BYTES, FRESH_SECONDS, WAYS_OUT, HubFile, Remote, SourceTimeout, brief, list_files
+from smollm_jax.python_docs import python_docs
 
 Cursor = dict[str, Any]
+START: Cursor = {"file": 0, "row": 0, "byte": 0}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 BUILTIN = "builtin:python-docs"
-SHORTEST_BUILTIN = 80  # characters: shorter docstrings are labels, not prose
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
-PARSE_TRIES = 3  # a truncated read looks like a corrupt file until it has failed this often at one place
+BOM = b"\xef\xbb\xbf"
+PROBE_BYTES = 2**16  # at both ends of a local file: what its fingerprint takes from the content
+PARSE_TRIES = 3  # of a remote file, read afresh each time, before it is called corrupt
 
 logger = logging.getLogger(__name__)
 
 
-class SourceTimeout(RuntimeError):
-    """A source has not answered for --data-timeout seconds."""
-
-
 class BadData(ValueError):
     """A row or file that cannot be read; the message names it."""
+
+
+class MissingColumn(ValueError):
+    """The file has no such column: a mistake in the settings, whatever --on-bad-data says."""
 
 
 @dataclass(frozen=True)
@@ -55,151 +56,181 @@ class Document:
     """From here the next document follows."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One row of a file: its value, or why it cannot be read."""
+
+    value: Any
+    row: int
+    after: Cursor
+    fault: str = ""
+
+
 @dataclass
 class Source:
-    """An ordered set of files. `fingerprint` changes with the list of files, their sizes and contents."""
+    """An ordered set of files. `fingerprint` has a hash a file: of its name, size and content."""
 
     name: str
     files: list[str]
     fingerprint: str
     settings: DataConfig
-    filesystem: Any = None
-    skipped: int = 0
+    open: Callable[[int], BinaryIO]
+    remote: bool = False
+    closed: threading.Event = field(default_factory=threading.Event)
+    """Set: no more waiting."""
 
-    def documents(self, cursor: Cursor | None = None) -> Iterator[Document]:
-        """All documents from `cursor` on; raises `SourceTimeout`, or `ValueError` naming what is wrong."""
-        cursor = cursor or {"file": 0, "row": 0, "byte": 0}
-        alive, wait, failures = time.monotonic(), FIRST_WAIT_SECONDS, 0
-        while True:
+    def documents(self, cursor: Cursor | None = None, skipped: list[str] | None = None) -> Iterator[Document]:
+        """All documents from `cursor` on; what is skipped is appended to `skipped`.
+
+        Raises `SourceTimeout`, or `ValueError` naming what is wrong.
+        """
+        cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
+        while cursor["file"] < len(self.files):
+            path = self.files[cursor["file"]]
             try:
-                for document in self._read(cursor):
-                    cursor, alive, wait, failures = document.cursor, time.monotonic(), FIRST_WAIT_SECONDS, 0
-                    yield document
-                    alive = time.monotonic()  # the consumer may take its time
-                return
+                for entry in self._entries(path, cursor):
+                    cursor, tries = entry.after, 0
+                    fault = entry.fault or _fault(entry.value, self.settings.text_column)
+                    if fault:
+                        self._bad(f"{path}, row {entry.row}, cannot be read: {fault}", skipped)
+                    elif entry.value.strip():
+                        yield Document(entry.value, self.name, path, entry.row, cursor)
+            except (BadData, MissingColumn, SourceTimeout):
+                raise
             except Exception as error:
-                failures += 1
-                if self.filesystem is None or not _may_pass(error, failures):
-                    cursor = self._bad_file(cursor, error)
-                    continue
-                silent = time.monotonic() - alive
-                if silent > self.settings.data_timeout:
-                    raise SourceTimeout(
-                        f"{self.name} has not answered for {silent:.0f} s ({_brief(error)})"
-                    ) from None
-                logger.warning("waiting for %s: %s; trying again in %.1f s", self.name, _brief(error), wait)
-                time.sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-
-    def _read(self, cursor: Cursor) -> Iterator[Document]:
-        for index in range(cursor["file"], len(self.files)):
-            start = cursor if index == cursor["file"] else {"file": index, "row": 0, "byte": 0}
-            path = self.files[index]
-            if path.endswith(".parquet"):
-                yield from self._read_parquet(path, start)
-            else:
-                yield from self._read_text(path, start)
-
-    def _read_parquet(self, path: str, start: Cursor) -> Iterator[Document]:
-        import pyarrow.parquet as pq
-
-        column, first = self.settings.text_column, 0
-        with self._open(path) as raw, pq.ParquetFile(raw) as file:
-            names = file.schema_arrow.names
-            require(column in names, f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if first + rows > start["row"]:
-                    values = file.read_row_group(group, columns=[column]).column(0)
-                    for offset in range(max(start["row"] - first, 0), rows):
-                        row = first + offset
-                        after = {"file": start["file"], "row": row + 1, "byte": 0}
-                        yield from self._checked(values[offset].as_py(), path, row, after)
-                first += rows
-
-    def _read_text(self, path: str, start: Cursor) -> Iterator[Document]:
-        entries = _lines if path.endswith((".jsonl", ".jsonl.gz")) else _paragraphs
-        with self._open(path) as raw:
-            file = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-            file.seek(start["byte"])
-            for row, (entry, end) in enumerate(entries(file), start["row"]):
-                after = {"file": start["file"], "row": row + 1, "byte": start["byte"] + end}
-                try:
-                    text = entry.decode()
-                    value = self._field(json.loads(text), path) if entries is _lines and text.strip() else text
-                except MissingColumn:
+                if not _is_of_the_file(error):
                     raise
-                except (ValueError, RecursionError) as error:
-                    self._bad_row(path, row, _brief(error))
+                tries += 1
+                if self.remote and tries < PARSE_TRIES:
+                    logger.warning("reading %s again from row %d: %s", path, cursor["row"], brief(error))
                     continue
-                yield from self._checked(value, path, row, after)
+                self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {brief(error)}", skipped)
+            cursor, tries = {**START, "file": cursor["file"] + 1}, 0
 
-    def _field(self, entry: Any, path: str) -> Any:
-        column = self.settings.text_column
-        if not isinstance(entry, dict):
-            raise ValueError("not a JSON object")
-        if column not in entry:
-            raise MissingColumn(
-                f"{path} has no column {column!r} but {', '.join(map(str, entry))}; give --text-column"
-            )
-        return entry[column]
+    def _entries(self, path: str, start: Cursor) -> Iterator[Entry]:
+        if self.name == BUILTIN:
+            return _builtin(start)
+        read = _parquet if path.endswith(".parquet") else _text
+        return read(partial(self.open, start["file"]), path, start, self.settings.text_column)
 
-    def _checked(self, value: Any, path: str, row: int, after: Cursor) -> Iterator[Document]:
-        if not isinstance(value, str):
-            self._bad_row(path, row, f"{self.settings.text_column} is {type(value).__name__}, not text")
-        elif not value.isascii() and value.encode("utf-8", "replace").decode() != value:
-            self._bad_row(path, row, f"{self.settings.text_column} is not Unicode text: a lone surrogate")
-        elif value.strip():
-            yield Document(value, self.name, path, row, after)
-
-    def _bad_row(self, path: str, row: int, reason: str) -> None:
-        message = f"{path}, row {row}, cannot be read: {reason}"
-        if self.settings.on_bad_data == "stop":
-            raise BadData(f"{message}; mend it, or give --on-bad-data skip")
-        self.skipped += 1
-        logger.warning("skipped: %s", message)
-
-    def _bad_file(self, cursor: Cursor, error: Exception) -> Cursor:
-        """The cursor behind a file that cannot be read, where that may be skipped; raises otherwise."""
-        if isinstance(error, BadData | MissingColumn | SourceTimeout) or not isinstance(
-            error, OSError | ValueError | EOFError
-        ):
-            raise error
-        path = self.files[cursor["file"]]
-        message = f"{path}, at row {cursor['row']}, cannot be read: {_brief(error)}"
+    def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
             raise BadData(f"{message}; mend it, or give --on-bad-data skip") from None
-        self.skipped += 1
-        logger.warning("skipped the rest of a file: %s", message)
-        return {"file": cursor["file"] + 1, "row": 0, "byte": 0}
-
-    def _open(self, path: str) -> Any:
-        return self.filesystem.open(path, "rb") if self.filesystem else Path(path).open("rb")
+        skipped.append(message)
+        logger.warning("skipped: %s", message)
 
 
-class MissingColumn(ValueError):
-    """The file has no such column: a mistake in the settings, whatever --on-bad-data says."""
+def _fault(value: Any, column: str) -> str:
+    """Why a value is no text; empty if it is."""
+    if not isinstance(value, str):
+        return f"{column} is {type(value).__name__}, not text"
+    if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
+        return f"{column} is not Unicode text: a lone surrogate"
+    return ""
 
 
-class BuiltinSource(Source):
-    """Reference manual and docstrings of the running Python: about 2 MB of English prose, each text once."""
-
-    def _read(self, cursor: Cursor) -> Iterator[Document]:
-        texts = python_docs()
-        for row in range(cursor["row"], len(texts)):
-            yield Document(texts[row], self.name, self.name, row, {"file": 0, "row": row + 1, "byte": 0})
+def _is_of_the_file(error: Exception) -> bool:
+    """Whether a file cannot be read or parsed, as against a fault of this program."""
+    return isinstance(error, OSError | EOFError | ValueError | zlib.error) or type(error).__module__.startswith(
+        "pyarrow"
+    )
 
 
-def open_source(spec: str, settings: DataConfig) -> Source:
-    """The source that `spec` names; raises `ValueError` when there is nothing to read."""
+def _builtin(start: Cursor) -> Iterator[Entry]:
+    for row, text in enumerate(python_docs()[start["row"] :], start["row"]):
+        yield Entry(text, row, {**start, "row": row + 1})
+
+
+def _parquet(open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str) -> Iterator[Entry]:
+    import pyarrow.parquet as pq
+
+    first = 0
+    with open_file() as raw, pq.ParquetFile(raw) as file:
+        _require_column(column, file.schema_arrow.names, path)
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first + rows > start["row"]:
+                values = file.read_row_group(group, columns=[column]).column(0)
+                for offset in range(max(start["row"] - first, 0), rows):
+                    row = first + offset
+                    value, fault = None, ""
+                    try:
+                        value = values[offset].as_py()
+                    except UnicodeDecodeError as error:
+                        fault = brief(error)
+                    yield Entry(value, row, {**start, "row": row + 1}, fault)
+            first += rows
+
+
+def _text(open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str) -> Iterator[Entry]:
+    """Lines of JSON, or the paragraphs of a text file."""
+    json_lines = not path.endswith(".txt")
+    with open_file() as raw:
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
+        file.seek(start["byte"])
+        entries = _lines(file) if json_lines else _paragraphs(file)
+        for row, (entry, end) in enumerate(entries, start["row"]):
+            value, fault = None, ""
+            try:
+                text = entry.removeprefix(b"" if row else BOM).decode()
+                value = _column_of(text, column, path, row) if json_lines and text.strip() else text
+            except MissingColumn:
+                raise
+            except (ValueError, RecursionError) as error:
+                fault = brief(error)
+            yield Entry(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
+
+
+def _column_of(line: str, column: str, path: str, row: int) -> Any:
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    if row == 0:  # the name is wrong; in a later row, the row is
+        _require_column(column, list(value), path)
+    elif column not in value:
+        raise ValueError(f"no {column!r} but {', '.join(value)}")
+    return value[column]
+
+
+def _require_column(column: str, names: list[str], path: str) -> None:
+    if column not in names:
+        raise MissingColumn(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    end = 0
+    for line in file:
+        end += len(line)
+        yield line, end
+
+
+def _paragraphs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Documents between blank lines, each with the offset behind it."""
+    lines: list[bytes] = []
+    end = 0
+    for line in file:
+        end += len(line)
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield b"".join(lines).rstrip(b"\r\n"), end
+            lines = []
+    if lines:
+        yield b"".join(lines).rstrip(b"\r\n"), end
+
+
+def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:
+    """The source that `spec` names; raises `ValueError` when there is nothing to read.
+
+    A Hub that does not answer is an error within seconds, but for a run that resumes: that waits for
+    `data_timeout` seconds, then raises `SourceTimeout`.
+    """
     if spec.startswith("builtin:"):
         require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
-        version = f"{BUILTIN} {sys.version_info[:3]}"
-        digest = hashlib.sha256("\0".join(python_docs()).encode()).hexdigest()
-        return BuiltinSource(BUILTIN, [BUILTIN], f"{version} {digest}", settings)
-    if _looks_local(spec):
-        return _local(spec, settings)
-    return _hub(spec, settings)
+        version = ".".join(map(str, sys.version_info[:3]))
+        digest = _hash(version, *python_docs())
+        return Source(BUILTIN, [f"{BUILTIN} of Python {version}"], digest, settings, _nothing)
+    return _local(spec, settings) if _looks_local(spec) else _hub(spec, settings, resumes)
 
 
 def mixture(data: str) -> list[tuple[str, float]]:
@@ -217,139 +248,84 @@ def mixture(data: str) -> list[tuple[str, float]]:
     return [(spec, weight / total) for spec, weight in parts]
 
 
+def changed_files(source: Source, then: str) -> str:
+    """In words, what became of a source whose fingerprint was `then`."""
+    before, now = then.split(), source.fingerprint.split()
+    new = [path for path, one in zip(source.files, now, strict=True) if one not in set(before)]
+    gone = len(set(before) - set(now))
+    words = [f"{gone} of {len(before)} files gone or changed"] if gone else []
+    words += [f"new or changed: {', '.join(new[:3])}{' and others' if len(new) > 3 else ''}"] if new else []
+    return "; ".join(words) or "the same files in another order or number"
+
+
 def _looks_local(spec: str) -> bool:
     return (
         spec.endswith(SUFFIXES)
         or spec.startswith((".", "/", "~"))
         or any(c in spec for c in "*?[")
-        or (Path(spec).exists() or spec.count("/") != 1)
+        or Path(spec).exists()
+        or spec.partition(":")[0].count("/") != 1
     )
 
 
 def _local(pattern: str, settings: DataConfig) -> Source:
-    files = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    files = sorted(f for path in files for f in (_inside(path) if Path(path).is_dir() else [path]))
+    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    files = sorted(f for path in found for f in (_inside(path) if Path(path).is_dir() else [path]))
     require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
-    for path in files:
-        require(path.endswith(SUFFIXES), f"--data {path}: expected one of {', '.join(SUFFIXES)}")
-    listing = [(Path(path).name, Path(path).stat().st_size) for path in files]
-    return Source(pattern, files, _digest(listing), settings)
+    _require_known(files, pattern)
+    try:
+        prints = [_hash(Path(path).name, Path(path).stat().st_size, _ends(path)) for path in files]
+    except OSError as error:
+        raise ValueError(f"--data {pattern}: {brief(error)}") from None
+    return Source(pattern, files, " ".join(prints), settings, lambda i: Path(files[i]).open("rb"))
 
 
 def _inside(folder: str) -> list[str]:
     return [str(path) for path in Path(folder).rglob("*") if path.name.endswith(SUFFIXES)]
 
 
-def _hub(spec: str, settings: DataConfig) -> Source:
-    repo, _, name = spec.partition(":")
-    import datasets
-    from huggingface_hub import HfFileSystem
+def _ends(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        head = file.read(PROBE_BYTES)
+        file.seek(max(file.seek(0, io.SEEK_END) - PROBE_BYTES, 0))
+        return head + file.read(PROBE_BYTES)
 
-    datasets.disable_progress_bars()
+
+# one listing a process: what is held out and what is trained on come from the same revision
+_files_of = cache(list_files)
+
+
+def _hub(spec: str, settings: DataConfig, resumes: bool) -> Source:
+    patience = settings.data_timeout if resumes else min(FRESH_SECONDS, settings.data_timeout)
     try:
-        builder = datasets.load_dataset_builder(repo, name or None)
-        found = builder.config.data_files or {}
-        require(settings.split in found, f"--data {spec} has no split {settings.split!r} but {', '.join(found)}")
-        files = [str(path).removeprefix("hf://") for path in found[settings.split]]
-        filesystem = HfFileSystem()
-        folders = sorted({path.rpartition("/")[0] for path in files})
-        sizes = {e["name"]: e for folder in folders for e in filesystem.ls(folder, detail=True)}
-    except ValueError as error:
-        raise ValueError(f"--data {spec}: {_brief(error)}") from None
-    except Exception as error:
-        # whatever a library made of it: without the list of files there is no stream
-        raise ValueError(f"--data {spec} cannot be opened on the Hub ({_brief(error)}); {WAYS_OUT}") from None
-    listing = []
-    for path in files:
-        entry = sizes.get(path) or filesystem.info(path)
-        content = (entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or ""
-        listing.append((_without_revision(path), entry["size"], content))
-    bad = [path for path in files if not path.endswith(SUFFIXES)]
-    require(not bad, f"--data {spec}: {(bad or [''])[0]} is none of {', '.join(SUFFIXES)}")
-    return Source(spec, files, _digest(listing), settings, filesystem)
+        listing = _files_of(spec, settings.split, patience=patience)
+    except SourceTimeout as error:
+        if resumes:
+            raise
+        raise ValueError(f"--data {spec} cannot be opened on the Hub: {error}; {WAYS_OUT}") from None
+    files = [file.name for file in listing]
+    _require_known(files, spec)
+    prints = [_hash(file.name, file.size, file.content) for file in listing]
+    source = Source(spec, files, " ".join(prints), settings, _nothing, remote=True)
+    source.open = lambda i: _remote(listing[i], source)
+    return source
 
 
-def _without_revision(path: str) -> str:
-    head, _, tail = path.partition("@")
-    return head + "/" + tail.partition("/")[2] if tail else path
+def _remote(file: Remote, source: Source) -> BinaryIO:
+    raw = HubFile(file, timeout=source.settings.data_timeout, closed=source.closed)
+    # Arrow asks for exactly what it wants; lines want a buffer
+    return cast(BinaryIO, raw if file.name.endswith(".parquet") else io.BufferedReader(raw, BLOCK_BYTES))
 
 
-def _digest(listing: list[Any]) -> str:
-    return f"{len(listing)} files {hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]}"
+def _nothing(index: int) -> BinaryIO:
+    raise AssertionError(f"file {index} of a source without files")
 
 
-def _lines(file: Any) -> Iterator[tuple[bytes, int]]:
-    end = 0
-    for line in file:
-        end += len(line)
-        yield line, end
+def _require_known(files: list[str], spec: str) -> None:
+    unknown = [path for path in files if not path.endswith(SUFFIXES)]
+    require(not unknown, f"--data {spec}: {(unknown or [''])[0]} is none of {', '.join(SUFFIXES)}")
 
 
-def _paragraphs(file: Any) -> Iterator[tuple[bytes, int]]:
-    """Documents between blank lines, each with the offset behind it."""
-    lines: list[bytes] = []
-    end = 0
-    for line in file:
-        end += len(line)
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            yield b"".join(lines).rstrip(b"\r\n"), end
-            lines = []
-    if lines:
-        yield b"".join(lines).rstrip(b"\r\n"), end
-
-
-def _may_pass(error: Exception, failures: int) -> bool:
-    """Whether an error may be the network's: it goes away, or turns out to be the file's own."""
-    import httpx
-    import pyarrow as pa
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, BadData | MissingColumn):
-        return False
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    if isinstance(error, pa.ArrowInvalid | EOFError | gzip.BadGzipFile):
-        return failures < PARSE_TRIES
-    return isinstance(error, OSError | httpx.HTTPError | RuntimeError)
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
-
-
-_DOCS: list[str] = []
-
-
-def python_docs() -> list[str]:
-    """The distinct texts of `builtin:python-docs`, in an order fixed by a seed."""
-    if not _DOCS:
-        texts = dict.fromkeys(text for text in _python_texts() if len(text) >= SHORTEST_BUILTIN)
-        ordered = sorted(texts)
-        random.Random(0).shuffle(ordered)
-        _DOCS.extend(ordered)
-    return _DOCS
-
-
-def _python_texts() -> Iterator[str]:
-    from pydoc_data import topics
-
-    yield from (text.strip() for text in topics.topics.values())
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if any(
-            part in ("test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3") for part in parts
-        ):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node, clean=False)
-                if text:
-                    yield inspect.cleandoc(text).encode("utf-8", "ignore").decode()
+def _hash(*parts: Any) -> str:
+    """Eight hex digits: enough to tell that a file changed, short enough for a cursor of thousands."""
+    return xxhash.xxh3_64_hexdigest(repr(parts).encode())[:8]

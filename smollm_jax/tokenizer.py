@@ -10,14 +10,16 @@ import hashlib
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smollm_jax.config import require
+from smollm_jax.hub import FRESH_SECONDS, WAYS_OUT, SourceTimeout, be_quiet, brief, patiently, request_seconds
 
 EOS = "<|endoftext|>"
 BYTES = 256
@@ -30,7 +32,6 @@ FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
 
 
 class Tokenizer:
@@ -67,9 +68,8 @@ class Tokenizer:
         if isinstance(eos, dict):
             eos = eos["content"]
         found = self._fast.token_to_id(eos)
-        require(
-            found is not None, f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one"
-        )
+        if found is None:
+            raise ValueError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
         return found
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -132,16 +132,19 @@ def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Toke
 
 def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    be_quiet()
+    fetch = partial(snapshot_download, repo, allow_patterns=list(FILES), etag_timeout=request_seconds())
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(FILES)))
+        return Path(patiently(fetch, repo, FRESH_SECONDS, threading.Event()))
+    except GatedRepoError:
+        raise ValueError(f"--tokenizer {repo} is gated: accept its terms on the Hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise ValueError(f"--tokenizer {repo}: no such folder here and no such repository on the Hub") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (SourceTimeout, OSError, ValueError) as error:
         raise ValueError(
-            f"--tokenizer {repo} cannot be fetched from the Hub ({reason[:150]}); {WAYS_OUT}"
+            f"--tokenizer {repo} cannot be fetched from the Hub ({brief(error)}); {WAYS_OUT}"
         ) from None
 
 
