@@ -24,8 +24,17 @@ from typing import Any, BinaryIO, cast
 import xxhash
 
 from smollm_jax.config import DataConfig, require
-from smollm_jax.hub import BLOCK_BYTES, FRESH_SECONDS, WAYS_OUT, HubFile, Remote, SourceTimeout, brief, list_files
 from smollm_jax.python_docs import python_docs
+from smollm_jax.remote import (
+    BLOCK_BYTES,
+    FRESH_SECONDS,
+    WAYS_OUT,
+    HubFile,
+    Remote,
+    SourceTimeout,
+    brief,
+    list_files,
+)
 
 Cursor = dict[str, Any]
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
@@ -237,9 +246,9 @@ def mixture(data: str) -> list[tuple[str, float]]:
     """`"A=0.7,B=0.3"` as [("A", 0.7), ("B", 0.3)], weights summing to one; a lone or bare name weighs 1."""
     parts = []
     for part in data.split(","):
-        spec, _, weight = part.strip().rpartition("=")
+        spec, equals, weight = part.strip().rpartition("=")
         try:
-            parts.append((spec, float(weight)) if spec else (part.strip(), 1.0))
+            parts.append((spec, float(weight)) if equals else (weight, 1.0))
         except ValueError:
             parts.append((part.strip(), 1.0))
     require(all(spec for spec, _ in parts), f"--data {data!r}: a part is empty")

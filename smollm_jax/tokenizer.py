@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config import require
-from smollm_jax.hub import FRESH_SECONDS, WAYS_OUT, SourceTimeout, be_quiet, brief, patiently, request_seconds
+from smollm_jax.remote import FRESH_SECONDS, WAYS_OUT, SourceTimeout, be_quiet, brief, patiently, request_seconds
 
 EOS = "<|endoftext|>"
 BYTES = 256
@@ -49,25 +49,34 @@ class Tokenizer:
         try:
             self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
         except Exception as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+            raise ValueError(f"{path} cannot be read: {brief(error)}") from None
         self._fast.no_truncation()
         self._fast.no_padding()
         # a document that spells out <|endoftext|> must not end itself
         self._fast.encode_special_tokens = True
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        settings = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        settings = self._json("tokenizer_config.json", folder)
         self.chat_template: str | None = settings.get("chat_template")
         if "chat_template.jinja" in self.files:
-            self.chat_template = self.files["chat_template.jinja"].decode()
+            self.chat_template = self.files["chat_template.jinja"].decode("utf-8", "replace")
         self.eos_id = self._eos_id(settings, folder)
+
+    def _json(self, name: str, folder: Path) -> dict[str, Any]:
+        """What a file says; nothing if there is none."""
+        try:
+            value = json.loads(self.files.get(name, b"{}"))
+        except ValueError as error:
+            raise ValueError(f"{folder / name} cannot be read: {brief(error)}") from None
+        require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
+        return value
 
     def _eos_id(self, settings: dict[str, Any], folder: Path) -> int:
         eos = settings.get("eos_token")
         if eos is None:
-            eos = json.loads(self.files.get("special_tokens_map.json", b"{}")).get("eos_token", EOS)
+            eos = self._json("special_tokens_map.json", folder).get("eos_token", EOS)
         if isinstance(eos, dict):
-            eos = eos["content"]
-        found = self._fast.token_to_id(eos)
+            eos = eos.get("content")
+        found = self._fast.token_to_id(str(eos))
         if found is None:
             raise ValueError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
         return found

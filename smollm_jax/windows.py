@@ -18,7 +18,7 @@ import xxhash
 
 from smollm_jax.ahead import Ahead
 from smollm_jax.config import require
-from smollm_jax.hub import SourceTimeout
+from smollm_jax.remote import SourceTimeout
 from smollm_jax.sources import Cursor, Document, Source
 from smollm_jax.tokenizer import Tokenizer
 
