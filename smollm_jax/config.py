@@ -375,6 +375,12 @@ RECIPES = {
     "smollm2": Config(
         recipe="smollm2",
         run=RunConfig(phases="2000000x512", seed=8),
+        # SmolLM2's mixture is not published. These are SmolLM's shares of what the Hub holds as text:
+        # python-edu lists only where its files are, and the StackOverflow part is not there
+        data=DataConfig(
+            data="HuggingFaceTB/smollm-corpus:fineweb-edu-dedup=0.70,"
+            "HuggingFaceTB/smollm-corpus:cosmopedia-v2=0.15,open-web-math/open-web-math=0.06"
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd"),
         # pre-trained at these two; the released 100,000 and 8,192 come from a later stage
         model=replace(ModelConfig(), rope_theta=10_000.0, max_seq_len=2_048),

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+SAMPLES_OF = "=== step "
+
 
 def say(message: str) -> None:
     """A line to stderr; results alone go to stdout."""
@@ -27,7 +29,7 @@ class Report:
 
         self.run_dir, self.total = run_dir, total
         self._metrics = (run_dir / "metrics.jsonl").open("a")
-        self._samples = (run_dir / "samples.txt").open("a")
+        self._samples = (run_dir / "samples.txt").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1, flush_secs=10)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
@@ -50,26 +52,28 @@ class Report:
             f"grad norm {_number(line['grad_norm'])}  {rate:,.0f} tokens/s  {_duration(left)} left"
         )
 
-    def evaluation(self, line: dict[str, Any]) -> None:
+    def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
+        """Record a held-out loss and the continuations of prompts that go with it, and draw loss.png.
+
+        The line in metrics.jsonl comes last: where it stands, the samples do too.
+        """
+        step = line["step"]
+        written = [f"{SAMPLES_OF}{step}"]
+        for prompt, text in samples:
+            # a margin keeps a sample's own lines from looking like a heading
+            written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
+            self._board.add_text(f"samples/{prompt}", prompt + "**" + text + "**", step)
+        self._samples.write("\n".join(written) + "\n")
+        self._samples.flush()
         self._record(line)
         self.say(
-            f"step {line['step']}: held-out loss {line['eval_loss']:.4f}, "
+            f"step {step}: held-out loss {line['eval_loss']:.4f}, "
             f"{line['eval_bits_per_byte']:.4f} bits per byte ({line['eval_tokens']:,} tokens)"
         )
-        plot(self.run_dir)
-
-    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
-        """Continuations of prompts, appended to samples.txt; the first one is shown."""
-        self._samples.write(f"=== step {step}\n")
-        for prompt, text in texts:
-            # a blank-free margin keeps a sample's own lines from looking like a heading
-            body = (prompt + "⟶" + text).replace("\n", "\n  ")
-            self._samples.write(f"  {body}\n")
-            self._board.add_text(f"samples/{prompt}", prompt + "**" + text + "**", step)
-        self._samples.flush()
-        if texts:
-            prompt, text = texts[0]
+        if samples:
+            prompt, text = samples[0]
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
+        plot(self.run_dir)
 
     def say(self, message: str) -> None:
         if self._bar is None:

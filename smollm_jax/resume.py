@@ -8,17 +8,20 @@ where every learning rate and batch size up to the checkpoint stays what it was.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from smollm_jax.config import Config, as_dict, from_dict, require
+from smollm_jax.report import SAMPLES_OF
 
 NEUTRAL = {
     "run.run_dir", "run.new_run", "run.stop_after", "run.log_every", "run.eval_every", "run.checkpoint_every",
-    "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export", "run.init_from",
+    "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export",
     "data.data_timeout", "data.eval_batches", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
     "preset", "recipe",
+    "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
 }  # fmt: skip
 SAME_MATHS = {"compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum"}
 OF_THE_SCHEDULE = {
@@ -69,28 +72,35 @@ def check_settings(
     return notes
 
 
-def keep_records(run_dir: Path, step: int) -> None:
-    """Cut metrics.jsonl and samples.txt back to `step`: what came after the checkpoint comes again."""
+def keep_records(run_dir: Path, step: int) -> int:
+    """Cut metrics.jsonl and samples.txt back to `step`: what came after the checkpoint comes again.
+
+    Returns the last step whose evaluation is on record.
+    """
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
+    evaluated = 0
     if metrics.exists():
-        _rewrite(metrics, [line for line in metrics.read_text().splitlines() if _step_of(line) <= step])
+        kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+        evaluated = max((_step_of(line) for line in kept if "eval_loss" in json.loads(line)), default=0)
+        _rewrite(metrics, kept)
     if samples.exists():
         kept = []
-        for line in samples.read_text().splitlines():
-            if line.startswith("=== step ") and int(line.split()[2]) > step:
+        for line in samples.read_text(encoding="utf-8").splitlines():
+            if line.startswith(SAMPLES_OF) and int(line.removeprefix(SAMPLES_OF)) > evaluated:
                 break
             kept.append(line)
         _rewrite(samples, kept)
+    return evaluated
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int:
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut short by a kill
+        return sys.maxsize  # cut short by a kill
 
 
 def _rewrite(path: Path, lines: list[str]) -> None:
     part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in lines))
+    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     part.replace(path)

@@ -17,24 +17,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from smollm_jax.checkpoint import Checkpoints
 from smollm_jax.config import Config, as_dict, require
-from smollm_jax.data import HeldOut, Stream, check_vocab, heldout, open_stream
+from smollm_jax.data import HeldOut, Stream, check_vocab, head_texts, heldout, open_stream
 from smollm_jax.hardware import memory_bytes, peak_flops
-from smollm_jax.inventory import Found
-from smollm_jax.loading import load_for_inference
+from smollm_jax.origin import Origin, find_origin
 from smollm_jax.report import Report, say
-from smollm_jax.resume import check_settings, keep_records
-from smollm_jax.run_folder import RunLock, read_json, write_json_atomic
+from smollm_jax.resume import keep_records
+from smollm_jax.run_folder import RunLock, write_json_atomic
 from smollm_jax.step import (
     abstract_state,
     by_row,
     compile_steps,
     compiled_bytes,
     init_state,
-    learning_rate_schedule,
     make_mesh,
     make_nll,
     replicated,
@@ -54,8 +51,6 @@ class Progress:
     tokens: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
-    evaluated: int = 0
-    """Last step evaluated."""
     cursor: dict[str, Any] | None = None
 
 
@@ -81,6 +76,8 @@ class Run:
     """Step of the last checkpoint begun."""
     reported: int = 0
     """Last step whose metrics were read."""
+    evaluated: int = 0
+    """Last step whose evaluation is on record."""
 
     @property
     def last_step(self) -> int:
@@ -107,9 +104,9 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every
     )
     checkpoints.clean()
-    found, notes = find_checkpoint(config, checkpoints)
-    tokenizer = prepare_tokenizer(config, run_dir, resumes=found is not None)
-    config = with_ids_of(config, tokenizer)
+    origin = find_origin(config, run_dir, checkpoints)
+    tokenizer = prepare_tokenizer(origin, run_dir)
+    config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
     held_out = heldout(config.data, tokenizer) if config.data.eval_documents else None
     stream = open_stream(
         config.data,
@@ -120,10 +117,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
         cursor=found.meta["cursor"] if found else None,
         excluded=held_out.hashes if held_out else frozenset(),
     )
-    params = None
-    if found is None:
-        if config.run.init_from is not None:
-            config, params = initial_weights(config)
+    if found is None or as_dict(config) != found.meta["config"]:
         write_json_atomic(run_dir / "config.json", as_dict(config))
     use_compilation_cache(config)
     mesh, dtype = make_mesh(config), compute_dtype(config)
@@ -133,72 +127,47 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     nll = jax.jit(make_nll(config, dtype=dtype, remat="none"), in_shardings=(replicated(mesh), rows, rows))
     progress, start = Progress(), 0
     if found is None:
-        state = init_state(config, mesh, params)
+        state = init_state(config, mesh, origin.weights[0] if origin.weights else None)
     else:
         state = checkpoints.restore(found.step, abstract_state(config, mesh))
         progress, start = Progress(**found.meta["progress"]), found.step
-        if as_dict(config) != read_json(run_dir / "config.json"):
-            write_json_atomic(run_dir / "config.json", as_dict(config))
-    keep_records(run_dir, start)
+    evaluated = keep_records(run_dir, start)
     run = Run(
         config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
-        Report(run_dir, start=start, total=config.total_steps), progress, start, start,
+        Report(run_dir, start=start, total=config.total_steps), progress, start, start, evaluated,
     )  # fmt: skip
-    introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
+    introduce(run, origin.notes, remat=remat, seconds=time.monotonic() - began)
     return run
 
 
-def find_checkpoint(config: Config, checkpoints: Checkpoints) -> tuple[Found | None, list[str]]:
-    """The newest good checkpoint, if it may go on under `config`, and notes on what changed."""
-    found = checkpoints.latest_good(set_aside=True)
-    if found is None:
-        return None, []
-    if "progress" not in found.meta:  # weights that were imported: a first step is still to be made
-        return None, []
-
-    def updates(of: Config) -> list[tuple[float, int]]:
-        rates = np.asarray(jax.vmap(learning_rate_schedule(of))(jnp.arange(found.step)))
-        return [(float(rate), of.batch_size_at(i + 1)) for i, rate in enumerate(rates)]
-
-    return found, check_settings(found.meta["config"], config, found.step, updates)
-
-
-def prepare_tokenizer(config: Config, run_dir: Path, *, resumes: bool) -> Tokenizer:
-    """The run's own tokenizer when it resumes; otherwise the one asked for, kept in the run folder."""
-    folder = run_dir / "tokenizer"
-    if resumes:
+def prepare_tokenizer(origin: Origin, run_dir: Path) -> Tokenizer:
+    """The run's own tokenizer when it resumes, else that of the weights or the one asked for, kept in the run."""
+    folder, config = run_dir / "tokenizer", origin.config
+    if origin.checkpoint is not None:
         require((folder / "tokenizer.json").exists(), f"{folder} is missing; the run was tokenised with it")
         tokenizer = load_tokenizer(str(folder))
     else:
-        documents = None
-        if config.data.tokenizer.startswith("train:"):
-            from smollm_jax.data import head_texts
-
-            documents = islice(head_texts(config.data), TOKENIZER_DOCUMENTS)
-        tokenizer = load_tokenizer(config.data.tokenizer, documents=documents)
+        tokenizer = _asked_for(origin)
         tokenizer.save(folder)
     check_vocab(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def _asked_for(origin: Origin) -> Tokenizer:
+    name, run = origin.config.data.tokenizer, origin.config.run
+    theirs = origin.weights[1] if origin.weights else None
+    if theirs is not None and name == run.init_from:
+        return theirs
+    documents = islice(head_texts(origin.config.data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
+    tokenizer = load_tokenizer(name, documents=documents)
+    if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
+        origin.notes.append(f"tokenizer {name} is not the one that the weights of {run.init_from} learned with")
     return tokenizer
 
 
 def with_ids_of(config: Config, tokenizer: Tokenizer) -> Config:
     """The config whose model ends a text with the tokenizer's own eos."""
     return replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))
-
-
-def initial_weights(config: Config) -> tuple[Config, Any]:
-    """The weights of --init-from, whose architecture must be the one asked for."""
-    source = str(config.run.init_from)
-    theirs, params, _ = load_for_inference(source)
-    for name, value in vars(theirs).items():
-        ours = getattr(config.model, name)
-        free = name in ("max_seq_len", "initializer_range", "bos_token_id", "eos_token_id")
-        flag = name.replace("_", "-")
-        require(
-            free or ours == value,
-            f"{source} has {name}={value}, this run asks for {ours}; give --preset or --{flag} {value}",
-        )
-    return config, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
 def compute_dtype(config: Config) -> Any:

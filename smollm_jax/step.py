@@ -157,8 +157,10 @@ def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, rem
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Device memory the program needs at once, its arguments included."""
+    """Device memory the program needs at once, its arguments included; 0 where the backend does not tell."""
     memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held + memory.temp_size_in_bytes
 

@@ -85,11 +85,16 @@ def fit(config: Config) -> int:
 def train(run: Run) -> str:
     """The loop; returns why it ended: "done", "stopped", or how the data gave out."""
     pending, interval = None, Interval()
-    if run.progress.evaluated < run.progress.step and evaluation_due(run):
+    if run.evaluated < run.progress.step and evaluation_due(run):
         evaluate(run)
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
-        item = next_batch(run)
+        try:
+            item = next_batch(run)
+        except ValueError:  # data that cannot be read costs nothing of what was trained before it
+            report_step(run, pending, interval)
+            save(run)
+            raise
         if isinstance(item, str):
             report_step(run, pending, interval)
             save(run)
@@ -102,10 +107,10 @@ def train(run: Run) -> str:
             continue
         report_step(run, pending, interval)
         paused = time.monotonic()
-        if evaluation_due(run) and not run.stop.requested:
-            evaluate(run)
         if save_due(run) or run.stop.requested:
-            save(run)
+            save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
+        if evaluation_due(run):
+            evaluate(run)
         interval.began += time.monotonic() - paused
         if run.stop.requested and run.progress.step < run.last_step:
             return "stopped"
@@ -197,8 +202,8 @@ def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Held-out loss, samples and loss.png; left undone when the run is asked to stop on the way."""
-    if run.heldout is None:
+    """Held-out loss, samples and loss.png; left for the next start when asked to stop on the way."""
+    if run.heldout is None or run.stop.requested:
         return
     began, config, step = time.monotonic(), run.config, run.progress.step
     batches = run.heldout.batches(config.main_batch_size // config.compute.grad_accum, config.data.eval_batches)
@@ -217,9 +222,8 @@ def evaluate(run: Run) -> None:
     texts = sample(run)
     if run.stop.requested:
         return
-    run.report.evaluation(line)
-    run.report.samples(step, texts)
-    run.progress.evaluated = step
+    run.report.evaluation(line, texts)
+    run.evaluated = step
 
 
 def sample(run: Run) -> list[tuple[str, str]]:
@@ -269,7 +273,7 @@ def finish(run: Run, outcome: str) -> int:
     if step < total and outcome == "done":
         print(f"step {step:,} of {total:,}, as --stop-after asked; saved in {run.run_dir}/checkpoints/{step}")
         return 0
-    if outcome == "data ended" and run.progress.evaluated < step and run.config.run.eval_every:
+    if outcome == "data ended" and run.evaluated < step and run.config.run.eval_every:
         evaluate(run)
     plot(run.run_dir)
     evaluations = [line for line in read_metrics(run.run_dir) if "eval_loss" in line]

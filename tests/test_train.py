@@ -1,0 +1,284 @@
+"""Runs from end to end, as processes: what a person starts, stops, kills and starts again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smollm_jax.checkpoint import read_params
+from smollm_jax.tokenizer import train as train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--vocab-size 300 --hidden-size 16 --num-layers 2 --num-heads 2 --num-kv-heads 1 --head-dim 8 "
+    "--intermediate-size 24 --seq-len 32 --batch-size 4 --shuffle-window 16 "
+    "--eval-documents 5 --eval-batches 2 --sample-tokens 4 --log-every 1 --warmup-steps 2 "
+).split()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs shared by the processes of a test session."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """120 documents of words in a random order, in two files."""
+    rng = random.Random(0)
+    words = "the cat sat on a mat and saw one bird fly over tall grey hills near our old red house".split()
+    folder = tmp_path_factory.mktemp("corpus")
+    for part in range(2):
+        lines = [
+            json.dumps({"text": f"{part}-{i} " + " ".join(rng.choices(words, k=rng.randint(5, 60)))})
+            for i in range(60)
+        ]
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory, corpus):
+    texts = [json.loads(line)["text"] for path in corpus.iterdir() for line in path.read_text().splitlines()]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(texts, 300).save(folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, cache, corpus, tokenizer):
+    """Starts `train_jax.py` on the corpus in a folder of the test's own."""
+
+    def start(*flags, run="run", data=None):
+        command = [
+            sys.executable, str(ROOT / "train_jax.py"), "--data", data or f"{corpus}/*.jsonl", *TINY,
+            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache),
+            "--run-dir", str(tmp_path / run), *flags,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+
+    return start
+
+
+def ended(process, code=0, timeout=240):
+    """stdout and stderr of a process that ends with `code`."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, err
+    return out, err
+
+
+def records(folder):
+    """What must not depend on stops: every line of metrics without its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = {"tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def assert_same_run(one, other):
+    assert records(one) == records(other)
+    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
+    for group in ("params", "opt_state"):
+        (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
+        assert found_a.meta["cursor"] == found_b.meta["cursor"]
+        for x, y in zip(leaves(a), leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def leaves(tree):
+    return [x for key in sorted(tree) for x in leaves(tree[key])] if isinstance(tree, dict) else [tree]
+
+
+def wait_for_step(folder, step, process, timeout=120):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        try:
+            if records(folder)[-1]["step"] >= step:
+                return
+        except (FileNotFoundError, IndexError, ValueError):
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_a_run_leaves_what_the_contract_names(train, tmp_path):
+    out, err = ended(train("--steps", "6", "--eval-every", "3", "--checkpoint-every", "4"))
+    run = tmp_path / "run"
+    assert out.count("\n") == 1
+    assert out.startswith("finished: step 6 of 6, ")
+    names = "config.json metrics.jsonl tensorboard loss.png samples.txt tokenizer checkpoints export"
+    for name in names.split():
+        assert (run / name).exists(), name
+    steps = [line["step"] for line in records(run) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in records(run) if "eval_loss" in line] == [3, 6]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "6"]
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert expected | {"data_wait_seconds", "step_seconds"} <= set(line)
+    assert "starts      from fresh weights" in err
+
+
+def test_exactly_n_updates_are_made_for_n_steps(train, tmp_path):
+    ended(train("--steps", "5", "--no-export", "--eval-every", "0"))
+    _, opt_state = read_params(tmp_path / "run" / "checkpoints", group="opt_state")
+    assert [int(x) for x in leaves(opt_state) if np.ndim(x) == 0] == [5]
+    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
+    """Across phases and epochs: 120 documents last for about 15 steps."""
+    settings = ["--phases", "30x4,10x2", "--checkpoint-every", "7", "--eval-every", "10", "--no-export"]
+    ended(train(*settings, run="straight"))
+    run, rng = tmp_path / "run", random.Random(1)
+    for _ in range(3):
+        process = train(*settings)
+        target = (records(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0) + rng.randint(3, 9)
+        wait_for_step(run, target, process)
+        process.kill()
+        process.wait()
+    _, err = ended(train(*settings))
+    assert "starts      from checkpoint" in err
+    assert_same_run(tmp_path / "straight", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(train, tmp_path, number):
+    settings = ["--steps", "40", "--checkpoint-every", "100", "--eval-every", "20", "--no-export"]
+    ended(train(*settings, run="straight"))
+    run = tmp_path / "run"
+    process = train(*settings)
+    wait_for_step(run, 5, process)
+    process.send_signal(number)
+    out, err = ended(process, 75)
+    assert out == ""
+    assert "run the same command to go on" in err
+    saved = int(max((run / "checkpoints").iterdir(), key=lambda path: int(path.name)).name)
+    assert 5 <= saved < 40
+    ended(train(*settings))
+    assert_same_run(tmp_path / "straight", run)
+
+
+@pytest.mark.slow
+def test_stop_after_leaves_the_schedule_alone(train, tmp_path):
+    ended(train("--steps", "9", "--no-export", run="straight"))
+    out, _ = ended(train("--steps", "9", "--no-export", "--stop-after", "4"))
+    assert "step 4 of 9" in out
+    ended(train("--steps", "9", "--no-export"))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_changed_setting_is_refused_by_name_and_a_harmless_one_is_not(train, tmp_path):
+    ended(train("--steps", "4", "--schedule", "constant", "--no-export"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = ["--steps", "4", "--schedule", "constant", "--no-export"]
+    _, err = ended(train(*again, "--learning-rate", "1e-3"), 2)
+    assert err.startswith("error: ")
+    assert "optimizer.learning_rate was 0.0006, is 0.001" in err
+    assert err.count("\n") == 1
+    _, err = ended(train(*again, "--seed", "3", "--weight-decay", "0.3"), 2)
+    assert "run.seed was 0, is 3; " in err
+    assert "optimizer.weight_decay was 0.01, is 0.3" in err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    ended(train("--steps", "8", "--schedule", "constant", "--log-every", "2", "--no-export"))
+    assert [x["step"] for x in records(tmp_path / "run") if "loss" in x] == [1, 2, 3, 4, 6, 8]
+    _, err = ended(train("--steps", "8", "--schedule", "constant", "--seed", "3", "--new-run", "--no-export"))
+    assert "moved the old run to" in err
+    assert (tmp_path / "run.old1" / "checkpoints" / "8").is_dir()
+
+
+@pytest.mark.slow
+def test_data_that_ends_ends_the_run_with_everything_saved(train, tmp_path):
+    out, _ = ended(train("--steps", "500", "--epochs", "1", "--eval-every", "100"))
+    assert out.startswith("the data ended: step ")
+    step = records(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    assert "held-out loss" in out
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_unreadable_data_costs_nothing_of_what_was_trained_before_it(train, tmp_path, corpus):
+    lines = (corpus / "part-0.jsonl").read_text().splitlines()
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join([*lines, "{not json"]) + "\n")
+    settings = "--steps 50 --shuffle-window 4 --checkpoint-every 100 --eval-every 0 --no-export".split()
+    _, err = ended(train(*settings, data=str(path)), 2)
+    assert err.rstrip().splitlines()[-1].startswith(f"error: {path}, row 60, cannot be read")
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == [records(tmp_path / "run")[-1]["step"]]
+    path.write_text("\n".join([*lines, *lines]) + "\n")
+    _, err = ended(train(*settings, data=str(path)), 2)
+    assert "changed since the checkpoint" in err
+
+
+@pytest.mark.slow
+def test_weights_to_start_from_bring_architecture_and_tokenizer_along(train, tmp_path):
+    ended(train("--steps", "6"))
+    command = [
+        sys.executable, str(ROOT / "train_jax.py"), "--data", f"{tmp_path}/more.jsonl", "--seq-len", "32",
+        "--batch-size", "2", "--steps", "2", "--eval-documents", "0", "--no-export", "--compilation-cache-dir", "",
+    ]  # fmt: skip
+    texts = [{"text": "the old cat saw one red bird near our house " * 3}] * 20
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    into = ["--run-dir", str(tmp_path / "more"), "--init-from", str(tmp_path / "run" / "export")]
+    started = subprocess.run(
+        [*command, *into, "--learning-rate", "1e-12"], capture_output=True, text=True, check=True
+    )
+    assert f"starts      from the weights of {tmp_path}/run/export" in started.stderr
+    (_, before), (_, after) = (read_params(tmp_path / run / "checkpoints") for run in ("run", "more"))
+    for x, y in zip(leaves(before), leaves(after), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-9)
+    assert (tmp_path / "more/tokenizer/tokenizer.json").read_bytes() == (
+        tmp_path / "run/tokenizer/tokenizer.json"
+    ).read_bytes()
+    again = subprocess.run(
+        [*command, *into, "--learning-rate", "1e-12"], capture_output=True, text=True, check=True
+    )
+    assert "starts      from checkpoint 2" in again.stderr
+    other = subprocess.run(
+        [*command, *into, "--preset", "360M", "--new-run"], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 2
+    assert "the weights have vocab_size=300, this run asks for 49152" in other.stderr
+
+
+@pytest.mark.slow
+def test_an_imported_run_goes_on_from_its_weights(train, tmp_path):
+    ended(train("--steps", "6"))
+    imported = tmp_path / "imported"
+    module = [sys.executable, "-m", "smollm_jax", "import"]
+    subprocess.run([*module, str(tmp_path / "run" / "export"), "--out", str(imported)], check=True, cwd=ROOT)
+    _, err = ended(train("--steps", "1", "--warmup-steps", "0", "--learning-rate", "1e-12", run="imported"))
+    assert f"starts      from the weights of {imported}" in err
+    (_, before), (found, after) = (read_params(tmp_path / run / "checkpoints") for run in ("run", "imported"))
+    assert found.step == 1
+    for x, y in zip(leaves(before), leaves(after), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_second_process_on_a_run_is_refused(train, tmp_path):
+    first = train("--steps", "3000", "--no-export")
+    wait_for_step(tmp_path / "run", 1, first)
+    _, err = ended(train("--steps", "3000", "--no-export"), 2)
+    assert f"is in use by process {first.pid}" in err
+    first.kill()
+    first.communicate()
+    ended(train("--steps", "3000", "--stop-after", "1", "--no-export"))
