@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -116,4 +117,4 @@ def _fold(boxes: str) -> str:
             break
         if text and not line.startswith("╭"):
             words.append(text)
-    return " ".join(words) or "the arguments could not be read"
+    return re.sub(r"^Error parsing \S+: ", "", " ".join(words)) or "the arguments could not be read"

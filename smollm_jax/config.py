@@ -7,7 +7,7 @@ differs from it. A mistake raises `ValueError` with what was expected, what came
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,6 +24,12 @@ def require(condition: bool, message: str) -> None:
     """Raise `ValueError(message)` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_finite(settings: Any) -> None:
+    """Raise `ValueError` naming a field that is NaN or infinite."""
+    for name, value in vars(settings).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"{name}={value} must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,7 @@ class ModelConfig:
     eos_token_id: int = 0
 
     def __post_init__(self) -> None:
+        require_finite(self)
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "intermediate_size", "max_seq_len"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
@@ -120,6 +127,7 @@ class ComputeConfig:
     """Where compiled programs are kept between runs; empty: nowhere."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("unroll", "loss_chunk", "grad_accum"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
 
@@ -156,6 +164,7 @@ class DataConfig:
     """Processes that tokenise; 0: threads of the tokenizer."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("seq_len", "shuffle_window", "eval_batches"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("epochs", "eval_documents", "tokenizer_workers"):
@@ -188,6 +197,7 @@ class OptimizerConfig:
     """Steps in a row without finite gradients (they change nothing) after which the run stops."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("learning_rate", "epsilon", "clip_norm", "max_bad_steps"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         for name in ("warmup_steps", "decay_steps", "weight_decay", "final_learning_rate"):
@@ -245,6 +255,7 @@ class RunConfig:
     """Write RUN/export at the end."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("steps", "batch_size", "stop_after", "log_every", "keep_last"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be at least 1")
@@ -287,6 +298,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
         micro, warmup = self.compute.grad_accum, self.optimizer.warmup_steps
@@ -399,45 +411,3 @@ RECIPES = {
         model=MODELS["quickstart"],
     ),
 }
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """Every setting, with what was left open filled in, as plain JSON values."""
-    values = dataclasses.asdict(config)
-    values["run"] |= {
-        "run_dir": config.run_dir,
-        "steps": config.total_steps,
-        "batch_size": config.main_batch_size,
-        "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.phases),
-        "sample_prompts": list(config.run.sample_prompts),
-    }
-    values["optimizer"] |= {"warmup_steps": config.warmup_steps, "decay_steps": config.decay_steps}
-    return values
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """The `Config` whose `as_dict` is `values`; raises `ValueError` naming an unknown or missing part."""
-    parts: dict[str, Any] = {}
-    groups = {
-        "run": RunConfig,
-        "data": DataConfig,
-        "optimizer": OptimizerConfig,
-        "compute": ComputeConfig,
-        "model": ModelConfig,
-    }
-    for name, value in values.items():
-        if name not in groups:
-            parts[name] = value
-            continue
-        require(isinstance(value, dict), f"{name} in config.json must be an object, {value!r} came")
-        known = {item.name for item in dataclasses.fields(groups[name])}
-        unknown = sorted(set(value) - known)
-        require(not unknown, f"{name} in config.json has unknown fields: {', '.join(unknown)}")
-        parts[name] = dict(value)
-    unknown = sorted(set(parts) - {item.name for item in dataclasses.fields(Config)})
-    require(not unknown, f"config.json has unknown fields: {', '.join(unknown)}")
-    if parts.get("optimizer", {}).get("schedule") != "wsd":
-        parts.get("optimizer", {}).pop("decay_steps", None)
-    if "sample_prompts" in parts.get("run", {}):
-        parts["run"]["sample_prompts"] = tuple(parts["run"]["sample_prompts"])
-    return Config(**{n: groups[n](**v) if n in groups else v for n, v in parts.items()})

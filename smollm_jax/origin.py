@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax.checkpoint import Checkpoints
-from smollm_jax.config import RECIPES, Config, ModelConfig, from_dict, require
+from smollm_jax.config import RECIPES, Config, ModelConfig, require
+from smollm_jax.config_file import from_dict
 from smollm_jax.inventory import Found
 from smollm_jax.loading import load_for_inference
 from smollm_jax.resume import check_settings

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.config import Config, as_dict, from_dict, require
+from smollm_jax.config import Config, require
+from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.report import SAMPLES_OF
 
 NEUTRAL = {

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from smollm_jax.checkpoint import Checkpoints
-from smollm_jax.config import Config, as_dict, require
+from smollm_jax.config import Config, require
+from smollm_jax.config_file import as_dict
 from smollm_jax.data import HeldOut, Stream, check_vocab, head_texts, heldout, open_stream
 from smollm_jax.hardware import memory_bytes, peak_flops
 from smollm_jax.origin import Origin, find_origin

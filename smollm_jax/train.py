@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from smollm_jax.config import Config, as_dict
+from smollm_jax.config import Config
+from smollm_jax.config_file import as_dict
 from smollm_jax.data import Batch, SourceTimeout, num_targets
 from smollm_jax.evaluate import score
 from smollm_jax.generation import Generator, Sampling
