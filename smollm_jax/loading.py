@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint import Checkpoints, read_params
-from smollm_jax.config import Config, ModelConfig, as_dict, from_dict, require
+from smollm_jax.config import Config, ModelConfig, require
+from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.convert import local_folder, read_folder
 from smollm_jax.run_folder import write_json_atomic
 from smollm_jax.tokenizer import Tokenizer, load_tokenizer
