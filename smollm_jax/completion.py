@@ -56,6 +56,7 @@ class Completer:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, about: str = ""):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
+        self.stop_reason: Reason | None = None
 
     @property
     def context(self) -> int:
@@ -90,7 +91,7 @@ class Completer:
         reason: Reason | None = None
 
         def piece(shown: str) -> Piece:
-            seconds = time.perf_counter() - started
+            seconds, self.stop_reason = time.perf_counter() - started, reason
             return Piece(text=shown, tokens=made, prompt_tokens=len(ids), seconds=seconds,
                          seconds_to_first=first, reason=reason)  # fmt: skip
 

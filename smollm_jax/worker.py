@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from smollm_jax.completion import Completer, Piece
@@ -66,6 +66,11 @@ class Worker:
         self._changed = threading.Condition()
         self.running = False
         threading.Thread(target=self._work, daemon=True, name="model").start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that a new one would have before it."""
+        return len(self._line) + self.running
 
     def prompt(self, text: Any) -> list[int]:
         """Ids of a prompt; raises `ValueError` for what is no text, empty or too long."""
@@ -120,11 +125,14 @@ class Worker:
             self._changed.notify()
         try:
             while True:
-                item = await job.pieces.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                if item.reason is not None:
+                items = [await job.pieces.get()]
+                while not job.pieces.empty():  # a slow reader gets what has gathered as one piece
+                    items.append(job.pieces.get_nowait())
+                last = items[-1]
+                if isinstance(last, Exception):
+                    raise last
+                yield replace(last, text="".join(item.text for item in items if isinstance(item, Piece)))
+                if last.reason is not None:
                     return
         finally:
             job.left.set()
