@@ -1,7 +1,6 @@
 """The stream: nothing lost, nothing twice, and the same next batch from every cursor."""
 
 import json
-import threading
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +12,8 @@ from texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 from smollm_jax.config import DataConfig
 from smollm_jax.data import check_vocab, heldout, num_targets, open_stream, plain_batches
 from smollm_jax.packing import Packer
-from smollm_jax.windows import text_hash
+from smollm_jax.sources import open_source
+from smollm_jax.windows import Shuffled, text_hash
 
 
 @pytest.fixture(scope="module")
@@ -330,19 +330,23 @@ def test_bad_data_stops_the_stream_where_it_is_reached_and_not_before(tmp_path, 
 
 
 def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
-    stream = open_at(config_of(folder, epochs=0), tokenizer)
-    assert stream.get(timeout=30) is not None
-    part = stream._batches.mix.parts[0]
-    assert part._coming is not None
-    assert part._coming[0] != part._current.place
-    stream.close()
+    config = config_of(folder, epochs=0)
+    part = Shuffled(open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset())
+    for number in range(1, 6):
+        document, _ = part.draw()
+        place, ahead = part._coming
+        assert (place.epoch, place.number) == (0, number)
+        assert document not in [other for other, _ in ahead.result(30).drawn]
+        for _ in range(7):
+            part.draw()
 
 
 def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
     stream = open_at(config_of(folder, epochs=0), tokenizer)
     stream.get(timeout=30)
     stream.close()
-    assert not [t for t in threading.enumerate() if t.name in ("data", "ahead") and t.is_alive()]
+    assert not stream._thread.is_alive()
+    assert all(part._coming[1].done for part in stream._batches.mix.parts)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):

@@ -172,7 +172,7 @@ def test_what_matches_nothing_or_cannot_be_read_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="matches no file"):
         texts_of("nothing-of-the-kind")
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match="is none of .jsonl"):
+    with pytest.raises(ValueError, match=r"is none of \.jsonl"):
         texts_of(tmp_path / "a.csv")
     with pytest.raises(ValueError, match="only built-in source"):
         texts_of("builtin:poems")
