@@ -1,4 +1,5 @@
-"""The commands beside training: `python -m smollm_jax export | import | generate | evaluate | push | checkpoints`.
+"""The commands beside training: `python -m smollm_jax export | import | generate | evaluate | push |
+checkpoints | batch`.
 
 Results go to stdout, talk to stderr. A command is a function: its signature is its flags, its docstring its
 help. What it needs is imported when it runs, so that `--help` answers at once.
@@ -170,6 +171,22 @@ def checkpoints(run: Positional) -> int:
     return 0
 
 
+def batch(run: Positional, *, step: int) -> int:
+    """Show the documents that a step was trained on, a JSON line each with source, file, row and text.
+
+    Args:
+        run: Run folder.
+        step: Update, counted from 1.
+    """
+    from smollm_jax.replay import documents_of_step
+
+    replayed = documents_of_step(run, step)
+    for document in replayed.documents:
+        print(json.dumps(document, ensure_ascii=False))
+    say(replayed.verdict)
+    return 0
+
+
 COMMANDS = {
     "export": export,
     "import": import_,
@@ -177,6 +194,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "push": push,
     "checkpoints": checkpoints,
+    "batch": batch,
 }
 
 

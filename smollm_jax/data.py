@@ -92,6 +92,10 @@ class Batches:
             "offset": self.packer.offset if current else None,
         }
 
+    def documents(self) -> list[dict[str, Any]]:
+        """Source, file, row and text of the documents in the batch made last."""
+        return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in self.packer.drawn]
+
     def _fixed(self) -> Cursor:
         """What the batches behind a cursor depend on besides the settings."""
         part = self.mix.parts[0]
@@ -174,7 +178,7 @@ class Stream:
         """Source, file, row and text of the documents in the batch behind `cursor`."""
         batches = self._make(cursor)
         next(batches)
-        return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in batches.packer.drawn]
+        return batches.documents()
 
     def close(self) -> None:
         """Stop making batches."""
@@ -203,23 +207,22 @@ class Stream:
                 return
 
 
-def open_stream(
+def open_batches(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
     seed: int,
     batch_size_at: Callable[[int], int],
     steps: int,
-    cursor: Cursor | None = None,
     excluded: frozenset[int] = frozenset(),
-) -> Stream:
-    """The training stream behind `cursor`, without the texts whose hash is in `excluded`.
+    resumes: bool = False,
+) -> Callable[[Cursor | None], Batches]:
+    """Open the sources; the result gives the batches behind a cursor, without the texts hashed in `excluded`.
 
-    Raises `ValueError` when a source cannot be opened or is not the one the cursor was made with, and
-    `SourceTimeout` when there is a cursor and the Hub does not answer for `data_timeout` seconds.
+    Raises `ValueError` when a source cannot be opened or is not the one the cursor was made with.
     """
     named: list[tuple[Source, float]] = [
-        (open_source(spec, config, resumes=cursor is not None), weight) for spec, weight in mixture(config.data)
+        (open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)
     ]
 
     def make(cursor: Cursor | None) -> Batches:
@@ -232,4 +235,30 @@ def open_stream(
             batches.seek(cursor)
         return batches
 
+    return make
+
+
+def open_stream(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    batch_size_at: Callable[[int], int],
+    steps: int,
+    cursor: Cursor | None = None,
+    excluded: frozenset[int] = frozenset(),
+) -> Stream:
+    """The training stream behind `cursor`: `open_batches`, made ahead of the device.
+
+    With a cursor, also raises `SourceTimeout` when the Hub does not answer for `data_timeout` seconds.
+    """
+    make = open_batches(
+        config,
+        tokenizer,
+        seed=seed,
+        batch_size_at=batch_size_at,
+        steps=steps,
+        excluded=excluded,
+        resumes=cursor is not None,
+    )
     return Stream(make, cursor)

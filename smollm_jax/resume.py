@@ -8,8 +8,8 @@ where every learning rate and batch size up to the checkpoint stays what it was.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,32 +73,43 @@ def check_settings(
     return notes
 
 
-def keep_records(run_dir: Path, step: int) -> int:
-    """Cut metrics.jsonl and samples.txt back to `step`: what came after the checkpoint comes again.
+@dataclass(frozen=True)
+class Records:
+    """What a run's records say after they were cut back to a checkpoint."""
 
-    Returns the last step whose evaluation is on record.
-    """
+    evaluated: int
+    """Last step whose evaluation is on record."""
+    ledgers: dict[int, str]
+    """The ledger of every step that was on record, those behind the checkpoint too: they must come again."""
+
+
+def keep_records(run_dir: Path, step: int) -> Records:
+    """Cut metrics.jsonl and samples.txt back to `step`: what came after the checkpoint comes again."""
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
-    evaluated = 0
+    evaluated, ledgers = 0, {}
     if metrics.exists():
-        kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-        evaluated = max((_step_of(line) for line in kept if "eval_loss" in json.loads(line)), default=0)
-        _rewrite(metrics, kept)
+        lines = [(line, read) for line in metrics.read_text().splitlines() if (read := _read(line)) is not None]
+        ledgers = {read["step"]: read["ledger"] for _, read in lines if "ledger" in read}
+        kept = [(line, read) for line, read in lines if read["step"] <= step]
+        evaluated = max((read["step"] for _, read in kept if "eval_loss" in read), default=0)
+        _rewrite(metrics, [line for line, _ in kept])
     if samples.exists():
-        kept = []
+        texts = []
         for line in samples.read_text(encoding="utf-8").splitlines():
             if line.startswith(SAMPLES_OF) and int(line.removeprefix(SAMPLES_OF)) > evaluated:
                 break
-            kept.append(line)
-        _rewrite(samples, kept)
-    return evaluated
+            texts.append(line)
+        _rewrite(samples, texts)
+    return Records(evaluated, ledgers)
 
 
-def _step_of(line: str) -> int:
+def _read(line: str) -> dict[str, Any] | None:
+    """A line of metrics; None for one that a kill cut short."""
     try:
-        return int(json.loads(line)["step"])
+        values = json.loads(line)
+        return values if isinstance(values["step"], int) else None
     except (ValueError, KeyError, TypeError):
-        return sys.maxsize  # cut short by a kill
+        return None
 
 
 def _rewrite(path: Path, lines: list[str]) -> None:

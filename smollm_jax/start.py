@@ -79,6 +79,8 @@ class Run:
     """Last step whose metrics were read."""
     evaluated: int = 0
     """Last step whose evaluation is on record."""
+    ledgers: dict[int, str] = field(default_factory=dict)
+    """Of the steps that were on record at the start; those that come again must agree."""
 
     @property
     def last_step(self) -> int:
@@ -108,7 +110,9 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     origin = find_origin(config, run_dir, checkpoints)
     tokenizer = prepare_tokenizer(origin, run_dir)
     config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
-    held_out = heldout(config.data, tokenizer) if config.data.eval_documents else None
+    held_out = None
+    if config.data.eval_documents:
+        held_out = heldout(config.data, tokenizer, resumes=found is not None)
     stream = open_stream(
         config.data,
         tokenizer,
@@ -132,10 +136,11 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     else:
         state = checkpoints.restore(found.step, abstract_state(config, mesh))
         progress, start = Progress(**found.meta["progress"]), found.step
-    evaluated = keep_records(run_dir, start)
+    records = keep_records(run_dir, start)
     run = Run(
         config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
-        Report(run_dir, start=start, total=config.total_steps), progress, start, start, evaluated,
+        Report(run_dir, start=start, total=config.total_steps), progress, start, start,
+        records.evaluated, records.ledgers,
     )  # fmt: skip
     introduce(run, origin.notes, remat=remat, seconds=time.monotonic() - began)
     return run

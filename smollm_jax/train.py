@@ -22,7 +22,7 @@ from smollm_jax.generation import Generator, Sampling
 from smollm_jax.hardware import peak_flops
 from smollm_jax.model import SmolLM
 from smollm_jax.publish import publish
-from smollm_jax.report import finite_or_none, plot, read_metrics
+from smollm_jax.report import finite_or_none, plot, read_metrics, say
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.step import by_row
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
@@ -45,6 +45,10 @@ class Pending:
     """Targets trained on so far, this step's included."""
     metrics: dict[str, jax.Array]
     cursor_before: dict[str, Any] | None
+    ledger: str
+    """Running hash of every batch up to this one."""
+    skipped: int
+    """Rows and files that --on-bad-data skip has passed over so far."""
     slots: int
     """Token positions of the batch."""
 
@@ -71,7 +75,11 @@ def fit(config: Config) -> int:
     with StopRequest() as stop:
         run_dir, lock = claim(config)
         with lock:
-            run = begin(config, run_dir, stop)
+            try:
+                run = begin(config, run_dir, stop)
+            except SourceTimeout as error:  # only a resume waits that long, and its checkpoint stands
+                say(f"{error}; run the same command to go on")
+                return EXIT_STOPPED
             try:
                 return finish(run, train(run))
             except TooManyBadSteps as error:
@@ -145,7 +153,15 @@ def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
     before, progress.cursor = progress.cursor, cursor
     progress.step += 1
     progress.tokens += num_targets(batch)
-    return Pending(progress.step, progress.tokens, metrics, before, len(batch.tokens) * slots)
+    return Pending(
+        progress.step,
+        progress.tokens,
+        metrics,
+        before,
+        cursor["ledger"],
+        cursor["skipped"],
+        len(batch.tokens) * slots,
+    )
 
 
 def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
@@ -153,6 +169,8 @@ def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
     if pending is None or pending.step <= run.reported:
         return
     run.reported = pending.step
+    if run.ledgers.get(pending.step, pending.ledger) != pending.ledger:
+        run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")
     values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
     interval.steps += 1
     interval.targets += values["targets"]
@@ -172,6 +190,8 @@ def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
         "data_wait_seconds": interval.data_wait_seconds,
         "step_seconds": seconds / interval.steps,
         "bad_steps": run.progress.bad_steps,
+        "skipped_documents": pending.skipped,
+        "ledger": pending.ledger,
     }
     peak = peak_flops(run.mesh.devices.flat[0])
     if peak is not None:

@@ -1,0 +1,70 @@
+"""Look back at what a run read: the documents of any step, and the ledger that proves it.
+
+The stream is started again at the newest checkpoint before the step and moved forward; nothing is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.config import require
+from smollm_jax.data import heldout, open_batches
+from smollm_jax.inventory import good_ones
+from smollm_jax.loading import read_run
+from smollm_jax.report import read_metrics, say
+from smollm_jax.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Replayed:
+    documents: list[dict[str, Any]]
+    """Source, file, row and text of each document of the batch, in order."""
+    verdict: str
+    """Whether the ledger agrees with the one on record."""
+
+
+def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
+    """The documents that update `step` (counted from 1) of a run was made from.
+
+    Raises `ValueError` when the run never came that far, or its data is not what it was.
+    """
+    run_dir = Path(run_dir)
+    config = read_run(run_dir)
+    require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
+    cursor = _cursor_before(run_dir, step)
+    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
+    held_out = heldout(config.data, tokenizer) if config.data.eval_documents else None
+    batches = open_batches(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        batch_size_at=config.batch_size_at,
+        steps=config.total_steps,
+        excluded=held_out.hashes if held_out else frozenset(),
+    )(cursor)
+    start = cursor["step"] if cursor else 0
+    if step - start > 1:
+        say(f"replaying steps {start + 1:,} to {step:,}")
+    try:
+        for _ in range(start, step):
+            next(batches)
+    except StopIteration:
+        raise ValueError(f"--step {step}: the data ended before") from None
+    return Replayed(batches.documents(), _verdict(run_dir, step, batches.ledger))
+
+
+def _cursor_before(run_dir: Path, step: int) -> Any:
+    for found in good_ones(run_dir / "checkpoints", group="step"):
+        if found.step < step and found.meta.get("cursor") is not None:
+            return found.meta["cursor"]
+    return None
+
+
+def _verdict(run_dir: Path, step: int, ledger: str) -> str:
+    recorded = next((x["ledger"] for x in read_metrics(run_dir) if x["step"] == step and "ledger" in x), None)
+    if recorded is None:
+        return f"step {step:,}: ledger {ledger}; none on record to compare it with"
+    same = recorded == ledger
+    return f"step {step:,}: ledger {ledger}, {'as on record' if same else f'BUT {recorded} IS ON RECORD'}"
