@@ -35,6 +35,10 @@ class SourceTimeout(RuntimeError):
     """A source has not answered for --data-timeout seconds."""
 
 
+class Refused(ValueError):
+    """The Hub will not give a file: a token that ran out, a file that is gone. Waiting does not help."""
+
+
 @dataclass(frozen=True)
 class Remote:
     """One file: its name without a revision, where it is read, and a hash of its content."""
@@ -51,6 +55,8 @@ def list_files(spec: str, split: str, *, patience: float) -> list[Remote]:
     Raises `ValueError` when there is no such dataset, config or split, and `SourceTimeout` when the Hub has
     not answered for `patience` seconds.
     """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     repo, _, config = spec.partition(":")
 
     def ask() -> list[Remote]:
@@ -58,10 +64,14 @@ def list_files(spec: str, split: str, *, patience: float) -> list[Remote]:
 
     try:
         return patiently(ask, spec, patience, threading.Event())
-    except (SourceTimeout, KeyboardInterrupt):
+    except SourceTimeout:
         raise
+    except RepositoryNotFoundError:
+        known = "no such file here and no such dataset on the Hub, or one that is private: then set HF_TOKEN"
+        raise ValueError(f"--data {spec}: {known}") from None
     except Exception as error:  # whatever a library made of it: without the list of files there is no stream
-        raise ValueError(f"--data {spec}: {brief(error)}") from None
+        ways_out = f"; {WAYS_OUT}" if isinstance(error, OSError) else ""
+        raise ValueError(f"--data {spec}: {brief(error)}{ways_out}") from None
 
 
 def _list(repo: str, config: str | None, split: str) -> list[Remote]:
@@ -138,9 +148,11 @@ def patiently(ask: Callable[[], T], name: str, patience: float, closed: threadin
 
 def may_pass(error: Exception) -> bool:
     """Whether a failed request may succeed when it is made again."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     response = getattr(error, "response", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     if isinstance(error, HfHubHTTPError) and response is not None:
         return response.status_code >= 500 or response.status_code in PASSING
     if isinstance(error, ValueError | FileNotFoundError | PermissionError):
@@ -164,7 +176,7 @@ def brief(error: BaseException) -> str:
 
 
 class HubFile(io.RawIOBase):
-    """A remote file; every read gives all the bytes asked for, or raises `SourceTimeout`."""
+    """A remote file; every read gives all the bytes asked for, or raises `SourceTimeout` or `Refused`."""
 
     def __init__(self, file: Remote, *, timeout: float, closed: threading.Event):
         self.file, self.timeout, self._stopped = file, timeout, closed
@@ -190,7 +202,10 @@ class HubFile(io.RawIOBase):
         for at in range(0, count, BLOCK_BYTES):
             size = min(BLOCK_BYTES, count - at)
             ask = partial(fetch_range, self.file, self._position, size)
-            view[at : at + size] = patiently(ask, self.file.name, self.timeout, self._stopped)
+            try:
+                view[at : at + size] = patiently(ask, self.file.name, self.timeout, self._stopped)
+            except (OSError, ValueError) as error:
+                raise Refused(f"the Hub refuses {self.file.name}: {brief(error)}") from None
             self._position += size
         return count
 

@@ -30,6 +30,7 @@ from smollm_jax.remote import (
     FRESH_SECONDS,
     WAYS_OUT,
     HubFile,
+    Refused,
     Remote,
     SourceTimeout,
     brief,
@@ -104,7 +105,7 @@ class Source:
                         self._bad(f"{path}, row {entry.row}, cannot be read: {fault}", skipped)
                     elif entry.value.strip():
                         yield Document(entry.value, self.name, path, entry.row, cursor)
-            except (BadData, MissingColumn, SourceTimeout):
+            except (BadData, MissingColumn, Refused, SourceTimeout):
                 raise
             except Exception as error:
                 if not _is_of_the_file(error):
@@ -311,7 +312,7 @@ def _hub(spec: str, settings: DataConfig, resumes: bool) -> Source:
     except SourceTimeout as error:
         if resumes:
             raise
-        raise ValueError(f"--data {spec} cannot be opened on the Hub: {error}; {WAYS_OUT}") from None
+        raise ValueError(f"--data {error}; {WAYS_OUT}") from None
     files = [file.name for file in listing]
     _require_known(files, spec)
     prints = [_hash(file.name, file.size, file.content) for file in listing]

@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config import require
-from smollm_jax.remote import FRESH_SECONDS, WAYS_OUT, SourceTimeout, be_quiet, brief, patiently, request_seconds
+from smollm_jax.remote import (
+    FRESH_SECONDS,
+    WAYS_OUT,
+    SourceTimeout,
+    be_quiet,
+    brief,
+    may_pass,
+    patiently,
+    request_seconds,
+)
 
 EOS = "<|endoftext|>"
 BYTES = 256
@@ -140,21 +149,41 @@ def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Toke
 
 
 def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     be_quiet()
-    fetch = partial(snapshot_download, repo, allow_patterns=list(FILES), etag_timeout=request_seconds())
     try:
-        return Path(patiently(fetch, repo, FRESH_SECONDS, threading.Event()))
+        return _fetch(repo)
+    except SourceTimeout as error:
+        raise ValueError(f"--tokenizer {error}; {WAYS_OUT}") from None
     except GatedRepoError:
         raise ValueError(f"--tokenizer {repo} is gated: accept its terms on the Hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise ValueError(f"--tokenizer {repo}: no such folder here and no such repository on the Hub") from None
-    except (SourceTimeout, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"--tokenizer {repo} cannot be fetched from the Hub ({brief(error)}); {WAYS_OUT}"
         ) from None
+
+
+def _fetch(repo: str) -> Path:
+    """The files as they are on the Hub now; where it does not answer, as they were last, or it is waited for."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # one plain question first: the download would hide a Hub that is away behind minutes of retries
+    ask = partial(HfApi().model_info, repo, timeout=request_seconds())
+    get = partial(snapshot_download, repo, allow_patterns=list(FILES), etag_timeout=request_seconds())
+    try:
+        ask()
+    except Exception as error:
+        if not may_pass(error) and not isinstance(error, OfflineModeIsEnabled):
+            raise
+        try:
+            return Path(get(local_files_only=True))
+        except LocalEntryNotFoundError:
+            patiently(ask, repo, FRESH_SECONDS, threading.Event())
+    return Path(patiently(get, repo, FRESH_SECONDS, threading.Event()))
 
 
 def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub on loopback that misbehaves on demand.
 
 It answers what `datasets` and `huggingface_hub` ask in order to find, stream and download files. Each read of
-a file's bytes draws a fault from `faults`, a list of (kind, probability); `down` makes it refuse connections.
+a file's bytes draws a fault from `faults`, a list of (kind, probability), each other answer one from
+`api_faults`; `down` makes it refuse connections.
 """
 
 import json
@@ -25,7 +26,7 @@ class Hub:
 
     def __init__(self):
         self.files = {}
-        self.faults, self.random = [], random.Random(0)
+        self.faults, self.api_faults, self.random = [], [], random.Random(0)
         self.stall_seconds = 3.0
         self.commit = COMMIT
         self.met = {}
@@ -59,9 +60,9 @@ class Hub:
         finally:
             self.start()
 
-    def draw_fault(self):
+    def draw_fault(self, faults):
         draw = self.random.random()
-        for kind, probability in self.faults:
+        for kind, probability in faults:
             if draw < probability:
                 self.met[kind] = self.met.get(kind, 0) + 1
                 return kind
@@ -112,7 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_api(self, parts, query):
         repo, rest = "/".join(parts[:3]), parts[3:]
         files = self.hub.files.get(repo)
-        if files is None:
+        fault = self.hub.draw_fault(self.hub.api_faults)
+        if fault == "reset":
+            self.close_connection = True
+        elif fault:
+            self.send_json({"error": "a fault on demand"}, int(fault))
+        elif files is None:
             self.missing("RepoNotFound")
         elif rest[:1] == ["tree"]:
             folder = "".join(f"{part}/" for part in rest[2:])
@@ -134,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             begin, _, end = asked.partition("-")
             first, last, code = int(begin), min(int(end or last), last), 206
         part = content[first : last + 1]
-        fault = self.hub.draw_fault() if self.command == "GET" and len(content) > 64 else None
+        fault = self.hub.draw_fault(self.hub.faults) if self.command == "GET" and len(content) > 64 else None
         if fault and fault.isdigit():
             self.send_json({"error": "a fault on demand"}, int(fault), {"Retry-After": "0"})
             return
