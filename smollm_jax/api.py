@@ -20,6 +20,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from smollm_jax.chat import chat_prompt
 from smollm_jax.completion import Piece
@@ -257,8 +258,8 @@ def add_routes(app: FastAPI, worker: Worker, *, model: str, api_key: str | None)
         printable = message.encode(errors="backslashreplace").decode()  # it may quote half a character
         return JSONResponse(_error(status, printable), status_code=status, headers=headers)
 
-    @app.exception_handler(HTTPException)
-    async def known(_: Request, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(StarletteHTTPException)  # FastAPI's own are of that kind too
+    async def known(_: Request, error: StarletteHTTPException) -> JSONResponse:
         return answer(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
@@ -269,7 +270,7 @@ def add_routes(app: FastAPI, worker: Worker, *, model: str, api_key: str | None)
 
     @app.exception_handler(ValueError)
     async def mistaken(_: Request, error: ValueError) -> JSONResponse:
-        return answer(400, str(error))
+        return answer(400, str(error).replace("max_new_tokens", "max_tokens"))  # their name for it
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> JSONResponse:

@@ -121,8 +121,8 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
             model = _transformers_model(Path(scratch) / "model", dtype).to(device)
     else:
         folder = local_folder(path)
-        tokenizer = load_tokenizer(str(folder))
         config = model_config(_read_json(folder / "config.json"))
+        tokenizer = load_tokenizer(str(folder))
         model = _transformers_model(folder, dtype).to(device)
     return TorchEngine(model, config), tokenizer, f"PyTorch, {dtype}, on {device}"
 

@@ -8,7 +8,6 @@ Gradio or HTTP. A request's numbers are checked here, so that no door can forget
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import threading
 import traceback
@@ -89,6 +88,11 @@ class Worker:
             0 < len(ids) < context,
             f"the prompt has {len(ids):,} tokens; the model reads 1 to {context - 1:,}",
         )
+        vocabulary = self.completer.tokenizer.vocab_size
+        require(
+            min(ids) >= 0 and max(ids) < vocabulary,
+            f"the prompt holds a token id outside of the vocabulary, 0 to {vocabulary - 1:,}",
+        )
         return ids
 
     def sampling(self, **numbers: Any) -> Sampling:
@@ -101,7 +105,7 @@ class Worker:
             low, high = RANGES.get(name, (1, self.max_new_tokens))
             kinds = int if name in WHOLE else int | float
             good = isinstance(value, kinds) and not isinstance(value, bool)
-            good = good and math.isfinite(value) and low <= value <= high
+            good = good and low <= value <= high  # which neither NaN nor infinity satisfies
             kind = "whole number" if name in WHOLE else "number"
             require(good, f"{name}={_shown(value)} must be a {kind} from {low:,} to {high:,}")
         return Sampling(**numbers)
