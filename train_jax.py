@@ -7,13 +7,15 @@ The same command again resumes. Exit codes: 0 finished; 2 a mistake in the argum
 import sys
 
 from smollm_jax.arguments import guarded, parse
+from smollm_jax.stop import StopRequest
 
 
 def main() -> int:
     config = parse(sys.argv[1:])
-    from smollm_jax.train import fit  # JAX only now: --help answers at once
+    with StopRequest() as stop:
+        from smollm_jax.train import fit  # JAX only now: --help answers at once
 
-    return fit(config)
+        return fit(config, stop)
 
 
 if __name__ == "__main__":

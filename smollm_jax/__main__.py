@@ -187,6 +187,35 @@ def batch(run: Positional, *, step: int) -> int:
     return 0
 
 
+def verify_resume(argv: list[str]) -> int:
+    """Run a recipe for a few steps straight and in pieces, killed hard, and print a verdict.
+
+    It takes every flag of train_jax.py, and --verify-steps N (default 12). The two runs live in a temporary
+    folder, or below --run-dir where that is given, and are removed when they agree.
+    """
+    import shutil
+    import tempfile
+
+    from smollm_jax.arguments import parse, split_flag
+    from smollm_jax.verify import verify_resume
+
+    steps, rest = split_flag(argv, "--verify-steps", 12)
+    config = parse(rest, prog="python -m smollm_jax verify-resume")
+    parent = config.run.run_dir
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=parent))
+    result = verify_resume(config, folder, steps=steps)
+    for what, difference in result.compared.items():
+        print(f"{what:<26} {'exact' if difference is None else difference}")
+    print(f"verdict: {'exact' if result.exact else 'NOT EXACT'} over {result.steps} steps")
+    if result.exact:
+        shutil.rmtree(folder)
+        return 0
+    say(f"both runs are kept in {folder}")
+    return 1
+
+
 COMMANDS = {
     "export": export,
     "import": import_,
@@ -199,7 +228,10 @@ COMMANDS = {
 
 
 def main() -> int:
-    return parse_command(COMMANDS, sys.argv[1:], "python -m smollm_jax")()
+    if sys.argv[1:2] == ["verify-resume"]:  # its flags are those of train_jax.py
+        return verify_resume(sys.argv[2:])
+    description = "Beside these: verify-resume [flags of train_jax.py] [--verify-steps N] proves an exact resume."
+    return parse_command(COMMANDS, sys.argv[1:], "python -m smollm_jax", description=description)()
 
 
 if __name__ == "__main__":

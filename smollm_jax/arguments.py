@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.config import MODELS, RECIPES, Config, require
+from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED
 
 Command = Callable[..., int]
 EXIT_MISTAKE = 2
-EXIT_FAILED = 1
 
 
 def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
@@ -54,7 +54,20 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     )
 
 
-def parse_command(commands: dict[str, Command] | Command, argv: list[str], prog: str) -> Callable[[], int]:
+def split_flag(argv: list[str], name: str, default: int) -> tuple[int, list[str]]:
+    """The value of the whole-number flag `name`, and the other arguments; raises `ValueError`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(name, type=int, default=default, dest="value")
+    try:
+        given, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return given.value, rest
+
+
+def parse_command(
+    commands: dict[str, Command] | Command, argv: list[str], prog: str, *, description: str | None = None
+) -> Callable[[], int]:
     """The command that `argv` asks for, its arguments filled in, ready to be called.
 
     Flags, types and help are those of the command's signature and docstring. Raises like `parse`.
@@ -65,7 +78,9 @@ def parse_command(commands: dict[str, Command] | Command, argv: list[str], prog:
         only = _deferred(commands)
         return _one_line(prog, lambda: tyro.cli(only, args=argv, prog=prog))
     named = {name: _deferred(command) for name, command in commands.items()}
-    return _one_line(prog, lambda: tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog))
+    return _one_line(
+        prog, lambda: tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
+    )
 
 
 def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
@@ -94,6 +109,9 @@ def guarded(main: Callable[[], int]) -> int:
     """Run `main`; a mistake of the user becomes one line and exit code 2, a fault of ours a traceback."""
     try:
         return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_STOPPED
     except ValueError as error:
         if not _is_ours(error):
             traceback.print_exc()

@@ -67,28 +67,27 @@ class Interval:
         vars(self).update(vars(Interval()))
 
 
-def fit(config: Config) -> int:
+def fit(config: Config, stop: StopRequest) -> int:
     """Train as `config` says, from the newest good checkpoint if there is one; returns the exit code.
 
     Raises `ValueError` on a mistake in settings or input.
     """
-    with StopRequest() as stop:
-        run_dir, lock = claim(config)
-        with lock:
-            try:
-                run = begin(config, run_dir, stop)
-            except SourceTimeout as error:  # only a resume waits that long, and its checkpoint stands
-                say(f"{error}; run the same command to go on")
-                return EXIT_STOPPED
-            try:
-                return finish(run, train(run))
-            except TooManyBadSteps as error:
-                run.report.say(f"stopped: {error}")
-                return EXIT_FAILED
-            finally:
-                run.stream.close()
-                run.checkpoints.close()
-                run.report.close()
+    run_dir, lock = claim(config)
+    with lock:
+        try:
+            run = begin(config, run_dir, stop)
+        except SourceTimeout as error:  # only a resume waits that long, and its checkpoint stands
+            say(f"{error}; run the same command to go on")
+            return EXIT_STOPPED
+        try:
+            return finish(run, train(run))
+        except TooManyBadSteps as error:
+            run.report.say(f"stopped: {error}")
+            return EXIT_FAILED
+        finally:
+            run.stream.close()
+            run.checkpoints.close()
+            run.report.close()
 
 
 def train(run: Run) -> str:

@@ -1,0 +1,106 @@
+"""Stops at random moments, and the commands that prove and explain a run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chaos import chaos, scenarios, table
+
+from smollm_jax.config_file import from_dict
+from smollm_jax.replay import documents_of_step
+from smollm_jax.run_folder import read_json
+from smollm_jax.sources import open_source
+from smollm_jax.verify import compare_runs, start, verify_resume
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """A finished run of 30 steps with a checkpoint every 7, and its config."""
+    folder = tmp_path_factory.mktemp("short")
+    config = scenarios(folder, folder / "compiled")["mixture"]
+    config = replace(
+        config,
+        run=replace(
+            config.run, phases="30x4", checkpoint_every=7, eval_every=0, keep_last=9, run_dir=str(folder / "run")
+        ),
+    )
+    assert start(config).wait() == 0
+    return folder / "run", config
+
+
+@pytest.mark.slow
+def test_runs_stopped_at_random_moments_come_out_bit_for_bit(tmp_path):
+    made, wrong = chaos(tmp_path, stops=10, seed=7, jobs=1, cache=tmp_path / "compiled")
+    assert not wrong, wrong
+    assert len(made) >= 10
+    assert table(made).splitlines()[-1] == f"| **all** | | {len(made)} | {len(made)} | 0 |"
+
+
+@pytest.mark.slow
+def test_verify_resume_finds_a_recipe_exact_and_a_tampered_run_not(short_run, tmp_path):
+    _, config = short_run
+    result = verify_resume(config, tmp_path, steps=9)
+    assert result.exact, result.compared
+    metrics = tmp_path / "pieces" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    ledger = json.loads(lines[4])["ledger"]
+    metrics.write_text("\n".join(lines).replace(ledger, "0" * 32) + "\n")
+    compared = compare_runs(tmp_path / "straight", tmp_path / "pieces").compared
+    assert compared["ledger, losses and norms"] == "step 5: ledger differ"
+
+
+@pytest.mark.slow
+def test_verify_resume_as_a_command_prints_a_verdict(short_run):
+    run_dir, config = short_run
+    flags = ["--recipe", "quickstart", "--data", config.data.data, "--tokenizer", config.data.tokenizer]
+    flags += ["--batch-size", "2", "--seq-len", "16", "--verify-steps", "4", "--num-layers", "1"]
+    command = [sys.executable, "-m", "smollm_jax", "verify-resume", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "verdict: exact over 4 steps"
+    assert not list(run_dir.parent.glob("verify-resume-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 8, 30])
+def test_the_documents_of_a_step_are_those_it_was_trained_on(short_run, step):
+    run_dir, config = short_run
+    replayed = documents_of_step(run_dir, step)
+    assert replayed.verdict.endswith("as on record")
+    known = {
+        (document.source, document.file, document.row): document.text
+        for spec in (f"{Path(config.data.tokenizer).parent}/{name}-*.jsonl" for name in "ab")
+        for document in open_source(spec, config.data).documents()
+    }
+    assert replayed.documents
+    for document in replayed.documents:
+        assert known[document["source"], document["file"], document["row"]] == document["text"]
+
+
+def test_a_step_that_never_was_is_refused(short_run):
+    with pytest.raises(ValueError, match="the run has steps 1 to 30"):
+        documents_of_step(short_run[0], 31)
+
+
+@pytest.mark.slow
+def test_batches_that_are_not_those_of_the_first_time_are_called_out(short_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(short_run[0], run_dir)
+    for step in (28, 30):
+        shutil.rmtree(run_dir / "checkpoints" / str(step))
+    metrics = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text(
+        "".join(json.dumps(x | ({"ledger": "f" * 32} if x["step"] == 25 else {})) + "\n" for x in lines)
+    )
+    saved = from_dict(read_json(run_dir / "config.json"))
+    process = start(replace(saved, run=replace(saved.run, run_dir=str(run_dir))), stderr=subprocess.PIPE)
+    _, words = process.communicate()
+    assert process.returncode == 0
+    assert words.count("THE BATCHES ARE NOT THOSE OF THE FIRST TIME") == 1
+    assert "step 25: THE BATCHES" in words
