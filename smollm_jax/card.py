@@ -21,8 +21,7 @@ def model_card(config: ModelConfig, facts: dict[str, Any], *, dtype: str, checke
     for name, label in words.items():
         value = facts.get(name)
         if value is not None:
-            rows.append((label, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-                        if not isinstance(value, str) else (label, f"`{value}`"))  # fmt: skip
+            rows.append((label, _cell(value)))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     picture = "\n![loss](loss.png)\n" if curve else ""
     return f"""---
@@ -53,3 +52,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
 
 Check at export: {checked}.
 """
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return "`" + value.replace("|", "\\|") + "`"  # a bar would end the cell
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,16 +1,17 @@
-"""Our parameters to a Hugging Face folder and back: one table of names and layouts, used in both directions.
+"""Our parameters to a Hugging Face folder, checked before it is put in place, and back.
 
-The only door to Hugging Face models. numpy and safetensors do the work; torch and transformers are asked
-for by the check alone. Only safetensors files are read: no pickle is ever loaded, no remote code trusted.
+The only door to Hugging Face models: names and layouts are in layout.py, reading in hf_folder.py. numpy and
+safetensors do the work. Where torch is installed, every folder written is loaded by transformers and its
+logits on real text are compared with ours; a folder that disagrees is not left behind.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,248 +19,59 @@ import numpy as np
 
 from smollm_jax.card import model_card
 from smollm_jax.config import ModelConfig, require
+from smollm_jax.hf_folder import INDEX, WANTED, WEIGHTS, local_folder, metadata_of, read_folder, tensor_files
+from smollm_jax.layout import Params, Tensor, hf_config, leaf, model_config, shapes_of, tensors, to_hf
+from smollm_jax.tokenizer import FILES as TOKENIZER_FILES
+from smollm_jax.tokenizer import Tokenizer
 
-Params = dict[str, Any]
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["check", "export", "load_hf", "local_folder", "model_config", "read_folder", "save_hf", "write_folder"]
+
 MARK = "exported by smollm-jax"  # in the safetensors header: only our own folders are written over
+CARD, CURVE = "README.md", "loss.png"
 SHARD_BYTES = 5 * 10**9
-FILES = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
-         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
-CHECKED_TOKENS = 48
-LARGEST_LOGIT_DIFFERENCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter: our path, HF's name ("{}" is the layer), and HF's shape as ours flattened and turned."""
-
-    ours: tuple[str, ...]
-    theirs: str
-    inputs: int = 0
-    """Leading dims of ours (the layer's not counted) that are HF's second, input, dim; 0: the same layout."""
-
-
-TABLE = (
-    Entry(("embedding",), "model.embed_tokens.weight"),
-    Entry(("blocks", "attention_norm", "scale"), "model.layers.{}.input_layernorm.weight"),
-    Entry(("blocks", "attention", "q"), "model.layers.{}.self_attn.q_proj.weight", 1),
-    Entry(("blocks", "attention", "k"), "model.layers.{}.self_attn.k_proj.weight", 1),
-    Entry(("blocks", "attention", "v"), "model.layers.{}.self_attn.v_proj.weight", 1),
-    Entry(("blocks", "attention", "o"), "model.layers.{}.self_attn.o_proj.weight", 2),
-    Entry(("blocks", "mlp_norm", "scale"), "model.layers.{}.post_attention_layernorm.weight"),
-    Entry(("blocks", "mlp", "gate"), "model.layers.{}.mlp.gate_proj.weight", 1),
-    Entry(("blocks", "mlp", "up"), "model.layers.{}.mlp.up_proj.weight", 1),
-    Entry(("blocks", "mlp", "down"), "model.layers.{}.mlp.down_proj.weight", 1),
-    Entry(("final_norm", "scale"), "model.norm.weight"),
-    Entry(("head",), "lm_head.weight"),
-)
-
-
-def shapes_of(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each of our parameters, the layer dim left out."""
-    D, F, N, K, H = (
-        config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-    )  # fmt: skip
-    shapes = {
-        "embedding": (config.vocab_size, D), "blocks/attention_norm/scale": (D,), "blocks/mlp_norm/scale": (D,),
-        "blocks/attention/q": (D, N, H), "blocks/attention/k": (D, K, H), "blocks/attention/v": (D, K, H),
-        "blocks/attention/o": (N, H, D), "blocks/mlp/gate": (D, F), "blocks/mlp/up": (D, F),
-        "blocks/mlp/down": (F, D), "final_norm/scale": (D,),
-    }  # fmt: skip
-    if not config.tie_embeddings:
-        shapes["head"] = (config.vocab_size, D)
-    return {tuple(name.split("/")): shape for name, shape in shapes.items()}
-
-
-def tensors(config: ModelConfig) -> list[tuple[str, Entry, int | None, tuple[int, ...]]]:
-    """HF name, table entry, layer and HF shape of every tensor that a folder of this config holds."""
-    shapes, out = shapes_of(config), []
-    for entry in TABLE:
-        if entry.ours not in shapes:
-            continue
-        shape = shapes[entry.ours]
-        if entry.inputs:
-            shape = (int(np.prod(shape[entry.inputs :])), int(np.prod(shape[: entry.inputs])))
-        stacked = entry.ours[0] == "blocks"
-        for layer in range(config.num_layers) if stacked else (None,):
-            out.append((entry.theirs.format(layer), entry, layer, shape))
-    return out
-
-
-def to_hf(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """HF's tensors by name, views where the layout allows."""
-    out = {}
-    for name, entry, layer, shape in tensors(config):
-        value = np.asarray(_leaf(params, entry.ours))
-        value = value if layer is None else value[layer]
-        out[name] = value.reshape(shape[::-1]).T if entry.inputs else value
-    return out
-
-
-def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
-    """Our f32 parameters from `read(name)`; raises `ValueError` naming a tensor of another shape."""
-    shapes, params = shapes_of(config), {}
-    for name, entry, layer, shape in tensors(config):
-        value = read(name)
-        require(value.shape == shape, f"tensor {name}: expected shape {shape} from config.json, got {value.shape}")
-        ours = shapes[entry.ours]
-        value = (value.T if entry.inputs else value).reshape(ours)
-        branch = params
-        for part in entry.ours[:-1]:
-            branch = branch.setdefault(part, {})
-        if layer is None:
-            branch[entry.ours[-1]] = value.astype(np.float32)
-        else:
-            stacked = branch.setdefault(entry.ours[-1], np.empty((config.num_layers, *ours), np.float32))
-            stacked[layer] = value
-    return params
-
-
-def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The content of config.json; both spellings of theta, since readers before transformers 5 know only one."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "is_llama_config": True,
-        "max_position_embeddings": config.max_seq_len,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_interleaved": False,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_scaling": None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
-    }
-
-
-def model_config(hf: dict[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes; raises `ValueError` naming a field that we do not do."""
-    require(isinstance(hf, dict), "config.json must be an object")
-    require(hf.get("model_type") == "llama", f"model_type is {hf.get('model_type')!r}; only llama can be read")
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or {}
-    kinds = {"rope_parameters": rope.get("rope_type", "default"),
-             "rope_scaling": scaling.get("rope_type", scaling.get("type", "default"))}  # fmt: skip
-    for field_name, kind in kinds.items():
-        require(kind == "default", f"{field_name} asks for {kind!r}; only plain RoPE can be read")
-    fixed = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rope_interleaved": False}
-    for field_name, value in fixed.items():
-        came = hf.get(field_name, value)
-        require(came == value, f"{field_name} is {came!r}; only {value!r} can be read")
-    theta = rope.get("rope_theta", hf.get("rope_theta"))
-    require(theta is not None, "config.json has neither rope_theta nor rope_parameters.rope_theta")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    for field_name in (*needed, "rms_norm_eps", "max_position_embeddings"):
-        require(isinstance(hf.get(field_name), int | float), f"config.json: {field_name} must be a number")
-    heads = hf["num_attention_heads"]
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        intermediate_size=hf["intermediate_size"],
-        rms_norm_eps=hf["rms_norm_eps"],
-        rope_theta=float(theta),
-        max_seq_len=hf["max_position_embeddings"],
-        initializer_range=hf.get("initializer_range", 0.02),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        bos_token_id=_first(hf.get("bos_token_id")),
-        eos_token_id=_first(hf.get("eos_token_id")),
-    )
-
-
-def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
-    """Architecture and f32 parameters of a Hugging Face folder or Hub id.
-
-    Raises `ValueError` naming the field or tensor that is missing, damaged or of another kind.
-    """
-    folder = local_folder(path)
-    try:
-        config = model_config(json.loads((folder / "config.json").read_text()))
-    except FileNotFoundError:
-        raise ValueError(f"{path} holds no config.json; expected a Hugging Face folder or Hub id") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    where = _tensor_files(folder)
-    names = [name for name, *_ in tensors(config)]
-    missing = [name for name in names if name not in where]
-    require(not missing, f"{folder} lacks tensor {(missing or [''])[0]} ({len(missing)} missing)")
-    extra = sorted(set(where) - set(names) - {"lm_head.weight"} - {n for n in where if n.endswith("inv_freq")})
-    require(not extra, f"{folder} holds tensor {(extra or [''])[0]}, which this architecture does not have")
-    params = from_hf(lambda name: _read_tensor(where[name], name), config)
-    if config.tie_embeddings and "lm_head.weight" in where:
-        head = _read_tensor(where["lm_head.weight"], "lm_head.weight").astype(np.float32)
-        require(
-            np.array_equal(head, params["embedding"]),
-            f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true",
-        )
-    return config, params
-
-
-def local_folder(path: str | Path) -> Path:
-    """`path` itself if it is a folder, otherwise the snapshot of that Hub id; raises `ValueError`."""
-    if Path(path).is_dir():
-        return Path(path)
-    require(str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")), f"there is no folder {path}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(FILES)))
-    except Exception as error:  # the kinds differ with every release of three libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise ValueError(f"{path} is no folder here and cannot be fetched from the Hub ({reason})") from None
+CHECKED_TOKENS = 64
+# of the largest logit: f32 sums in another order differ by 1e-6 to 1e-5, a wrong layout by about 1
+LARGEST_DIFFERENCE = 1e-3
+# real text: random ids meet neither the frequent tokens nor what attention makes of a sentence
+TEXT = """The water cycle moves water between the sea, the air and the land. When the sun warms the surface of
+the ocean, water evaporates and rises as vapour; high up it cools, condenses into clouds, and falls again as
+rain or snow. In 1580 Bernard Palissy wrote that rivers are fed by rain alone, which few people then believed."""
 
 
 def write_folder(
     params: Params, config: ModelConfig, out: Path, *, dtype: str, tokenizer_folder: str | Path | None
 ) -> None:
-    """Write config, weights and tokenizer files into the new folder `out`."""
+    """Write config, weights and tokenizer files into the new folder `out`; `params` are numpy arrays."""
     import ml_dtypes
     from safetensors.numpy import save_file
 
+    targets = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+    require(dtype in targets, f"dtype {dtype!r}: expected float32 or bfloat16")
+    target = targets[dtype]
     out.mkdir(parents=True)
-    target = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = total = 0
-    for name, value in to_hf(params, config).items():
-        cast = np.ascontiguousarray(value.astype(target))
-        if size + cast.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors(config):
+        nbytes = int(np.prod(tensor.shape)) * target.itemsize
+        if size + nbytes > SHARD_BYTES and shards[-1]:
+            shards.append([])
             size = 0
-        shards[-1][name] = cast
-        size, total = size + cast.nbytes, total + cast.nbytes
-    header = {"format": "pt", "note": MARK}
-    index = {}
+        shards[-1].append(tensor)
+        size += nbytes
+    index: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, out / file, metadata=header)
-        index |= dict.fromkeys(shard, file)
+        values = {t.name: np.ascontiguousarray(to_hf(params, t).astype(target)) for t in shard}
+        save_file(values, out / file, metadata={"format": "pt", "note": MARK})
+        index |= dict.fromkeys(values, file)
     if len(shards) > 1:
+        total = sum(int(np.prod(t.shape)) for t in tensors(config)) * target.itemsize
         _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     _write_json(out / "config.json", hf_config(config, dtype))
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
-    for file in Path(tokenizer_folder).iterdir() if tokenizer_folder else ():
-        if file.is_file() and not file.name.startswith("."):
-            shutil.copyfile(file, out / file.name)
+    if tokenizer_folder is not None:
+        _copy_tokenizer(Path(tokenizer_folder), out, config)
 
 
 def export(
@@ -274,13 +86,13 @@ def export(
 ) -> str:
     """Write a Hugging Face folder, check it, and only then put it in place; returns how it was checked.
 
-    Raises `ValueError` when `out` holds something else, `RuntimeError` when the check fails.
+    Raises `ValueError` when `out` holds something else, `RuntimeError` when the check fails: an older export
+    stays as it is then.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        ours = (out / WEIGHTS).exists() and MARK in (_header(out / WEIGHTS) or {}).values()
-        require(ours or (out / INDEX).exists(), f"{out} is not empty and no export of ours; give another --out")
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    _refuse_foreign(out)
+    params = _numpy(params)
+    part, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     try:
         write_folder(params, config, part, dtype=dtype, tokenizer_folder=tokenizer_folder)
@@ -288,13 +100,17 @@ def export(
         facts = dict(card_facts or {})
         curve = facts.pop("curve", None)
         if curve is not None:
-            shutil.copyfile(curve, part / "loss.png")
-        (part / "README.md").write_text(model_card(config, facts, dtype=dtype, checked=checked, curve=bool(curve)))
+            shutil.copyfile(curve, part / CURVE)
+        card = model_card(config, facts, dtype=dtype, checked=checked, curve=curve is not None)
+        (part / CARD).write_text(card, encoding="utf-8")
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         part.rename(out)
     finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return checked
 
 
@@ -302,32 +118,35 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
     """Compare what was written with `params`; returns what was compared, raises `RuntimeError` on a difference."""
     import ml_dtypes
 
-    read_config, read = read_folder(folder)
-    for entry in (e for e in TABLE if e.ours in shapes_of(config)):
-        ours = np.asarray(_leaf(params, entry.ours))
+    try:
+        read_config, read = read_folder(folder)
+    except ValueError as error:
+        raise RuntimeError(f"the export cannot be read back: {error}") from None
+    if read_config != config:
+        raise RuntimeError(f"config.json reads back as {read_config}, not {config}")
+    for path in shapes_of(config):
+        ours = leaf(params, path)
         if dtype == "bfloat16":
             ours = ours.astype(ml_dtypes.bfloat16).astype(np.float32)
-        if not np.array_equal(ours, _leaf(read, entry.ours)):
-            raise RuntimeError(f"{folder}: {'/'.join(entry.ours)} reads back otherwise than it was written")
+        # as integers: NaN equals itself, and 0 is not -0
+        if not np.array_equal(ours.view(np.uint32), leaf(read, path).view(np.uint32)):
+            raise RuntimeError(f"{'/'.join(path)} reads back otherwise than it was written")
     try:
-        import torch
-        from transformers import AutoModelForCausalLM
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
     except ImportError:
         return "read back through our own import, bit for bit; torch is not installed, so no logits were compared"
-    from smollm_jax.model import SmolLM
-
-    theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
-        raise RuntimeError(f"{folder}: transformers reports {problems}")
-    length = min(CHECKED_TOKENS, config.max_seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
-    with torch.no_grad():
-        expected = theirs.eval()(torch.tensor(tokens)).logits.numpy()
-    difference = float(np.abs(np.asarray(SmolLM.from_params(read_config, read)(tokens)) - expected).max())
-    if not difference <= LARGEST_LOGIT_DIFFERENCE:
-        raise RuntimeError(f"{folder}: logits from PyTorch and JAX differ by {difference:.2e}")
-    return f"logits from PyTorch and JAX agree to {difference:.1e} on {length} tokens; bits read back equal"
+    tokens, kind = _tokens_to_check(folder, config)
+    difference = _logit_difference(folder, read_config, read, tokens)
+    if not difference <= LARGEST_DIFFERENCE:  # also when it is NaN
+        raise RuntimeError(
+            f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}; at most "
+            f"{LARGEST_DIFFERENCE:.0e} is rounding"
+        )
+    return (
+        f"logits from PyTorch and JAX agree to {difference:.1e} of the largest on {tokens.size} tokens of "
+        f"{kind}; bits read back equal"
+    )
 
 
 def load_hf(path: str | Path) -> Any:
@@ -342,74 +161,82 @@ def load_hf(path: str | Path) -> Any:
 
 
 def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
-    """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, or anything with a save method."""
-    import jax
-
+    """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, ours, or one of transformers'."""
     from smollm_jax.model import params_of
 
-    params = jax.tree.map(np.asarray, params_of(model))
-    folder = tokenizer if isinstance(tokenizer, str | Path) else None
-    export(params, model.config, path, tokenizer_folder=folder)
-    if tokenizer is not None and folder is None:
-        getattr(tokenizer, "save_pretrained", getattr(tokenizer, "save", None))(str(path))
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        export(params_of(model), model.config, path, tokenizer_folder=tokenizer)
+        return
+    with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
+        (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
+        export(params_of(model), model.config, path, tokenizer_folder=folder)
 
 
-def _leaf(params: Params, path: tuple[str, ...]) -> Any:
-    for part in path:
-        params = params[part]
-    return params
+def _refuse_foreign(out: Path) -> None:
+    """Raise `ValueError` unless `out` is free, empty, or an export of ours with nothing added to it."""
+    require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if not held:
+        return
+    try:
+        files = set(tensor_files(out).values())
+    except ValueError:
+        files = set()
+    ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
+    require(ours, f"{out} is not empty and no export of ours; give another --out")
+    known = [re.escape(name).replace(r"\*", ".*") for name in (*WANTED, CARD, CURVE)]
+    added = [name for name in held if not any(re.fullmatch(pattern, name) for pattern in known)]
+    require(not added, f"{out} holds {(added or [''])[0]}, which no export wrote; give another --out")
 
 
-def _first(value: Any) -> int:
-    if isinstance(value, list):
-        value = value[0]
-    return 0 if value is None else int(value)
+def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> None:
+    """The tokenizer files alone: a whole Hugging Face folder may be given, whose config.json is another."""
+    tokenizer = Tokenizer(folder)
+    require(
+        tokenizer.vocab_size <= config.vocab_size,
+        f"the tokenizer in {folder} has {tokenizer.vocab_size} entries, the model only {config.vocab_size}",
+    )
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
+def _tokens_to_check(folder: Path, config: ModelConfig) -> tuple[np.ndarray, str]:
+    """Ids (1, T) to compare logits on: `TEXT` where there is a tokenizer, and what they are."""
+    length = min(CHECKED_TOKENS, config.max_seq_len)
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer(folder).encode(TEXT)[None, :length], "English text"
+    return np.random.default_rng(0).integers(0, config.vocab_size, (1, length)), "random ids (no tokenizer)"
+
+
+def _logit_difference(folder: Path, config: ModelConfig, params: Params, tokens: np.ndarray) -> float:
+    """Largest difference of logits between transformers and us, as a share of the largest logit."""
+    import jax
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from smollm_jax.model import SmolLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
+    )
+    theirs, report = loaded
+    problems = {kind: names for kind, names in report.items() if names}
+    if problems:
+        raise RuntimeError(f"transformers reports {problems}")
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    # accelerators round the operands of f32 products unless told otherwise
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(
+            SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params))(jax.numpy.asarray(tokens))
+        )
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+
+
+def _numpy(tree: Any) -> Any:
+    return {name: _numpy(value) for name, value in tree.items()} if isinstance(tree, dict) else np.asarray(tree)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _header(file: Path) -> dict[str, str] | None:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as opened:
-        return opened.metadata()
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of each tensor."""
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / INDEX).exists():
-        files = sorted(
-            {folder / Path(f).name for f in json.loads((folder / INDEX).read_text())["weight_map"].values()}
-        )
-    else:
-        files = [folder / WEIGHTS]
-    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    require(
-        files[0].exists() or not pickles,
-        f"{folder} holds {(pickles or [''])[0]}, a pickle, which can run code; only safetensors are read",
-    )
-    where = {}
-    for file in files:
-        require(file.exists(), f"{folder} lacks {file.name}")
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read, it may be cut short: {error}") from None
-    return where
-
-
-def _read_tensor(file: Path, name: str) -> np.ndarray:
-    import ml_dtypes  # noqa: F401 - lets numpy hold bf16
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as opened:
-        value = opened.get_tensor(name)
-    require(
-        value.dtype.kind in "fV" or "float" in value.dtype.name, f"tensor {name} holds {value.dtype}, not floats"
-    )
-    return value
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
