@@ -7,6 +7,7 @@ A hash over all batches so far, the ledger, goes with it. numpy only: no JAX her
 
 from __future__ import annotations
 
+import atexit
 import copy
 import queue
 import threading
@@ -159,6 +160,7 @@ class Stream:
         self._batches = make(cursor)
         self._thread = threading.Thread(target=self._produce, name="data", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def get(self, *, timeout: float) -> tuple[Batch, Cursor] | None:
         """The next batch and its cursor, or None after `timeout` seconds without one.
@@ -182,6 +184,7 @@ class Stream:
 
     def close(self) -> None:
         """Stop making batches."""
+        atexit.unregister(self.close)
         self._closed.set()
         for part in self._batches.mix.parts:
             part.source.closed.set()

@@ -22,6 +22,7 @@ from smollm_jax.ahead import Ahead
 WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
 FRESH_SECONDS = 8.0  # a new run in vain waits no longer than this for an answer; one that resumes, --data-timeout
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
+POLL_SECONDS = 0.1
 BLOCK_BYTES = 4 * 2**20
 BLOCK_SECONDS = 60.0  # a block that drips in more slowly than this is given up and asked for again
 LISTING_SECONDS = 120.0  # some calls inside `datasets` have no time limit of their own
@@ -201,13 +202,21 @@ class HubFile(io.RawIOBase):
         count = max(min(len(view), self.file.size - self._position), 0)
         for at in range(0, count, BLOCK_BYTES):
             size = min(BLOCK_BYTES, count - at)
-            ask = partial(fetch_range, self.file, self._position, size)
+            ask = partial(self._ask, self._position, size)
             try:
                 view[at : at + size] = patiently(ask, self.file.name, self.timeout, self._stopped)
             except (OSError, ValueError) as error:
                 raise Refused(f"the Hub refuses {self.file.name}: {brief(error)}") from None
             self._position += size
         return count
+
+    def _ask(self, start: int, size: int) -> bytes:
+        """One request, in a thread that can be left behind: a stalled one must not hold Arrow when Python ends."""
+        request = Ahead(partial(fetch_range, self.file, start, size))
+        while not request.wait(POLL_SECONDS):
+            if self._stopped.is_set():
+                raise SourceTimeout(f"{self.file.name}: closed while reading")
+        return request.result()
 
 
 def fetch_range(file: Remote, start: int, size: int) -> bytes:

@@ -287,7 +287,14 @@ def _local(pattern: str, settings: DataConfig) -> Source:
         prints = [_hash(Path(path).name, Path(path).stat().st_size, _ends(path)) for path in files]
     except OSError as error:
         raise ValueError(f"--data {pattern}: {brief(error)}") from None
-    return Source(pattern, files, " ".join(prints), settings, lambda i: Path(files[i]).open("rb"))
+    return Source(pattern, files, " ".join(prints), settings, lambda i: _open_local(files[i]))
+
+
+def _open_local(path: str) -> BinaryIO:
+    import pyarrow as pa
+
+    # no Python inside Arrow's reads: a thread caught in one when Python ends brings the process down
+    return cast(BinaryIO, pa.OSFile(path) if path.endswith(".parquet") else Path(path).open("rb"))
 
 
 def _inside(folder: str) -> list[str]:

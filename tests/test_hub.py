@@ -1,8 +1,12 @@
 """A Hub dataset behind a Hub that misbehaves: the very batches that there would have been, or one clear line."""
 
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +151,53 @@ def test_a_stalled_read_is_given_up_and_made_again(hub):
     assert [document.text for document in source.documents()] == TEXTS
     assert hub.met["stall"] >= 1
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("name", ["parquet", "lines"])
+def test_closing_does_not_wait_for_a_stalled_read_and_leaves_no_thread_in_it(hub, tokenizer, monkeypatch, name):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 30)
+    config = config_of(name)
+    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6)
+    stream.close()
+    hub.stall_seconds, hub.faults = 30, [("stall", 1.0)]
+    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6)
+    while not hub.met:
+        time.sleep(0.01)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 2
+    assert not stream._thread.is_alive()
+
+
+EXIT_IN_A_STALL = """
+import sys, time
+from texts import small_tokenizer
+from smollm_jax.config import DataConfig
+from smollm_jax.data import open_stream
+config = DataConfig(data="me/texts:parquet", shuffle_window=16)
+stream = open_stream(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 4, steps=9)
+time.sleep(1)
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, tmp_path):
+    hub.stall_seconds = 30
+    # not of the README, without which there is no list of files
+    hub.faults, hub.spared = [("stall", 1.0)], "README.md"
+    folder = Path(__file__).parent
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}",
+    }
+    command = [sys.executable, "-c", EXIT_IN_A_STALL]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert hub.met["stall"] >= 1
 
 
 def test_a_read_that_drips_in_is_given_up_as_well(hub, content, monkeypatch):
