@@ -13,7 +13,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -188,19 +188,21 @@ def conversation(worker: Worker, messages: list[dict[str, str]]) -> list[int]:
     return worker.fitting(chat_prompt(worker.completer.tokenizer, messages))
 
 
-async def _whole(form: Form, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+async def _whole(form: Form, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
     text = []
-    async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+    async with contextlib.aclosing(pieces):
         async for piece in pieces:
             text.append(piece.text)
     return form.whole("".join(text), piece)
 
 
-async def _events(form: Form, first: Piece, pieces: AsyncIterator[Piece], with_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    form: Form, first: Piece, pieces: AsyncGenerator[Piece, None], with_usage: bool
+) -> AsyncGenerator[str, None]:
     def event(data: dict[str, Any]) -> str:
         return f"data: {json.dumps(data)}\n\n"
 
-    async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+    async with contextlib.aclosing(pieces):
         piece = first
         yield event(form.part(piece.text, piece.reason, first=True))
         try:

@@ -1,6 +1,6 @@
 """The PyTorch back end: a converted folder through transformers, streaming token ids.
 
-The sampling is that of `generation.choose`, written in numpy, and a token's draw depends on the seed and its
+The sampling is that of `sampling.choose`, written in numpy, and a token's draw depends on the seed and its
 place alone; greedy texts of both back ends are the same, drawn ones are not, since the random numbers differ.
 torch is an extra: it is imported when a model is opened.
 """
@@ -8,7 +8,6 @@ torch is an extra: it is imported when a model is opened.
 from __future__ import annotations
 
 import inspect
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config import ModelConfig, require
-from smollm_jax.generation import MASKED, Sampling
+from smollm_jax.generation import Sampling
 from smollm_jax.tokenizer import Tokenizer, load_tokenizer
 
 
 class TorchEngine:
-    """A transformers model that streams ids, with the sampling of `generation.choose`, one row at a time."""
+    """A transformers model that streams ids, with the sampling of `sampling.choose`, one row at a time."""
 
     def __init__(self, model: Any, config: ModelConfig):
         self._model, self._vocab_size = model.eval(), config.vocab_size
@@ -74,7 +73,7 @@ class TorchEngine:
 
 
 def choose(logits_V: np.ndarray, seen_V: np.ndarray, position: int, sampling: Sampling) -> int:
-    """The token that follows, by the rules of `generation.choose`; the draws themselves differ from JAX's."""
+    """The token that follows, by the rules of `sampling.choose`; the draws themselves differ from JAX's."""
     penalty = np.float32(sampling.repetition_penalty)
     penalised = np.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
     logits_V = np.where(seen_V, penalised, logits_V)
@@ -84,12 +83,12 @@ def choose(logits_V: np.ndarray, seen_V: np.ndarray, position: int, sampling: Sa
     order_V = np.argsort(-logits_V, kind="stable")
     sorted_V = logits_V[order_V]
     keep_V = np.arange(len(order_V)) < (sampling.top_k or len(order_V))
-    p_V = _softmax(np.where(keep_V, sorted_V, MASKED))
+    p_V = _softmax(np.where(keep_V, sorted_V, -np.inf))
     keep_V &= np.cumsum(p_V) - p_V < sampling.top_p
-    p_V = _softmax(np.where(keep_V, sorted_V, MASKED))
+    p_V = _softmax(np.where(keep_V, sorted_V, -np.inf))
     keep_V &= p_V >= sampling.min_p * p_V[0]
     keep_V[0] = True
-    total_V = np.cumsum(_softmax(np.where(keep_V, sorted_V, MASKED)))
+    total_V = np.cumsum(_softmax(np.where(keep_V, sorted_V, -np.inf)))
     # a counter-based generator: the draw is a function of seed and place
     draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
     rank = int(np.searchsorted(total_V, draw * total_V[-1], side="right"))
@@ -109,6 +108,7 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
     except ImportError:
         raise ValueError("--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'") from None
     from smollm_jax.convert import local_folder, model_config, write_folder
+    from smollm_jax.hf_folder import read_json
     from smollm_jax.loading import is_run, load_for_inference
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,8 +121,8 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
             model = _transformers_model(Path(scratch) / "model", dtype).to(device)
     else:
         folder = local_folder(path)
-        config = model_config(_read_json(folder / "config.json"))
-        tokenizer = load_tokenizer(str(folder))
+        config = model_config(read_json(folder / "config.json"))
+        tokenizer = load_tokenizer(str(folder.absolute()))
         model = _transformers_model(folder, dtype).to(device)
     return TorchEngine(model, config), tokenizer, f"PyTorch, {dtype}, on {device}"
 
@@ -146,11 +146,3 @@ def _transformers_model(folder: Path, dtype: str) -> Any:
     problems = {kind: names for kind, names in report.items() if names}
     require(not problems, f"{folder} does not hold the whole model; transformers reports {problems}")
     return model
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    require(file.is_file(), f"{file.parent} holds no {file.name}")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None

@@ -12,7 +12,7 @@ import secrets
 import threading
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class _Job:
     sampling: Sampling
     stop: tuple[str, ...]
     loop: asyncio.AbstractEventLoop
+    owner: str | None
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -63,13 +64,13 @@ class Worker:
         self.max_new_tokens = min(max_new_tokens, completer.context - 1)
         self._line: deque[_Job] = deque()
         self._changed = threading.Condition()
-        self.running = False
+        self._now: _Job | None = None
         threading.Thread(target=self._work, daemon=True, name="model").start()
 
     @property
     def waiting(self) -> int:
         """Requests that a new one would have before it."""
-        return len(self._line) + self.running
+        return len(self._line) + (self._now is not None)
 
     def prompt(self, text: Any) -> list[int]:
         """Ids of a prompt; raises `ValueError` for what is no text, empty or too long."""
@@ -118,10 +119,13 @@ class Worker:
         return strings
 
     async def pieces(
-        self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = ()
-    ) -> AsyncIterator[Piece]:
-        """Pieces of the continuation, once its turn has come; closing this ends the work. Raises `Busy`."""
-        job = _Job(ids, sampling, stop, asyncio.get_running_loop())
+        self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *, owner: str | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """Pieces of the continuation, once its turn has come; closing this ends the work. Raises `Busy`.
+
+        `cancel(owner)` ends it too, with a last piece that says so.
+        """
+        job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner)
         with self._changed:
             if len(self._line) >= self.max_waiting:
                 raise Busy(f"the model is busy and {self.max_waiting} requests wait already; try again soon")
@@ -144,14 +148,24 @@ class Worker:
                 if job in self._line:
                     self._line.remove(job)
 
+    def cancel(self, owner: str) -> None:
+        """End the requests of `owner`, under way or waiting."""
+        with self._changed:
+            for job in [job for job in self._line if job.owner == owner]:
+                self._line.remove(job)
+                job.put(Piece(text="", tokens=0, prompt_tokens=len(job.ids), seconds=0.0, seconds_to_first=None,
+                              reason="cancelled"))  # fmt: skip
+            if self._now is not None and self._now.owner == owner:
+                self._now.left.set()  # the stream itself says how it ended
+
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._line)
-                job = self._line.popleft()
-                self.running = True
+                self._now = job = self._line.popleft()
             self._serve(job)
-            self.running = False
+            with self._changed:
+                self._now = None
 
     def _serve(self, job: _Job) -> None:
         try:
