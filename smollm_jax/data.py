@@ -20,7 +20,8 @@ from smollm_jax.config import DataConfig, require
 from smollm_jax.heldout import HeldOut, head_texts, heldout, plain_batches
 from smollm_jax.packing import Batch, Packer, num_targets
 from smollm_jax.remote import SourceTimeout
-from smollm_jax.sources import Cursor, Document, Source, changed_files, mixture, open_source
+from smollm_jax.rows import Cursor
+from smollm_jax.sources import Document, Source, changed_files, mixture, open_source
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.windows import Drawn, Mixture, Shuffled, check_states, is_count
 

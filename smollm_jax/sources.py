@@ -8,9 +8,7 @@ skipped and counted; it never goes unmentioned.
 from __future__ import annotations
 
 import glob
-import gzip
 import io
-import json
 import logging
 import sys
 import threading
@@ -36,12 +34,11 @@ from smollm_jax.remote import (
     brief,
     list_files,
 )
+from smollm_jax.rows import Cursor, Entry, MissingColumn, read_parquet, read_text
 
-Cursor = dict[str, Any]
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 BUILTIN = "builtin:python-docs"
-BOM = b"\xef\xbb\xbf"
 PROBE_BYTES = 2**16  # at both ends of a local file: what its fingerprint takes from the content
 PARSE_TRIES = 3  # of a remote file, read afresh each time, before it is called corrupt
 
@@ -52,10 +49,6 @@ class BadData(ValueError):
     """A row or file that cannot be read; the message names it."""
 
 
-class MissingColumn(ValueError):
-    """The file has no such column: a mistake in the settings, whatever --on-bad-data says."""
-
-
 @dataclass(frozen=True)
 class Document:
     text: str
@@ -64,16 +57,6 @@ class Document:
     row: int
     cursor: Cursor = field(repr=False)
     """From here the next document follows."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of a file: its value, or why it cannot be read."""
-
-    value: Any
-    row: int
-    after: Cursor
-    fault: str = ""
 
 
 @dataclass
@@ -120,7 +103,7 @@ class Source:
     def _entries(self, path: str, start: Cursor) -> Iterator[Entry]:
         if self.name == BUILTIN:
             return _builtin(start)
-        read = _parquet if path.endswith(".parquet") else _text
+        read = read_parquet if path.endswith(".parquet") else read_text
         return read(partial(self.open, start["file"]), path, start, self.settings.text_column)
 
     def _bad(self, message: str, skipped: list[str]) -> None:
@@ -149,84 +132,6 @@ def _is_of_the_file(error: Exception) -> bool:
 def _builtin(start: Cursor) -> Iterator[Entry]:
     for row, text in enumerate(python_docs()[start["row"] :], start["row"]):
         yield Entry(text, row, {**start, "row": row + 1})
-
-
-def _parquet(open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str) -> Iterator[Entry]:
-    import pyarrow.parquet as pq
-
-    first = 0
-    with open_file() as raw, pq.ParquetFile(raw) as file:
-        _require_column(column, file.schema_arrow.names, path)
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if first + rows > start["row"]:
-                values = file.read_row_group(group, columns=[column]).column(0)
-                for offset in range(max(start["row"] - first, 0), rows):
-                    row = first + offset
-                    value, fault = None, ""
-                    try:
-                        value = values[offset].as_py()
-                    except UnicodeDecodeError as error:
-                        fault = brief(error)
-                    yield Entry(value, row, {**start, "row": row + 1}, fault)
-            first += rows
-
-
-def _text(open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str) -> Iterator[Entry]:
-    """Lines of JSON, or the paragraphs of a text file."""
-    json_lines = not path.endswith(".txt")
-    with open_file() as raw:
-        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
-        file.seek(start["byte"])
-        entries = _lines(file) if json_lines else _paragraphs(file)
-        for row, (entry, end) in enumerate(entries, start["row"]):
-            value, fault = None, ""
-            try:
-                text = entry.removeprefix(b"" if row else BOM).decode()
-                value = _column_of(text, column, path, row) if json_lines and text.strip() else text
-            except MissingColumn:
-                raise
-            except (ValueError, RecursionError) as error:
-                fault = brief(error)
-            yield Entry(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
-
-
-def _column_of(line: str, column: str, path: str, row: int) -> Any:
-    value = json.loads(line)
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    if row == 0:  # the name is wrong; in a later row, the row is
-        _require_column(column, list(value), path)
-    elif column not in value:
-        raise ValueError(f"no {column!r} but {', '.join(value)}")
-    return value[column]
-
-
-def _require_column(column: str, names: list[str], path: str) -> None:
-    if column not in names:
-        raise MissingColumn(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    end = 0
-    for line in file:
-        end += len(line)
-        yield line, end
-
-
-def _paragraphs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Documents between blank lines, each with the offset behind it."""
-    lines: list[bytes] = []
-    end = 0
-    for line in file:
-        end += len(line)
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            yield b"".join(lines).rstrip(b"\r\n"), end
-            lines = []
-    if lines:
-        yield b"".join(lines).rstrip(b"\r\n"), end
 
 
 def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:

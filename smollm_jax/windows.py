@@ -19,7 +19,8 @@ import xxhash
 from smollm_jax.ahead import Ahead
 from smollm_jax.config import require
 from smollm_jax.remote import SourceTimeout
-from smollm_jax.sources import Cursor, Document, Source
+from smollm_jax.rows import Cursor
+from smollm_jax.sources import Document, Source
 from smollm_jax.tokenizer import Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that what it holds a token stays small

@@ -1,6 +1,7 @@
 """The stream: nothing lost, nothing twice, and the same next batch from every cursor."""
 
 import json
+import random
 import time
 from itertools import pairwise
 
@@ -359,3 +360,19 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
     check_vocab(tokenizer, tokenizer.vocab_size)
     with pytest.raises(ValueError, match="--vocab-size"):
         check_vocab(tokenizer, tokenizer.vocab_size - 1)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_words_that_are_always_new(tmp_path, tokenizer):
+    psutil, rng = pytest.importorskip("psutil"), random.Random(0)
+    texts = (" ".join(f"{rng.getrandbits(60):x}" for _ in range(60)) for _ in range(4_000))
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    stream = open_at(config_of(tmp_path, "a.jsonl", epochs=0, seq_len=256, shuffle_window=256), tokenizer)
+    memory, epoch = [], 0
+    while epoch < 5:
+        _, cursor = stream.get(timeout=60)
+        if cursor["sources"][0]["epoch"] > epoch:
+            epoch += 1
+            memory.append(psutil.Process().memory_info().rss)
+    stream.close()
+    assert memory[-1] - memory[0] < 20 * 2**20
