@@ -97,8 +97,8 @@ def open_worker(
         backend = "torch" if has_torch and not is_run(path) else "jax"
     completer = open_completer(path, backend=backend, dtype=dtype)
     name = Path(path).resolve().name if Path(path).exists() else path
-    if name == "export":  # of which run, or of which Space, says the folder around it
-        name = Path(path).resolve().parent.name
+    if name == "export":  # whose, says the Space or the folder around it
+        name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     say(f"{name}: {completer.about}; context {completer.context:,} tokens")
     return Worker(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens), name
 

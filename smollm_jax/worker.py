@@ -8,6 +8,7 @@ Gradio or HTTP. A request's numbers are checked here, so that no door can forget
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import traceback
@@ -22,6 +23,7 @@ from smollm_jax.generation import Sampling
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
 STOP_STRINGS, LONGEST_STOP = 4, 100
+WARM_UP_TOKENS = 200  # the length that the page starts with
 RANGES = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
@@ -158,7 +160,16 @@ class Worker:
             if self._now is not None and self._now.owner == owner:
                 self._now.left.set()  # the stream itself says how it ended
 
+    def _warm_up(self) -> None:
+        """Have what the first visitor will ask for compiled; a failure is for that visitor to meet."""
+        with contextlib.suppress(Exception):
+            ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
+            sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
+            for _ in self.completer.stream(ids, sampling, cancelled=lambda: True):
+                pass
+
     def _work(self) -> None:
+        self._warm_up()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._line)
