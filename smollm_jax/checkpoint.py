@@ -211,6 +211,8 @@ def _reason(error: Exception) -> str:
     """One line; of tensorstore's paragraph only what the operating system said, such as a full disk."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

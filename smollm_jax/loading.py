@@ -26,13 +26,11 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_run(path: str | Path) -> Config:
-    """The config of a run folder; raises `ValueError` when it is none."""
-    require(is_run(path), f"{path} is not a run: it needs config.json and checkpoints/")
-    file = Path(path) / "config.json"
+    """The config of a run folder, also before its first checkpoint; raises `ValueError` when it is none."""
     try:
-        return from_dict(read_json(file))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is not the config of a run: {error}") from None
+        return from_dict(read_json(Path(path) / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a run: {error}") from None
 
 
 def load_for_inference(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:

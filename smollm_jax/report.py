@@ -24,13 +24,11 @@ class Report:
     """Writes the records of one run; `start` is the step it goes on from, `total` its last."""
 
     def __init__(self, run_dir: Path, *, start: int, total: int):
-        from tensorboardX import SummaryWriter
         from tqdm import tqdm
 
         self.run_dir, self.total = run_dir, total
-        self._metrics = (run_dir / "metrics.jsonl").open("a")
-        self._samples = (run_dir / "samples.txt").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1, flush_secs=10)
+        self._metrics, self._samples = (LineFile(run_dir / name) for name in ("metrics.jsonl", "samples.txt"))
+        self._board = Board(run_dir / "tensorboard", start)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
         self._began, self._start = time.monotonic(), start
@@ -62,9 +60,8 @@ class Report:
         for prompt, text in samples:
             # a margin keeps a sample's own lines from looking like a heading
             written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
-            self._board.add_text(f"samples/{prompt}", prompt + "**" + text + "**", step)
+            self._board.text(f"samples/{prompt}", prompt + "**" + text + "**", step)
         self._samples.write("\n".join(written) + "\n")
-        self._samples.flush()
         self._record(line)
         self.say(
             f"step {step}: held-out loss {line['eval_loss']:.4f}, "
@@ -73,7 +70,10 @@ class Report:
         if samples:
             prompt, text = samples[0]
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
-        plot(self.run_dir)
+        try:
+            plot(self.run_dir)
+        except OSError as error:
+            self.say(f"loss.png could not be drawn: {error.strerror}")
 
     def say(self, message: str) -> None:
         if self._bar is None:
@@ -84,15 +84,73 @@ class Report:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        for file in (self._metrics, self._samples, self._board):
+        for file in (self._metrics, self._samples):
             file.close()
 
     def _record(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, line["step"])
+                self._board.scalar(name, value, line["step"])
+
+
+class LineFile:
+    """A file that lines are added to. What a full disk does not take is kept and comes first the next time."""
+
+    def __init__(self, path: Path):
+        self._file, self._left = path.open("ab", buffering=0), b""
+
+    def write(self, text: str) -> None:
+        refused_before = bool(self._left)
+        self._left += text.encode()
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            if not refused_before:
+                say(f"{self._file.name} cannot be written ({error.strerror}); its lines are kept in memory")
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
+
+
+class Board:
+    """TensorBoard events, written where they arise: the library's own writer thread hangs on a full disk."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._writer: Any = EventsWriter(str(folder / "events"))
+        # what an earlier process showed behind the checkpoint comes again
+        self._write(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        self._summary(scalar(name, value), step)
+
+    def text(self, name: str, value: str, step: int) -> None:
+        from tensorboardX.summary import text
+
+        self._summary(text(name, value), step)
+
+    def _summary(self, summary: Any, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.write_event(event)
+            self._writer.flush()
+        except OSError as error:
+            self._writer = None
+            say(f"TensorBoard gets no more of this run ({error.strerror}); metrics.jsonl has it all")
 
 
 def finite_or_none(value: float) -> float | None:

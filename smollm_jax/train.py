@@ -22,7 +22,7 @@ from smollm_jax.generation import Generator, Sampling
 from smollm_jax.hardware import peak_flops
 from smollm_jax.model import SmolLM
 from smollm_jax.publish import publish
-from smollm_jax.report import finite_or_none, plot, read_metrics, say
+from smollm_jax.report import finite_or_none, read_metrics, say
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.step import by_row
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
@@ -295,7 +295,6 @@ def finish(run: Run, outcome: str) -> int:
         return 0
     if outcome == "data ended" and run.evaluated < step and run.config.run.eval_every:
         evaluate(run)
-    plot(run.run_dir)
     evaluations = [line for line in read_metrics(run.run_dir) if "eval_loss" in line]
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens"

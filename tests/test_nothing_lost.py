@@ -1,9 +1,11 @@
 """Stops at random moments, and the commands that prove and explain a run."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 from chaos import chaos, scenarios, table
 
 from smollm_jax.config_file import from_dict
+from smollm_jax.inventory import list_checkpoints
 from smollm_jax.replay import documents_of_step
+from smollm_jax.report import read_metrics
 from smollm_jax.run_folder import read_json
 from smollm_jax.sources import open_source
 from smollm_jax.verify import compare_runs, start, verify_resume
@@ -85,6 +89,50 @@ def test_the_documents_of_a_step_are_those_it_was_trained_on(short_run, step):
 def test_a_step_that_never_was_is_refused(short_run):
     with pytest.raises(ValueError, match="the run has steps 1 to 30"):
         documents_of_step(short_run[0], 31)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("relieved", [True, False])
+def test_a_full_disk_stops_no_training_and_only_a_save_that_never_came_ends_in_failure(
+    short_run, small_disk, relieved
+):
+    _, config = short_run
+    run = replace(config.run, phases="900x4", checkpoint_every=50, keep_last=1, run_dir=str(small_disk / "run"))
+    process = start(replace(config, run=run), stderr=subprocess.PIPE)
+    checkpoints, filler = small_disk / "run" / "checkpoints", small_disk / "filler"
+    while process.poll() is None and not (checkpoints / "50").exists():
+        time.sleep(0.01)
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    words = ""
+    for line in process.stderr:
+        words += line
+        if relieved and "could not be saved" in line:
+            filler.unlink(missing_ok=True)
+    code = process.wait()
+    assert "could not be saved (No space left on device); the newest is " in words
+    assert "Traceback" not in words
+    infos = list_checkpoints(checkpoints)
+    assert [info.verdict for info in infos] == ["good"]
+    if relieved:
+        assert code == 0, words
+        assert infos[0].step == 900
+        assert [x["step"] for x in read_metrics(small_disk / "run")] == list(range(1, 901))
+    else:
+        assert code == 1, words
+        assert "the last checkpoint could not be saved: step 900" in words
 
 
 @pytest.mark.slow

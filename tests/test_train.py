@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.checkpoint import read_params
+from smollm_jax.replay import documents_of_step
 from smollm_jax.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -282,3 +283,22 @@ def test_a_second_process_on_a_run_is_refused(train, tmp_path):
     first.kill()
     first.communicate()
     ended(train("--steps", "3000", "--stop-after", "1", "--no-export"))
+
+
+@pytest.mark.slow
+def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(train, tmp_path):
+    settings = ["--steps", "30", "--learning-rate", "1e30", "--warmup-steps", "0", "--max-bad-steps", "4"]
+    _, err = ended(train(*settings, "--checkpoint-every", "100", "--no-export", "--clip-norm", "1e9"), 1)
+    run = tmp_path / "run"
+    assert "loss or gradient not finite; the update is skipped" in err
+    assert "stopped: 4 steps in a row without a finite gradient" in err
+    assert "Traceback" not in err
+    assert not (run / "checkpoints").exists()
+    (written,) = run.glob("bad_step_*.jsonl")
+    step = int(written.stem.rpartition("_")[2])
+    documents = [json.loads(line) for line in written.read_text().splitlines()]
+    assert documents == documents_of_step(run, step).documents
+    assert all({"source", "file", "row", "text"} == set(document) for document in documents)
+    shown = [line for line in records(run) if line["bad_steps"]]
+    assert [line["bad_steps"] for line in shown] == list(range(1, len(shown) + 1))
+    assert shown[0]["loss"] is None
