@@ -23,7 +23,7 @@ from smollm_jax.remote import SourceTimeout
 from smollm_jax.rows import Cursor
 from smollm_jax.sources import Document, Source, changed_files, mixture, open_source
 from smollm_jax.tokenizer import Tokenizer
-from smollm_jax.windows import Drawn, Mixture, Shuffled, check_states, is_count
+from smollm_jax.windows import CLOSE_SECONDS, Drawn, Mixture, Shuffled, check_states, is_count
 
 __all__ = [
     "Batch",
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 BATCHES_AHEAD = 4  # made while the device works; two windows of tokens are held anyway
-CLOSE_SECONDS = 5.0
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -68,7 +67,8 @@ class Batches:
     def __next__(self) -> tuple[Batch, Cursor]:
         if self.step >= self.steps:
             raise StopIteration
-        self.packer.drawn.clear()
+        # the document that goes on from the batch before is one of this batch's too
+        self.packer.drawn[:] = self.packer.drawn[-1:] if self.packer.document is not None else []
         if self._carried is not None:
             self._draw_carried()
         batch = self.packer.batch(self.batch_size_at(self.step + 1))
@@ -188,11 +188,8 @@ class Stream:
         atexit.unregister(self.close)
         self._closed.set()
         for part in self._batches.mix.parts:
-            part.source.closed.set()
-        # a thread inside Arrow or the tokenizer while Python ends can bring the process down
+            part.close()
         self._thread.join(CLOSE_SECONDS)
-        for part in self._batches.mix.parts:
-            part.close(CLOSE_SECONDS)
 
     def _produce(self) -> None:
         item: Any

@@ -7,6 +7,7 @@ tokenizer's threads: two windows are held at a time, however long the stream.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from smollm_jax.tokenizer import Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that what it holds a token stays small
 TOKENISED_TOGETHER = 256
+CLOSE_SECONDS = 5.0
 Drawn = tuple[Document, np.ndarray]
 
 
@@ -70,6 +72,7 @@ class Shuffled:
         }  # fmt: skip
         self._current: Window | None = None
         self._coming: tuple[Place, Ahead[Window]] | None = None
+        atexit.register(self.close)
 
     def draw(self) -> Drawn | None:
         """The next document and its tokens, eos included; None when all epochs are over."""
@@ -93,10 +96,15 @@ class Shuffled:
             state["ended"] = self._is_over(place)
         return None
 
-    def close(self, seconds: float) -> None:
-        """Wait a little for what is being read ahead."""
+    def close(self) -> None:
+        """Stop reading; wait a little for what is being read ahead.
+
+        A thread inside Arrow when Python ends would bring the process down, so this is done then at the latest.
+        """
+        atexit.unregister(self.close)
+        self.source.closed.set()
         if self._coming is not None:
-            self._coming[1].wait(seconds)
+            self._coming[1].wait(CLOSE_SECONDS)
 
     def _is_over(self, place: Place) -> bool:
         epochs = self.source.settings.epochs

@@ -2,7 +2,7 @@
 
 It answers what `datasets` and `huggingface_hub` ask in order to find, stream and download files. Each read of
 a file's bytes draws a fault from `faults`, a list of (kind, probability), each other answer one from
-`api_faults`; a file named `spared` draws none. `down` makes it refuse connections.
+`api_faults`; of a file whose name does not have `faulty` in it, none. `down` makes it refuse connections.
 """
 
 import json
@@ -27,7 +27,7 @@ class Hub:
     def __init__(self):
         self.files = {}
         self.faults, self.api_faults, self.random = [], [], random.Random(0)
-        self.spared = ""
+        self.faulty = ""
         self.stall_seconds = 3.0
         self.commit = COMMIT
         self.met = {}
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             begin, _, end = asked.partition("-")
             first, last, code = int(begin), min(int(end or last), last), 206
         part = content[first : last + 1]
-        safe = self.command == "HEAD" or (self.hub.spared and self.path.endswith(self.hub.spared))
+        safe = self.command == "HEAD" or self.hub.faulty not in self.path
         fault = None if safe else self.hub.draw_fault(self.hub.faults)
         if fault and fault.isdigit():
             self.send_json({"error": "a fault on demand"}, int(fault), {"Retry-After": "0"})

@@ -175,18 +175,23 @@ EXIT_IN_A_STALL = """
 import sys, time
 from texts import small_tokenizer
 from smollm_jax.config import DataConfig
-from smollm_jax.data import open_stream
-config = DataConfig(data="me/texts:parquet", shuffle_window=16)
-stream = open_stream(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 4, steps=9)
+from smollm_jax.data import open_batches, open_stream
+config = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
+open_it = {"stream": open_stream, "batches": open_batches}[sys.argv[1]]
+opened = open_it(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 1, steps=9)
+if sys.argv[1] == "batches":
+    batches = opened(None)
+    next(batches)
 time.sleep(1)
 sys.exit(3)
 """
 
 
-def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, tmp_path):
+# the second file is in the window that is read ahead
+@pytest.mark.parametrize(("what", "faulty"), [("stream", "train-0"), ("batches", "train-1")])
+def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, tmp_path, what, faulty):
     hub.stall_seconds = 30
-    # not of the README, without which there is no list of files
-    hub.faults, hub.spared = [("stall", 1.0)], "README.md"
+    hub.faults, hub.faulty = [("stall", 1.0)], faulty
     folder = Path(__file__).parent
     env = {
         **os.environ,
@@ -194,7 +199,7 @@ def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, 
         "HF_HOME": str(tmp_path),
         "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}",
     }
-    command = [sys.executable, "-c", EXIT_IN_A_STALL]
+    command = [sys.executable, "-c", EXIT_IN_A_STALL, what]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert hub.met["stall"] >= 1
