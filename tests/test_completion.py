@@ -57,6 +57,10 @@ class Scripted:
         self.ids, self.step, self.stop_reason, self.closed = list(ids), step, None, False
 
     def stream(self, prompt, sampling):  # noqa: ARG002 - the engine protocol
+        self.under_way = self._stream()  # kept, so that nothing but a close ends it
+        return self.under_way
+
+    def _stream(self):
         self.stop_reason = "cancelled"
         try:
             for i in range(0, len(self.ids), self.step):
@@ -110,6 +114,14 @@ def test_what_might_have_become_a_stop_string_is_shown_when_it_does_not():
     assert [gate.feed(part) for part in ("a#", "#b", "\n", "c\n")] == ["a", "##b", "", "\nc"]
     assert not gate.stopped
     assert gate.rest() == "\n"
+
+
+def test_a_text_that_ends_in_half_a_stop_string_is_shown_whole(folder):
+    tokenizer = Tokenizer(folder)
+    engine = Scripted(tokenizer.encode("The crab. EN").tolist())
+    pieces = list(Completer(engine, tokenizer).stream("x", Sampling(), ("END",)))
+    assert "".join(piece.text for piece in pieces) == "The crab. EN"
+    assert pieces[-1].reason == "length"
 
 
 def test_cancelling_ends_the_engine_and_says_so(folder):
