@@ -160,14 +160,12 @@ class DataConfig:
     """A row that cannot be read stops the run, or is skipped and counted."""
     data_timeout: float = 600.0
     """Seconds to wait for a source that does not answer before saving and leaving with exit code 75."""
-    tokenizer_workers: int = 0
-    """Processes that tokenise; 0: threads of the tokenizer."""
 
     def __post_init__(self) -> None:
         require_finite(self)
         for name in ("seq_len", "shuffle_window", "eval_batches"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("epochs", "eval_documents", "tokenizer_workers"):
+        for name in ("epochs", "eval_documents"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
         require(self.data_timeout > 0, f"data_timeout={self.data_timeout} must be above 0 seconds")
 

@@ -76,7 +76,7 @@ def fit(config: Config, stop: StopRequest) -> int:
     with lock:
         try:
             run = begin(config, run_dir, stop)
-        except SourceTimeout as error:  # only a resume waits that long, and its checkpoint stands
+        except SourceTimeout as error:  # nothing was trained since the last checkpoint, if there is one
             say(f"{error}; run the same command to go on")
             return EXIT_STOPPED
         try:
