@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ from flax import nnx
 
 from smollm_jax.config import ModelConfig, require
 
+if TYPE_CHECKING:
+    from smollm_jax.decoder import Decoder
+
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
-LayerCache = tuple[jax.Array, jax.Array]  # k_BSKH, v_BSKH
 
 # Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
 # of a long row never exist whole; a row that fits in one block keeps its scores for the backward pass.
@@ -207,6 +209,8 @@ class SmolLM(nnx.Module):
 
     def decoder(self) -> Decoder:
         """The same weights laid out for decoding, in the compute dtype."""
+        from smollm_jax.decoder import Decoder
+
         return Decoder(self)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -214,63 +218,6 @@ class SmolLM(nnx.Module):
 
     def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
-
-
-class Decoder(nnx.Module):
-    """The model for decoding with a key/value cache.
-
-    Layers are apart, since decoding reads leaves of their own faster than slices of a stack, and all weights
-    are in the compute dtype already: a token costs one read of them.
-    """
-
-    def __init__(self, model: SmolLM):
-        self.config, self.dtype = model.config, model.dtype
-        graphdef, stacked = nnx.split(model.blocks)
-        self.layers = nnx.List(
-            nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i].astype(model.dtype), stacked))
-            for i in range(model.config.num_layers)
-        )
-        self.embedding = nnx.Param(model.embedding[...].astype(model.dtype))
-        self.final_norm = RMSNorm(model.config)
-        self.final_norm.scale = nnx.Param(model.final_norm.scale[...])
-        if not model.config.tie_embeddings:
-            self.head = nnx.Param(model.head[...].astype(model.dtype))
-
-    def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
-        """An empty key/value cache of `length` positions: a pair of (B, S, K, H) a layer."""
-        shape = (batch_size, length, self.config.num_kv_heads, self.config.head_dim)
-        return tuple(
-            (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.num_layers)
-        )
-
-    def features(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Features (B, T, D) of tokens at `positions_BT`, which join the cache and see all before them.
-
-        A row padded on its right writes nonsense past its end; nothing reads that before the row's own
-        next tokens overwrite it.
-        """
-        config = self.config
-        rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
-        x_BTD, grown = self.embedding[...][tokens_BT], []
-        for block, layer_cache in zip(self.layers, cache, strict=True):
-            kept: list[LayerCache] = []
-
-            def core(q_BTNH, k_BTKH, v_BTKH, layer_cache=layer_cache, kept=kept):
-                k_BSKH, v_BSKH = _write(layer_cache, k_BTKH, v_BTKH, positions_BT)
-                kept.append((k_BSKH, v_BSKH))
-                mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, :, None]
-                return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-
-            x_BTD = block(x_BTD, rope, core)
-            grown.append(kept[0])
-        return self.final_norm(x_BTD), tuple(grown)
-
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """f32 logits (..., V) of features (..., D)."""
-        head_VD = self.embedding[...] if self.config.tie_embeddings else self.head[...]
-        return jnp.einsum("...D,VD->...V", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -303,15 +250,6 @@ def _rematerialise(layer: Callable, remat: Policy) -> Callable:
     policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[remat]
     # the scan already keeps XLA from merging the two computations
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> LayerCache:
-    row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-    k_BSKH, v_BSKH = cache
-    return (
-        k_BSKH.at[row_B1, positions_BT].set(k_BTKH, mode="drop"),
-        v_BSKH.at[row_B1, positions_BT].set(v_BTKH, mode="drop"),
-    )
 
 
 def _check_same_leaves(expected: Params, params: Params) -> None:
