@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import sys
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy stands before the port
 # whatever a model writes, the browser fetches nothing from elsewhere
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
-CLOSED = ("/gradio_api/upload", "/gradio_api/file", "/gradio_api/proxy", "/gradio_api/stream/")
+# what the page and gradio_client need; Gradio has more: uploads, files, proxies, recordings, an editor of its code
+OPEN = re.compile(
+    r"/gradio_api/(info|openapi\.json|user|login_check|token|app_id|startup-events|theme\.css|reset|cancel"
+    r"|heartbeat/[^/]+|queue/(join|data|status)|call/.+)/?"
+)
 
 
 def serve(
@@ -162,8 +167,8 @@ class Guard:
 
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if scope["path"].startswith(CLOSED):
-            return await JSONResponse({"detail": "no files here"}, status_code=403)(scope, receive, send)
+        if scope["path"].startswith("/gradio_api/") and not OPEN.fullmatch(scope["path"]):
+            return await JSONResponse({"detail": "this is closed"}, status_code=403)(scope, receive, send)
 
         async def with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from smollm_jax.chat import chat_prompt
 from smollm_jax.completion import Piece
 from smollm_jax.config import require
-from smollm_jax.worker import LONGEST_PROMPT, Busy, Worker
+from smollm_jax.worker import LONGEST_PROMPT, Busy, Worker, check_text
 
 LARGEST_BODY = 4 * 2**20  # bytes: a prompt that is only too long for the model still gets an answer in words
 DEFAULT_TOKENS = 128
@@ -181,10 +181,10 @@ class Routes:
 
 def conversation(worker: Worker, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation under the template; raises `ValueError` for what is too long or no text."""
+    for message in messages:
+        check_text(message["content"], "a message")
     length = sum(len(message["content"]) for message in messages)
     require(length <= LONGEST_PROMPT, f"the messages have {length:,} characters; {LONGEST_PROMPT:,} are the most")
-    for message in messages:
-        require("\0" not in message["content"], "a message holds a NUL character; take it out")
     return worker.fitting(chat_prompt(worker.completer.tokenizer, messages))
 
 

@@ -89,7 +89,14 @@ def build_page(worker: Worker, name: str, *, with_key: bool) -> gr.Blocks:
             gr.Markdown(HELP.format(chat=routes, key=key))
         gr.api(writer.generate, api_name="generate", concurrency_limit=None)
         page.load(None, js=REMEMBERED, api_visibility="private")
+    for block in page.blocks.values():
+        # Gradio copies a file that a request names, any of this machine's or a URL, unless it launched the page
+        block.async_move_resource_to_block_cache = no_files  # type: ignore[method-assign]
     return page.queue(max_size=GRADIO_QUEUE, api_open=False)
+
+
+async def no_files(*_: Any) -> str:
+    raise gr.Error("files are not taken here", print_exception=False)
 
 
 def settings(worker: Worker) -> list[gr.components.Component]:

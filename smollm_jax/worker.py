@@ -76,13 +76,7 @@ class Worker:
 
     def prompt(self, text: Any) -> list[int]:
         """Ids of a prompt; raises `ValueError` for what is no text, empty or too long."""
-        require(isinstance(text, str), "the prompt must be text")
-        require(
-            len(text) <= LONGEST_PROMPT,
-            f"the prompt has {len(text):,} characters; {LONGEST_PROMPT:,} is the most",
-        )
-        require("\0" not in text, f"the prompt holds a NUL character at position {text.find(chr(0))}; take it out")
-        return self.fitting(self.completer.encode(text))
+        return self.fitting(self.completer.encode(check_text(text, "the prompt")))
 
     def fitting(self, ids: list[int]) -> list[int]:
         """`ids`, if the context has room for them and a token more; raises `ValueError`."""
@@ -188,6 +182,16 @@ class Worker:
             # whatever it was (memory, a device), the next request finds the worker there
             traceback.print_exc()
             job.put(RuntimeError(f"the model failed with {type(error).__name__}; the server's log says more"))
+
+
+def check_text(text: Any, what: str) -> str:
+    """`text`, if a model can be asked to read it; raises `ValueError` naming it `what`."""
+    require(isinstance(text, str), f"{what} must be text")
+    require(len(text) <= LONGEST_PROMPT, f"{what} has {len(text):,} characters; {LONGEST_PROMPT:,} is the most")
+    require("\0" not in text, f"{what} holds a NUL character at position {text.find(chr(0))}; take it out")
+    half = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    require(half is None, f"{what} holds half a character at position {half}")
+    return text
 
 
 def _whole(value: Any) -> Any:

@@ -57,7 +57,10 @@ class Server:
     def __init__(self, path: Path, *flags: str):
         self.log = path.parent / f"server-{time.monotonic_ns()}.log"
         command = [sys.executable, str(ROOT / "serve.py"), str(path), "--port", "0", *flags]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        self.cache = self.log.with_suffix(".cache")
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(self.cache)
+        }  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment

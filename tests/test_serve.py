@@ -366,13 +366,71 @@ def test_a_gradio_client_that_cancels_or_vanishes_stops_its_text(server, gradio,
     assert isinstance(gradio, Client)
 
 
+CLOSED = ("upload", "file=/etc/passwd", "file/etc/passwd", "proxy=http://x", "run/generate", "process_recording",
+          "vibe-edit", "component_server", "run-history/connect")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_gradios_other_doors_are_closed(server, path):
+    assert httpx.post(f"{server.url}/gradio_api/{path}", files={"files": b"x"}).status_code == 403
+    assert httpx.get(f"{server.url}/gradio_api/{path}").status_code == 403
+
+
+def ask_page(server, number, data):
+    """The last message of Gradio's queue to event `number` of the page, asked past the page."""
+    visitor = f"visitor{time.monotonic_ns()}"
+    asked = {"data": data, "fn_index": number, "session_hash": visitor}
+    joined = post(server, json.dumps(asked).encode(), "/gradio_api/queue/join")
+    assert joined.status_code == 200, joined.text
+    with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash={visitor}", timeout=60) as reply:
+        for line in reply.iter_lines():
+            message = json.loads(line.removeprefix("data:")) if line else {}
+            if message.get("msg") in ("process_completed", "unexpected_error"):
+                return message
+    raise AssertionError("the queue ended without an answer")
+
+
+def page_event(server, target):
+    """The event that follows a press of the button `target`."""
+    config = httpx.get(f"{server.url}/config").json()
+    button = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == target)
+    pressed = next(d["id"] for d in config["dependencies"] if [button, "click"] in d["targets"])
+    return next(d["id"] for d in config["dependencies"] if d["trigger_after"] == pressed)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:9/x"])
+def test_a_request_that_names_a_file_is_refused(server, tmp_path_factory, path):
+    secret = tmp_path_factory.mktemp("secret") / "secret.txt"
+    secret.write_text("secret")
+    for named in (path, str(secret)):
+        file = {"path": named, "meta": {"_type": "gradio.FileData"}}
+        for target in ("continue", "send"):
+            event = page_event(server, target)
+            reply = ask_page(server, event, [file, None, 0.6, 0.9, 50, 1.1, 5, ""])
+            assert reply["output"]["error"] == "files are not taken here"
+    assert not list(server.cache.rglob("secret.txt")) + list(server.cache.rglob("passwd"))
+
+
 @pytest.mark.parametrize(
-    "path", ["/gradio_api/upload", "/gradio_api/file=/etc/passwd", "/gradio_api/proxy=http://x"]
+    ("target", "data", "words"),
+    [
+        ("continue", ["x\0", None, 0.6, 0.9, 50, 1.1, 10, ""], "NUL"),
+        ("continue", ["\ud800", None, 0.6, 0.9, 50, 1.1, 10, ""], "half a character"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10**9, ""], "greater than maximum"),
+        ("continue", ["x", None, -1, 0.9, 50, 1.1, 10, ""], "less than minimum"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "9" * 5_000], "seed="),
+        ("send", ["\ud800", None, 0.6, 0.9, 50, 1.1, 10, ""], "half a character"),
+        ("send", ["x" * 10**6, None, 0.6, 0.9, 50, 1.1, 10, ""], "1,000,000 characters"),
+        ("send", [" ", None, 0.6, 0.9, 50, 1.1, 10, ""], "message is empty"),
+        ("again-continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, ""], "nothing to write again"),
+        ("again-send", ["x", None, 0.6, 0.9, 50, 1.1, 10, ""], "nothing to answer again"),
+    ],
+    ids=range(10),
 )
-def test_no_file_goes_in_or_out(server, path):
-    reply = httpx.post(f"{server.url}{path}", files={"files": b"x"})
-    assert reply.status_code == 403
-    assert httpx.get(f"{server.url}{path}").status_code == 403
+def test_the_page_is_checked_on_the_server_too(server, target, data, words):
+    reply = ask_page(server, page_event(server, target), data)
+    assert words in reply["output"]["error"]
+    assert answers(server)
 
 
 def test_the_page_may_fetch_from_here_alone(server):
