@@ -33,7 +33,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-s
 # what the page and gradio_client need; Gradio has more: uploads, files, proxies, recordings, an editor of its code
 OPEN = re.compile(
     r"/gradio_api/(info|openapi\.json|user|login_check|token|app_id|startup-events|theme\.css|reset|cancel"
-    r"|heartbeat/[^/]+|queue/(join|data|status)|call/.+)/?"
+    r"|heartbeat/[^/]+|queue/(join|data|status)|run/predict|call/.+)/?"
 )
 
 

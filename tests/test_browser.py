@@ -74,7 +74,7 @@ class Page:
 
     def finish(self):
         """Wait until the text has ended, and give it."""
-        self.wait(lambda: "reached" in self.status or "ended" in self.status)
+        self.wait(lambda: "reached" in (line := self.status) or "ended" in line)
         self.page.wait_for_selector("#continue", state="visible")
         return self.text
 
@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_text_and_another_another(page):
     for seed in (7, 7, 8):
         page.set("Once upon a time", length=40, seed=seed)
         page.press("continue")
-        page.wait(lambda seed=seed: f"seed {seed} " in page.status and "length reached" in page.status)
+        page.wait(lambda seed=seed: f"seed {seed} · length reached" in page.status)
         texts.append(page.finish())
         page.set("")
         page.press("undo-continue")
@@ -135,7 +135,7 @@ def test_without_a_seed_writing_again_gives_another_text_and_tells_the_seed(page
     page.press("continue")
     first, told = page.finish(), page.status
     page.press("again-continue")
-    page.wait(lambda: "reached" in page.status and page.status.split("seed")[1] != told.split("seed")[1])
+    page.wait(lambda: "reached" in (line := page.status) and line.split("seed")[1] != told.split("seed")[1])
     second = page.finish()
     assert second != first
     assert second.startswith("The water cycle")
@@ -144,7 +144,7 @@ def test_without_a_seed_writing_again_gives_another_text_and_tells_the_seed(page
     seed = told.split("seed ")[1].split()[0]
     page.set(seed=seed)
     page.press("continue")
-    page.wait(lambda: f"seed {seed}" in page.status and "reached" in page.status)
+    page.wait(lambda: f"seed {seed} · length reached" in page.status)
     assert page.text == first
 
 
