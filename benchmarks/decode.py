@@ -29,8 +29,9 @@ from smollm_jax.convert import load_hf, write_folder
 from smollm_jax.generation import Generator, Sampling
 from smollm_jax.model import SmolLM, init_params, params_of
 
-Run = Callable[[], tuple[float, float]]
-"""Seconds to the first token, and to the last."""
+Times = tuple[float, float | None]
+"""Seconds to the last token, and to the first where there is one row: neither side streams several."""
+Run = Callable[[], Times]
 
 
 def ours(folder: Path, dtype: str, prompts: list[list[int]], new_tokens: int) -> Run:
@@ -38,13 +39,16 @@ def ours(folder: Path, dtype: str, prompts: list[list[int]], new_tokens: int) ->
     generator = Generator(SmolLM.from_params(model.config, params_of(model), dtype=jnp.dtype(dtype)))
     sampling = Sampling(max_new_tokens=new_tokens)
 
-    def run() -> tuple[float, float]:
-        began, first, made = time.perf_counter(), 0.0, 0
-        for chunk in generator._chunks(prompts, sampling, [False] * len(prompts)):
-            first = first or time.perf_counter() - began
-            made += chunk.shape[1]
+    def run() -> Times:
+        began, first, made = time.perf_counter(), None, 0
+        if len(prompts) == 1:
+            for ids in generator.stream(prompts[0], sampling):
+                first = first or time.perf_counter() - began
+                made += len(ids)
+        else:
+            made = min(map(len, generator.generate(prompts, sampling)))
         assert made == new_tokens
-        return first, time.perf_counter() - began
+        return time.perf_counter() - began, first
 
     return run
 
@@ -70,8 +74,7 @@ def theirs(folder: Path, dtype: str, prompts: list[list[int]], new_tokens: int) 
         def end(self) -> None:
             pass
 
-    def run() -> tuple[float, float]:
-        # a streamer takes one row only
+    def run() -> Times:
         streamer = FirstToken() if len(prompts) == 1 else None
         began = time.perf_counter()
         out = model.generate(
@@ -80,14 +83,14 @@ def theirs(folder: Path, dtype: str, prompts: list[list[int]], new_tokens: int) 
         )  # fmt: skip
         seconds = time.perf_counter() - began
         assert out.shape[1] == ids.shape[1] + new_tokens
-        return (streamer.at - began if streamer else float("nan")), seconds
+        return seconds, streamer.at - began if streamer else None
 
     return run
 
 
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[tuple[float, float]]]:
+def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[Times]]:
     """Each in turn, `repeats` times round, after one round that is not counted."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    times: dict[str, list[Times]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
             took = run()
@@ -96,15 +99,16 @@ def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[tuple[float, f
     return times
 
 
-def summary(times: dict[str, list[tuple[float, float]]], tokens: int) -> dict[str, dict[str, Any]]:
+def summary(times: dict[str, list[Times]], tokens: int) -> dict[str, dict[str, Any]]:
     result = {}
     for name, pairs in times.items():
-        speeds = [tokens / seconds for _, seconds in pairs]
+        speeds = [tokens / seconds for seconds, _ in pairs]
+        firsts = [first for _, first in pairs if first is not None]
         result[name] = {
             "tokens_per_second": statistics.median(speeds),
             "slowest": min(speeds),
             "fastest": max(speeds),
-            "first_token_seconds": statistics.median(first for first, _ in pairs),
+            "first_token_seconds": statistics.median(firsts) if firsts else None,
         }
     return result
 
@@ -112,9 +116,10 @@ def summary(times: dict[str, list[tuple[float, float]]], tokens: int) -> dict[st
 def table(result: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield f"{'':<20}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first token':>14}"
     for name, of in result.items():
+        first = of["first_token_seconds"]
         yield (
             f"{name:<20}{of['tokens_per_second']:>10.1f}{of['slowest']:>10.1f}{of['fastest']:>10.1f}"
-            f"{of['first_token_seconds'] * 1e3:>11.0f} ms"
+            + ("" if first is None else f"{first * 1e3:>11.0f} ms")
         )
 
 
