@@ -54,7 +54,8 @@ def peer(config: Config, tokens: np.ndarray, dtype: str, steps: int, *, compiled
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32"))).to(device).train()
+    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32")))
+    model.to(device).train()
     settings = config.optimizer
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smollm_jax.arguments import guarded, parse_command
+from smollm_jax.arguments import Command, guarded, parse_command
 from smollm_jax.config import DataConfig
 from smollm_jax.report import say
 
@@ -216,7 +216,7 @@ def verify_resume(argv: list[str]) -> int:
     return 1
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "export": export,
     "import": import_,
     "generate": generate,
