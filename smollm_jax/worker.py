@@ -23,6 +23,7 @@ from smollm_jax.generation import Sampling
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
 STOP_STRINGS, LONGEST_STOP = 4, 100
+SECONDS_TO_CLOSE = 15
 WARM_UP_TOKENS = 200  # the length that the page starts with
 RANGES = {
     "temperature": (0.0, 2.0),
@@ -67,7 +68,9 @@ class Worker:
         self._line: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._now: _Job | None = None
-        threading.Thread(target=self._work, daemon=True, name="model").start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, daemon=True, name="model")
+        self._thread.start()
 
     @property
     def waiting(self) -> int:
@@ -154,6 +157,15 @@ class Worker:
             if self._now is not None and self._now.owner == owner:
                 self._now.left.set()  # the stream itself says how it ended
 
+    def close(self) -> None:
+        """End what is under way and the thread: Python must not end inside of a model's own code."""
+        with self._changed:
+            self._closed = True
+            for job in [*self._line, *([self._now] if self._now else [])]:
+                job.left.set()
+            self._changed.notify()
+        self._thread.join(SECONDS_TO_CLOSE)
+
     def _warm_up(self) -> None:
         """Have what the first visitor will ask for compiled; a failure is for that visitor to meet."""
         with contextlib.suppress(Exception):
@@ -166,7 +178,9 @@ class Worker:
         self._warm_up()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._line)
+                self._changed.wait_for(lambda: self._line or self._closed)
+                if self._closed:
+                    return
                 self._now = job = self._line.popleft()
             self._serve(job)
             with self._changed:
