@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import re
@@ -23,6 +24,7 @@ from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED
 
 Command = Callable[..., int]
 EXIT_MISTAKE = 2
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
@@ -112,6 +114,11 @@ def guarded(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_STOPPED
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
     except ValueError as error:
         if not _is_ours(error):
             traceback.print_exc()

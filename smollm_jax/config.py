@@ -167,6 +167,10 @@ class DataConfig:
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("epochs", "eval_documents"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
+        require(
+            self.eval_data is None or self.eval_documents > 0,
+            f"eval_data={self.eval_data} is read, so eval_documents=0 must be above 0",
+        )
         require(self.data_timeout > 0, f"data_timeout={self.data_timeout} must be above 0 seconds")
 
 
@@ -205,6 +209,10 @@ class OptimizerConfig:
         require(
             self.final_learning_rate <= self.learning_rate,
             f"final_learning_rate={self.final_learning_rate} must not be above learning_rate={self.learning_rate}",
+        )
+        require(
+            self.final_learning_rate == 0 or self.schedule != "constant",
+            f"final_learning_rate={self.final_learning_rate} belongs to a schedule that decays; constant came",
         )
         require(
             self.decay_steps is None or self.schedule == "wsd",
@@ -259,6 +267,8 @@ class RunConfig:
             require(value is None or value > 0, f"{name}={value} must be at least 1")
         for name in ("eval_every", "checkpoint_every", "keep_every", "sample_tokens", "seed"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
+        require(self.seed < 2**32, f"seed={self.seed} must be below 2**32")
+        require(all(map(str.strip, self.sample_prompts)), "sample_prompts: every prompt must have text")
         parse_phases(self.phases)
 
 
@@ -300,6 +310,7 @@ class Config:
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
         micro, warmup = self.compute.grad_accum, self.optimizer.warmup_steps
+        require(self.total_steps < 2**31, f"steps={self.total_steps} must be below 2**31")
         for phase in self.phases:
             require(
                 phase.batch_size % micro == 0,

@@ -19,6 +19,7 @@ import numpy as np
 
 from smollm_jax.config import Config, DataConfig, require
 from smollm_jax.data import Batch, check_vocab, plain_batches
+from smollm_jax.hardware import use_precision_of
 from smollm_jax.loading import is_run, load_for_inference, read_run
 from smollm_jax.step import make_nll
 
@@ -80,11 +81,14 @@ def evaluate_model(
     Rows are as long as those that the run was trained on, or as `seq_len`, but never longer than the model's
     context. Raises `ValueError` for what cannot be read or holds nothing to score.
     """
+    require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
+    require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
     model, params, tokenizer = load_for_inference(path)
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
-    settings = replace(data, seq_len=seq_len or min(trained, model.max_seq_len))
+    settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
     config = Config(model=model, data=settings)
+    use_precision_of(jnp.dtype(dtype))
     nll = jax.jit(make_nll(config, dtype=jnp.dtype(dtype), remat="none"))
     batches = islice(plain_batches(settings, tokenizer, batch_size), max_batches)
     result = score(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)

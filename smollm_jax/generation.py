@@ -43,12 +43,20 @@ class Generator:
         longest = model.config.max_seq_len
         require(context is None or context > 1, f"context={context} must hold a prompt and a token")
         self.context = longest if context is None else min(context, longest)
-        self._graphdef, state = nnx.split(Decoder(model))
-        # plain leaves: walking an NNX state costs the host a millisecond a call
-        self._weights, self._structure = jax.tree.flatten(state)
+        self.load(model)
         self._prefill = jax.jit(self._prefill_rows, static_argnames=("length", "greedy"))
         self._decode = jax.jit(self._decode_rows, static_argnames="greedy", donate_argnames="rows")
         self.stop_reason: str | None = None
+
+    def load(self, model: SmolLM) -> None:
+        """Take the weights of `model`, which must be of the same architecture: nothing compiles again."""
+        self._graphdef, state = nnx.split(Decoder(model))
+        # plain leaves: walking an NNX state costs the host a millisecond a call
+        self._weights, self._structure = jax.tree.flatten(state)
+
+    def unload(self) -> None:
+        """Let go of the weights, until the next `load`."""
+        self._weights = []
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """New ids of each prompt, without the stop id; raises `ValueError` for a prompt that does not fit."""

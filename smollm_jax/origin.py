@@ -47,6 +47,12 @@ def find_origin(config: Config, run_dir: Path, checkpoints: Checkpoints) -> Orig
     found = checkpoints.latest_good(set_aside=True)
     if found is not None and "progress" in found.meta:
         return _resumed(config, found)
+    left = [path.name for path in checkpoints.folder.glob("[!.]*")] if found is None else []
+    require(
+        not left,
+        f"{checkpoints.folder} holds no good checkpoint, only {', '.join(sorted(left))}; "
+        "see python -m smollm_jax checkpoints, or start afresh with --new-run",
+    )
     source = config.run.init_from
     if found is not None and source is None:
         source = str(run_dir)

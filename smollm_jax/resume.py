@@ -20,7 +20,7 @@ from smollm_jax.report import SAMPLES_OF
 NEUTRAL = {
     "run.run_dir", "run.new_run", "run.stop_after", "run.log_every", "run.eval_every", "run.checkpoint_every",
     "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export",
-    "data.data_timeout", "data.eval_batches", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
+    "data.data_timeout", "data.on_bad_data", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
     "preset", "recipe",
     "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
 }  # fmt: skip
@@ -96,8 +96,10 @@ def keep_records(run_dir: Path, step: int) -> Records:
     if samples.exists():
         texts = []
         for line in samples.read_text(encoding="utf-8").splitlines():
-            if line.startswith(SAMPLES_OF) and int(line.removeprefix(SAMPLES_OF)) > evaluated:
-                break
+            if line.startswith(SAMPLES_OF):
+                number = line.removeprefix(SAMPLES_OF)
+                if not number.isdecimal() or int(number) > evaluated:
+                    break
             texts.append(line)
         _rewrite(samples, texts)
     return Records(evaluated, ledgers)

@@ -108,7 +108,9 @@ class Source:
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
-            raise BadData(f"{message}; mend it, or give --on-bad-data skip") from None
+            raise BadData(
+                f"{message}; pass over it with --on-bad-data skip, or mend it and start afresh"
+            ) from None
         skipped.append(message)
         logger.warning("skipped: %s", message)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,13 @@ from smollm_jax.checkpoint import Checkpoints
 from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict
 from smollm_jax.data import HeldOut, Stream, check_vocab, head_texts, heldout, open_stream
-from smollm_jax.hardware import memory_bytes, peak_flops
+from smollm_jax.generation import Generator
+from smollm_jax.hardware import memory_bytes, peak_flops, use_precision_of
+from smollm_jax.inventory import Found
 from smollm_jax.origin import Origin, find_origin
 from smollm_jax.report import Report, say
 from smollm_jax.resume import keep_records
-from smollm_jax.run_folder import RunLock, write_json_atomic
+from smollm_jax.run_folder import Damaged, RunLock, read_json, write_json_atomic
 from smollm_jax.step import (
     abstract_state,
     by_row,
@@ -81,6 +84,10 @@ class Run:
     """Last step whose evaluation is on record."""
     ledgers: dict[int, str] = field(default_factory=dict)
     """Of the steps that were on record at the start; those that come again must agree."""
+    computed: dict[str, Any] = field(default_factory=dict)
+    """Dtype, platform and number of devices, kept in each checkpoint."""
+    generator: Generator | None = None
+    """Of the samples, once there were some."""
 
     @property
     def last_step(self) -> int:
@@ -107,6 +114,8 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every
     )
     checkpoints.clean()
+    for left_over in run_dir.glob(".export.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     origin = find_origin(config, run_dir, checkpoints)
     tokenizer = prepare_tokenizer(origin, run_dir)
     config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
@@ -122,10 +131,13 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
         cursor=found.meta["cursor"] if found else None,
         excluded=held_out.hashes if held_out else frozenset(),
     )
-    if found is None or as_dict(config) != found.meta["config"]:
-        write_json_atomic(run_dir / "config.json", as_dict(config))
+    check_prompts(config, tokenizer)
+    keep_config(config, run_dir)
     use_compilation_cache(config)
     mesh, dtype = make_mesh(config), compute_dtype(config)
+    use_precision_of(dtype)
+    computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
+    notes = [*origin.notes, *check_computed(found, computed)]
     device = mesh.devices.flat[0]
     steps, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
     rows = by_row(mesh)
@@ -140,10 +152,46 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     run = Run(
         config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
         Report(run_dir, start=start, total=config.total_steps), progress, start, start,
-        records.evaluated, records.ledgers,
+        records.evaluated, records.ledgers, computed,
     )  # fmt: skip
-    introduce(run, origin.notes, remat=remat, seconds=time.monotonic() - began)
+    introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
     return run
+
+
+def check_computed(found: Found | None, computed: dict[str, Any]) -> list[str]:
+    """Notes on what computes now and what did before; raises `ValueError` for another dtype."""
+    before = found.meta.get("computed", computed) if found else computed
+    require(
+        before["dtype"] == computed["dtype"],
+        f"the run computed in {before['dtype']}, and would go on in {computed['dtype']}; "
+        f"give --dtype {before['dtype']}, or start afresh with --new-run",
+    )
+    return [
+        f"{name} changed from {before[name]} to {now}: same maths, the last bits will differ"
+        for name, now in computed.items()
+        if before[name] != now
+    ]
+
+
+def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise `ValueError` for a sample prompt that leaves no room in the context: now, not at an evaluation."""
+    for prompt in config.run.sample_prompts if config.run.sample_tokens else ():
+        length = len(tokenizer.encode(prompt))
+        require(
+            0 < length < config.model.max_seq_len,
+            f"--sample-prompts {prompt[:40]!r} has {length} tokens; 1 to {config.model.max_seq_len - 1} fit",
+        )
+
+
+def keep_config(config: Config, run_dir: Path) -> None:
+    """Write config.json unless it says just that."""
+    path = run_dir / "config.json"
+    try:
+        if read_json(path) == as_dict(config):
+            return
+    except Damaged:
+        pass
+    write_json_atomic(path, as_dict(config))
 
 
 def prepare_tokenizer(origin: Origin, run_dir: Path) -> Tokenizer:

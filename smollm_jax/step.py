@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from smollm_jax.config import Config, OptimizerConfig
+from smollm_jax.config import Config, OptimizerConfig, require
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
 
@@ -171,13 +171,24 @@ def compile_steps(
     """A compiled step for each batch size of the run, and the remat policy they use.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
+    Raises `ValueError` when the compiler finds that nothing fits.
     """
     sizes = sorted({phase.batch_size for phase in config.phases}, reverse=True)
     policies: tuple[Policy, ...] = ("none", "dots", "full")
     if config.compute.remat != "auto":
         policies = (config.compute.remat,)
     for remat in policies:
-        largest = compile_step(config, mesh, sizes[0], dtype=dtype, remat=remat)
+        try:
+            largest = compile_step(config, mesh, sizes[0], dtype=dtype, remat=remat)
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            require(
+                remat != policies[-1],
+                f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
+                "give a smaller --batch-size, or --grad-accum 2 or more",
+            )
+            continue
         if remat == policies[-1] or compiled_bytes(largest) < memory_bytes:
             break
     rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat) for size in sizes[1:]}

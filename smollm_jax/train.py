@@ -27,6 +27,7 @@ from smollm_jax.start import Run, begin, claim
 from smollm_jax.step import by_row
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
 
+DONE, STOPPED, DATA_ENDED = "done", "stopped", "data ended"
 POLL_SECONDS = 0.2
 # greedy base models repeat themselves; this shows what was learned and is still nearly deterministic
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
@@ -91,10 +92,10 @@ def fit(config: Config, stop: StopRequest) -> int:
 
 
 def train(run: Run) -> str:
-    """The loop; returns why it ended: "done", "stopped", or how the data gave out."""
-    pending, interval = None, Interval()
+    """The loop; returns why it ended: `DONE`, `STOPPED` or `DATA_ENDED`."""
     if run.evaluated < run.progress.step and evaluation_due(run):
         evaluate(run)
+    pending, interval = None, Interval()
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
         try:
@@ -104,7 +105,7 @@ def train(run: Run) -> str:
             save(run)
             raise
         if isinstance(item, str):
-            report_step(run, pending, interval)
+            report_step(run, pending, interval, last=item == DATA_ENDED)
             save(run)
             return item
         interval.data_wait_seconds += time.monotonic() - waiting_since
@@ -120,11 +121,12 @@ def train(run: Run) -> str:
         if evaluation_due(run):
             evaluate(run)
         interval.began += time.monotonic() - paused
-        if run.stop.requested and run.progress.step < run.last_step:
-            return "stopped"
+        if run.stop.requested:
+            save(run)  # again where the request came during the evaluation
+            return STOPPED
     report_step(run, pending, interval)
     save(run)
-    return "done"
+    return DONE
 
 
 def next_batch(run: Run) -> tuple[Batch, dict[str, Any]] | str:
@@ -133,13 +135,13 @@ def next_batch(run: Run) -> tuple[Batch, dict[str, Any]] | str:
         try:
             item = run.stream.get(timeout=POLL_SECONDS)
         except StopIteration:
-            return "data ended"
+            return DATA_ENDED
         except SourceTimeout as error:
             run.report.say(f"{error}; run the same command to go on")
-            return "stopped"
+            return STOPPED
         if item is not None:
             return item
-    return "stopped"
+    return STOPPED
 
 
 def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
@@ -163,8 +165,8 @@ def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
     )
 
 
-def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
-    """Wait for a step's metrics, count what went wrong, and write its line if one is due."""
+def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: bool = False) -> None:
+    """Wait for a step's metrics, count what went wrong, and write its line if one is due, as for the last."""
     if pending is None or pending.step <= run.reported:
         return
     run.reported = pending.step
@@ -176,7 +178,8 @@ def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
     interval.slots += pending.slots
     run.report.progress(pending.step)
     count_bad_step(run, pending, finite=values["finite"])
-    if pending.step not in (1, run.config.total_steps) and pending.step % run.config.run.log_every:
+    due = last or pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0
+    if not due:
         return
     seconds = max(time.monotonic() - interval.began, 1e-9)
     line = {
@@ -211,14 +214,21 @@ def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
     limit = run.config.optimizer.max_bad_steps
     if run.progress.bad_steps_in_a_row < limit:
         return
-    path = run.run_dir / f"bad_step_{pending.step}.jsonl"
-    with path.open("w") as file:
-        for document in run.stream.documents_of(pending.cursor_before):
-            file.write(json.dumps(document) + "\n")
     raise TooManyBadSteps(
-        f"{limit} steps in a row without a finite gradient; the documents of the last are in {path}, "
+        f"{limit} steps in a row without a finite gradient; {write_documents(run, pending)}, "
         f"the newest checkpoint is {run.saved or 'none'}"
     )
+
+
+def write_documents(run: Run, pending: Pending) -> str:
+    """Write the documents of a step to the run folder; says where, or why that could not be done."""
+    path = run.run_dir / f"bad_step_{pending.step}.jsonl"
+    try:
+        documents = run.stream.documents_of(pending.cursor_before)
+        path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    except (OSError, ValueError, SourceTimeout) as error:
+        return f"the documents of the last could not be written ({error})"
+    return f"the documents of the last are in {path}"
 
 
 def evaluate(run: Run) -> None:
@@ -226,7 +236,8 @@ def evaluate(run: Run) -> None:
     if run.heldout is None or run.stop.requested:
         return
     began, config, step = time.monotonic(), run.config, run.progress.step
-    batches = run.heldout.batches(config.main_batch_size // config.compute.grad_accum, config.data.eval_batches)
+    parts = config.compute.grad_accum
+    batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
     result = score(
         run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.stop.requested
     )
@@ -247,13 +258,17 @@ def evaluate(run: Run) -> None:
 
 
 def sample(run: Run) -> list[tuple[str, str]]:
-    """The sample prompts and their continuations."""
+    """The sample prompts and their continuations; those that were made when a stop was requested."""
     settings = run.config.run
-    if not settings.sample_tokens or not settings.sample_prompts:
+    if not settings.sample_tokens or run.stop.requested:
         return []
     # on one device: decoding a few short texts gains nothing from more
     params = jax.device_put(run.state["params"], run.mesh.devices.flat[0])
-    generator = Generator(SmolLM.from_params(run.config.model, params, dtype=run.dtype))
+    model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
+    if run.generator is None:
+        run.generator = Generator(model)
+    else:
+        run.generator.load(model)
     sampling = Sampling(
         max_new_tokens=settings.sample_tokens,
         temperature=SAMPLE_TEMPERATURE,
@@ -261,9 +276,16 @@ def sample(run: Run) -> list[tuple[str, str]]:
         seed=settings.seed,
         stop_ids=(run.tokenizer.eos_id,),
     )
-    prompts = [run.tokenizer.encode(prompt).tolist() for prompt in settings.sample_prompts]
-    texts = generator.generate(prompts, sampling)
-    return [(p, run.tokenizer.decode(ids)) for p, ids in zip(settings.sample_prompts, texts, strict=True)]
+    texts = []
+    for prompt in settings.sample_prompts:
+        ids: list[int] = []
+        for piece in run.generator.stream(run.tokenizer.encode(prompt).tolist(), sampling):
+            ids += piece
+            if run.stop.requested:
+                break
+        texts.append((prompt, run.tokenizer.decode(ids)))
+    run.generator.unload()  # the next step has use for the memory
+    return texts
 
 
 def save(run: Run) -> None:
@@ -275,6 +297,7 @@ def save(run: Run) -> None:
         "cursor": run.progress.cursor,
         "progress": dataclasses.asdict(run.progress),
         "config": as_dict(run.config),
+        "computed": run.computed,
     }
     run.checkpoints.save(step, run.state, meta)
     run.saved = step
@@ -287,13 +310,13 @@ def finish(run: Run, outcome: str) -> int:
         return EXIT_FAILED
     run.stop.nothing_to_lose = True
     step, total = run.progress.step, run.config.total_steps
-    if outcome == "stopped":
+    if outcome == STOPPED or run.stop.requested:
         run.report.say(f"stopped at step {step:,} of {total:,}, saved; run the same command to go on")
         return EXIT_STOPPED
-    if step < total and outcome == "done":
+    if step < total and outcome == DONE:
         print(f"step {step:,} of {total:,}, as --stop-after asked; saved in {run.run_dir}/checkpoints/{step}")
         return 0
-    if outcome == "data ended" and run.evaluated < step and run.config.run.eval_every:
+    if outcome == DATA_ENDED and run.evaluated < step and run.config.run.eval_every:
         evaluate(run)
     evaluations = [line for line in read_metrics(run.run_dir) if "eval_loss" in line]
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from smollm_jax.config import (
 )
 from smollm_jax.inventory import steps_in
 from smollm_jax.report import read_metrics
+from smollm_jax.stop import EXIT_STOPPED
 from smollm_jax.tokenizer import train
 from smollm_jax.verify import compare_runs, last_step, start
 
@@ -51,6 +53,8 @@ class Target:
     process: subprocess.Popen[str]
     run_dir: Path
     rng: random.Random
+    log_from: int = 0
+    """Where this process's words begin in the log."""
     began: float = field(default_factory=time.monotonic)
 
     def wait(self, condition: Callable[[], bool]) -> None:
@@ -145,10 +149,23 @@ def stop(target: Target, way: str, moment: str) -> Stop:
         process.kill()
         process.wait()
         return Stop(way, moment, True, f"still there {time.monotonic() - sent:.0f} s after {way}")
+    if code == EXIT_STOPPED and (broken := promise_broken(target)):
+        return Stop(way, moment, True, broken)
     allowed = {"kill -9": {-9}, "SIGTERM twice": {75, 0, 1}}.get(way, {75, 0})
     if age < STARTING_SECONDS:
         allowed = allowed | {-number, 130}
     return Stop(way, moment, True, None if code in allowed else f"exit code {code} after {way}")
+
+
+def promise_broken(target: Target) -> str | None:
+    """What is wrong when the run said at which step it stopped, and that this was saved."""
+    said = re.findall(
+        r"stopped at step ([\d,]+) of", target.run_dir.with_suffix(".log").read_text()[target.log_from :]
+    )
+    saved = (steps_in(target.run_dir / "checkpoints") or [0])[0]
+    if said and int(said[-1].replace(",", "")) != saved:
+        return f"said that step {said[-1]} was saved; the newest checkpoint is {saved}"
+    return None
 
 
 def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
@@ -202,7 +219,9 @@ def in_pieces(config: Config, straight: Path, seed: int) -> tuple[list[Stop], st
     """Stop a run until it is finished; the stops, and what differs from the straight run in the end."""
     rng, run_dir, stops = random.Random(seed), Path(config.run_dir), []
     while len(stops) < STOPS_A_RUN:
-        target = Target(config, quiet(config), run_dir, rng)
+        log = run_dir.with_suffix(".log")
+        log_from = len(log.read_text()) if log.exists() else 0
+        target = Target(config, quiet(config), run_dir, rng, log_from)
         made = stop(target, rng.choice(WAYS), rng.choice(list(MOMENTS)))
         if not made.hit and made.wrong is None:
             break

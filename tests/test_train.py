@@ -176,12 +176,101 @@ def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(train, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_signal_in_an_evaluation_saves_the_step_it_came_at(train, tmp_path):
+    """The last evaluation too: the run is finished by the next start, held-out loss and all."""
+    settings = ["--steps", "8", "--eval-every", "4", "--checkpoint-every", "100", "--sample-tokens", "600"]
+    run = tmp_path / "run"
+    for at in (4, 8):
+        process = train(*settings)
+        wait_for_step(run, at, process)
+        process.send_signal(signal.SIGTERM)
+        _, err = ended(process, 75)
+        assert f"stopped at step {at} of 8" in err
+        assert max(int(path.name) for path in (run / "checkpoints").iterdir()) == at
+        assert not (run / "export").exists()
+    out, _ = ended(train(*settings))
+    assert [line["step"] for line in records(run) if "eval_loss" in line] == [4, 8]
+    assert "held-out loss" in out
+    assert (run / "export").exists()
+
+
+@pytest.mark.slow
+def test_where_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(train, tmp_path):
+    settings = ["--steps", "4", "--checkpoint-every", "2", "--no-export", "--eval-every", "0"]
+    ended(train(*settings))
+    run = tmp_path / "run"
+    before = (run / "metrics.jsonl").read_text()
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "meta.json").write_text("{}")
+    _, err = ended(train(*settings), 2)
+    assert "holds no good checkpoint, only 2.bad, 4.bad" in err
+    assert (run / "metrics.jsonl").read_text() == before
+    ended(train(*settings, "--new-run"))
+
+
+@pytest.mark.slow
+def test_four_devices_train_like_one(train, tmp_path, monkeypatch):
+    settings = [
+        "--phases",
+        "6x4,2x8",
+        "--grad-accum",
+        "1",
+        "--checkpoint-every",
+        "4",
+        "--eval-every",
+        "4",
+        "--no-export",
+    ]
+    ended(train(*settings, run="one"))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    _, err = ended(train(*settings, run="four"))
+    assert "4 x cpu (cpu) of 4" in err
+    for one, four in zip(records(tmp_path / "one"), records(tmp_path / "four"), strict=True):
+        assert one.get("ledger") == four.get("ledger")
+        for name in ("loss", "grad_norm", "eval_loss"):
+            assert one.get(name) == pytest.approx(four.get(name), rel=1e-4)
+    ended(train(*settings, "--stop-after", "5", run="pieces"))
+    ended(train(*settings, run="pieces"))
+    assert_same_run(tmp_path / "four", tmp_path / "pieces")
+
+
+@pytest.mark.slow
+def test_bad_rows_are_skipped_and_counted_when_asked(train, tmp_path, corpus):
+    lines = (corpus / "part-0.jsonl").read_text().splitlines()
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join([*lines, "{not json", *lines[:20]]) + "\n")
+    settings = [
+        "--steps",
+        "12",
+        "--shuffle-window",
+        "4",
+        "--checkpoint-every",
+        "3",
+        "--no-export",
+        "--eval-every",
+        "0",
+    ]
+    ended(train(*settings, data=str(path)), 2)
+    _, err = ended(train(*settings, "--on-bad-data", "skip", data=str(path)))
+    assert f"skipped: {path}, row 60, cannot be read" in err
+    assert "starts      from checkpoint" in err
+    assert records(tmp_path / "run")[-1]["skipped_documents"] >= 1
+
+
+@pytest.mark.slow
 def test_stop_after_leaves_the_schedule_alone(train, tmp_path):
     ended(train("--steps", "9", "--no-export", run="straight"))
     out, _ = ended(train("--steps", "9", "--no-export", "--stop-after", "4"))
     assert "step 4 of 9" in out
     ended(train("--steps", "9", "--no-export"))
     assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_one_is_one_line(train, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    _, err = ended(train("--steps", "1"), 2)
+    assert err == f"error: --run-dir {tmp_path}/run cannot be used as a folder: File exists\n"
 
 
 @pytest.mark.slow
