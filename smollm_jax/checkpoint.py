@@ -61,6 +61,7 @@ class Checkpoints:
         self.keep_every = keep_every
         self.failed: Failure | None = None
         self._thread: threading.Thread | None = None
+        self._buffers: dict[str, np.ndarray] = {}
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copy `state` to the host and return; the writing goes on behind, its errors end up in `failed`.
@@ -70,7 +71,7 @@ class Checkpoints:
         """
         self.wait()
         json.dumps(meta)  # the caller's mistake is to surface here, not in the thread
-        leaves = _host_copies(state)
+        leaves = self._host_copies(state)
         # not a daemon, which would be torn down in the middle of orbax's own threads
         self._thread = threading.Thread(target=self._write, args=(step, leaves, meta), name=f"save-{step}")
         self._thread.start()
@@ -119,6 +120,33 @@ class Checkpoints:
 
     def list(self) -> list[Info]:
         return list_checkpoints(self.folder)
+
+    def _host_copies(self, state: Any) -> dict[str, np.ndarray]:
+        """Every leaf in host memory that nothing else refers to but the next save, which waits for this one."""
+        import jax
+        import numpy as np
+
+        def copy(item: tuple[str, Any]) -> np.ndarray:
+            name, leaf = item
+            # on a CPU device asarray is a view of the very buffer that the next step overwrites
+            in_device_memory = isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices())
+            if in_device_memory and leaf.sharding.memory_kind == "device":
+                return np.asarray(leaf)
+            source, buffer = np.asarray(leaf), self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                # kept from save to save: the first touch of fresh pages takes longer than the copy
+                buffer = self._buffers[name] = np.empty_like(source)
+            np.copyto(buffer, source)
+            return buffer
+
+        named = _leaves_by_name(state)
+        for name, leaf in named.items():
+            if isinstance(leaf, jax.Array):
+                if not leaf.is_fully_addressable:
+                    raise ValueError(f"{name} is spread over several processes; only one process can save so far")
+                leaf.copy_to_host_async()
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            return dict(zip(named, pool.map(copy, named.items()), strict=True))
 
     def _write(self, step: int, leaves: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
         temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
@@ -256,28 +284,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     items = tree.items()
     return {k: v for n, t in items for k, v in _flat(t, f"{prefix}/{n}" if prefix else n).items()}
-
-
-def _host_copies(state: Any) -> dict[str, np.ndarray]:
-    """Every leaf in host memory that nothing else refers to."""
-    import jax
-    import numpy as np
-
-    def copy(leaf: Any) -> np.ndarray:
-        # on a CPU device asarray is a view of the very buffer that the next step overwrites
-        in_device_memory = isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices())
-        if in_device_memory and leaf.sharding.memory_kind == "device":
-            return np.asarray(leaf)
-        return np.array(leaf, copy=True)
-
-    named = _leaves_by_name(state)
-    for name, leaf in named.items():
-        if isinstance(leaf, jax.Array):
-            if not leaf.is_fully_addressable:
-                raise ValueError(f"{name} is spread over several processes; only one process can save so far")
-            leaf.copy_to_host_async()
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
-        return dict(zip(named, pool.map(copy, named.values()), strict=True))
 
 
 def _restore_args(leaf: Any) -> Any:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 20}  # of each recipe
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each recipe
 WARMUP_SHARE = 10  # a recipe's own warm-up is at most a tenth of the steps
 DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of SmolLM2's 2,000,000 steps
 
@@ -99,12 +99,13 @@ MODELS = {
     "quickstart": ModelConfig(
         vocab_size=4_096,
         hidden_size=256,
-        num_layers=4,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         intermediate_size=704,
         rope_theta=10_000.0,
         max_seq_len=1_024,
+        initializer_range=1 / 16,
     ),
 }
 
@@ -410,13 +411,14 @@ RECIPES = {
         recipe="quickstart",
         preset="quickstart",
         run=RunConfig(
-            phases="300x16",
-            eval_every=100,
-            checkpoint_every=100,
+            phases="1600x4",
+            log_every=50,
+            eval_every=400,
+            checkpoint_every=400,
             sample_prompts=("Return the", "The following example", "If the argument is", "A class is"),
         ),
-        data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256),
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine"),
+        data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256, eval_batches=64),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine"),
         model=MODELS["quickstart"],
     ),
 }

@@ -50,6 +50,14 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     )
 
 
+def extended(ledger: str, batch: Batch) -> str:
+    """The ledger with one more batch: a hash over the one before and every token and segment id."""
+    digest = xxhash.xxh3_128(ledger.encode())
+    digest.update(batch.tokens.tobytes())
+    digest.update(batch.segment_ids.tobytes())
+    return digest.hexdigest()
+
+
 class Batches:
     """The batches of a run, one after the other, each with its cursor; synchronous."""
 
@@ -75,10 +83,7 @@ class Batches:
         if self.packer.ended and num_targets(batch) == 0:
             raise StopIteration
         self.step += 1
-        digest = xxhash.xxh3_128(self.ledger.encode())
-        digest.update(batch.tokens.tobytes())
-        digest.update(batch.segment_ids.tobytes())
-        self.ledger = digest.hexdigest()
+        self.ledger = extended(self.ledger, batch)
         return batch, self.cursor
 
     @property

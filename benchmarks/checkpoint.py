@@ -1,0 +1,71 @@
+"""What nothing-lost costs: `python -m benchmarks.checkpoint`.
+
+How long the loop stands still for a checkpoint, how long it is written and verified behind it, and what the
+ledger takes of a batch, for the whole state of a model: parameters and both moments, f32.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from benchmarks.measure import as_command, finish, spread
+from smollm_jax.config import MODELS, RECIPES
+
+
+def checkpoint(
+    *, preset: Literal["135M", "360M", "1.7B", "quickstart"] = "135M", rounds: int = 5, folder: str | None = None
+) -> int:
+    """Time saving, verifying and restoring a training state, and hashing a batch.
+
+    Args:
+        preset: Architecture.
+        rounds: Rounds counted.
+        folder: Where to write; default: the temporary folder.
+    """
+    import jax
+
+    from smollm_jax.checkpoint import Checkpoints
+    from smollm_jax.data import extended
+    from smollm_jax.inventory import list_checkpoints
+    from smollm_jax.packing import Batch
+    from smollm_jax.step import abstract_state, init_state, make_mesh
+
+    config = replace(RECIPES["replica"], preset=preset, model=MODELS[preset])
+    mesh = make_mesh(config)
+    state = jax.block_until_ready(init_state(config, mesh))
+    rows, length = config.main_batch_size, config.data.seq_len + 1
+    batch = Batch(np.ones((rows, length), np.int32), np.ones((rows, length), np.int32))
+    where = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=folder))
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        work()
+        seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    try:
+        checkpoints = Checkpoints(where, keep_last=1, keep_every=0)
+        for step in range(1, rounds + 1):
+            timed("the loop stands still", lambda step=step: checkpoints.save(step, state, {}))  # type: ignore[misc]
+            timed("written behind it", checkpoints.wait)
+            timed("verified", lambda: list_checkpoints(where))
+            timed("restored", lambda step=step: checkpoints.restore(step, abstract_state(config, mesh)))  # type: ignore[misc]
+            timed(f"ledger of a batch of {rows} x {length - 1}", lambda: extended("0" * 32, batch))
+        size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
+    finally:
+        shutil.rmtree(where)
+    table = [{"what": name, "seconds": spread(values)} for name, values in seconds.items()]
+    finish(f"checkpoint, {preset}", table, rounds=rounds, bytes=size)
+    return 0
+
+
+if __name__ == "__main__":
+    as_command(checkpoint, "checkpoint")
