@@ -87,11 +87,11 @@ class Decoder(nnx.Module):
             DecoderLayer(model.config, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), model.dtype, streamed)
             for i in range(model.config.num_layers)
         )
-        self.embedding = nnx.Param(model.embedding[...].astype(model.dtype))
+        self.embedding = nnx.Param(model.embedding[...].astype(self.dtype))
         self.final_norm = RMSNorm(model.config)
         self.final_norm.scale = nnx.Param(model.final_norm.scale[...])
-        head_VD = self.embedding[...] if model.config.tie_embeddings else model.head[...].astype(model.dtype)
-        self.head = Matrix(head_VD, streamed=streamed)
+        head_VD = self.embedding[...] if model.config.tie_embeddings else model.head[...]
+        self.head = Matrix(head_VD.astype(model.dtype), streamed=streamed)
 
     def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
         """An empty key/value cache of `length` positions: a pair of (B, K, S, H) a layer."""
@@ -110,7 +110,7 @@ class Decoder(nnx.Module):
         """
         config = self.config
         rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
-        x_BTD, grown = _rows(self.embedding[...], tokens_BT).astype(self.dtype), []
+        x_BTD, grown = self.embedding[...][tokens_BT], []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             q_BTNH, k_BTKH, v_BTKH = self._heads(layer, layer.attention_norm(x_BTD))
             k_BKSH, v_BKSH = _write(layer_cache, rotate(k_BTKH, rope), v_BTKH, positions_BT)
@@ -146,13 +146,6 @@ def _stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
     x_RS1 = x_I.astype(jnp.float32).reshape(R, -1, 1)
     part_SO = sum(x_RS1[row] * weights_RSO[row] for row in range(R))
     return jnp.ones(len(x_I) // R) @ part_SO
-
-
-def _rows(table_VD: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of a table; those of a bf16 one as bits, since XLA:CPU turns all of it to f32 to take a few."""
-    if table_VD.dtype != jnp.bfloat16:
-        return table_VD[index]
-    return table_VD.view(jnp.uint16)[index].view(jnp.bfloat16)
 
 
 def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:

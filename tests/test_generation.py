@@ -9,6 +9,7 @@ import pytest
 
 from smollm_jax import generation
 from smollm_jax.config import ModelConfig
+from smollm_jax.decoder import Matrix
 from smollm_jax.generation import Generator, Sampling, generate
 from smollm_jax.model import SmolLM, init_params, params_of
 from smollm_jax.sampling import MASKED, Knobs, choose, draw, filtered, penalised
@@ -104,6 +105,19 @@ def test_bf16_computes_what_the_bf16_model_does():
         features.append(decoder.logits(x[:, 0]))
     expected, scale = half(tokens)[0], float(jnp.abs(half(tokens)).max())
     np.testing.assert_allclose(jnp.concatenate(features), expected, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("inputs", [7, 40, 48])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_matrix_of_bf16_is_multiplied_in_f32_whatever_its_layout(rows, inputs, streamed, monkeypatch):
+    monkeypatch.setattr("smollm_jax.decoder.STREAM_OUTPUTS", 16)  # the last part is not whole
+    rng = np.random.default_rng(0)
+    weights_OI = jnp.asarray(rng.normal(size=(70, inputs)), jnp.bfloat16)
+    x_1MI = jnp.asarray(rng.normal(size=(1, rows, inputs)), jnp.bfloat16)
+    product = jax.jit(Matrix(weights_OI, streamed=streamed).__call__, static_argnums=1)(x_1MI, jnp.float32)
+    expected = np.asarray(x_1MI, np.float64) @ np.asarray(weights_OI, np.float64).T
+    np.testing.assert_allclose(product, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
