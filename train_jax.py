@@ -11,8 +11,8 @@ from smollm_jax.stop import StopRequest
 
 
 def main() -> int:
-    config = parse(sys.argv[1:])
     with StopRequest() as stop:
+        config = parse(sys.argv[1:])
         from smollm_jax.train import fit  # JAX only now: --help answers at once
 
         return fit(config, stop)

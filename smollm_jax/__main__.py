@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ import tyro
 from smollm_jax.arguments import Command, guarded, parse_command
 from smollm_jax.config import DataConfig
 from smollm_jax.report import say
+from smollm_jax.stop import EXIT_FAILED
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
@@ -36,7 +38,11 @@ def export(
     """
     from smollm_jax.publish import publish
 
-    done = publish(run, out, step=step, dtype=dtype, verify=verify)
+    try:
+        done = publish(run, out, step=step, dtype=dtype, verify=verify)
+    except RuntimeError as error:
+        say(f"error: the export was taken back: {error}")
+        return EXIT_FAILED
     say(f"step {done.step:,}: {done.checked}")
     print(done.folder)
     return 0
@@ -102,8 +108,9 @@ def generate(
     )
     completer = open_completer(path, backend=backend, dtype=dtype)
     pieces = completer.stream(prompt, sampling, stop)
+    first = list(islice(pieces, 1))  # a prompt that is refused leaves nothing on stdout
     sys.stdout.write(prompt)
-    for piece in pieces:
+    for piece in chain(first, pieces):
         sys.stdout.write(piece.text)
         sys.stdout.flush()
     print()
@@ -208,7 +215,11 @@ def verify_resume(argv: list[str]) -> int:
     result = verify_resume(config, folder, steps=steps)
     for what, difference in result.compared.items():
         print(f"{what:<26} {'exact' if difference is None else difference}")
-    print(f"verdict: {'exact' if result.exact else 'NOT EXACT'} over {result.steps} steps")
+    if result.exact and not result.resumes:
+        print("verdict: NOT TESTED, the run was over before it could be killed; give more --verify-steps")
+        return 1
+    words = "exact" if result.exact else "NOT EXACT"
+    print(f"verdict: {words} over {result.steps} steps, killed and resumed {result.resumes} times")
     if result.exact:
         shutil.rmtree(folder)
         return 0

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import io
+import os
 import re
 import sys
 import traceback
@@ -114,6 +115,9 @@ def guarded(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_STOPPED
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise

@@ -7,6 +7,7 @@ ids; the same words typed by a person stay words, so that nobody can end a turn 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,14 +35,19 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
         raise TemplateError(message)
 
     # blocks are trimmed as in transformers, for which templates are written
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **({"ensure_ascii": False} | options)
+    )
     settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     names = {name: _content(settings.get(name)) for name in NAMED_TOKENS}
     try:
         template = environment.from_string(str(tokenizer.chat_template))
         text = template.render(messages=marked, add_generation_prompt=True, **names)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
     return _encode(tokenizer, text, special)
 

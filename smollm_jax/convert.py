@@ -89,7 +89,7 @@ def export(
     Raises `ValueError` when `out` holds something else, `RuntimeError` when the check fails: an older export
     stays as it is then.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # "." has no name of its own
     _refuse_foreign(out)
     params = _numpy(params)
     part, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("part", "old"))

@@ -58,7 +58,7 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
 
     The run appears by one rename. Raises `ValueError` when `out` holds something or `path` cannot be read.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # "." has no name of its own
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
     model, params, tokenizer = load_for_inference(path)

@@ -64,8 +64,8 @@ class Report:
         self._samples.write("\n".join(written) + "\n")
         self._record(line)
         self.say(
-            f"step {step}: held-out loss {line['eval_loss']:.4f}, "
-            f"{line['eval_bits_per_byte']:.4f} bits per byte ({line['eval_tokens']:,} tokens)"
+            f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
+            f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
         )
         if samples:
             prompt, text = samples[0]
@@ -179,7 +179,9 @@ def plot(run_dir: Path) -> Path | None:
 
     lines = read_metrics(run_dir)
     train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
-    held_out = [(x["step"], x["eval_loss"], x["eval_bits_per_byte"]) for x in lines if "eval_loss" in x]
+    held_out = [
+        (x["step"], x["eval_loss"], x["eval_bits_per_byte"]) for x in lines if x.get("eval_loss") is not None
+    ]
     if not train:
         return None
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
@@ -219,8 +221,8 @@ def _running_mean(values: tuple[float, ...]) -> list[float]:
     return out
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def _duration(seconds: float) -> str:

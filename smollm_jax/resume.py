@@ -21,6 +21,7 @@ NEUTRAL = {
     "run.run_dir", "run.new_run", "run.stop_after", "run.log_every", "run.eval_every", "run.checkpoint_every",
     "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export",
     "data.data_timeout", "data.on_bad_data", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
+    "compute.dtype",  # what it came to is compared at the start
     "preset", "recipe",
     "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
 }  # fmt: skip

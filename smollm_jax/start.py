@@ -80,6 +80,8 @@ class Run:
     """Step of the last checkpoint begun."""
     reported: int = 0
     """Last step whose metrics were read."""
+    recorded: int = 0
+    """Last step with a line in metrics.jsonl."""
     evaluated: int = 0
     """Last step whose evaluation is on record."""
     ledgers: dict[int, str] = field(default_factory=dict)
@@ -151,7 +153,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     records = keep_records(run_dir, start)
     run = Run(
         config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
-        Report(run_dir, start=start, total=config.total_steps), progress, start, start,
+        Report(run_dir, start=start, total=config.total_steps), progress, start, start, start,
         records.evaluated, records.ledgers, computed,
     )  # fmt: skip
     introduce(run, notes, remat=remat, seconds=time.monotonic() - began)

@@ -65,7 +65,7 @@ class Tokenizer:
         self._fast.encode_special_tokens = True
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         settings = self._json("tokenizer_config.json", folder)
-        self.chat_template: str | None = settings.get("chat_template")
+        self.chat_template = _default_template(settings.get("chat_template"))
         if "chat_template.jinja" in self.files:
             self.chat_template = self.files["chat_template.jinja"].decode("utf-8", "replace")
         self.eos_id = self._eos_id(settings, folder)
@@ -127,6 +127,14 @@ class Tokenizer:
             part = folder / f".{name}.part"
             part.write_bytes(content)
             part.replace(folder / name)
+
+
+def _default_template(given: Any) -> str | None:
+    """The template itself, or the one named default of the list that older files hold."""
+    if isinstance(given, list):
+        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        given = named.get("default")
+    return given if isinstance(given, str) else None
 
 
 def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Tokenizer:

@@ -167,20 +167,32 @@ def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
 
 def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: bool = False) -> None:
     """Wait for a step's metrics, count what went wrong, and write its line if one is due, as for the last."""
-    if pending is None or pending.step <= run.reported:
+    if pending is None:
         return
-    run.reported = pending.step
+    values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+    if pending.step > run.reported:
+        run.reported = pending.step
+        interval.steps += 1
+        interval.targets += values["targets"]
+        interval.slots += pending.slots
+        look_at(run, pending, finite=values["finite"])
+    due = last or pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0
+    if due and pending.step > run.recorded:
+        run.recorded = pending.step
+        write_line(run, pending, interval, values)
+        interval.restart()
+
+
+def look_at(run: Run, pending: Pending, *, finite: bool) -> None:
+    """Show the progress, and compare and count what may have gone wrong."""
     if run.ledgers.get(pending.step, pending.ledger) != pending.ledger:
         run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")
-    values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
-    interval.steps += 1
-    interval.targets += values["targets"]
-    interval.slots += pending.slots
     run.report.progress(pending.step)
-    count_bad_step(run, pending, finite=values["finite"])
-    due = last or pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0
-    if not due:
-        return
+    count_bad_step(run, pending, finite=finite)
+
+
+def write_line(run: Run, pending: Pending, interval: Interval, values: dict[str, Any]) -> None:
+    """A line of metrics: of the step itself, and of the time since the line before."""
     seconds = max(time.monotonic() - interval.began, 1e-9)
     line = {
         "step": pending.step,
@@ -190,7 +202,7 @@ def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: 
         "tokens": pending.tokens,
         "tokens_per_second": interval.targets / seconds,
         "data_wait_seconds": interval.data_wait_seconds,
-        "step_seconds": seconds / interval.steps,
+        "step_seconds": seconds / max(interval.steps, 1),
         "bad_steps": run.progress.bad_steps,
         "skipped_documents": pending.skipped,
         "ledger": pending.ledger,
@@ -200,7 +212,6 @@ def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: 
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)
     run.report.train(line)
-    interval.restart()
 
 
 def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
@@ -245,8 +256,8 @@ def evaluate(run: Run) -> None:
         return
     line = {
         "step": step,
-        "eval_loss": result.loss,
-        "eval_bits_per_byte": result.bits_per_byte,
+        "eval_loss": finite_or_none(result.loss),
+        "eval_bits_per_byte": finite_or_none(result.bits_per_byte),
         "eval_tokens": result.tokens,
         "eval_seconds": time.monotonic() - began,
     }
@@ -311,24 +322,30 @@ def finish(run: Run, outcome: str) -> int:
     run.stop.nothing_to_lose = True
     step, total = run.progress.step, run.config.total_steps
     if outcome == STOPPED or run.stop.requested:
-        run.report.say(f"stopped at step {step:,} of {total:,}, saved; run the same command to go on")
+        again = "the same command without --new-run" if run.config.run.new_run else "the same command"
+        run.report.say(f"stopped at step {step:,} of {total:,}, saved; run {again} to go on")
         return EXIT_STOPPED
     if step < total and outcome == DONE:
         print(f"step {step:,} of {total:,}, as --stop-after asked; saved in {run.run_dir}/checkpoints/{step}")
         return 0
     if outcome == DATA_ENDED and run.evaluated < step and run.config.run.eval_every:
         evaluate(run)
-    evaluations = [line for line in read_metrics(run.run_dir) if "eval_loss" in line]
+    evaluations = [line for line in read_metrics(run.run_dir) if line.get("eval_loss") is not None]
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens"
     if evaluations:
         last = evaluations[-1]
         result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
-    if run.config.run.export:
-        result += f"; export in {publish(run.run_dir, run.run_dir / 'export', step=step).folder}"
-    else:
-        result += f"; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it"
-    print(result)
+    if not run.config.run.export:
+        print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
+        return 0
+    try:
+        folder = publish(run.run_dir, run.run_dir / "export", step=step).folder
+    except RuntimeError as error:
+        print(f"{result}; saved, but not exported")
+        run.report.say(f"the export was taken back: {error}")
+        return EXIT_FAILED
+    print(f"{result}; export in {folder}")
     return 0
 
 
@@ -339,4 +356,7 @@ def evaluation_due(run: Run) -> bool:
 
 def save_due(run: Run) -> bool:
     every, step = run.config.run.checkpoint_every, run.progress.step
-    return step == run.config.total_steps or (every > 0 and step % every == 0)
+    # in a row of bad steps nothing new is to be kept, and an older good state must not make room for it
+    return step == run.config.total_steps or (
+        every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row
+    )

@@ -17,6 +17,7 @@ from typing import Any
 
 from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict, from_dict
+from smollm_jax.inventory import steps_in
 from smollm_jax.report import read_metrics, say
 from smollm_jax.stop import StopRequest
 
@@ -32,6 +33,8 @@ class Comparison:
 
     steps: int
     compared: dict[str, str | None]
+    resumes: int = 0
+    """Times that the run was killed with a checkpoint behind it, and went on from that."""
 
     @property
     def exact(self) -> bool:
@@ -49,15 +52,21 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
     say(f"straight to step {steps}")
     _finish(straight)
     run_dir, rng = Path(pieces.run_dir), random.Random(config.run.seed)
-    stops = sorted(rng.sample(range(1, steps), min(KILLS, steps - 1)))
+    stops, resumes = sorted(rng.sample(range(1, steps), min(KILLS, steps - 1))), 0
     for stop in stops:
         process = start(pieces)
         wait_for_step(run_dir, stop, process)
+        while process.poll() is None and not steps_in(run_dir / "checkpoints"):
+            time.sleep(POLL_SECONDS)
+        ended_by_itself = process.poll() is not None
         process.kill()
         process.wait()
+        if ended_by_itself:
+            break
+        resumes += 1
         say(f"killed at step {last_step(run_dir)}")
     _finish(pieces)
-    return compare_runs(Path(straight.run_dir), run_dir)
+    return replace(compare_runs(Path(straight.run_dir), run_dir), resumes=resumes)
 
 
 def _short(config: Config, run_dir: Path, steps: int) -> Config:

@@ -41,7 +41,6 @@ from smollm_jax.verify import compare_runs, last_step, start
 STOPS_A_RUN = 8  # after so many a run is left to finish
 LONGEST_SECONDS = 60.0  # no moment is waited for any longer
 SIGNAL_SECONDS = 10.0  # within which a signal has to have ended a run
-STARTING_SECONDS = 1.0  # before Python has reached our handlers a signal has its usual effect
 WORDS = "the cat sat on a mat and saw one bird fly over tall grey hills near our old red house".split()
 
 
@@ -137,7 +136,7 @@ def stop(target: Target, way: str, moment: str) -> Stop:
     if process.poll() is not None:
         code = process.wait()
         return Stop(way, moment, False, None if code == 0 else f"ended by itself with {code}")
-    age, sent = time.monotonic() - target.began, time.monotonic()
+    sent, heard = time.monotonic(), hears_signals(process)
     number = {"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT}.get(way, signal.SIGTERM)
     process.send_signal(number)
     if way == "SIGTERM twice":
@@ -152,9 +151,19 @@ def stop(target: Target, way: str, moment: str) -> Stop:
     if code == EXIT_STOPPED and (broken := promise_broken(target)):
         return Stop(way, moment, True, broken)
     allowed = {"kill -9": {-9}, "SIGTERM twice": {75, 0, 1}}.get(way, {75, 0})
-    if age < STARTING_SECONDS:
-        allowed = allowed | {-number, 130}
+    if not heard:
+        allowed = allowed | {-number, 1}
     return Stop(way, moment, True, None if code in allowed else f"exit code {code} after {way}")
+
+
+def hears_signals(process: subprocess.Popen[str]) -> bool:
+    """Whether the handlers stand already: the first tenths of a second are Python's own."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)  # type: ignore[index]
+    except (OSError, TypeError):
+        return False
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def promise_broken(target: Target) -> str | None:
