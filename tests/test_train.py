@@ -259,7 +259,7 @@ def test_stop_after_leaves_the_schedule_alone(train, tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_one_is_one_line(train, tmp_path):
     (tmp_path / "run").write_text("a file")
-    _, err = ended(train("--steps", "1"), 2)
+    _, err = ended(train("--steps", "5"), 2)
     assert err == f"error: --run-dir {tmp_path}/run cannot be used as a folder: File exists\n"
 
 
