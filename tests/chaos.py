@@ -8,6 +8,7 @@ losses, samples, parameters, optimizer state and cursor must be those of the str
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -221,7 +222,9 @@ def in_folder(config: Config, run_dir: Path) -> Config:
 
 def quiet(config: Config) -> subprocess.Popen[str]:
     log = Path(config.run_dir).with_suffix(".log").open("a")
-    return start(config, stdout=log, stderr=log)
+    # a shell's background job ignores Ctrl-C, and so would all that it starts until our handlers stand
+    ready = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return start(config, stdout=log, stderr=log, preexec_fn=ready)
 
 
 def in_pieces(config: Config, straight: Path, seed: int) -> tuple[list[Stop], str | None]:
