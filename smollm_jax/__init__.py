@@ -4,9 +4,12 @@
     logits_BTV = model(tokens_BT)
     smollm_jax.save_hf(model, "folder")
 
-The map, in the order of imports: config (settings, recipes) · model, loss, step (the mathematics) · tokenizer,
-sources, data (documents to batches) · run_folder, inventory, checkpoint (what is kept) · generation, convert ·
-start, train (a run). Names load when they are first asked for, so that `--help` need not wait for JAX.
+The map, in the order of imports. Settings: config, config_file, arguments. Mathematics: model, loss, step.
+Documents to batches: tokenizer, python_docs, rows, remote, sources, windows, packing, ahead, heldout, data.
+What is kept: run_folder, inventory, checkpoint. Generation: sampling, decoder, generation, completion.
+Hugging Face: layout, hf_folder, convert, card, hub, loading, publish. A run: stop, report, resume, origin,
+start, evaluate, train; looked back at by replay and verify. The page: worker, chat, writer, page, api.
+Names load when they are first asked for, so that `--help` need not wait for JAX.
 """
 
 from importlib import import_module
