@@ -7,16 +7,16 @@ The same command again resumes. Exit codes: 0 finished; 2 a mistake in the argum
 import sys
 
 from smollm_jax.arguments import guarded, parse
-from smollm_jax.stop import StopRequest
+from smollm_jax.stop import StopRequest, leave
 
 
-def main() -> int:
-    with StopRequest() as stop:
-        config = parse(sys.argv[1:])
-        from smollm_jax.train import fit  # JAX only now: --help answers at once
+def main(stop: StopRequest) -> int:
+    config = parse(sys.argv[1:])
+    from smollm_jax.train import fit  # JAX only now: --help answers at once
 
-        return fit(config, stop)
+    return fit(config, stop)
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    with StopRequest() as request:
+        leave(guarded(lambda: main(request)))

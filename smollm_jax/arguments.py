@@ -111,7 +111,8 @@ def _one_line(prog: str, read: Callable[[], Any]) -> Any:
 def guarded(main: Callable[[], int]) -> int:
     """Run `main`; a mistake of the user becomes one line and exit code 2, a fault of ours a traceback."""
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_STOPPED
@@ -129,6 +130,7 @@ def guarded(main: Callable[[], int]) -> int:
             return EXIT_FAILED
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
+    return code
 
 
 def _is_ours(error: ValueError) -> bool:

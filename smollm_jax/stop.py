@@ -13,9 +13,19 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 EXIT_FAILED = 1
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that has nothing left to do: in the interpreter's own teardown no handler stands any more,
+    and a late signal would turn a finished run into a failed one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class StopRequest:
@@ -64,6 +74,6 @@ def _say(message: str) -> None:
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     _say(message)
     os._exit(code)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_a_step_that_never_was_is_refused(short_run):
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a tmpfs cannot be mounted here")
     yield disk
@@ -114,18 +115,27 @@ def test_a_full_disk_stops_no_training_and_only_a_save_that_never_came_ends_in_f
     _, config = short_run
     run = replace(config.run, phases="900x4", checkpoint_every=50, keep_last=1, run_dir=str(small_disk / "run"))
     process = start(replace(config, run=run), stderr=subprocess.PIPE)
-    checkpoints, filler = small_disk / "run" / "checkpoints", small_disk / "filler"
+    checkpoints, filler, enough = small_disk / "run" / "checkpoints", small_disk / "filler", threading.Event()
+
+    def fill() -> None:  # and take again what the run itself gives free
+        with filler.open("wb", buffering=0) as file:
+            while process.poll() is None and not enough.wait(0.001):
+                with contextlib.suppress(OSError):
+                    while not enough.is_set():
+                        file.write(bytes(4096))
+        filler.unlink()
+
     while process.poll() is None and not (checkpoints / "50").exists():
         time.sleep(0.01)
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    filling = threading.Thread(target=fill)
+    filling.start()
     words = ""
     for line in process.stderr:
         words += line
         if relieved and "could not be saved" in line:
-            filler.unlink(missing_ok=True)
+            enough.set()
     code = process.wait()
+    filling.join()
     assert "could not be saved (No space left on device); the newest is " in words
     # tensorstore prints one from threads of its own, past every logger, when orbax's loop has gone: none is ours
     assert f'File "{ROOT}' not in words
