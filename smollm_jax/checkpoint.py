@@ -60,8 +60,27 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.failed: Failure | None = None
+        self.newest = 0
+        """Step of the last save that is on disk."""
         self._thread: threading.Thread | None = None
+        self._preparing: threading.Thread | None = None
         self._buffers: dict[str, np.ndarray] = {}
+
+    def prepare(self, state: Any) -> None:
+        """Have the host memory for copies of `state` (arrays or `jax.ShapeDtypeStruct`) ready before the first
+        save, which would else wait for it: touching fresh pages takes longer than copying into them.
+        """
+        shapes = {name: leaf for name, leaf in _leaves_by_name(state).items() if _is_on_the_host(leaf)}
+
+        def touch() -> None:
+            import numpy as np
+
+            for name, leaf in shapes.items():
+                self._buffers[name] = np.empty(leaf.shape, leaf.dtype)
+                self._buffers[name].fill(0)
+
+        self._preparing = threading.Thread(target=touch, name="save-memory", daemon=True)
+        self._preparing.start()
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copy `state` to the host and return; the writing goes on behind, its errors end up in `failed`.
@@ -128,9 +147,8 @@ class Checkpoints:
 
         def copy(item: tuple[str, Any]) -> np.ndarray:
             name, leaf = item
-            # on a CPU device asarray is a view of the very buffer that the next step overwrites
-            in_device_memory = isinstance(leaf, jax.Array) and all(d.platform != "cpu" for d in leaf.devices())
-            if in_device_memory and leaf.sharding.memory_kind == "device":
+            # where they are the host's own, asarray is a view of the very buffer that the next step overwrites
+            if not _is_on_the_host(leaf):
                 return np.asarray(leaf)
             source, buffer = np.asarray(leaf), self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
@@ -139,6 +157,9 @@ class Checkpoints:
             np.copyto(buffer, source)
             return buffer
 
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         named = _leaves_by_name(state)
         for name, leaf in named.items():
             if isinstance(leaf, jax.Array):
@@ -152,7 +173,7 @@ class Checkpoints:
         temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         try:
             self._write_and_rename(step, leaves, meta, temporary)
-            self.failed = None
+            self.failed, self.newest = None, step
         except Exception as error:  # whatever it is: the run goes on, and the next save tries again
             message = _reason(error)
             self.failed = Failure(step=step, message=message)
@@ -262,6 +283,13 @@ def _leaves_by_name(tree: Any) -> dict[str, Any]:
     if len({name.replace(".", "/") for name in named}) != len(pairs) or "" in named:
         raise ValueError("the state has leaves that share a name, or none: it must be nested dicts or tuples")
     return named
+
+
+def _is_on_the_host(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or all(device.platform == "cpu" for device in sharding.device_set):
+        return True
+    return bool(sharding.memory_kind != "device")
 
 
 def _described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

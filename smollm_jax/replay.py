@@ -35,7 +35,7 @@ def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
     cursor = _cursor_before(run_dir, step)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
-    held_out = heldout(config.data, tokenizer) if config.data.eval_documents else None
+    held_out = heldout(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
     batches = open_batches(
         config.data,
         tokenizer,

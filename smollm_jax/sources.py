@@ -39,7 +39,9 @@ from smollm_jax.rows import Cursor, Entry, MissingColumn, read_parquet, read_tex
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 BUILTIN = "builtin:python-docs"
-PROBE_BYTES = 2**16  # at both ends of a local file: what its fingerprint takes from the content
+# A local file's fingerprint is taken from all of it where the source is small, and else from so many places
+# of it, its ends among them: an edit in between that keeps the size may then go unnoticed.
+WHOLE_BYTES, PROBES, PROBE_BYTES = 2**30, 64, 2**16
 PARSE_TRIES = 3  # of a remote file, read afresh each time, before it is called corrupt
 
 logger = logging.getLogger(__name__)
@@ -191,7 +193,12 @@ def _local(pattern: str, settings: DataConfig) -> Source:
     require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
     _require_known(files, pattern)
     try:
-        prints = [_hash(Path(path).name, Path(path).stat().st_size, _ends(path)) for path in files]
+        sizes = [Path(path).stat().st_size for path in files]
+        whole = sum(sizes) <= WHOLE_BYTES
+        prints = [
+            _hash(Path(path).name, size, _content(path, size, whole=whole))
+            for path, size in zip(files, sizes, strict=True)
+        ]
     except OSError as error:
         raise ValueError(f"--data {pattern}: {brief(error)}") from None
     return Source(pattern, files, " ".join(prints), settings, lambda i: _open_local(files[i]))
@@ -208,11 +215,18 @@ def _inside(folder: str) -> list[str]:
     return [str(path) for path in Path(folder).rglob("*") if path.name.endswith(SUFFIXES)]
 
 
-def _ends(path: str) -> bytes:
+def _content(path: str, size: int, *, whole: bool) -> str:
+    """A hash of a file: of all of it, or of probes spread over it."""
+    digest = xxhash.xxh3_64()
     with Path(path).open("rb") as file:
-        head = file.read(PROBE_BYTES)
-        file.seek(max(file.seek(0, io.SEEK_END) - PROBE_BYTES, 0))
-        return head + file.read(PROBE_BYTES)
+        if whole or size <= PROBES * PROBE_BYTES:
+            while block := file.read(PROBES * PROBE_BYTES):
+                digest.update(block)
+        else:
+            for probe in range(PROBES):
+                file.seek((size - PROBE_BYTES) * probe // (PROBES - 1))
+                digest.update(file.read(PROBE_BYTES))
+    return digest.hexdigest()
 
 
 # one listing a process: what is held out and what is trained on come from the same revision

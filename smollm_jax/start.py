@@ -141,6 +141,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
     notes = [*origin.notes, *check_computed(found, computed)]
     device = mesh.devices.flat[0]
+    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
     steps, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
     rows = by_row(mesh)
     nll = jax.jit(make_nll(config, dtype=dtype, remat="none"), in_shardings=(replicated(mesh), rows, rows))
@@ -156,6 +157,8 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
         Report(run_dir, start=start, total=config.total_steps), progress, start, start, start,
         records.evaluated, records.ledgers, computed,
     )  # fmt: skip
+    checkpoints.newest = start
+    stop.nothing_to_lose = lambda: checkpoints.newest == run.progress.step
     introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
     return run
 

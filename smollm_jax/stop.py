@@ -1,8 +1,8 @@
 """Stop on request: SIGTERM and Ctrl-C become a flag that the loop reads between steps.
 
 Python runs a signal handler only between two bytecodes of the main thread, which may sit in a compile for
-minutes. So the signal also wakes a thread of our own: while nothing would be lost it leaves at once, and a
-second signal always does.
+minutes. So the signal also wakes a thread of our own: while nothing would be lost it leaves at once, a second
+signal always does, and where the main thread is known to be away it saves in its place.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 EXIT_FAILED = 1
+LOOK_SECONDS = 0.1  # between two looks of the thread that saves in the main thread's place
 
 
 def leave(code: int) -> NoReturn:
@@ -33,8 +37,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.nothing_to_lose = True  # until the first update, and again once the last save is on disk
+        self.nothing_to_lose: Callable[[], bool] = lambda: True  # whether the run stands where its disk does
         self._received = 0
+        self._save: Callable[[], None] | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> StopRequest:
         self._ours, theirs = socket.socketpair()
@@ -51,6 +57,18 @@ class StopRequest:
         signal.set_wakeup_fd(self._previous_fd)
         self._theirs.close()
 
+    @contextmanager
+    def away(self, save: Callable[[], None]) -> Iterator[None]:
+        """Around what may keep the main thread for minutes, such as a compile: a request is then met by another
+        thread, which calls `save` and ends the process as soon as there is nothing to lose.
+        """
+        self._save = save
+        try:
+            yield
+        finally:
+            with self._lock:  # not in the middle of it
+                self._save = None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self.requested = True
@@ -65,9 +83,19 @@ class StopRequest:
                 name = signal.Signals(number).name
                 if self._received > 1:
                     _leave(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
-                if self.nothing_to_lose:
+                if self.nothing_to_lose():
                     _leave(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
                 _say(f"{name}: saving and stopping; once more leaves at once")
+                threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
+
+    def _stand_in(self) -> None:
+        while True:
+            with self._lock:
+                if self._save is not None:
+                    self._save()
+                    if self.nothing_to_lose():
+                        _leave("stopped, saved; run the same command to go on", EXIT_STOPPED)
+            time.sleep(LOOK_SECONDS)
 
 
 def _say(message: str) -> None:

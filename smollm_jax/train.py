@@ -148,7 +148,6 @@ def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
     """Send a step to the device without waiting for it."""
     rows, slots = by_row(run.mesh), batch.tokens.shape[1] - 1
     tokens, segment_ids = jax.device_put((batch.tokens, batch.segment_ids), (rows, rows))
-    run.stop.nothing_to_lose = False
     run.state, metrics = run.steps[len(batch.tokens)](run.state, tokens, segment_ids)
     progress = run.progress
     before, progress.cursor = progress.cursor, cursor
@@ -249,11 +248,13 @@ def evaluate(run: Run) -> None:
     began, config, step = time.monotonic(), run.config, run.progress.step
     parts = config.compute.grad_accum
     batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
-    result = score(
-        run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.stop.requested
-    )
-    if result is None:
-        return
+    with run.stop.away(lambda: save(run)):  # the first time both programs have to be compiled
+        result = score(
+            run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.stop.requested
+        )
+        if result is None:
+            return
+        texts = sample(run)
     line = {
         "step": step,
         "eval_loss": finite_or_none(result.loss),
@@ -261,7 +262,6 @@ def evaluate(run: Run) -> None:
         "eval_tokens": result.tokens,
         "eval_seconds": time.monotonic() - began,
     }
-    texts = sample(run)
     if run.stop.requested:
         return
     run.report.evaluation(line, texts)
@@ -319,7 +319,6 @@ def finish(run: Run, outcome: str) -> int:
     if not run.checkpoints.wait():
         run.report.say(f"the last checkpoint could not be saved: {run.checkpoints.failed}")
         return EXIT_FAILED
-    run.stop.nothing_to_lose = True
     step, total = run.progress.step, run.config.total_steps
     if outcome == STOPPED or run.stop.requested:
         again = "the same command without --new-run" if run.config.run.new_run else "the same command"

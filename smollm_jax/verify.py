@@ -19,7 +19,7 @@ from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.inventory import steps_in
 from smollm_jax.report import read_metrics, say
-from smollm_jax.stop import StopRequest
+from smollm_jax.stop import StopRequest, leave
 
 KILLS = 3
 POLL_SECONDS = 0.02
@@ -150,10 +150,10 @@ def _same(x: Any, y: Any) -> bool:
 if __name__ == "__main__":
     from smollm_jax.arguments import guarded
 
-    def main() -> int:
-        with StopRequest() as stop:
-            from smollm_jax.train import fit
+    def main(stop: StopRequest) -> int:
+        from smollm_jax.train import fit
 
-            return fit(from_dict(json.loads(Path(sys.argv[1]).read_text())), stop)
+        return fit(from_dict(json.loads(Path(sys.argv[1]).read_text())), stop)
 
-    sys.exit(guarded(main))
+    with StopRequest() as request:
+        leave(guarded(lambda: main(request)))

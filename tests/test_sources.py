@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import make_texts, write_jsonl, write_parquet
 
+from smollm_jax import sources
 from smollm_jax.config import DataConfig
 from smollm_jax.python_docs import python_docs
 from smollm_jax.sources import mixture, open_source
@@ -203,3 +204,16 @@ def test_weights_of_a_mixture():
     for wrong in ("", "a,,b", "a=0", "a=-1", "a=nan", "a=inf", "=1"):
         with pytest.raises(ValueError, match="--data"):
             mixture(wrong)
+
+
+@pytest.mark.parametrize("whole_bytes", [2**30, 0])
+def test_a_byte_changed_in_the_middle_of_a_file_changes_its_fingerprint(tmp_path, monkeypatch, whole_bytes):
+    monkeypatch.setattr(sources, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(sources, "PROBES", 3)
+    path = tmp_path / "a.txt"
+    text = bytearray(b"x" * (sources.PROBE_BYTES * 9))
+    path.write_bytes(text)
+    before = open_source(str(path), DataConfig()).fingerprint
+    text[len(text) // 2] += 1
+    path.write_bytes(text)
+    assert open_source(str(path), DataConfig()).fingerprint != before
