@@ -8,7 +8,6 @@ losses, samples, parameters, optimizer state and cursor must be those of the str
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import random
@@ -222,9 +221,7 @@ def in_folder(config: Config, run_dir: Path) -> Config:
 
 def quiet(config: Config) -> subprocess.Popen[str]:
     log = Path(config.run_dir).with_suffix(".log").open("a")
-    # a shell's background job ignores Ctrl-C, and so would all that it starts until our handlers stand
-    ready = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return start(config, stdout=log, stderr=log, preexec_fn=ready)
+    return start(config, stdout=log, stderr=log)
 
 
 def in_pieces(config: Config, straight: Path, seed: int) -> tuple[list[Stop], str | None]:
@@ -251,6 +248,8 @@ def chaos(
     """At least `stops` stops over all scenarios; each with whether its run came out exact, and what went wrong."""
     made: list[tuple[Stop, bool]] = []
     wrong: list[str] = []
+    # a shell's background job ignores Ctrl-C, and so would all that it starts until their handlers stand
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     plans = scenarios(folder, cache)
     for name, config in plans.items():
         code = quiet(in_folder(config, folder / f"straight {name}")).wait()
