@@ -1,172 +1,244 @@
-"""Tokens a second of our generation beside Hugging Face's `generate`, on this machine, in one process.
+"""Tokens a second of our generation beside Hugging Face's and llama.cpp's: `python -m benchmarks.decode`.
 
-    python -m benchmarks.decode [--batch-size 1] [--new-tokens 64] [--dtypes float32 bfloat16] [--repeats 3]
-
-Both sides hold the same random weights of the 135M shape, carried over by our own export, and take turns;
-what is compiled or warmed up is so before. Speed is new tokens over the whole call, prefill included. Ours in
-its better dtype is set against theirs in its better dtype. The last line is JSON.
+All hold the same random weights and continue the same prompts greedily. A round makes one new token, then
+all of them: the first is the time to the first token (prefill, mostly), the difference is decoding alone.
+llama.cpp has a row where `llama_cpp` and `gguf` are installed: pip install llama-cpp-python gguf.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gguf_file import Kind, write_gguf
+from benchmarks.measure import Row, as_command, finish, gib, spread
+from benchmarks.sides import Outcome, Ready, compare, in_child
 from smollm_jax.config import MODELS, ModelConfig
-from smollm_jax.convert import load_hf, write_folder
-from smollm_jax.generation import Generator, Sampling
-from smollm_jax.model import SmolLM, init_params, params_of
 
-Times = tuple[float, float | None]
-"""Seconds to the last token, and to the first where there is one row: neither side streams several."""
-Run = Callable[[], Times]
+Dtype = Literal["float32", "bfloat16"]
+Peer = Literal["dynamic", "static", "llama.cpp"]
 
 
-def ours(folder: Path, dtype: str, prompts: list[list[int]], new_tokens: int) -> Run:
-    model = load_hf(folder)
+@dataclass(frozen=True)
+class Work:
+    """Prompts of one length to go on with; `folder` holds the model as Hugging Face and as GGUF would have it."""
+
+    folder: Path
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    vocab_size: int
+    seed: int
+
+    def prompts(self) -> list[list[int]]:
+        shape = (self.batch_size, self.prompt_tokens)
+        return np.random.default_rng(self.seed).integers(0, self.vocab_size, shape).tolist()
+
+
+def ready(work: Work, generate: Callable[[int], list[list[int]]], facts: Row | None = None) -> Ready:
+    """`generate(n)` makes n new tokens a prompt; the first ones are shown, for sides to be compared by."""
+
+    def run() -> dict[str, float]:
+        began = time.perf_counter()
+        generate(1)
+        first = time.perf_counter()
+        texts = generate(work.new_tokens)
+        assert [len(text) for text in texts] == [work.new_tokens] * work.batch_size
+        return {"first token": first - began, "all": time.perf_counter() - first}
+
+    return Ready(run, {"tokens": generate(work.new_tokens)[0][:8]} | (facts or {}))
+
+
+def ours(work: Work, dtype: Dtype) -> Ready:
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.convert import load_hf
+    from smollm_jax.generation import Generator, Sampling
+    from smollm_jax.hardware import use_precision_of
+    from smollm_jax.model import SmolLM, params_of
+
+    use_precision_of(jnp.dtype(dtype))
+    model = load_hf(work.folder / "hf")
     generator = Generator(SmolLM.from_params(model.config, params_of(model), dtype=jnp.dtype(dtype)))
-    sampling = Sampling(max_new_tokens=new_tokens)
-
-    def run() -> Times:
-        began, first, made = time.perf_counter(), None, 0
-        if len(prompts) == 1:
-            for ids in generator.stream(prompts[0], sampling):
-                first = first or time.perf_counter() - began
-                made += len(ids)
-        else:
-            made = min(map(len, generator.generate(prompts, sampling)))
-        assert made == new_tokens
-        return time.perf_counter() - began, first
-
-    return run
+    del model
+    prompts, device = work.prompts(), jax.devices()[0]
+    made = ready(work, lambda n: generator.generate(prompts, Sampling(max_new_tokens=n)))
+    made.device_peak_bytes = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return made
 
 
-def theirs(folder: Path, dtype: str, prompts: list[list[int]], new_tokens: int) -> Run:
+def theirs(work: Work, dtype: Dtype, cache: Literal["dynamic", "static"]) -> Ready:
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.generation.streamers import BaseStreamer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    ids = torch.tensor(prompts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("highest")
+    model = AutoModelForCausalLM.from_pretrained(work.folder / "hf", dtype=getattr(torch, dtype)).eval().to(device)
+    ids = torch.tensor(work.prompts(), device=device)
+    mask = torch.ones_like(ids)
 
-    class FirstToken(BaseStreamer):
-        """`put` is called with the prompt, then with each token."""
-
-        calls, at = 0, 0.0
-
-        def put(self, value: Any) -> None:  # noqa: ARG002
-            self.calls += 1
-            if self.calls == 2:
-                self.at = time.perf_counter()
-
-        def end(self) -> None:
-            pass
-
-    def run() -> Times:
-        streamer = FirstToken() if len(prompts) == 1 else None
-        began = time.perf_counter()
+    def generate(n: int) -> list[list[int]]:
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            do_sample=False, pad_token_id=0, streamer=streamer,
-        )  # fmt: skip
-        seconds = time.perf_counter() - began
-        assert out.shape[1] == ids.shape[1] + new_tokens
-        return seconds, streamer.at - began if streamer else None
-
-    return run
-
-
-def measure(runs: dict[str, Run], repeats: int) -> dict[str, list[Times]]:
-    """Each in turn, `repeats` times round, after one round that is not counted."""
-    times: dict[str, list[Times]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            took = run()
-            if turn:
-                times[name].append(took)
-    return times
-
-
-def summary(times: dict[str, list[Times]], tokens: int) -> dict[str, dict[str, Any]]:
-    result = {}
-    for name, pairs in times.items():
-        speeds = [tokens / seconds for seconds, _ in pairs]
-        firsts = [first for _, first in pairs if first is not None]
-        result[name] = {
-            "tokens_per_second": statistics.median(speeds),
-            "slowest": min(speeds),
-            "fastest": max(speeds),
-            "first_token_seconds": statistics.median(firsts) if firsts else None,
-        }
-    return result
-
-
-def table(result: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield f"{'':<20}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}{'first token':>14}"
-    for name, of in result.items():
-        first = of["first_token_seconds"]
-        yield (
-            f"{name:<20}{of['tokens_per_second']:>10.1f}{of['slowest']:>10.1f}{of['fastest']:>10.1f}"
-            + ("" if first is None else f"{first * 1e3:>11.0f} ms")
+            ids,
+            attention_mask=mask,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=cache,
         )
+        return out[:, work.prompt_tokens :].tolist()
+
+    made = ready(work, generate)
+    if device == "cuda":
+        made.device_peak_bytes = torch.cuda.max_memory_allocated
+    return made
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=MODELS["135M"].num_layers, help="fewer for a quick look")
-    parser.add_argument("--json", help="file to write the last line to as well")
-    return parser.parse_args()
+def llama_cpp(work: Work, kind: Kind) -> Ready:
+    """One row alone, on the CPU's cores unless the package was built for a GPU."""
+    from llama_cpp import Llama
+
+    prompt = work.prompts()[0]
+    model = Llama(
+        str(work.folder / f"{kind}.gguf"),
+        n_gpu_layers=-1,
+        n_threads=os.cpu_count(),
+        n_ctx=work.prompt_tokens + work.new_tokens,
+        verbose=False,
+    )
+
+    def generate(n: int) -> list[list[int]]:
+        model.reset()
+        stream = model.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        return [[next(stream) for _ in range(n)]]
+
+    return ready(work, generate)
 
 
-def main() -> None:
-    given = arguments()
-    config: ModelConfig = replace(MODELS["135M"], num_layers=given.layers)
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, config.vocab_size, (given.batch_size, given.prompt_tokens)).tolist()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
-        params = jax.tree.map(np.asarray, init_params(config, 0))
-        write_folder(params, config, folder, dtype="float32", tokenizer_folder=None)
-        runs = {
-            f"{side} {dtype}": make(folder, dtype, prompts, given.new_tokens)
-            for dtype in given.dtypes
-            for side, make in (("ours", ours), ("hf", theirs))
-        }
-    result = summary(measure(runs, given.repeats), given.batch_size * given.new_tokens)
-    best = {
-        side: max(of["tokens_per_second"] for name, of in result.items() if name.startswith(side))
-        for side in ("ours", "hf")
+def sides_of(
+    work: Work, dtypes: tuple[Dtype, ...], peers: tuple[Peer, ...], kinds: tuple[Kind, ...]
+) -> dict[tuple[str, str], Callable[[], Ready]]:
+    """Name of a side and its dtype, and how it is made ready."""
+    sides: dict[tuple[str, str], Callable[[], Ready]] = {}
+    for dtype in dtypes:
+        sides["ours", dtype] = partial(ours, work, dtype)
+        for cache in ("dynamic", "static"):
+            if cache in peers:
+                sides[f"HF generate, {cache} cache", dtype] = partial(theirs, work, dtype, cache)
+    if work.batch_size == 1:
+        sides |= {("llama.cpp", str(kind)): partial(llama_cpp, work, kind) for kind in kinds}
+    return sides
+
+
+def _row(name: str, dtype: str, outcome: Outcome, work: Work) -> Row:
+    row: Row = {"batch": work.batch_size, "side": name, "dtype": dtype}
+    if outcome.failed:
+        return row | {"failed": outcome.failed}
+    first, whole = outcome.of("first token"), outcome.of("all")
+    decoding = statistics.median(whole) - statistics.median(first)
+    made = work.batch_size * (work.new_tokens - 1)
+    return row | {
+        "tokens/s": spread([work.batch_size * work.new_tokens / value for value in whole]),
+        "decode alone, tokens/s": made / decoding if decoding > 0 else None,
+        "first token, s": spread(first),
+        "prefill, tokens/s": work.batch_size * work.prompt_tokens / statistics.median(first),
+        "peak GiB": gib(outcome.peak_bytes),
+        "begins": " ".join(map(str, outcome.facts["tokens"][:4])),
     }
-    load = os.getloadavg()[0]
-    print("\n".join(table(result)))
-    print(f"ratio, better dtype of each: {best['ours'] / best['hf']:.2f} (load average {load:.1f})")
-    line = json.dumps({
-        "benchmark": "decode", "batch_size": given.batch_size, "prompt_tokens": given.prompt_tokens,
-        "new_tokens": given.new_tokens, "layers": given.layers, "repeats": given.repeats,
-        "device": jax.devices()[0].device_kind, "cpus": os.cpu_count(), "load_average": load,
-        "ratio": best["ours"] / best["hf"], "results": result,
-    })  # fmt: skip
-    print(line)
-    if given.json:
-        Path(given.json).write_text(line + "\n")
+
+
+def best_of(rows: list[Row]) -> list[Row]:
+    """Each side in its better dtype, and how much faster ours is than it in its."""
+    table: list[Row] = []
+    for batch, side in dict.fromkeys((row["batch"], row["side"]) for row in rows):
+        ran = [row for row in rows if (row["batch"], row["side"]) == (batch, side) and "tokens/s" in row]
+        if not ran:
+            continue
+        best = max(ran, key=lambda row: row["tokens/s"]["median"])
+        rate = best["tokens/s"]["median"]
+        table.append({"batch": batch, "side": side, "dtype": best["dtype"], "tokens/s": rate})
+    ours_at = {row["batch"]: row["tokens/s"] for row in table if row["side"] == "ours"}
+    for row in table:
+        if row["side"] != "ours" and row["batch"] in ours_at:
+            row["ours is faster by"] = ours_at[row["batch"]] / row["tokens/s"]
+    return table
+
+
+def write_models(config: ModelConfig, folder: Path, kinds: tuple[Kind, ...]) -> None:
+    """The same random weights in every form a side reads; JAX is told to stay on the CPU for it."""
+    import jax
+
+    from smollm_jax.convert import write_folder
+    from smollm_jax.model import init_params
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = jax.tree.map(np.asarray, init_params(config, 0))
+    write_folder(params, config, folder / "hf", dtype="float32", tokenizer_folder=None)
+    for kind in kinds:
+        write_gguf(params, config, folder / f"{kind}.gguf", kind)
+
+
+def decode(
+    *,
+    preset: Literal["135M", "360M", "1.7B", "quickstart"] = "135M",
+    batch_sizes: tuple[int, ...] = (1, 8, 64),
+    prompt_tokens: int = 32,
+    new_tokens: int = 64,
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
+    peers: tuple[Peer, ...] = ("dynamic", "static", "llama.cpp"),
+    kinds: tuple[Kind, ...] = ("f32", "f16", "q8_0"),
+    rounds: int = 3,
+    layers: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Time generation from its first token to its last, ours and the peers'.
+
+    Args:
+        preset: Architecture.
+        batch_sizes: Prompts at a time.
+        prompt_tokens: Tokens a prompt.
+        new_tokens: Tokens to make, at least 2.
+        dtypes: Of weights and computation.
+        peers: Beside ours: Hugging Face generate by cache, and llama.cpp where it is installed.
+        kinds: Forms of llama.cpp's weights.
+        rounds: Rounds counted.
+        layers: Fewer layers than the architecture has, for a quick look.
+        seed: Of the prompts.
+    """
+    config = MODELS[preset] if layers is None else replace(MODELS[preset], num_layers=layers)
+    installed = find_spec("llama_cpp") is not None and find_spec("gguf") is not None
+    kinds = kinds if installed and "llama.cpp" in peers else ()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="decode-benchmark-") as folder:
+        in_child(write_models, config, Path(folder), kinds)
+        for batch_size in batch_sizes:
+            work = Work(Path(folder), batch_size, prompt_tokens, new_tokens, config.vocab_size, seed)
+            sides = sides_of(work, dtypes, peers, kinds)
+            outcomes = compare({" ".join(name): make for name, make in sides.items()}, rounds=rounds)
+            rows += [_row(*name, outcomes[" ".join(name)], work) for name in sides]
+    finish(
+        f"decode, {preset}, {prompt_tokens} prompt and {new_tokens} new tokens",
+        rows,
+        summary=best_of(rows),
+        layers=config.num_layers,
+        rounds=rounds,
+        seed=seed,
+        llama_cpp_installed=installed,
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    as_command(decode, "decode")

@@ -1,4 +1,4 @@
-"""Rounds in turn, their medians, and the table and JSON that each benchmark ends in."""
+"""Medians and spread, and the tables and the line of JSON that each benchmark ends in."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from smollm_jax.arguments import guarded, parse_command
 
-
-def in_turn(sides: dict[str, Callable[[], None]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each round of each side; every round runs all sides once, after `warmup` rounds not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(-warmup, rounds):
-        for name, run in sides.items():
-            began = time.perf_counter()
-            run()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+Row = dict[str, Any]
 
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def gib(size: int | None) -> float | None:
+    return None if size is None else size / 2**30
 
 
 def machine() -> dict[str, Any]:
@@ -47,6 +40,7 @@ def machine() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "processor": _processor(),
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "packages": packages,
     }
@@ -60,15 +54,23 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def finish(title: str, rows: list[dict[str, Any]], **settings: Any) -> None:
-    """A table to stderr, for a person; all of it as one line of JSON to stdout."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def finish(title: str, rows: list[Row], *, summary: list[Row] | None = None, **settings: Any) -> None:
+    """Tables to stderr, for a person; all of it as one line of JSON to stdout."""
+    show(title, rows)
+    if summary:
+        show("", summary)
+    found = {"benchmark": title, "settings": settings, "machine": machine(), "rows": rows, "summary": summary}
+    print(json.dumps(found))
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """A table to stderr of the columns that hold anything."""
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     print(title, file=sys.stderr)
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), file=sys.stderr)
-    print(json.dumps({"benchmark": title, "settings": settings, "machine": machine(), "rows": rows}))
 
 
 def _cell(value: Any) -> str:

@@ -1,152 +1,275 @@
 """A train step of ours and of Hugging Face Llama + PyTorch: `python -m benchmarks.train`.
 
 Same architecture, rows, AdamW, clip and precision; attention in PyTorch is SDPA. The peer does not keep
-packed documents apart, so rows are one document each here and ours does the work of segments in vain.
+packed documents apart: its rows are one document each, ours hold `--documents`. With several
+`--batch-sizes` a second table sets the best of each side against the best of the other.
 """
 
 from __future__ import annotations
 
-import sys
+import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.measure import as_command, finish, in_turn, spread
-from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, RunConfig
+from benchmarks.measure import Row, as_command, finish, gib, spread
+from benchmarks.sides import Outcome, Ready, compare
+from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, Remat, RunConfig
 
-Side = tuple[Callable[[], None], float]  # a round, and the seconds to compile
-
-
-def ours(config: Config, tokens: np.ndarray, dtype: str, steps: int) -> Side:
-    import jax
-    import jax.numpy as jnp
-
-    from smollm_jax.hardware import memory_bytes
-    from smollm_jax.step import compile_steps, init_state, make_mesh
-
-    mesh = make_mesh(config)
-    began = time.perf_counter()
-    compiled, remat = compile_steps(
-        config, mesh, dtype=jnp.dtype(dtype), memory_bytes=memory_bytes(mesh.devices.flat[0])
-    )
-    seconds = time.perf_counter() - began
-    step, state = compiled[len(tokens)], init_state(config, mesh)
-    batch = jax.device_put((tokens, np.ones_like(tokens)))
-
-    def run() -> None:
-        nonlocal state
-        for _ in range(steps):
-            state, metrics = step(state, *batch)
-        jax.block_until_ready(metrics)
-
-    print(f"ours {dtype}: remat {remat}", file=sys.stderr)
-    return run, seconds
+Preset = Literal["135M", "360M", "1.7B", "quickstart"]
+Dtype = Literal["float32", "bfloat16"]
+Form = Literal["eager", "compile", "max-autotune"]
 
 
-def peer(config: Config, tokens: np.ndarray, dtype: str, steps: int, *, compiled: bool) -> Side:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Work:
+    """What both sides do: `steps` steps a round of the rows that `config` and `seed` give."""
 
-    from smollm_jax.convert import hf_config
+    config: Config
+    dtype: Dtype
+    documents: int
+    steps: int
+    seed: int
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("highest")
-    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(config.model, "float32")))
-    model.to(device).train()
-    settings = config.optimizer
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-    ids = torch.tensor(tokens[:, :-1], device=device).long()
-    labels = torch.tensor(tokens[:, 1:], device=device).long()
-    forward: Any = torch.compile(model) if compiled else model
+    @property
+    def batch_size(self) -> int:
+        return self.config.main_batch_size
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = forward(ids).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    @property
+    def round_tokens(self) -> int:
+        return self.steps * self.batch_size * self.config.data.seq_len
 
-    def run() -> None:
-        for _ in range(steps):
-            step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    began = time.perf_counter()
-    step()
-    return run, time.perf_counter() - began
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Random tokens, and segment ids that cut each row into its documents at random: (B, T+1)."""
+        rng = np.random.default_rng(self.seed)
+        shape = (self.batch_size, self.config.data.seq_len + 1)
+        tokens = rng.integers(0, self.config.model.vocab_size, shape).astype(np.int32)
+        segment_ids = np.ones(shape, np.int32)
+        for row in segment_ids:
+            for cut in rng.choice(np.arange(1, shape[1]), self.documents - 1, replace=False):
+                row[cut:] += 1
+        return tokens, segment_ids
 
 
-def train(
-    *,
-    preset: Literal["135M", "360M", "1.7B", "quickstart"] = "135M",
-    batch_size: int = 2,
-    seq_len: int = 256,
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
-    peers: tuple[Literal["eager", "compile"], ...] = ("eager",),
-    steps: int = 1,
-    rounds: int = 5,
-    unroll: int = 1,
-    seed: int = 0,
-) -> int:
-    """Time whole training steps, ours and PyTorch's in turn.
-
-    Args:
-        preset: Architecture.
-        batch_size: Rows a step.
-        seq_len: Tokens a row.
-        dtypes: Compute dtypes over float32 parameters.
-        peers: Forms of Hugging Face + PyTorch to time beside ours; none: ours alone.
-        steps: Steps a round.
-        rounds: Rounds counted.
-        unroll: Layers a turn of our scan.
-        seed: Of the tokens.
-    """
-    config = replace(
+def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeConfig) -> Config:
+    return replace(
         RECIPES["replica"],
         preset=preset,
         model=MODELS[preset],
         data=DataConfig(seq_len=seq_len),
         run=RunConfig(phases=f"1000x{batch_size}"),
-        compute=ComputeConfig(unroll=unroll),
+        compute=compute,
     )
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, config.model.vocab_size, (batch_size, seq_len + 1)).astype(np.int32)
-    rows = []
+
+
+def ours(work: Work) -> Ready:
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.hardware import memory_bytes, use_precision_of
+    from smollm_jax.sharding import by_row, make_mesh
+    from smollm_jax.step import compile_steps, compiled_bytes, init_state
+
+    config, dtype = work.config, jnp.dtype(work.dtype)
+    use_precision_of(dtype)
+    mesh = make_mesh(config)
+    device = mesh.devices.flat[0]
+    state = jax.block_until_ready(init_state(config, mesh))
+    batch = jax.device_put(work.rows(), by_row(mesh))
+    began = time.perf_counter()
+    compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
+    step = compiled[work.batch_size]
+
+    def run() -> dict[str, float]:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(work.steps):
+            state, metrics = step(state, *batch)
+        jax.block_until_ready(metrics)
+        return {"round": time.perf_counter() - start}
+
+    state, metrics = step(state, *batch)
+    jax.block_until_ready(metrics)
+    facts = {
+        "first step": time.perf_counter() - began,
+        "remat": remat,
+        "planned GiB": gib(compiled_bytes(step)),
+        "loss": float(metrics["loss"]),
+    }
+    return Ready(run, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"))
+
+
+def peer(work: Work, form: Form) -> Ready:
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # ours compiles from nothing too
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("highest")
+    step = _torch_step(work, form, device)
+    tokens = torch.tensor(work.rows()[0], device=device).long()
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        for _ in range(work.steps):
+            step(ids, labels)
+        wait()
+        return {"round": time.perf_counter() - start}
+
+    wait()
+    began = time.perf_counter()
+    loss = step(ids, labels).item()
+    wait()
+    facts = {"first step": time.perf_counter() - began, "loss": loss}
+    return Ready(run, facts, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
+
+
+def _torch_step(work: Work, form: Form, device: str) -> Callable[..., Any]:
+    """The step of a person who knows PyTorch: compiled with its loss, fused AdamW."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from smollm_jax.convert import hf_config
+
+    settings = work.config.optimizer
+    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(work.config.model, "float32")))
+    model.set_attn_implementation("sdpa")
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
+
+    def loss_of(ids: Any, labels: Any) -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=work.dtype == "bfloat16"):
+            logits = model(input_ids=ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    if form != "eager":
+        mode = "max-autotune-no-cudagraphs" if form == "max-autotune" else None
+        loss_of = torch.compile(loss_of, dynamic=False, mode=mode)
+
+    def step(ids: Any, labels: Any) -> Any:
+        loss = loss_of(ids, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def measured(work: Work, peers: tuple[Form, ...], rounds: int) -> list[Row]:
+    """A row a side."""
+    sides: dict[str, Callable[[], Ready]] = {"ours": partial(ours, work)}
+    sides |= {f"HF + PyTorch {form}": partial(peer, work, form) for form in peers}
+    outcomes = compare(sides, rounds=rounds)
+    return [_row(name, outcome, outcomes["ours"], work) for name, outcome in outcomes.items()]
+
+
+def _row(name: str, outcome: Outcome, reference: Outcome, work: Work) -> Row:
+    row: Row = {"side": name, "dtype": work.dtype, "batch": work.batch_size}
+    if outcome.failed:
+        return row | {"failed": outcome.failed}
+    seconds = outcome.of("round")
+    rate = spread([work.round_tokens / value for value in seconds])
+    flops = rate["median"] * work.config.model.flops_per_token(work.config.data.seq_len)
+    faster = None
+    if name != "ours" and not reference.failed:
+        faster = spread([a / b for a, b in zip(seconds, reference.of("round"), strict=True)])
+    return row | {
+        "tokens/s": rate,
+        "GFLOP/s": flops / 1e9,
+        "MFU": None,
+        "compile, s": outcome.facts["first step"] - statistics.median(seconds) / work.steps,
+        "peak GiB": gib(outcome.peak_bytes),
+        "planned GiB": outcome.facts.get("planned GiB"),
+        "remat": outcome.facts.get("remat"),
+        "first loss": outcome.facts["loss"],
+        "ours is faster by": faster,
+    }
+
+
+def with_mfu(rows: list[Row]) -> list[Row]:
+    """The rows with their share of the device's peak, where that is known; asked last, as JAX takes memory."""
+    import jax
+
+    from smollm_jax.hardware import peak_flops
+
+    peak = peak_flops(jax.devices()[0])
+    return [row | {"MFU": row["GFLOP/s"] * 1e9 / peak} if peak and "GFLOP/s" in row else row for row in rows]
+
+
+def best_of(rows: list[Row]) -> list[Row]:
+    """Each side at its best batch size, a row for each dtype, and how much faster ours is there."""
+    table: list[Row] = []
+    for side, dtype in dict.fromkeys((row["side"], row["dtype"]) for row in rows):
+        ran = [row for row in rows if (row["side"], row["dtype"]) == (side, dtype) and "tokens/s" in row]
+        if not ran:
+            continue
+        best = max(ran, key=lambda row: row["tokens/s"]["median"])
+        rate = best["tokens/s"]["median"]
+        our = next((row["tokens/s"] for row in table if (row["side"], row["dtype"]) == ("ours", dtype)), None)
+        faster = our / rate if our and side != "ours" else None
+        table.append(
+            {"side": side, "dtype": dtype, "best batch": best["batch"], "tokens/s": rate, "MFU": best["MFU"]}
+            | {"ours is faster by": faster}
+        )
+    return table
+
+
+def train(
+    *,
+    preset: Preset = "135M",
+    batch_sizes: tuple[int, ...] = (2,),
+    seq_len: int = 256,
+    documents: int = 1,
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
+    peers: tuple[Form, ...] = ("eager",),
+    steps: int = 1,
+    rounds: int = 5,
+    remat: Remat = "auto",
+    unroll: int = ComputeConfig().unroll,
+    seed: int = 0,
+) -> int:
+    """Time whole training steps, ours and PyTorch's.
+
+    Args:
+        preset: Architecture.
+        batch_sizes: Rows a step; several to find the best of each side.
+        seq_len: Tokens a row.
+        documents: Documents packed into a row of ours.
+        dtypes: Compute dtypes over float32 parameters.
+        peers: Forms of Hugging Face + PyTorch to time beside ours; none: ours alone.
+        steps: Steps a round.
+        rounds: Rounds counted.
+        remat: What our backward pass computes again.
+        unroll: Layers a turn of our scan.
+        seed: Of the tokens and documents.
+    """
+    rows: list[Row] = []
     for dtype in dtypes:
-        sides: dict[str, Side] = {"ours": ours(config, tokens, dtype, steps)}
-        for form in peers:
-            sides[f"HF + PyTorch {form}"] = peer(config, tokens, dtype, steps, compiled=form == "compile")
-        seconds = in_turn({name: run for name, (run, _) in sides.items()}, rounds=rounds)
-        for name, values in seconds.items():
-            rate = spread([steps * batch_size * seq_len / value for value in values])
-            ratios = [theirs / our for our, theirs in zip(seconds["ours"], values, strict=True)]
-            rows.append(
-                {
-                    "side": name,
-                    "dtype": dtype,
-                    "tokens/s": rate,
-                    "GFLOP/s": rate["median"] * config.model.flops_per_token(seq_len) / 1e9,
-                    "first step, s": sides[name][1],
-                    "ours is faster by": None if name == "ours" else spread(ratios),
-                }
-            )
+        for size in batch_sizes:
+            config = config_of(preset, size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
+            rows += measured(Work(config, dtype, documents, steps, seed), peers, rounds)
+    rows = with_mfu(rows)
     finish(
-        f"train step, {preset}, {batch_size} x {seq_len}",
+        f"train step, {preset}, T = {seq_len}, {documents} documents a row of ours",
         rows,
+        summary=best_of(rows),
         steps=steps,
         rounds=rounds,
         unroll=unroll,

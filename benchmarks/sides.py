@@ -1,0 +1,173 @@
+"""The sides of a comparison, each in a process of its own: its memory is its own, its fault ends it alone.
+
+On a CPU all sides live at once and take turns round by round, so that other load on the machine meets them
+alike. An accelerator is nobody else's, and its memory is scarce: there each side has it for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+Seconds = dict[str, float]
+DEVICE_FILES = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+
+
+@dataclass
+class Ready:
+    """A side made ready: `run` does one round and returns its seconds by name."""
+
+    run: Callable[[], Seconds]
+    facts: dict[str, Any] = field(default_factory=dict)
+    device_peak_bytes: Callable[[], int | None] = lambda: None
+    """Most memory held on the device so far; None on a CPU, where the process's own memory counts."""
+
+
+@dataclass
+class Outcome:
+    """What became of a side; `failed` says in one line why it has no rounds."""
+
+    rounds: list[Seconds] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    failed: str | None = None
+
+    def of(self, name: str) -> list[float]:
+        """The seconds `name` of each round."""
+        return [seconds[name] for seconds in self.rounds]
+
+
+def on_accelerator() -> bool:
+    """Whether a GPU or TPU will be used; told without JAX, which would take its memory."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(Path(file).exists() for file in DEVICE_FILES)
+
+
+def compare(sides: dict[str, Callable[[], Ready]], *, rounds: int) -> dict[str, Outcome]:
+    """Make every side ready and have it do its rounds, after one that is not counted."""
+    groups = [{name: make} for name, make in sides.items()] if on_accelerator() else [sides]
+    outcomes: dict[str, Outcome] = {}
+    for group in groups:
+        outcomes |= _in_turn(group, rounds)
+    return outcomes
+
+
+def _in_turn(makes: dict[str, Callable[[], Ready]], rounds: int) -> dict[str, Outcome]:
+    sides: dict[str, _Side] = {}
+    try:
+        for name, make in makes.items():  # one after the other: each reports how long it took
+            sides[name] = _Side(name, make)
+        for round_ in range(-1, rounds):
+            for side in sides.values():
+                seconds = side.ask("round")
+                if seconds is not None and round_ >= 0:
+                    side.outcome.rounds.append(seconds)
+        for side in sides.values():
+            side.outcome.peak_bytes = side.ask("peak")
+    finally:
+        for side in sides.values():
+            side.end()
+    return {name: side.outcome for name, side in sides.items()}
+
+
+class _Side:
+    def __init__(self, name: str, make: Callable[[], Ready]):
+        self.outcome = Outcome()
+        context = multiprocessing.get_context("spawn")  # a fork of JAX or CUDA is no use
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make), name=name)
+        self._process.start()
+        theirs.close()
+        self.outcome.facts = self._answer() or {}
+
+    def ask(self, order: str) -> Any:
+        """The answer; None from a side that has failed."""
+        if self.outcome.failed is not None:
+            return None
+        self._connection.send(order)
+        return self._answer()
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            ok, answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            ok, answer = False, f"its process ended with exit code {self._process.exitcode}"
+        if ok:
+            return answer
+        self.outcome.failed = answer
+        self.outcome.rounds.clear()
+        print(f"{self._process.name} failed: {answer}", file=sys.stderr)
+        return None
+
+
+def _serve(connection: Connection, make: Callable[[], Ready]) -> None:
+    """The life of a side's process: made ready, then a round for each order until nobody asks any more."""
+    try:
+        ready = make()
+        connection.send((True, ready.facts))
+        warm = False
+        for order in iter(lambda: _received(connection), None):
+            if order == "peak":
+                connection.send((True, ready.device_peak_bytes() or _resident_peak()))
+                continue
+            answer = ready.run()
+            if not warm:
+                _forget_resident_peak()
+                warm = True
+            connection.send((True, answer))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send((False, _reason(error)))
+
+
+def _received(connection: Connection) -> str | None:
+    try:
+        return connection.recv()
+    except EOFError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if any(words in text for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
+        return "out of memory"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _forget_resident_peak() -> None:
+    """What a compiler held once is no part of what a round needs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_peak() -> int | None:
+    """Most memory this process has held, libraries included; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def in_child(work: Callable[..., None], *arguments: Any) -> None:
+    """Call `work` in a process that ends with it, and gives back what it took of an accelerator's memory."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{work.__name__} ended with exit code {process.exitcode}")
