@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.measure import as_command, finish, spread
-from smollm_jax.config import MODELS, RECIPES
+from smollm_jax.config import MODELS, RECIPES, DataConfig
 
 
 def checkpoint(
@@ -39,7 +39,9 @@ def checkpoint(
     from smollm_jax.sharding import make_mesh
     from smollm_jax.step import abstract_state, init_state
 
-    config = replace(RECIPES["replica"], preset=preset, model=MODELS[preset])
+    model = MODELS[preset]
+    data = DataConfig(seq_len=min(DataConfig().seq_len, model.max_seq_len))
+    config = replace(RECIPES["replica"], preset=preset, model=model, data=data)
     mesh = make_mesh(config)
     state = jax.block_until_ready(init_state(config, mesh))
     rows, length = config.main_batch_size, config.data.seq_len + 1
@@ -52,6 +54,9 @@ def checkpoint(
         work()
         seconds.setdefault(name, []).append(time.perf_counter() - began)
 
+    def counted() -> str:
+        return extended("0" * 32, batch_hash(batch.tokens, batch.segment_ids))
+
     try:
         checkpoints = Checkpoints(where, keep_last=1, keep_every=0)
         for step in range(1, rounds + 1):
@@ -59,10 +64,7 @@ def checkpoint(
             timed("written behind it", checkpoints.wait)
             timed("verified", lambda: list_checkpoints(where))
             timed("restored", lambda step=step: checkpoints.restore(step, abstract_state(config, mesh)))  # type: ignore[misc]
-            timed(
-                f"ledger of a batch of {rows} x {length - 1}",
-                lambda: extended("0" * 32, batch_hash(batch.tokens, batch.segment_ids)),
-            )
+            timed(f"ledger of a batch of {rows} x {length - 1}", counted)
         size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
     finally:
         shutil.rmtree(where)
