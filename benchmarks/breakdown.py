@@ -1,0 +1,253 @@
+"""Where the time of a train step goes: `python -m benchmarks.breakdown`.
+
+Each part is compiled alone, forward and backward over all layers on the step's own shapes, and timed in turn
+with the whole step; the rest is what the parts do not explain. A part alone cannot be fused with its
+neighbours, so the rest can be negative: that much is won by compiling all together. `--trace FOLDER` keeps a
+profile of the whole step, for TensorBoard or Perfetto.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from benchmarks.measure import Row, as_command, finish, spread
+from benchmarks.train import Dtype, Preset, Work, config_of
+from smollm_jax.config import ComputeConfig, Config, Remat
+
+Program = Callable[[], Any]
+"""Starts the work of a part, and returns arrays to wait for."""
+
+
+def breakdown(
+    *,
+    preset: Preset = "135M",
+    batch_size: int = 2,
+    seq_len: int = 256,
+    documents: int = 1,
+    dtype: Dtype = "float32",
+    rounds: int = 5,
+    remat: Remat = "auto",
+    unroll: int = ComputeConfig().unroll,
+    trace: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Time the parts of a train step and the whole.
+
+    Args:
+        preset: Architecture.
+        batch_size: Rows a step.
+        seq_len: Tokens a row.
+        documents: Documents packed into a row.
+        dtype: Compute dtype over float32 parameters.
+        rounds: Rounds counted.
+        remat: What the backward pass of the whole step computes again; the parts compute nothing again.
+        unroll: Layers a turn of the scan.
+        trace: Folder for a profile of three whole steps.
+        seed: Of tokens, documents and weights.
+    """
+    import jax
+
+    config = config_of(preset, batch_size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
+    work = Work(config, dtype, documents, steps=1, seed=seed)
+    whole, note = whole_step(work)
+    programs = {"whole step": whole, **parts(work)}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for round_ in range(-1, rounds):
+        for name, program in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program())
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    with jax.profiler.trace(trace) if trace else nullcontext():
+        for _ in range(3 if trace else 0):
+            jax.block_until_ready(whole())
+    print(note, file=sys.stderr)
+    title = f"breakdown, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row"
+    finish(title, rows_of(seconds, config, batch_size * seq_len), rounds=rounds, unroll=unroll, note=note)
+    return 0
+
+
+def whole_step(work: Work) -> tuple[Program, str]:
+    """The train step as a run compiles it, and a word on how."""
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.hardware import memory_bytes, use_precision_of
+    from smollm_jax.sharding import by_row, make_mesh
+    from smollm_jax.step import compile_steps, init_state
+
+    dtype = jnp.dtype(work.dtype)
+    use_precision_of(dtype)
+    mesh = make_mesh(work.config)
+    limit = memory_bytes(mesh.devices.flat[0])
+    compiled, remat = compile_steps(work.config, mesh, dtype=dtype, memory_bytes=limit)
+    state, batch = init_state(work.config, mesh), jax.device_put(work.rows(), by_row(mesh))
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled[work.batch_size](state, *batch)
+        return metrics
+
+    return run, f"remat {remat}"
+
+
+def parts(work: Work) -> dict[str, Program]:
+    """Every part as a program of its own: what it computes in the step, and its gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.loss import summed_nll, targets_of
+    from smollm_jax.model import SmolLM, init_params
+
+    config, dtype = work.config, jnp.dtype(work.dtype)
+    params = init_params(config.model, work.seed)
+    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=config.compute.unroll)
+    tokens, segment_ids = map(jnp.asarray, work.rows())
+    targets, valid = targets_of(tokens, segment_ids)
+    shape = (*targets.shape, config.model.hidden_size)
+    x_BTD = jax.random.normal(jax.random.key(work.seed), shape).astype(dtype)
+
+    def embed(embedding_VD: jax.Array) -> jax.Array:
+        return embedding_VD[tokens[:, :-1]].astype(dtype)
+
+    def head(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+        x_BTD, head_VD = model.final_norm(x_BTD), head_VD.astype(dtype)
+        return summed_nll(x_BTD, head_VD, targets, valid, config.compute.loss_chunk)
+
+    return {
+        "embedding": _with_gradients(embed, x_BTD, params["embedding"]),
+        **_block_parts(model, segment_ids[:, :-1], x_BTD),
+        "head and loss": _with_gradients(head, jnp.float32(1), x_BTD, model.head_VD),
+        "optimizer": _optimizer(config, params),
+    }
+
+
+def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Program]:
+    """The parts of the blocks, over all layers."""
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.model import positions_of, rope_angles
+
+    blocks, config = model.blocks, model.config
+    rope = rope_angles(positions_of(segment_ids_BT), head_dim=config.head_dim, theta=config.rope_theta)
+    core = partial(model.attention, segment_ids_BT=segment_ids_BT)
+
+    def joined(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        """In place of attention, so that only the projections are timed."""
+        return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, config.num_heads // config.num_kv_heads, axis=2)
+
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        def layer(x_BTNH: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return x_BTNH + core(x_BTNH, k_BTKH, v_BTKH), None
+
+        return jax.lax.scan(layer, q_BTNH, length=config.num_layers, unroll=model.unroll)[0]
+
+    q_BTNH, k_BTKH = (
+        jax.random.normal(jax.random.key(n), (*x_BTD.shape[:2], n, config.head_dim)).astype(x_BTD.dtype)
+        for n in (config.num_heads, config.num_kv_heads)
+    )
+    over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll)
+    return {
+        "attention: projections and rope": over_layers(
+            blocks.attention, lambda attention, x: x + attention(x, rope, joined)
+        ),
+        "attention: scores to values": _with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH),
+        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x)),
+        "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
+    }
+
+
+def _over_layers(modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, unroll: int) -> Program:
+    """`apply(modules of a layer, x)` through all layers."""
+    import jax
+    from flax import nnx
+
+    graphdef, stacked = nnx.split(modules)
+
+    def forward(stacked: Any, x_BTD: Any) -> Any:
+        def layer(x_BTD: Any, weights: Any) -> tuple[Any, None]:
+            return apply(nnx.merge(graphdef, weights), x_BTD), None
+
+        return jax.lax.scan(layer, x_BTD, stacked, unroll=unroll)[0]
+
+    return _with_gradients(forward, x_BTD, stacked, x_BTD)
+
+
+def _with_gradients(forward: Callable[..., Any], cotangent: Any, *arguments: Any) -> Program:
+    """`forward(*arguments)` and the gradients of all arguments, compiled."""
+    import jax
+
+    def program(cotangent: Any, *arguments: Any) -> Any:
+        out, pull = jax.vjp(forward, *arguments)
+        return out, pull(cotangent)
+
+    return partial(jax.jit(program).lower(cotangent, *arguments).compile(), cotangent, *arguments)
+
+
+def _optimizer(config: Config, params: Any) -> Program:
+    import jax
+
+    from smollm_jax.step import make_optimizer
+
+    optimizer = make_optimizer(config.optimizer)
+
+    def update(params: Any, opt_state: Any, grads: Any) -> Any:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        rate = config.optimizer.learning_rate
+        return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params).compile()
+    grads = jax.tree.map(lambda p: p.copy(), params)
+    state = jax.tree.map(lambda p: p.copy(), params), optimizer.init(params)
+
+    def run() -> Any:
+        nonlocal state
+        state = compiled(*state, grads)
+        return state
+
+    return run
+
+
+def part_flops(config: Config) -> dict[str, int]:
+    """FLOPs a token of the parts that are matrix products, in the convention of `flops_per_token`."""
+    m, T = config.model, config.data.seq_len
+    return {
+        "attention: projections and rope": 12
+        * m.num_layers
+        * m.hidden_size
+        * m.head_dim
+        * (m.num_heads + m.num_kv_heads),
+        "attention: scores to values": 6 * m.num_layers * T * m.num_heads * m.head_dim,
+        "feed-forward": 18 * m.num_layers * m.hidden_size * m.intermediate_size,
+        "head and loss": 6 * m.vocab_size * m.hidden_size,
+        "whole step": m.flops_per_token(T),
+    }
+
+
+def rows_of(seconds: dict[str, list[float]], config: Config, tokens: int) -> list[Row]:
+    """A row a part, then their sum, the rest and the whole; shares are of the whole's median."""
+    names = [*(name for name in seconds if name != "whole step"), "whole step"]
+    flops = part_flops(config)
+    rows: list[Row] = []
+    for name in names:
+        milliseconds = spread([value * 1e3 for value in seconds[name]])
+        rate = flops[name] * tokens / milliseconds["median"] / 1e6 if name in flops else None
+        rows.append({"part": name, "ms": milliseconds, "GFLOP/s": rate})
+    total = rows[-1]["ms"]["median"]
+    explained = sum(row["ms"]["median"] for row in rows[:-1])
+    between = [{"part": "sum of the parts", "ms": explained}, {"part": "rest", "ms": total - explained}]
+    rows[-1:-1] = between
+    for row in rows:
+        ms = row["ms"]
+        row["share"] = (ms["median"] if isinstance(ms, dict) else ms) / total
+    return rows
+
+
+if __name__ == "__main__":
+    as_command(breakdown, "breakdown")
