@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from smollm_jax.attention import QUERY_BLOCK, attend
 from smollm_jax.config import ModelConfig
-from smollm_jax.model import QUERY_BLOCK, RMSNorm, SmolLM, attend, rope_angles, rotate
+from smollm_jax.model import RMSNorm, SmolLM, rope_angles, rotate
 
 # Measured on two cores (Zen 5): 3, 8 and 12 rows of weights read at a time are slower than 6, and partial sums
 # for more outputs than these, 0.6 MB of them, leave the cache of a core before they are added up.

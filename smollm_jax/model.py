@@ -3,7 +3,8 @@
 NNX declares and initialises the parameters; the layers are stacked on their first dim and run by
 `jax.lax.scan`, so that thirty of them compile like one. Everything below is pure: a `SmolLM` is built,
 split into a plain dict of arrays (`params_of`) and put together again (`SmolLM.from_params`) inside jit.
-This file knows no mesh, no loss, no tokenizer and no Hugging Face name.
+This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows is a
+function it is given, the plain one of attention.py if none.
 
 Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
 V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from smollm_jax.attention import Kernel, packed_attention
 from smollm_jax.config import ModelConfig, require
 
 if TYPE_CHECKING:
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
 
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
-
-# Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
-# of a long row never exist whole; a row that fits in one block keeps its scores for the backward pass.
-QUERY_BLOCK = 512
 
 
 def positions_of(segment_ids_BT: jax.Array) -> jax.Array:
@@ -57,35 +55,6 @@ def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention of N query heads over K key/value heads where `mask_BTS` is true: (B, T, N, H)."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    # scores and softmax in f32: differences of large scores decide
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
-
-
-def packed_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
-    """Causal attention inside each segment of packed rows: (B, T, N, H)."""
-    T = q_BTNH.shape[1]
-    # one block keeps its scores, several compute theirs again: their sum would not fit
-    block_of = attend if T <= QUERY_BLOCK else jax.checkpoint(attend)
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        causal_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-        mask_BTS = causal_TS & same_BTS
-        blocks.append(block_of(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 class RMSNorm(nnx.Module):
@@ -150,6 +119,7 @@ class SmolLM(nnx.Module):
     """The language model; `dtype` is that of the computation, the parameters are f32.
 
     `remat` says what the backward pass computes again: "none", "dots" (all but matrix products), "full".
+    `attention(q, k, v, segment_ids)` is that over packed rows.
     """
 
     def __init__(
@@ -160,8 +130,10 @@ class SmolLM(nnx.Module):
         dtype: Any = jnp.float32,
         remat: Policy = "none",
         unroll: int = 1,
+        attention: Kernel = packed_attention,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
+        self.attention = attention
         self.embedding = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = RMSNorm(config)
@@ -187,8 +159,10 @@ class SmolLM(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         rope = self._rope(positions_of(segment_ids_BT))
-        core = partial(packed_attention, segment_ids_BT=segment_ids_BT)
         graphdef, stacked = nnx.split(self.blocks)
+
+        def core(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+            return self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
         def layer(x_BTD: jax.Array, weights: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, weights)(x_BTD, rope, core), None

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from smollm_jax.attention import QUERY_BLOCK
 from smollm_jax.config import MODELS, ModelConfig
 from smollm_jax.model import (
-    QUERY_BLOCK,
     SmolLM,
     init_params,
     params_of,

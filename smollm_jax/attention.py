@@ -1,0 +1,148 @@
+"""Attention over packed rows: the plain form, and which kernel takes its place on which device.
+
+The plain form is the reference, and what a CPU runs. The fused kernels (fused_attention.py) give the same
+up to rounding, without the scores ever being in memory. The choice goes by the devices of the mesh, not by
+what JAX finds on this machine, so that a program compiled ahead of time for another one gets its kernel.
+The letters are those of model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from smollm_jax.config import ModelConfig, require
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""`kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)` gives o_BTNH, causal inside each segment."""
+
+# Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
+# of a long row never exist whole; a row that fits in one block keeps its scores for the backward pass.
+QUERY_BLOCK = 512
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax attention of N query heads over K key/value heads where `mask_BTS` is true: (B, T, N, H)."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    # scores and softmax in f32: differences of large scores decide
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, -1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def packed_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Causal attention inside each segment of packed rows: (B, T, N, H)."""
+    T = q_BTNH.shape[1]
+    # one block keeps its scores, several compute theirs again: their sum would not fit
+    block_of = attend if T <= QUERY_BLOCK else jax.checkpoint(attend)
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        causal_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+        same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
+        mask_BTS = causal_TS & same_BTS
+        blocks.append(block_of(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+PLATFORM = {"splash": "tpu", "pallas": "gpu", "cudnn": "gpu"}
+# Triton, which the Pallas kernel is compiled by, begins with Ampere; cuDNN keeps packed documents apart from
+# Hopper on (jax._src.cudnn.fused_attention_stablehlo)
+CAPABILITY = {"pallas": 8.0, "cudnn": 9.0}
+# Of the largest entry. Rounding alone was seen to give 0.005 and 0.000001, a leak between documents 1
+TOLERANCE = {"bfloat16": 0.02, "float32": 0.0001}
+
+
+def choose(asked: str, device: Any, dtype: Any) -> tuple[str, str]:
+    """The kernel for `device`, and in words why "auto" came to the plain one where a GPU could have better.
+
+    `asked` is "auto" or a name. Raises `ValueError` for a name that cannot run there.
+    """
+    if asked == "plain" or (asked == "auto" and device.platform == "cpu"):
+        return "plain", ""
+    if asked == "auto":
+        name = "splash" if device.platform == "tpu" else "pallas"
+        obstacle = _obstacle(name, device, dtype)
+        return ("plain", f"attention   plain: {obstacle}") if obstacle else (name, "")
+    obstacle = _obstacle(asked, device, dtype)
+    require(not obstacle, f"attention={asked} cannot run here: {obstacle}; give plain or auto")
+    return asked, ""
+
+
+def _obstacle(name: str, device: Any, dtype: Any) -> str:
+    if device.platform != PLATFORM[name]:
+        return f"{name} is for a {PLATFORM[name].upper()}, and the device is {device.device_kind}"
+    if name == "splash":
+        return ""
+    try:
+        capability = float(device.compute_capability)
+    except (AttributeError, ValueError):  # AMD's are names such as gfx942
+        return f"{name} has not been tried on {device.device_kind}"
+    if capability < CAPABILITY[name]:
+        return f"{name} needs compute capability {CAPABILITY[name]}, and {device.device_kind} has {capability}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"{name} is for bfloat16; tensor cores would round {jnp.dtype(dtype).name} down"
+    return ""
+
+
+def kernel_of(name: str, mesh: Mesh | None = None, *, rows: Any = None, heads: Any = None) -> Kernel:
+    """The kernel called `name`; on several devices each has its part of the `rows` and `heads` axes of `mesh`."""
+    if name == "plain":
+        return packed_attention  # XLA divides it by itself
+    from smollm_jax import fused_attention
+
+    return fused_attention.over(mesh, fused_attention.KERNELS[name], rows=rows, heads=heads)
+
+
+def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int = 0) -> str:
+    """In words how `kernel` differs from the plain form on a small packed example, or fails; "" if it agrees.
+
+    Values and gradients, three documents and padding, at the model's own heads.
+    """
+    T, H = 256, config.head_dim
+    keys = jax.random.split(jax.random.key(seed), 4)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
+    q, k, v, do = (jax.random.normal(key, (2, T, n, H)).astype(dtype) for key, n in zip(keys, heads, strict=True))
+    ends_2E = jnp.array([[70, 71, 200], [128, 250, 256]])
+    index_2T1 = jnp.broadcast_to(jnp.arange(T)[:, None], (2, T, 1))
+    segment_ids = (1 + jnp.sum(index_2T1 >= ends_2E[:, None], axis=-1)) % 4  # the last is padding, 0
+
+    def outcome(attention: Kernel, *qkv: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segment_ids), *qkv)
+        return out, *pull(do.astype(out.dtype))
+
+    try:
+        ours = jax.jit(partial(outcome, kernel))(q, k, v)
+    except Exception as error:  # whatever a compiler may raise: better a slow run than none
+        return f"it does not run here: {type(error).__name__}, " + " ".join(str(error).split())[:200]
+    exact = jax.jit(partial(outcome, packed_attention))(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for name, a, b in zip(("the output", "dq", "dk", "dv"), ours, exact, strict=True):
+        gap = float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
+        if not gap <= TOLERANCE[jnp.dtype(dtype).name]:
+            return f"{name} differs from the plain form's by {gap:.2%} of its largest"
+    return ""
+
+
+def choose_checked(asked: str, mesh: Mesh, config: ModelConfig, dtype: Any) -> tuple[str, list[str]]:
+    """`choose`, then the kernel held against the plain form on the device at hand; with notes for the user.
+
+    Where they disagree, "auto" comes to the plain form; a name asked for raises `ValueError`.
+    """
+    name, note = choose(asked, mesh.devices.flat[0], dtype)
+    if name == "plain":
+        return name, [note] if note else []
+    wrong = disagreement(kernel_of(name), config, dtype)
+    require(not wrong or asked == "auto", f"attention={name} failed its check: {wrong}; give plain or auto")
+    if wrong:
+        return "plain", [f"attention   plain: {name} failed its check, {wrong}"]
+    return name, [f"attention   {name}, checked against the plain form"]

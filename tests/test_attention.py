@@ -1,0 +1,181 @@
+"""The fused kernels against the plain attention, interpreted on a CPU, and compiled for their devices."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from smollm_jax import fused_attention
+from smollm_jax.attention import choose, choose_checked, disagreement, packed_attention
+from smollm_jax.config import MODELS
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
+
+
+def random_rows(seed, *, rows=2, length=256, heads=(9, 3), head_dim=64, dtype=jnp.float32):
+    """q, k, v, an output's gradient, and documents of random lengths with padding, segment 0, at the end."""
+    rng = np.random.default_rng(seed)
+    N, K = heads
+    arrays = [jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in (N, K, K, N)]
+    begins = rng.random((rows, length)) < rng.choice([0.005, 0.05, 0.5])
+    segment_ids = 1 + np.cumsum(begins, axis=1).astype(np.int32)
+    for row, padding in enumerate(rng.integers(0, length // 3, rows)):
+        segment_ids[row, length - padding :] = 0
+    return *arrays, jnp.asarray(segment_ids)
+
+
+def outcome(kernel, *rows):
+    q, k, v, do, segment_ids = rows
+    out, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, segment_ids), q, k, v)
+    return out, *pull(do)
+
+
+def interpreted(name):
+    return partial(fused_attention.KERNELS[name], interpret=True)
+
+
+@pytest.mark.parametrize("name", ["splash", "pallas"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("seed", "shape"),
+    [
+        (0, {"length": 256}),
+        (1, {"length": 384}),
+        (2, {"length": 100, "rows": 1}),
+        (3, {"length": 129, "heads": (4, 2)}),
+        (4, {"length": 128, "heads": (3, 3), "head_dim": 32}),
+    ],
+)
+def test_values_and_gradients_equal_the_plain_ones(name, dtype, seed, shape):
+    rows = random_rows(seed, **shape, dtype=dtype)
+    ours = jax.jit(partial(outcome, interpreted(name)))(*rows)
+    exact = outcome(packed_attention, *(x.astype(jnp.float32) for x in rows[:4]), rows[4])
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=TOLERANCE[dtype] * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["splash", "pallas"])
+def test_documents_and_the_future_have_exactly_no_influence(name):
+    q, k, v, _, _ = random_rows(0, rows=1, length=128)
+    segment_ids = jnp.repeat(jnp.array([[1, 2, 0]]), jnp.array([50, 60, 18]), axis=1, total_repeat_length=128)
+    kernel, at = interpreted(name), 80  # of the second document, 50 to 109
+
+    def output_at(k, v):
+        return jnp.sum(kernel(q, k, v, segment_ids)[0, at])
+
+    for gradient in jax.grad(output_at, argnums=(0, 1))(k, v):
+        reach_T = np.abs(np.asarray(gradient)).sum(axis=(0, 2, 3))
+        assert (reach_T[:50] == 0).all()
+        assert (reach_T[50 : at + 1] > 0).all()
+        assert (reach_T[at + 1 :] == 0).all()
+
+
+def device(platform, kind="a device", **more):
+    return SimpleNamespace(platform=platform, device_kind=kind, **more)
+
+
+H100 = device("gpu", "NVIDIA H100", compute_capability="9.0")
+A100 = device("gpu", "NVIDIA A100", compute_capability="8.0")
+T4 = device("gpu", "Tesla T4", compute_capability="7.5")
+V100 = device("gpu", "Tesla V100", compute_capability="7.0")
+MI300 = device("gpu", "AMD MI300X", compute_capability="gfx942")
+CPU, TPU = device("cpu", "cpu"), device("tpu", "TPU v5 lite")
+
+
+def test_each_device_gets_its_kernel():
+    for at, name in [(CPU, "plain"), (TPU, "splash"), (H100, "pallas"), (A100, "pallas")]:
+        assert choose("auto", at, jnp.bfloat16) == (name, "")
+        assert choose("plain", at, jnp.bfloat16) == ("plain", "")
+    assert choose("auto", TPU, jnp.float32) == ("splash", "")
+
+
+@pytest.mark.parametrize(
+    ("at", "dtype", "why"),
+    [
+        (T4, "bfloat16", "pallas needs compute capability 8.0, and Tesla T4 has 7.5"),
+        (V100, "bfloat16", "pallas needs compute capability 8.0, and Tesla V100 has 7.0"),
+        (MI300, "bfloat16", "pallas has not been tried on AMD MI300X"),
+        (H100, "float32", "pallas is for bfloat16; tensor cores would round float32 down"),
+    ],
+)
+def test_auto_says_why_it_comes_to_the_plain_form(at, dtype, why):
+    assert choose("auto", at, dtype) == ("plain", f"attention   plain: {why}")
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "why"),
+    [
+        ("splash", CPU, "attention=splash cannot run here: splash is for a TPU, and the device is cpu"),
+        ("pallas", TPU, "pallas is for a GPU, and the device is TPU v5 lite"),
+        ("cudnn", A100, "cudnn needs compute capability 9.0, and NVIDIA A100 has 8.0"),
+    ],
+)
+def test_a_name_that_cannot_run_is_refused_in_one_line(name, at, why):
+    with pytest.raises(ValueError, match=why) as refusal:
+        choose(name, at, jnp.bfloat16)
+    assert str(refusal.value).endswith("; give plain or auto")
+
+
+def test_the_check_at_the_start_finds_a_leak_a_wrong_gradient_and_a_kernel_that_does_not_run():
+    config = MODELS["quickstart"]
+
+    def leaky(q, k, v, segment_ids):
+        return packed_attention(q, k, v, jnp.ones_like(segment_ids))
+
+    def without_dk(q, k, v, segment_ids):
+        return packed_attention(q, jax.lax.stop_gradient(k), v, segment_ids)
+
+    assert disagreement(packed_attention, config, jnp.bfloat16) == ""
+    assert "the output differs" in disagreement(leaky, config, jnp.bfloat16)
+    assert "dk differs from the plain form's by 100.00%" in disagreement(without_dk, config, jnp.bfloat16)
+    assert "it does not run here: ValueError" in disagreement(fused_attention.pallas, config, jnp.bfloat16)
+
+
+def test_a_kernel_that_fails_its_check_gives_way_to_the_plain_form_in_words():
+    """The Pallas kernel for GPU, on this CPU, by a mesh that says it is one."""
+    mesh, config = SimpleNamespace(devices=np.array([H100])), MODELS["quickstart"]
+    name, notes = choose_checked("auto", mesh, config, jnp.bfloat16)
+    assert name == "plain"
+    assert len(notes) == 1
+    assert notes[0].startswith("attention   plain: pallas failed its check, it does not run here")
+    with pytest.raises(ValueError, match="attention=pallas failed its check"):
+        choose_checked("pallas", mesh, config, jnp.bfloat16)
+
+
+EIGHT_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize("mesh_shape", [(2, 1), (2, 3), (1, 2)])
+def test_rows_and_heads_divided_among_devices_give_the_same(mesh_shape):
+    if len(jax.devices()) < np.prod(mesh_shape):
+        pytest.skip("too few devices; the test below has eight")
+    mesh = jax.make_mesh(mesh_shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = random_rows(5, rows=2, length=128)
+    kernel = fused_attention.over(mesh, interpreted("pallas"), rows="data", heads="tensor")
+    for a, b in zip(jax.jit(partial(outcome, kernel))(*rows), outcome(packed_attention, *rows), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_with_eight_devices():
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "divided_among_devices"]
+    done = subprocess.run(command, env=os.environ | EIGHT_DEVICES, capture_output=True, text=True, check=False)
+    assert "3 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("length", [200, 2_048])
+def test_the_pallas_kernel_lowers_for_cuda(length):
+    rows = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in random_rows(0, length=length, dtype=jnp.bfloat16)]
+    traced = jax.jit(partial(outcome, fused_attention.pallas)).trace(*rows)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__gpu$xla.gpu.triton") == 3
+    assert "mha_forward" in program
+    assert "mha_backward" in program
+    assert f"{length}x{length}x" not in program
