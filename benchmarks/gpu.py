@@ -1,0 +1,158 @@
+"""Everything worth knowing about a GPU, in one command and about ten minutes: `python -m benchmarks.gpu`.
+
+Each part is a command of its own. One that fails, or takes too long, is named and the others go on. In the
+folder: results.jsonl, a line of JSON a part; tables.txt, what a person reads; talk.txt, everything that was
+said; runs/, the real training runs. `--small` does it all in tiny shapes, to see that it works.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from benchmarks.measure import as_command
+
+ROOT = Path(__file__).parent.parent
+SMALLEST_LIMIT_SECONDS = 20  # less is not worth the start of a part
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and how long it may take."""
+
+    name: str
+    words: str
+    seconds: int
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", *self.words.split()]
+
+
+# in the order of their worth: what comes last is what a short lease goes without
+PARTS = (
+    Part(
+        "train",
+        "benchmarks.train --batch-sizes 32 16 64 --seq-len 2048 --documents 4 --dtypes bfloat16 "
+        "--peers compile eager --steps 5 --rounds 5",
+        280,
+    ),
+    Part("breakdown", "benchmarks.breakdown --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
+    Part("decode", "benchmarks.decode --batch-sizes 1 --dtypes bfloat16 --new-tokens 128 --rounds 3", 100),
+    Part("curve", "benchmarks.curve --steps 200 --batch-size 8 --out {out}/runs", 180),
+    Part("startup", "benchmarks.startup --batch-size 32 --seq-len 2048", 90),
+    Part(
+        "verify-resume",
+        "smollm_jax verify-resume --recipe quickstart --dtype bfloat16 --verify-steps 200 --eval-documents 20",
+        100,
+    ),
+    Part("data", "benchmarks.data --tokenizer train:8192 --device-tokens-per-second 400000", 60),
+    Part(
+        "decode, many rows",
+        "benchmarks.decode --batch-sizes 8 64 --dtypes bfloat16 --peers dynamic static --new-tokens 64 --rounds 3",
+        200,
+    ),
+    Part("checkpoint", "benchmarks.checkpoint --rounds 3", 60),
+)
+SMALL_PARTS = (
+    Part(
+        "train",
+        "benchmarks.train --preset quickstart --batch-sizes 2 4 --seq-len 64 --documents 2 --dtypes float32 "
+        "--peers eager --rounds 2",
+        200,
+    ),
+    Part("breakdown", "benchmarks.breakdown --preset quickstart --seq-len 64 --documents 2 --rounds 2", 100),
+    Part(
+        "decode",
+        "benchmarks.decode --preset quickstart --batch-sizes 1 2 --dtypes float32 --new-tokens 8 --rounds 1",
+        200,
+    ),
+    Part(
+        "curve",
+        "benchmarks.curve --preset quickstart --steps 4 --batch-size 2 --seq-len 64 --tokenizer train:512 "
+        "--out {out}/runs",
+        200,
+    ),
+    Part("startup", "benchmarks.startup --preset quickstart --seq-len 64 --rounds 1", 200),
+    Part(
+        "verify-resume",
+        "smollm_jax verify-resume --recipe quickstart --seq-len 64 --batch-size 2 --verify-steps 30 "
+        "--tokenizer train:512 --eval-documents 5",
+        200,
+    ),
+    Part("data", "benchmarks.data --documents 1000 --tokenizer train:512 --seq-len 64 --rounds 1", 100),
+    Part("checkpoint", "benchmarks.checkpoint --preset quickstart --rounds 1", 100),
+)
+
+
+def gpu(
+    *, out: str = "benchmark-results", minutes: float = 10.0, parts: tuple[str, ...] = (), small: bool = False
+) -> int:
+    """Run every benchmark, and keep what they find in a folder.
+
+    Args:
+        out: Folder for the results; what is there is added to.
+        minutes: Time for all of it; parts that no time is left for are named.
+        parts: Only these; default: all.
+        small: Tiny shapes, for a CPU.
+    """
+    folder, ends = Path(out).resolve(), time.monotonic() + minutes * 60
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [part for part in (SMALL_PARTS if small else PARTS) if not parts or part.name in parts]
+    outcomes = {}
+    with (folder / "talk.txt").open("a") as talk:
+        for part in chosen:
+            limit = min(part.seconds, ends - time.monotonic())
+            outcomes[part.name] = "no time left"
+            if limit >= SMALLEST_LIMIT_SECONDS:
+                began = time.monotonic()
+                outcomes[part.name] = outcome = run(part, folder, limit, talk)
+                print(f"{part.name}: {outcome}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(json.dumps({"benchmark": "gpu", "folder": str(folder), "parts": outcomes}))
+    return 0 if all(outcome == "done" for outcome in outcomes.values()) else 1
+
+
+def run(part: Part, folder: Path, limit: float, talk: TextIO) -> str:
+    """Run a part and file what it says; returns "done", or what went wrong."""
+    command = [word.replace("{out}", str(folder)) for word in part.command]
+    print(f"\n$ {' '.join(command)}", file=talk, flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        results, said = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        results, said = process.communicate()
+        talk.write(said + results)
+        return f"took longer than {limit:.0f} s"
+    talk.write(said + results)
+    talk.flush()
+    if process.returncode:
+        return f"failed with exit code {process.returncode}: {(said.strip().splitlines() or [''])[-1][:200]}"
+    _file(part, folder, results, said)
+    return "done"
+
+
+def _file(part: Part, folder: Path, results: str, said: str) -> None:
+    """The line of JSON to results.jsonl, the tables to tables.txt; what prints no JSON goes there whole."""
+    line = (results.strip().splitlines() or [""])[-1]
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found, table = {"benchmark": part.name, "said": results}, results
+    else:
+        # the tables begin at the title and are the last thing said
+        table = said[said.rfind(f"{found['benchmark']}\n") :]
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps({"part": part.name} | found) + "\n")
+    with (folder / "tables.txt").open("a") as file:
+        file.write(f"== {part.name}\n{table}\n")
+    print(table, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    as_command(gpu, "gpu")
