@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.attention import Kernel
+from smollm_jax.attention import Kernel, packed_attention
 
 PADDING = -1  # a segment id that no packed row has
 
@@ -25,6 +25,8 @@ LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a 
 
 # Queries and keys a Triton program holds at a time: forward, backward
 PALLAS_BLOCK, PALLAS_BACKWARD_BLOCK = 128, 64
+
+CUDNN_DOCUMENTS = 32  # a row; cuDNN keeps a row's softmax statistics once for each, for the backward pass
 
 
 def splash(
@@ -77,7 +79,53 @@ def pallas(
     return o_BTNH[:, :T]
 
 
-KERNELS: dict[str, Kernel] = {"splash": splash, "pallas": pallas}
+def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """cuDNN's flash attention; no device has run this yet, so `auto` does not choose it.
+
+    It is told where documents begin and how long they are, for so many of them; a batch with a row of more
+    goes the plain way. Keys and values are repeated to N heads: JAX gives cuDNN their offsets in steps of N
+    heads however many they have (0.10.2).
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn_kernel  # jax.nn's door knows no packed rows
+
+    N, H = q_BTNH.shape[2:]
+    lengths_BM, offsets_BM1, fits = documents_of(segment_ids_BT, min(CUDNN_DOCUMENTS, segment_ids_BT.shape[1]))
+
+    def fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return cudnn_kernel.dot_product_attention(
+            q_BTNH,
+            _repeated(k_BTKH, N),
+            _repeated(v_BTKH, N),
+            q_seqlen=lengths_BM,
+            kv_seqlen=lengths_BM,
+            q_offsets=offsets_BM1,
+            kv_offsets=offsets_BM1,
+            scale=H**-0.5,
+            mask_type=cudnn_kernel.MaskType.PADDING_CAUSAL,
+        )
+
+    def plain(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return packed_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+    return jax.lax.cond(fits, fused, plain, q_BTNH, k_BTKH, v_BTKH)
+
+
+def documents_of(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Length and beginning of each segment of a row, and whether `most` = M are enough for every row.
+
+    Lengths (B, M) and beginnings (B, M+1) are int32 and end in -1, as `dot_product_attention` of
+    jax._src.cudnn.fused_attention_stablehlo asks. Padding, segment 0, counts as a document.
+    """
+    T = segment_ids_BT.shape[1]
+    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    begin_of = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=most + 1, fill_value=T)[0])
+    begin_BM1 = begin_of(begins_BT).astype(jnp.int32)  # T behind the last
+    lengths_BM = jnp.diff(begin_BM1, axis=1)
+    fits = jnp.all(jnp.sum(begins_BT, axis=1) <= most)
+    return jnp.where(lengths_BM > 0, lengths_BM, -1), jnp.where(begin_BM1 < T, begin_BM1, -1), fits
+
+
+KERNELS: dict[str, Kernel] = {"splash": splash, "pallas": pallas, "cudnn": cudnn}
 
 
 def over(mesh: Mesh | None, kernel: Kernel, *, rows: Any = None, heads: Any = None) -> Kernel:

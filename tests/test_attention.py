@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn_kernel
 from jax.sharding import AxisType
 
 from smollm_jax import fused_attention
@@ -179,3 +180,42 @@ def test_the_pallas_kernel_lowers_for_cuda(length):
     assert "mha_forward" in program
     assert "mha_backward" in program
     assert f"{length}x{length}x" not in program
+
+
+def test_documents_are_told_to_cudnn_where_they_lie():
+    segment_ids = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [4, 5, 5, 5, 5, 5, 5, 5]])
+    lengths, offsets, fits = fused_attention.documents_of(segment_ids, 4)
+    assert lengths.tolist() == [[3, 2, 1, 2], [1, 7, -1, -1]]
+    assert offsets.tolist() == [[0, 3, 5, 6, -1], [0, 1, -1, -1, -1]]
+    assert fits
+    assert not fused_attention.documents_of(segment_ids, 3)[2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cudnn_would_read_each_document_and_nothing_else(seed):
+    """What JAX hands to cuDNN, read as cuDNN's documentation of ragged tensors has it: segment i is so many
+    tokens from element `offset[i]` of the batch laid flat."""
+    q, k, v, _, segment_ids = random_rows(seed, length=64, heads=(3, 3), head_dim=8)
+    lengths, offsets, fits = fused_attention.documents_of(segment_ids, 64)
+    assert fits
+    lengths, _, offsets, _ = cudnn_kernel._fix_seqlen_offsets(lengths, lengths, offsets, offsets, q, k)
+    flat, starts = [np.asarray(x).reshape(-1) for x in (q, k, v)], np.asarray(offsets).reshape(-1)
+    out = np.full_like(flat[0], np.nan)
+    for start, length in zip(starts, np.asarray(lengths).reshape(-1), strict=False):
+        end = start + length * 3 * 8
+        document = [jnp.asarray(x[start:end].reshape(1, length, 3, 8)) for x in flat]
+        if length:
+            out[start:end] = np.asarray(packed_attention(*document, jnp.ones((1, length)))).reshape(-1)
+    np.testing.assert_allclose(out.reshape(q.shape), packed_attention(q, k, v, segment_ids), atol=1e-5)
+
+
+def test_the_cudnn_kernel_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr(cudnn_kernel, "check_cudnn_version", lambda: 91_200)
+    monkeypatch.setattr(cudnn_kernel, "check_compute_capability", lambda _: True)
+    rows = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in random_rows(0, length=512, dtype=jnp.bfloat16)]
+    traced = jax.jit(partial(outcome, fused_attention.cudnn)).trace(*rows)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmax(" in program
+    assert "@__cudnn$fmhaSoftmaxBackward(" in program
+    assert "PADDING_CAUSAL" in program
+    assert f"max_seg_per_batch\\22: {fused_attention.CUDNN_DOCUMENTS}" in program
