@@ -3,8 +3,8 @@
 NNX declares and initialises the parameters; the layers are stacked on their first dim and run by
 `jax.lax.scan`, so that thirty of them compile like one. Everything below is pure: a `SmolLM` is built,
 split into a plain dict of arrays (`params_of`) and put together again (`SmolLM.from_params`) inside jit.
-This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows is a
-function it is given, the plain one of attention.py if none.
+This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows and
+the lookup of tokens are functions it is given, the plain ones of attention.py and lookup.py if none.
 
 Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
 V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
@@ -23,6 +23,7 @@ from flax import nnx
 
 from smollm_jax.attention import Kernel, packed_attention
 from smollm_jax.config import ModelConfig, require
+from smollm_jax.lookup import Lookup, plain_lookup
 
 if TYPE_CHECKING:
     from smollm_jax.decoder import Decoder
@@ -119,7 +120,7 @@ class SmolLM(nnx.Module):
     """The language model; `dtype` is that of the computation, the parameters are f32.
 
     `remat` says what the backward pass computes again: "none", "dots" (all but matrix products), "full".
-    `attention(q, k, v, segment_ids)` is that over packed rows.
+    `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens.
     """
 
     def __init__(
@@ -131,9 +132,10 @@ class SmolLM(nnx.Module):
         remat: Policy = "none",
         unroll: int = 1,
         attention: Kernel = packed_attention,
+        lookup: Lookup = plain_lookup,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
-        self.attention = attention
+        self.attention, self.lookup = attention, lookup
         self.embedding = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = RMSNorm(config)
@@ -188,7 +190,7 @@ class SmolLM(nnx.Module):
         return Decoder(self)
 
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.embedding[...][tokens_BT].astype(self.dtype)
+        return self.lookup(self.embedding[...], tokens_BT).astype(self.dtype)
 
     def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
