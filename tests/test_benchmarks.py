@@ -1,0 +1,204 @@
+"""Every benchmark runs, in tiny shapes, and ends in a line of JSON with the fields that others read."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="the peer is PyTorch")
+ALONE = ("--preset", "quickstart", "--seq-len", "32", "--documents", "2", "--rounds", "1")
+
+
+def ran(name, *flags, code=0):
+    """The last line of what the benchmark prints, as JSON, and what it says to a person."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == code, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, "only the line of JSON belongs on stdout"
+    return json.loads(lines[0]), done.stderr
+
+
+def positive(spread):
+    return 0 < spread["min"] <= spread["median"] <= spread["max"]
+
+
+def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
+    found, table = ran("train", *ALONE, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
+    assert [(row["side"], row["batch"]) for row in found["rows"]] == [("ours", 1), ("ours", 2)]
+    for row in found["rows"]:
+        assert positive(row["tokens/s"])
+        assert min(row["compile, s"], row["peak GiB"], row["planned GiB"], row["first loss"]) > 0
+        assert row["MFU"] is None  # of a CPU no peak is known
+    best = max(row["tokens/s"]["median"] for row in found["rows"])
+    assert [row["tokens/s"] for row in found["summary"]] == [best]
+    assert "tokens/s" in table
+    assert found["machine"]["cores"] == os.cpu_count()
+
+
+@needs_torch
+def test_train_sets_the_peer_beside_ours():
+    found, _ = ran("train", *ALONE, "--dtypes", "float32", "--peers", "eager")
+    ours, peer = found["rows"]
+    assert peer["side"] == "HF + PyTorch eager"
+    assert positive(peer["tokens/s"])
+    assert peer["peak GiB"] > 0
+    assert positive(peer["ours is faster by"])
+    # fresh weights know nothing: both losses are about that of a guess
+    assert abs(ours["first loss"] - peer["first loss"]) < 1
+
+
+@needs_torch
+@pytest.mark.slow
+def test_train_runs_torch_compile_on_a_cpu():
+    found, _ = ran("train", *ALONE, "--dtypes", "float32", "--peers", "compile")
+    assert positive(found["rows"][1]["tokens/s"])
+
+
+def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
+    script = (
+        "from functools import partial\n"
+        "from benchmarks.sides import Ready, compare\n"
+        "def good(): return Ready(lambda: {'round': 1.0})\n"
+        "def bad(): raise MemoryError('out of memory')\n"
+        "def gone(): import os; os._exit(3)\n"
+        "if __name__ == '__main__':\n"
+        "    found = compare({'good': good, 'bad': bad, 'gone': gone}, rounds=2)\n"
+        "    print([(name, len(one.rounds), one.failed) for name, one in found.items()])\n"
+    )
+    path = tmp_path / "failing_side.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert "('good', 2, None)" in done.stdout
+    assert "('bad', 0, 'out of memory')" in done.stdout
+    assert "('gone', 0, 'its process ended with exit code 3')" in done.stdout
+
+
+def test_breakdown_adds_up_to_the_whole_step(tmp_path):
+    found, _ = ran("breakdown", *ALONE, "--trace", str(tmp_path))
+    rows = {row["part"]: row for row in found["rows"]}
+    whole = rows.pop("whole step")
+    explained, rest = rows.pop("sum of the parts"), rows.pop("rest")
+    assert {"attention: scores to values", "feed-forward", "norms", "head and loss", "optimizer"} < rows.keys()
+    assert sum(row["ms"]["median"] for row in rows.values()) == pytest.approx(explained["ms"])
+    assert explained["ms"] + rest["ms"] == pytest.approx(whole["ms"]["median"])
+    assert whole["share"] == 1
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_the_flops_of_the_parts_are_those_of_the_whole():
+    from benchmarks.breakdown import part_flops
+    from benchmarks.train import config_of
+    from smollm_jax.config import MODELS, ComputeConfig
+
+    config = config_of("135M", 2, 2_048, ComputeConfig())
+    flops = part_flops(config)
+    whole = flops.pop("whole step")
+    norms = 6 * (2 * MODELS["135M"].num_layers + 1) * MODELS["135M"].hidden_size
+    assert sum(flops.values()) + norms == whole
+
+
+def test_decode_gives_prefill_and_decoding_apart():
+    flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
+    found, _ = ran("decode", *flags, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
+    assert [(row["batch"], row["side"]) for row in found["rows"]] == [(1, "ours"), (2, "ours")]
+    for row in found["rows"]:
+        assert positive(row["tokens/s"])
+        assert positive(row["first token, s"])
+        assert row["prefill, tokens/s"] > 0
+        assert "decode alone, tokens/s" in row
+
+
+@needs_torch
+@pytest.mark.slow
+def test_all_sides_decode_the_same_tokens():
+    flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
+    found, _ = ran("decode", *flags, "--batch-sizes", "1", "--dtypes", "float32", "--kinds", "f32")
+    sides = [row["side"] for row in found["rows"]]
+    assert sides[:3] == ["ours", "HF generate, dynamic cache", "HF generate, static cache"]
+    assert (sides[3:] == ["llama.cpp"]) == found["settings"]["llama_cpp_installed"]
+    assert len({row["begins"] for row in found["rows"]}) == 1
+
+
+def test_startup_times_help_imports_and_both_first_steps():
+    found, _ = ran("startup", "--preset", "quickstart", "--seq-len", "32", "--rounds", "1")
+    seconds = {row["what"]: row["seconds"]["median"] for row in found["rows"]}
+    assert seconds["import jax"] < seconds["first step, warm"] < seconds["first step, cold"]
+    assert seconds["python itself"] < seconds["--help"]
+
+
+def test_data_sets_the_stream_against_the_tokenizer():
+    flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--rounds", "1")
+    found, _ = ran("data", *flags, "--device-tokens-per-second", "1000")
+    rows = {row["stage"]: row for row in found["rows"]}
+    assert rows["tokenizers.encode_batch"]["of encode_batch"]["median"] == 1
+    stream = rows["stream"]
+    assert positive(stream["tokens/s"])
+    assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
+
+
+def test_checkpoint_times_the_save_and_what_is_behind_it():
+    found, _ = ran("checkpoint", "--preset", "quickstart", "--rounds", "1")
+    assert {"the loop stands still", "written behind it", "verified", "restored"} < {
+        row["what"] for row in found["rows"]
+    }
+    assert found["settings"]["bytes"] > 3 * 4 * 3_262_208
+
+
+@pytest.mark.slow
+def test_curve_sets_the_losses_of_two_dtypes_side_by_side():
+    flags = ("--preset", "quickstart", "--steps", "3", "--batch-size", "2", "--seq-len", "32")
+    found, _ = ran("curve", *flags, "--tokenizer", "train:300")
+    assert [row["step"] for row in found["rows"]] == [1, 2, 3]
+    bf16, f32 = found["summary"]
+    assert 0 < bf16["largest gap"] < 0.1
+    assert f32["largest gap"] == 0
+    assert bf16["held-out loss"] == pytest.approx(f32["held-out loss"], abs=0.1)
+
+
+@pytest.mark.slow
+def test_ngram_beats_a_guess():
+    found, _ = ran("ngram", "--orders", "1", "2")
+    unigram, bigram = found["rows"]
+    assert bigram["nats a token"] < unigram["nats a token"] < 8.3
+
+
+def test_gpu_files_what_its_parts_find_and_names_what_had_no_time(tmp_path):
+    flags = ("--small", "--out", str(tmp_path), "--parts", "data")
+    found, _ = ran("gpu", *flags)
+    assert found["parts"] == {"data": "done"}
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["part"] == "data"
+    assert "encode_batch" in (tmp_path / "tables.txt").read_text()
+    found, _ = ran("gpu", *flags, "--minutes", "0", code=1)
+    assert found["parts"] == {"data": "no time left"}
+
+
+def test_gpu_names_a_part_that_fails_and_one_that_takes_too_long(tmp_path):
+    import io
+
+    from benchmarks.gpu import Part, run
+
+    talk = io.StringIO()
+    assert "exit code 2" in run(Part("wrong", "benchmarks.data --no-such-flag", 60), tmp_path, 60, talk)
+    assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk) == "took longer than 1 s"
+    assert "no-such-flag" in talk.getvalue()
