@@ -4,7 +4,8 @@
     logits_BTV = model(tokens_BT)
     smollm_jax.save_hf(model, "folder")
 
-The map, in the order of imports. Settings: config, config_file, arguments. Mathematics: model, loss, step.
+The map, in the order of imports. Settings: config, config_file, arguments. Mathematics: attention,
+fused_attention, lookup, model, loss, step.
 Documents to batches: tokenizer, python_docs, rows, remote, sources, windows, packing, ahead, heldout, data.
 What is kept: run_folder, inventory, checkpoint. Generation: sampling, decoder, generation, completion.
 Hugging Face: layout, hf_folder, convert, card, hub, loading, publish. A run: stop, report, resume, origin,

@@ -125,7 +125,8 @@ def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int =
         ours = jax.jit(partial(outcome, kernel))(q, k, v)
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
         return f"it does not run here: {type(error).__name__}, " + " ".join(str(error).split())[:200]
-    exact = jax.jit(partial(outcome, packed_attention))(*(x.astype(jnp.float32) for x in (q, k, v)))
+    with jax.default_matmul_precision("highest"):  # else a GPU or TPU rounds the operands of f32 products down
+        exact = jax.jit(partial(outcome, packed_attention))(*(x.astype(jnp.float32) for x in (q, k, v)))
     for name, a, b in zip(("the output", "dq", "dk", "dv"), ours, exact, strict=True):
         gap = float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
         if not gap <= TOLERANCE[jnp.dtype(dtype).name]:
