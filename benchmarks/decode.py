@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.gguf_file import Kind, write_gguf
-from benchmarks.measure import Row, as_command, finish, gib, spread
+from benchmarks.measure import Row, as_command, finish, gib, show, spread
 from benchmarks.sides import Outcome, Ready, compare, in_child
 from smollm_jax.config import MODELS, ModelConfig
 
@@ -227,7 +227,9 @@ def decode(
             work = Work(Path(folder), batch_size, prompt_tokens, new_tokens, config.vocab_size, seed)
             sides = sides_of(work, dtypes, peers, kinds)
             outcomes = compare({" ".join(name): make for name, make in sides.items()}, rounds=rounds)
-            rows += [_row(*name, outcomes[" ".join(name)], work) for name in sides]
+            found = [_row(*name, outcomes[" ".join(name)], work) for name in sides]
+            show(f"so far: batch {batch_size}", found)
+            rows += found
     finish(
         f"decode, {preset}, {prompt_tokens} prompt and {new_tokens} new tokens",
         rows,

@@ -8,6 +8,8 @@ said; runs/, the real training runs. `--small` does it all in tiny shapes, to se
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,16 +123,20 @@ def run(part: Part, folder: Path, limit: float, talk: TextIO) -> str:
     """Run a part and file what it says; returns "done", or what went wrong."""
     command = [word.replace("{out}", str(folder)) for word in part.command]
     print(f"\n$ {' '.join(command)}", file=talk, flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    late = False
     try:
         results, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its own children too: they hold the device
         results, said = process.communicate()
-        talk.write(said + results)
-        return f"took longer than {limit:.0f} s"
+        late = True
     talk.write(said + results)
     talk.flush()
+    if late:
+        return f"took longer than {limit:.0f} s; what it had found by then is in talk.txt"
     if process.returncode:
         return f"failed with exit code {process.returncode}: {(said.strip().splitlines() or [''])[-1][:200]}"
     _file(part, folder, results, said)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.measure import Row, as_command, finish, gib, spread
+from benchmarks.measure import Row, as_command, finish, gib, show, spread
 from benchmarks.sides import Outcome, Ready, compare
 from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, Remat, RunConfig
 
@@ -264,7 +264,9 @@ def train(
     for dtype in dtypes:
         for size in batch_sizes:
             config = config_of(preset, size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
-            rows += measured(Work(config, dtype, documents, steps, seed), peers, rounds)
+            found = measured(Work(config, dtype, documents, steps, seed), peers, rounds)
+            show(f"so far: {dtype}, batch {size}", found)
+            rows += found
     rows = with_mfu(rows)
     finish(
         f"train step, {preset}, T = {seq_len}, {documents} documents a row of ours",

@@ -200,5 +200,5 @@ def test_gpu_names_a_part_that_fails_and_one_that_takes_too_long(tmp_path):
 
     talk = io.StringIO()
     assert "exit code 2" in run(Part("wrong", "benchmarks.data --no-such-flag", 60), tmp_path, 60, talk)
-    assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk) == "took longer than 1 s"
+    assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk).startswith("took longer than 1 s")
     assert "no-such-flag" in talk.getvalue()
