@@ -2,8 +2,8 @@
 
 Each part is compiled alone, forward and backward over all layers on the step's own shapes, and timed in turn
 with the whole step; the rest is what the parts do not explain. A part alone cannot be fused with its
-neighbours, so the rest can be negative: that much is won by compiling all together. `--trace FOLDER` keeps a
-profile of the whole step, for TensorBoard or Perfetto.
+neighbours, so the rest can be negative: that much is won by compiling all together. What the step itself spends
+where, `benchmarks.profile` says; this says what a part could cost at least, and how fast its products run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,6 @@ def breakdown(
     rounds: int = 5,
     remat: Remat = "auto",
     unroll: int = ComputeConfig().unroll,
-    trace: str | None = None,
     seed: int = 0,
 ) -> int:
     """Time the parts of a train step and the whole.
@@ -47,14 +45,13 @@ def breakdown(
         rounds: Rounds counted.
         remat: What the backward pass of the whole step computes again; the parts compute nothing again.
         unroll: Layers a turn of the scan.
-        trace: Folder for a profile of three whole steps.
         seed: Of tokens, documents and weights.
     """
     import jax
 
     config = config_of(preset, batch_size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
     work = Work(config, dtype, documents, steps=1, seed=seed)
-    whole, note = whole_step(work)
+    whole, note, _ = whole_step(work)
     programs = {"whole step": whole, **parts(work)}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for round_ in range(-1, rounds):
@@ -63,17 +60,14 @@ def breakdown(
             jax.block_until_ready(program())
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - began)
-    with jax.profiler.trace(trace) if trace else nullcontext():
-        for _ in range(3 if trace else 0):
-            jax.block_until_ready(whole())
     print(note, file=sys.stderr)
     title = f"breakdown, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row"
     finish(title, rows_of(seconds, config, batch_size * seq_len), rounds=rounds, unroll=unroll, note=note)
     return 0
 
 
-def whole_step(work: Work) -> tuple[Program, str]:
-    """The train step as a run compiles it, and a word on how."""
+def whole_step(work: Work) -> tuple[Program, str, str]:
+    """The train step as a run compiles it, a word on how, and the program itself as text."""
     import jax
     import jax.numpy as jnp
 
@@ -93,7 +87,7 @@ def whole_step(work: Work) -> tuple[Program, str]:
         state, metrics = compiled[work.batch_size](state, *batch)
         return metrics
 
-    return run, f"remat {remat}"
+    return run, f"remat {remat}", compiled[work.batch_size].as_text() or ""
 
 
 def parts(work: Work) -> dict[str, Program]:

@@ -93,8 +93,8 @@ def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert "('gone', 0, 'its process ended with exit code 3')" in done.stdout
 
 
-def test_breakdown_adds_up_to_the_whole_step(tmp_path):
-    found, _ = ran("breakdown", *ALONE, "--trace", str(tmp_path))
+def test_breakdown_adds_up_to_the_whole_step():
+    found, _ = ran("breakdown", *ALONE)
     rows = {row["part"]: row for row in found["rows"]}
     whole = rows.pop("whole step")
     explained, rest = rows.pop("sum of the parts"), rows.pop("rest")
@@ -102,7 +102,32 @@ def test_breakdown_adds_up_to_the_whole_step(tmp_path):
     assert sum(row["ms"]["median"] for row in rows.values()) == pytest.approx(explained["ms"])
     assert explained["ms"] + rest["ms"] == pytest.approx(whole["ms"]["median"])
     assert whole["share"] == 1
+
+
+def test_profile_puts_the_time_of_a_step_down_to_the_parts_of_the_model(tmp_path):
+    found, _ = ran("profile", *ALONE[:-2], "--steps", "2", "--out", str(tmp_path))
+    shares = {row["part"]: row["share"] for row in found["rows"]}
+    parts = {"attention: scores to values", "attention: projections and rope", "feed-forward", "norms"}
+    parts |= {"head and loss", "embedding", "optimizer"}
+    assert parts < shares.keys()
+    assert shares.pop("all") == 1
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["feed-forward"] > shares["norms"]
+    assert not {"rest", "not in the program"} & {part for part, share in shares.items() if share > 0.1}
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_an_operation_belongs_to_the_nearest_function_that_has_a_part():
+    from benchmarks.profile import part_of
+
+    around = [("smollm_jax/model.py", "Block.__call__"), ("smollm_jax/step.py", "make_step.<locals>.step")]
+    assert part_of([("smollm_jax/model.py", "MLP.__call__"), *around]) == "feed-forward"
+    assert (
+        part_of([("jax/_src/nn/functions.py", "silu"), ("smollm_jax/model.py", "MLP.__call__")]) == "feed-forward"
+    )
+    assert part_of(around) == "residuals"
+    assert part_of([("elsewhere.py", "f")]) == "rest"
+    assert part_of([]) == "XLA's own: copies, fills"
 
 
 def test_the_flops_of_the_parts_are_those_of_the_whole():

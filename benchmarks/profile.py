@@ -1,0 +1,226 @@
+"""Where the device's time goes in the step as it really runs: `python -m benchmarks.profile`.
+
+A profile of whole steps, each operation put down to the code that asked for it: XLA keeps the lines of Python
+that an operation comes from, through differentiation and fusion, and the nearest function with a name below
+decides. A fusion counts as what its last operation is. On a GPU or TPU times are the device's own; on a CPU
+they are summed over threads, so that shares alone mean something.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Row, as_command, finish
+from benchmarks.sides import on_accelerator
+from benchmarks.train import Dtype, Preset, Work, config_of
+from smollm_jax.config import ComputeConfig, Remat
+
+REST, NOBODYS = "rest", "XLA's own: copies, fills"
+# the first that the end of a file's name and the beginning of a function's fit, from the inside out
+HOMES = (
+    ("loss.py", "", "head and loss"),
+    ("attention.py", "", "attention: scores to values"),
+    ("lookup.py", "", "embedding"),
+    ("model.py", "SmolLM._embed", "embedding"),
+    ("model.py", "RMSNorm", "norms"),
+    ("model.py", "MLP", "feed-forward"),
+    ("model.py", "Attention", "attention: projections and rope"),
+    ("model.py", "rotate", "attention: projections and rope"),
+    ("model.py", "rope_angles", "attention: projections and rope"),
+    ("model.py", "Block", "residuals"),
+    ("step.py", "make_step.<locals>.step.<locals>.update", "optimizer"),
+    ("", "tree_norm", "optimizer"),
+    ("model.py", "SmolLM.features", "scan over layers"),
+    ("step.py", "make_step", "optimizer"),
+)
+UNKNOWN = ("", "not in the program")
+# their time is that of what they hold
+CONTAINERS = ("while", "conditional", "call", "async-start", "async-done")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
+FRAME_OF = re.compile(r"stack_frame_id=(\d+)")
+
+
+def profile(
+    *,
+    preset: Preset = "135M",
+    batch_size: int = 2,
+    seq_len: int = 256,
+    documents: int = 1,
+    dtype: Dtype = "float32",
+    steps: int = 5,
+    remat: Remat = "auto",
+    unroll: int = ComputeConfig().unroll,
+    top: int = 15,
+    out: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Profile whole train steps and put the device's time down to the parts of the model.
+
+    Args:
+        preset: Architecture.
+        batch_size: Rows a step.
+        seq_len: Tokens a row.
+        documents: Documents packed into a row.
+        dtype: Compute dtype over float32 parameters.
+        steps: Steps in the profile.
+        remat: What the backward pass computes again.
+        unroll: Layers a turn of the scan.
+        top: Longest operations shown.
+        out: Folder to keep the profile in, for TensorBoard or Perfetto.
+        seed: Of the tokens and documents.
+    """
+    if on_accelerator():  # kernels started as one graph do not say which operation they belong to
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    config = config_of(preset, batch_size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
+    with ExitStack() as stack:
+        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-benchmark-")))
+        text = _profiled(Work(config, dtype, documents, steps, seed), folder)
+        seconds, wall = read_profile(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
+    operations = read_operations(text)
+    title = f"profile, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row"
+    rows = _by_part(seconds, operations, steps)
+    busy = sum(row["ms a step"] for row in rows)
+    finish(
+        title,
+        [*rows, {"part": "all", "ms a step": busy, "share": 1.0}],
+        summary=_longest(seconds, operations, steps, top),
+        steps=steps,
+        wall_ms_a_step=wall * 1e3 / steps,
+    )
+    return 0
+
+
+def _profiled(work: Work, folder: Path) -> str:
+    """Run the steps under the profiler; returns the program as XLA compiled it."""
+    import jax
+
+    from benchmarks.breakdown import whole_step
+
+    run, _, text = whole_step(work)
+    jax.block_until_ready(run())
+    with jax.profiler.trace(folder):
+        for _ in range(work.steps):
+            metrics = run()
+        jax.block_until_ready(metrics)
+    return text
+
+
+def read_profile(path: Path) -> tuple[Counter[str], float]:
+    """Seconds of each operation of the train step over all steps, and from the first's start to the last's end."""
+    import jax
+
+    seconds: Counter[str] = Counter()
+    begins, ends = [], []
+    for event, stats in _events(jax.profiler.ProfileData.from_file(str(path))):
+        if "step" in str(stats.get("hlo_module", "")):
+            seconds[str(stats["hlo_op"]).lstrip("%")] += event.duration_ns / 1e9
+            begins.append(event.start_ns)
+            ends.append(event.start_ns + event.duration_ns)
+    return seconds, (max(ends) - min(begins)) / 1e9 if begins else 0.0
+
+
+def _events(data: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Events of operations: of the devices where there are any, else of the CPU's threads."""
+    planes = list(data.planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    for plane in devices or planes:
+        lines = list(plane.lines)
+        operations = [line for line in lines if line.name == "XLA Ops"]
+        for line in operations or [line for line in lines if line.name != "XLA Modules"]:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    yield event, stats
+
+
+def read_operations(text: str) -> dict[str, tuple[str, str]]:
+    """Of each operation in a compiled program its kind, and the part of the model that asked for it."""
+    frames = _frames(text)
+    operations = {}
+    for line in text.splitlines():
+        if found := INSTRUCTION.match(line):
+            frame = FRAME_OF.search(line)
+            chain = frames(int(frame[1])) if frame else []
+            operations[found[1]] = (found[2], part_of(chain))
+    return operations
+
+
+def part_of(chain: list[tuple[str, str]]) -> str:
+    """The part that the nearest file and function of `chain` belong to, from the inside out."""
+    if not chain:
+        return NOBODYS
+    for file, function in chain:
+        for name, beginning, part in HOMES:
+            if file.endswith(name) and function.startswith(beginning):
+                return part
+    return REST
+
+
+def _frames(text: str) -> Any:
+    """How to look up the files and functions of a stack frame, from the inside out."""
+    files, functions = (
+        {int(i): name for i, name in re.findall(r'^(\d+) "(.*)"$', _table(text, title), re.M)}
+        for title in ("FileNames", "FunctionNames")
+    )
+    places = {
+        int(i): (files[int(file)], functions[int(function)])
+        for i, file, function in re.findall(
+            r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", _table(text, "FileLocations"), re.M
+        )
+    }
+    frames = {
+        int(i): (places[int(place)], int(parent))
+        for i, place, parent in re.findall(
+            r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", _table(text, "StackFrames"), re.M
+        )
+    }
+    none = frames[1][1] if 1 in frames else 0  # XLA counts parents from 1, and the first frame has none
+
+    def chain(frame: int) -> list[tuple[str, str]]:
+        found = []
+        while frame in frames:
+            place, parent = frames[frame]
+            found.append(place)
+            frame = parent - none
+        return found
+
+    return chain
+
+
+def _table(text: str, title: str) -> str:
+    """The lines below `title`, up to an empty one."""
+    found = re.search(rf"^{title}\n((?:\d+ .*\n)*)", text, re.M)
+    return found[1] if found else ""
+
+
+def _by_part(seconds: Counter[str], operations: dict[str, tuple[str, str]], steps: int) -> list[Row]:
+    totals: Counter[str] = Counter()
+    for name, value in seconds.items():
+        kind, part = operations.get(name, UNKNOWN)
+        if kind not in CONTAINERS:
+            totals[part] += value
+    whole = sum(totals.values())
+    return [
+        {"part": part, "ms a step": value * 1e3 / steps, "share": value / whole}
+        for part, value in totals.most_common()
+    ]
+
+
+def _longest(seconds: Counter[str], operations: dict[str, tuple[str, str]], steps: int, top: int) -> list[Row]:
+    longest = [(name, *operations.get(name, UNKNOWN), value) for name, value in seconds.most_common()]
+    return [
+        {"operation": name, "kind": kind, "part": part, "ms a step": value * 1e3 / steps}
+        for name, kind, part, value in longest
+        if kind not in CONTAINERS
+    ][:top]
+
+
+if __name__ == "__main__":
+    as_command(profile, "profile")
