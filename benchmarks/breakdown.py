@@ -8,15 +8,14 @@ where, `benchmarks.profile` says; this says what a part could cost at least, and
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from benchmarks.measure import Row, as_command, finish, spread
-from benchmarks.train import Dtype, Preset, Work, config_of
-from smollm_jax.config import ComputeConfig, Config, Remat
+from benchmarks.work import COMPUTE, Dtype, OurStep, Preset, Work, config_of, our_step
+from smollm_jax.config import ComputeConfig, Config
 
 Program = Callable[[], Any]
 """Starts the work of a part, and returns arrays to wait for."""
@@ -30,8 +29,7 @@ def breakdown(
     documents: int = 1,
     dtype: Dtype = "float32",
     rounds: int = 5,
-    remat: Remat = "auto",
-    unroll: int = ComputeConfig().unroll,
+    compute: ComputeConfig = COMPUTE,
     seed: int = 0,
 ) -> int:
     """Time the parts of a train step and the whole.
@@ -43,16 +41,15 @@ def breakdown(
         documents: Documents packed into a row.
         dtype: Compute dtype over float32 parameters.
         rounds: Rounds counted.
-        remat: What the backward pass of the whole step computes again; the parts compute nothing again.
-        unroll: Layers a turn of the scan.
+        compute: Of the whole step, but for its dtype; the parts compute nothing again.
         seed: Of tokens, documents and weights.
     """
     import jax
 
-    config = config_of(preset, batch_size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
+    config = config_of(preset, batch_size, seq_len, compute)
     work = Work(config, dtype, documents, steps=1, seed=seed)
-    whole, note, _ = whole_step(work)
-    programs = {"whole step": whole, **parts(work)}
+    whole = our_step(work)
+    programs = {"whole step": whole.run, **parts(work, whole)}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for round_ in range(-1, rounds):
         for name, program in programs.items():
@@ -60,63 +57,44 @@ def breakdown(
             jax.block_until_ready(program())
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - began)
-    print(note, file=sys.stderr)
-    title = f"breakdown, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row"
-    finish(title, rows_of(seconds, config, batch_size * seq_len), rounds=rounds, unroll=unroll, note=note)
+    title = f"breakdown, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row, {whole.note}"
+    finish(title, rows_of(seconds, config, work.step_tokens), rounds=rounds, compute=vars(compute))
     return 0
 
 
-def whole_step(work: Work) -> tuple[Program, str, str]:
-    """The train step as a run compiles it, a word on how, and the program itself as text."""
-    import jax
-    import jax.numpy as jnp
-
-    from smollm_jax.hardware import memory_bytes, use_precision_of
-    from smollm_jax.sharding import by_row, make_mesh
-    from smollm_jax.step import compile_steps, init_state
-
-    dtype = jnp.dtype(work.dtype)
-    use_precision_of(dtype)
-    mesh = make_mesh(work.config)
-    limit = memory_bytes(mesh.devices.flat[0])
-    compiled, remat = compile_steps(work.config, mesh, dtype=dtype, memory_bytes=limit)
-    state, batch = init_state(work.config, mesh), jax.device_put(work.rows(), by_row(mesh))
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = compiled[work.batch_size](state, *batch)
-        return metrics
-
-    return run, f"remat {remat}", compiled[work.batch_size].as_text() or ""
-
-
-def parts(work: Work) -> dict[str, Program]:
+def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     """Every part as a program of its own: what it computes in the step, and its gradients."""
     import jax
     import jax.numpy as jnp
 
+    from smollm_jax.attention import kernel_of
+    from smollm_jax.lookup import lookup_of
     from smollm_jax.loss import summed_nll, targets_of
     from smollm_jax.model import SmolLM, init_params
+    from smollm_jax.sharding import BATCH_AXES
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     params = init_params(config.model, work.seed)
-    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=config.compute.unroll)
+    lookup = lookup_of(whole.mesh, rows=BATCH_AXES)
+    attention = kernel_of(whole.attention, whole.mesh, rows=BATCH_AXES, heads="tensor")
+    unroll = config.compute.unroll
+    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=unroll, attention=attention)
     tokens, segment_ids = map(jnp.asarray, work.rows())
     targets, valid = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
     x_BTD = jax.random.normal(jax.random.key(work.seed), shape).astype(dtype)
 
     def embed(embedding_VD: jax.Array) -> jax.Array:
-        return embedding_VD[tokens[:, :-1]].astype(dtype)
+        return lookup(embedding_VD, tokens[:, :-1]).astype(dtype)
 
     def head(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
         x_BTD, head_VD = model.final_norm(x_BTD), head_VD.astype(dtype)
         return summed_nll(x_BTD, head_VD, targets, valid, config.compute.loss_chunk)
 
     return {
-        "embedding": _with_gradients(embed, x_BTD, params["embedding"]),
+        "embedding": with_gradients(embed, x_BTD, params["embedding"]),
         **_block_parts(model, segment_ids[:, :-1], x_BTD),
-        "head and loss": _with_gradients(head, jnp.float32(1), x_BTD, model.head_VD),
+        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD),
         "optimizer": _optimizer(config, params),
     }
 
@@ -130,7 +108,9 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
 
     blocks, config = model.blocks, model.config
     rope = rope_angles(positions_of(segment_ids_BT), head_dim=config.head_dim, theta=config.rope_theta)
-    core = partial(model.attention, segment_ids_BT=segment_ids_BT)
+
+    def core(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+        return model.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def joined(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         """In place of attention, so that only the projections are timed."""
@@ -151,7 +131,7 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
         "attention: projections and rope": over_layers(
             blocks.attention, lambda attention, x: x + attention(x, rope, joined)
         ),
-        "attention: scores to values": _with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH),
+        "attention: scores to values": with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH),
         "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x)),
         "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
     }
@@ -170,10 +150,10 @@ def _over_layers(modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, 
 
         return jax.lax.scan(layer, x_BTD, stacked, unroll=unroll)[0]
 
-    return _with_gradients(forward, x_BTD, stacked, x_BTD)
+    return with_gradients(forward, x_BTD, stacked, x_BTD)
 
 
-def _with_gradients(forward: Callable[..., Any], cotangent: Any, *arguments: Any) -> Program:
+def with_gradients(forward: Callable[..., Any], cotangent: Any, *arguments: Any) -> Program:
     """`forward(*arguments)` and the gradients of all arguments, compiled."""
     import jax
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import Row, as_command, finish
-from benchmarks.train import Dtype, Preset
+from benchmarks.work import Dtype, Preset
 from smollm_jax.report import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -46,6 +46,7 @@ PARTS = (
     ),
     Part("breakdown", "benchmarks.breakdown --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
     Part("profile", "benchmarks.profile --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 60),
+    Part("attention", "benchmarks.attention --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
     Part("decode", "benchmarks.decode --batch-sizes 1 --dtypes bfloat16 --new-tokens 128 --rounds 3", 100),
     Part("curve", "benchmarks.curve --steps 200 --batch-size 8 --out {out}/runs", 180),
     Part("startup", "benchmarks.startup --batch-size 32 --seq-len 2048", 90),
@@ -71,6 +72,7 @@ SMALL_PARTS = (
     ),
     Part("breakdown", "benchmarks.breakdown --preset quickstart --seq-len 64 --documents 2 --rounds 2", 100),
     Part("profile", "benchmarks.profile --preset quickstart --seq-len 64 --documents 2", 100),
+    Part("attention", "benchmarks.attention --preset quickstart --seq-len 64 --documents 2 --rounds 2", 100),
     Part(
         "decode",
         "benchmarks.decode --preset quickstart --batch-sizes 1 2 --dtypes float32 --new-tokens 8 --rounds 1",

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.measure import Row, as_command, finish
 from benchmarks.sides import on_accelerator
-from benchmarks.train import Dtype, Preset, Work, config_of
-from smollm_jax.config import ComputeConfig, Remat
+from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
+from smollm_jax.config import ComputeConfig
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 # the first that the end of a file's name and the beginning of a function's fit, from the inside out
@@ -55,8 +55,7 @@ def profile(
     documents: int = 1,
     dtype: Dtype = "float32",
     steps: int = 5,
-    remat: Remat = "auto",
-    unroll: int = ComputeConfig().unroll,
+    compute: ComputeConfig = COMPUTE,
     top: int = 15,
     out: str | None = None,
     seed: int = 0,
@@ -70,21 +69,20 @@ def profile(
         documents: Documents packed into a row.
         dtype: Compute dtype over float32 parameters.
         steps: Steps in the profile.
-        remat: What the backward pass computes again.
-        unroll: Layers a turn of the scan.
+        compute: Of the step, but for its dtype.
         top: Longest operations shown.
         out: Folder to keep the profile in, for TensorBoard or Perfetto.
         seed: Of the tokens and documents.
     """
     if on_accelerator():  # kernels started as one graph do not say which operation they belong to
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
-    config = config_of(preset, batch_size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
+    config = config_of(preset, batch_size, seq_len, compute)
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-benchmark-")))
-        text = _profiled(Work(config, dtype, documents, steps, seed), folder)
+        text, note = _profiled(Work(config, dtype, documents, steps, seed), folder)
         seconds, wall = read_profile(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
     operations = read_operations(text)
-    title = f"profile, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row"
+    title = f"profile, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row, {note}"
     rows = _by_part(seconds, operations, steps)
     busy = sum(row["ms a step"] for row in rows)
     finish(
@@ -92,24 +90,23 @@ def profile(
         [*rows, {"part": "all", "ms a step": busy, "share": 1.0}],
         summary=_longest(seconds, operations, steps, top),
         steps=steps,
+        compute=vars(compute),
         wall_ms_a_step=wall * 1e3 / steps,
     )
     return 0
 
 
-def _profiled(work: Work, folder: Path) -> str:
-    """Run the steps under the profiler; returns the program as XLA compiled it."""
+def _profiled(work: Work, folder: Path) -> tuple[str, str]:
+    """Run the steps under the profiler; returns the program as XLA compiled it, and a word on how."""
     import jax
 
-    from benchmarks.breakdown import whole_step
-
-    run, _, text = whole_step(work)
-    jax.block_until_ready(run())
+    step = our_step(work)
+    jax.block_until_ready(step.run())
     with jax.profiler.trace(folder):
         for _ in range(work.steps):
-            metrics = run()
+            metrics = step.run()
         jax.block_until_ready(metrics)
-    return text
+    return step.program.as_text() or "", step.note
 
 
 def read_profile(path: Path) -> tuple[Counter[str], float]:

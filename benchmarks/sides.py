@@ -131,7 +131,8 @@ def _serve(connection: Connection, make: Callable[[], Ready]) -> None:
                 warm = True
             connection.send((True, answer))
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, ValueError | ImportError):  # those say it all in a line
+            traceback.print_exc()
         connection.send((False, _reason(error)))
 
 
@@ -146,7 +147,7 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if any(words in text for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
         return "out of memory"
-    return f"{type(error).__name__}: {text[:200]}"
+    return text[:200] if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:200]}"
 
 
 def _forget_resident_peak() -> None:

@@ -11,96 +11,41 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-
 from benchmarks.measure import Row, as_command, finish, gib, show, spread
 from benchmarks.sides import Outcome, Ready, compare
-from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, Remat, RunConfig
+from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
+from smollm_jax.config import ComputeConfig
 
-Preset = Literal["135M", "360M", "1.7B", "quickstart"]
-Dtype = Literal["float32", "bfloat16"]
 Form = Literal["eager", "compile", "max-autotune"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What both sides do: `steps` steps a round of the rows that `config` and `seed` give."""
-
-    config: Config
-    dtype: Dtype
-    documents: int
-    steps: int
-    seed: int
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.main_batch_size
-
-    @property
-    def round_tokens(self) -> int:
-        return self.steps * self.batch_size * self.config.data.seq_len
-
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Random tokens, and segment ids that cut each row into its documents at random: (B, T+1)."""
-        rng = np.random.default_rng(self.seed)
-        shape = (self.batch_size, self.config.data.seq_len + 1)
-        tokens = rng.integers(0, self.config.model.vocab_size, shape).astype(np.int32)
-        segment_ids = np.ones(shape, np.int32)
-        for row in segment_ids:
-            for cut in rng.choice(np.arange(1, shape[1]), self.documents - 1, replace=False):
-                row[cut:] += 1
-        return tokens, segment_ids
-
-
-def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeConfig) -> Config:
-    return replace(
-        RECIPES["replica"],
-        preset=preset,
-        model=MODELS[preset],
-        data=DataConfig(seq_len=seq_len),
-        run=RunConfig(phases=f"1000x{batch_size}"),
-        compute=compute,
-    )
 
 
 def ours(work: Work) -> Ready:
     import jax
-    import jax.numpy as jnp
 
-    from smollm_jax.hardware import memory_bytes, use_precision_of
-    from smollm_jax.sharding import by_row, make_mesh
-    from smollm_jax.step import compile_steps, compiled_bytes, init_state
+    from smollm_jax.step import compiled_bytes
 
-    config, dtype = work.config, jnp.dtype(work.dtype)
-    use_precision_of(dtype)
-    mesh = make_mesh(config)
-    device = mesh.devices.flat[0]
-    state = jax.block_until_ready(init_state(config, mesh))
-    batch = jax.device_put(work.rows(), by_row(mesh))
+    step = our_step(work)
     began = time.perf_counter()
-    compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
-    step = compiled[work.batch_size]
+    loss = float(step.run()["loss"])
+    facts = {
+        "first step": step.compile_seconds + time.perf_counter() - began,
+        "remat": step.remat,
+        "attention": step.attention,
+        "planned GiB": gib(compiled_bytes(step.program)),
+        "loss": loss,
+    }
 
     def run() -> dict[str, float]:
-        nonlocal state
         start = time.perf_counter()
         for _ in range(work.steps):
-            state, metrics = step(state, *batch)
+            metrics = step.run()
         jax.block_until_ready(metrics)
         return {"round": time.perf_counter() - start}
 
-    state, metrics = step(state, *batch)
-    jax.block_until_ready(metrics)
-    facts = {
-        "first step": time.perf_counter() - began,
-        "remat": remat,
-        "planned GiB": gib(compiled_bytes(step)),
-        "loss": float(metrics["loss"]),
-    }
+    device = step.mesh.devices.flat[0]
     return Ready(run, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"))
 
 
@@ -185,7 +130,7 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: Work) -> Row:
     if outcome.failed:
         return row | {"failed": outcome.failed}
     seconds = outcome.of("round")
-    rate = spread([work.round_tokens / value for value in seconds])
+    rate = spread([work.steps * work.step_tokens / value for value in seconds])
     flops = rate["median"] * work.config.model.flops_per_token(work.config.data.seq_len)
     faster = None
     if name != "ours" and not reference.failed:
@@ -198,6 +143,7 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: Work) -> Row:
         "peak GiB": gib(outcome.peak_bytes),
         "planned GiB": outcome.facts.get("planned GiB"),
         "remat": outcome.facts.get("remat"),
+        "attention": outcome.facts.get("attention"),
         "first loss": outcome.facts["loss"],
         "ours is faster by": faster,
     }
@@ -241,8 +187,7 @@ def train(
     peers: tuple[Form, ...] = ("eager",),
     steps: int = 1,
     rounds: int = 5,
-    remat: Remat = "auto",
-    unroll: int = ComputeConfig().unroll,
+    compute: ComputeConfig = COMPUTE,
     seed: int = 0,
 ) -> int:
     """Time whole training steps, ours and PyTorch's.
@@ -256,14 +201,13 @@ def train(
         peers: Forms of Hugging Face + PyTorch to time beside ours; none: ours alone.
         steps: Steps a round.
         rounds: Rounds counted.
-        remat: What our backward pass computes again.
-        unroll: Layers a turn of our scan.
+        compute: Of our side, but for its dtype.
         seed: Of the tokens and documents.
     """
     rows: list[Row] = []
     for dtype in dtypes:
         for size in batch_sizes:
-            config = config_of(preset, size, seq_len, ComputeConfig(remat=remat, unroll=unroll))
+            config = config_of(preset, size, seq_len, compute)
             found = measured(Work(config, dtype, documents, steps, seed), peers, rounds)
             show(f"so far: {dtype}, batch {size}", found)
             rows += found
@@ -274,7 +218,7 @@ def train(
         summary=best_of(rows),
         steps=steps,
         rounds=rounds,
-        unroll=unroll,
+        compute=vars(compute),
         seed=seed,
     )
     return 0

@@ -132,14 +132,22 @@ def test_an_operation_belongs_to_the_nearest_function_that_has_a_part():
 
 def test_the_flops_of_the_parts_are_those_of_the_whole():
     from benchmarks.breakdown import part_flops
-    from benchmarks.train import config_of
-    from smollm_jax.config import MODELS, ComputeConfig
+    from benchmarks.work import config_of
+    from smollm_jax.config import MODELS
 
-    config = config_of("135M", 2, 2_048, ComputeConfig())
+    config = config_of("135M", 2, 2_048)
     flops = part_flops(config)
     whole = flops.pop("whole step")
     norms = 6 * (2 * MODELS["135M"].num_layers + 1) * MODELS["135M"].hidden_size
     assert sum(flops.values()) + norms == whole
+
+
+def test_attention_times_what_runs_here_and_says_why_the_rest_does_not():
+    found, _ = ran("attention", *ALONE, "--kernels", "plain", "cudnn")
+    plain, cudnn = found["rows"]
+    assert positive(plain["ms"])
+    assert plain["faster than the first"]["median"] == 1
+    assert "GPU" in cudnn["failed"]
 
 
 def test_decode_gives_prefill_and_decoding_apart():

@@ -1,0 +1,105 @@
+"""The work that the benchmarks of the train step have in common, and our step made ready for it as a run does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, RunConfig
+
+Preset = Literal["135M", "360M", "1.7B", "quickstart"]
+Dtype = Literal["float32", "bfloat16"]
+COMPUTE = ComputeConfig()
+
+
+@dataclass(frozen=True)
+class Work:
+    """`steps` steps a round of the rows that `config` and `seed` give; `dtype` is that of the computation."""
+
+    config: Config
+    dtype: Dtype
+    documents: int = 1
+    steps: int = 1
+    seed: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.main_batch_size
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_size * self.config.data.seq_len
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Random tokens, and segment ids that cut each row into its documents at random: (B, T+1)."""
+        rng = np.random.default_rng(self.seed)
+        shape = (self.batch_size, self.config.data.seq_len + 1)
+        tokens = rng.integers(0, self.config.model.vocab_size, shape).astype(np.int32)
+        segment_ids = np.ones(shape, np.int32)
+        for row in segment_ids:
+            for cut in rng.choice(np.arange(1, shape[1]), self.documents - 1, replace=False):
+                row[cut:] += 1
+        return tokens, segment_ids
+
+
+def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeConfig = COMPUTE) -> Config:
+    return replace(
+        RECIPES["replica"],
+        preset=preset,
+        model=MODELS[preset],
+        data=DataConfig(seq_len=seq_len),
+        run=RunConfig(phases=f"1000x{batch_size}"),
+        compute=compute,
+    )
+
+
+@dataclass
+class OurStep:
+    """The compiled step; `run` does one and returns its metrics, not waited for."""
+
+    run: Callable[[], Any]
+    program: Any
+    mesh: Any
+    remat: str
+    attention: str
+    compile_seconds: float
+
+    @property
+    def note(self) -> str:
+        return f"remat {self.remat}, attention {self.attention}"
+
+
+def our_step(work: Work) -> OurStep:
+    """Compile the train step for `work`, the attention kernel chosen and checked as at the start of a run."""
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.attention import choose_checked
+    from smollm_jax.hardware import memory_bytes, use_precision_of
+    from smollm_jax.sharding import by_row, make_mesh
+    from smollm_jax.step import compile_steps, init_state
+
+    config, dtype = work.config, jnp.dtype(work.dtype)
+    use_precision_of(dtype)
+    mesh = make_mesh(config)
+    attention, notes = choose_checked(config.compute.attention, mesh, config.model, dtype)
+    for note in notes:
+        print(note, file=sys.stderr)
+    config = replace(config, compute=replace(config.compute, attention=attention))
+    limit, began = memory_bytes(mesh.devices.flat[0]), time.perf_counter()
+    compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=limit)
+    seconds = time.perf_counter() - began
+    program, batch = compiled[work.batch_size], jax.device_put(work.rows(), by_row(mesh))
+    state = init_state(config, mesh)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = program(state, *batch)
+        return metrics
+
+    return OurStep(run, program, mesh, remat, attention, seconds)
