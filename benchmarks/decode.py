@@ -228,7 +228,8 @@ def decode(
             sides = sides_of(work, dtypes, peers, kinds)
             outcomes = compare({" ".join(name): make for name, make in sides.items()}, rounds=rounds)
             found = [_row(*name, outcomes[" ".join(name)], work) for name in sides]
-            show(f"so far: batch {batch_size}", found)
+            if len(batch_sizes) > 1:
+                show(f"so far: batch {batch_size}", found)
             rows += found
     finish(
         f"decode, {preset}, {prompt_tokens} prompt and {new_tokens} new tokens",

@@ -44,11 +44,11 @@ PARTS = (
         "--peers compile eager --steps 5 --rounds 5",
         280,
     ),
-    Part("breakdown", "benchmarks.breakdown --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
+    Part("breakdown", "benchmarks.breakdown --batch-size 16 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
     Part("profile", "benchmarks.profile --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 60),
     Part("attention", "benchmarks.attention --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
     Part("decode", "benchmarks.decode --batch-sizes 1 --dtypes bfloat16 --new-tokens 128 --rounds 3", 100),
-    Part("curve", "benchmarks.curve --steps 200 --batch-size 8 --out {out}/runs", 180),
+    Part("curve", "benchmarks.curve --steps 200 --batch-size 8 --out {out}/runs", 220),
     Part("startup", "benchmarks.startup --batch-size 32 --seq-len 2048", 90),
     Part(
         "verify-resume",
@@ -97,7 +97,7 @@ SMALL_PARTS = (
 
 
 def gpu(
-    *, out: str = "benchmark-results", minutes: float = 10.0, parts: tuple[str, ...] = (), small: bool = False
+    *, out: str = "runs/benchmarks", minutes: float = 10.0, parts: tuple[str, ...] = (), small: bool = False
 ) -> int:
     """Run every benchmark, and keep what they find in a folder.
 

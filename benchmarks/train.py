@@ -209,7 +209,8 @@ def train(
         for size in batch_sizes:
             config = config_of(preset, size, seq_len, compute)
             found = measured(Work(config, dtype, documents, steps, seed), peers, rounds)
-            show(f"so far: {dtype}, batch {size}", found)
+            if len(dtypes) * len(batch_sizes) > 1:
+                show(f"so far: {dtype}, batch {size}", found)
             rows += found
     rows = with_mfu(rows)
     finish(
