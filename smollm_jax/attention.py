@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from smollm_jax.config import ModelConfig, require
+from smollm_jax.config import AttentionName, ModelConfig, require
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """`kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)` gives o_BTNH, causal inside each segment."""
@@ -63,7 +63,7 @@ CAPABILITY = {"pallas": 8.0, "cudnn": 9.0}
 TOLERANCE = {"bfloat16": 0.02, "float32": 0.0001}
 
 
-def choose(asked: str, device: Any, dtype: Any) -> tuple[str, str]:
+def choose(asked: AttentionName, device: Any, dtype: Any) -> tuple[AttentionName, str]:
     """The kernel for `device`, and in words why "auto" came to the plain one where a GPU could have better.
 
     `asked` is "auto" or a name. Raises `ValueError` for a name that cannot run there.
@@ -71,7 +71,7 @@ def choose(asked: str, device: Any, dtype: Any) -> tuple[str, str]:
     if asked == "plain" or (asked == "auto" and device.platform == "cpu"):
         return "plain", ""
     if asked == "auto":
-        name = "splash" if device.platform == "tpu" else "pallas"
+        name: AttentionName = "splash" if device.platform == "tpu" else "pallas"
         obstacle = _obstacle(name, device, dtype)
         return ("plain", f"attention   plain: {obstacle}") if obstacle else (name, "")
     obstacle = _obstacle(asked, device, dtype)
@@ -134,7 +134,9 @@ def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int =
     return ""
 
 
-def choose_checked(asked: str, mesh: Mesh, config: ModelConfig, dtype: Any) -> tuple[str, list[str]]:
+def choose_checked(
+    asked: AttentionName, mesh: Mesh, config: ModelConfig, dtype: Any
+) -> tuple[AttentionName, list[str]]:
     """`choose`, then the kernel held against the plain form on the device at hand; with notes for the user.
 
     Where they disagree, "auto" comes to the plain form; a name asked for raises `ValueError`.

@@ -17,6 +17,7 @@ DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of S
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["auto", "none", "dots", "full"]
+AttentionName = Literal["auto", "plain", "splash", "pallas", "cudnn"]
 Schedule = Literal["linear", "constant", "cosine", "wsd"]
 
 
@@ -118,6 +119,8 @@ class ComputeConfig:
     """Compute dtype over float32 parameters; auto: float32 on a CPU, bfloat16 on GPU and TPU."""
     remat: Remat = "auto"
     """What the backward pass computes again: nothing, all but matrix products, all; auto: by memory."""
+    attention: AttentionName = "auto"
+    """Kernel: plain, splash (TPU), pallas or cudnn (GPU); auto: the best that agrees with plain at the start."""
     unroll: int = 1
     """Layers a turn of the scan over layers."""
     loss_chunk: int = 1_024

@@ -25,7 +25,10 @@ NEUTRAL = {
     "preset", "recipe",
     "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
 }  # fmt: skip
-SAME_MATHS = {"compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum"}
+SAME_MATHS = {
+    "compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum",
+    "compute.attention",
+}  # fmt: skip
 OF_THE_SCHEDULE = {
     "run.steps", "run.phases", "run.batch_size", "optimizer.schedule", "optimizer.warmup_steps",
     "optimizer.decay_steps", "optimizer.final_learning_rate", "optimizer.learning_rate",

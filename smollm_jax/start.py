@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from smollm_jax.attention import choose_checked
 from smollm_jax.checkpoint import Checkpoints
 from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict
@@ -139,12 +140,14 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
     mesh, dtype = make_mesh(config), compute_dtype(config)
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
-    notes = [*origin.notes, *check_computed(found, computed)]
+    attention, remarks = choose_checked(config.compute.attention, mesh, config.model, dtype)
+    chosen = replace(config, compute=replace(config.compute, attention=attention))
+    notes = [*origin.notes, *check_computed(found, computed), *remarks]
     device = mesh.devices.flat[0]
     checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
-    steps, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
+    steps, remat = compile_steps(chosen, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
     rows = by_row(mesh)
-    nll = jax.jit(make_nll(config, dtype=dtype, remat="none"), in_shardings=(replicated(mesh), rows, rows))
+    nll = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(replicated(mesh), rows, rows))
     progress, start = Progress(), 0
     if found is None:
         state = init_state(config, mesh, origin.weights[0] if origin.weights else None)

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from smollm_jax.attention import choose, kernel_of
 from smollm_jax.config import Config, OptimizerConfig, require
+from smollm_jax.lookup import lookup_of
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
 
@@ -92,11 +94,17 @@ def _state_of(config: Config, params: Any) -> State:
     return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
 
 
-def make_nll(config: Config, *, dtype: Any, remat: Policy) -> Callable:
+def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy) -> Callable:
     """`nll(params, tokens_BT1, segment_ids_BT1)`: nats summed over the targets of the rows, f32."""
+    name = choose(config.compute.attention, mesh.devices.flat[0], dtype)[0] if mesh is not None else "plain"
+    by_device = {
+        "dtype": dtype,
+        "attention": kernel_of(name, mesh, rows="data"),
+        "lookup": lookup_of(mesh, rows="data"),
+    }
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
-        model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=config.compute.unroll)
+        model = SmolLM.from_params(config.model, params, remat=remat, unroll=config.compute.unroll, **by_device)
         targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
         head_VD = model.head_VD.astype(dtype)
@@ -105,9 +113,9 @@ def make_nll(config: Config, *, dtype: Any, remat: Policy) -> Callable:
     return nll
 
 
-def make_step(config: Config, *, dtype: Any, remat: Policy) -> Step:
+def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy) -> Step:
     """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics)."""
-    value_and_grad = jax.value_and_grad(make_nll(config, dtype=dtype, remat=remat))
+    value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat))
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
     accumulate = config.compute.grad_accum
 
@@ -152,7 +160,9 @@ def make_step(config: Config, *, dtype: Any, remat: Policy) -> Step:
 def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy) -> jax.stages.Compiled:
     """The step compiled for batches of `batch_size` rows; the state is donated and keeps its layout."""
     rows = jax.ShapeDtypeStruct((batch_size, config.data.seq_len + 1), jnp.int32, sharding=by_row(mesh))
-    step = jax.jit(make_step(config, dtype=dtype, remat=remat), donate_argnums=0, out_shardings=replicated(mesh))
+    step = jax.jit(
+        make_step(config, mesh, dtype=dtype, remat=remat), donate_argnums=0, out_shardings=replicated(mesh)
+    )
     return step.lower(abstract_state(config, mesh), rows, rows).compile()
 
 

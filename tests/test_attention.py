@@ -1,8 +1,10 @@
 """The fused kernels against the plain attention, interpreted on a CPU, and compiled for their devices."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_kernel
-from jax.sharding import AxisType
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
 
 from smollm_jax import fused_attention
 from smollm_jax.attention import choose, choose_checked, disagreement, packed_attention
-from smollm_jax.config import MODELS
+from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.step import compile_step, init_state, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
@@ -219,3 +223,53 @@ def test_the_cudnn_kernel_lowers_for_cuda(monkeypatch):
     assert "@__cudnn$fmhaSoftmaxBackward(" in program
     assert "PADDING_CAUSAL" in program
     assert f"max_seg_per_batch\\22: {fused_attention.CUDNN_DOCUMENTS}" in program
+
+
+SMALL = replace(MODELS["quickstart"], num_layers=2, vocab_size=256, hidden_size=128)
+
+
+def train_config(attention="auto", seq_len=384):
+    return Config(
+        model=SMALL,
+        run=RunConfig(phases="10x4"),
+        data=DataConfig(seq_len=seq_len),
+        compute=ComputeConfig(attention=attention, loss_chunk=128),
+    )
+
+
+def mesh_of(devices, *, data=1, tensor=1):
+    shape = (data, 1, tensor)
+    devices = np.array(devices[: data * tensor]).reshape(shape)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "attention", "dtype"),
+    [
+        ({}, "auto", "bfloat16"),
+        ({}, "auto", "float32"),
+        ({"data": 2, "tensor": 2}, "auto", "bfloat16"),
+        ({}, "plain", "bfloat16"),
+    ],
+)
+def test_the_train_step_compiled_for_a_tpu_has_the_kernel_and_no_scores(sizes, attention, dtype):
+    pytest.importorskip("libtpu", reason="the compiler for TPU is not installed; pip install libtpu")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    config, mesh = train_config(attention), mesh_of(topology.devices, **sizes)
+    program = compile_step(config, mesh, 4, dtype=jnp.dtype(dtype), remat="none").as_text()
+    kernels = program.count('custom_call_target="tpu_custom_call"')
+    scores = re.search(rf"\[[\d,]*{config.data.seq_len},{config.data.seq_len}\]", program)
+    assert kernels == (0 if attention == "plain" else 3)
+    assert (scores is not None) == (attention == "plain")
+
+
+def test_the_train_step_lowers_for_a_gpu_with_the_kernel_in_it():
+    config = train_config()
+    gpu = SimpleNamespace(devices=np.array([H100]), size=1)
+    step = make_step(config, gpu, dtype=jnp.dtype(jnp.bfloat16), remat="full")
+    state = jax.eval_shape(partial(init_state, config, mesh_of(jax.devices())))
+    rows = jax.ShapeDtypeStruct((4, config.data.seq_len + 1), jnp.int32)
+    program = jax.jit(step).trace(state, rows, rows).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mha_forward" in program
+    assert "mha_backward" in program
+    assert all(unique == "true" for unique in re.findall(r"scatter.*?unique_indices = (\w+)", program, re.DOTALL))
