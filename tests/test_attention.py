@@ -169,10 +169,19 @@ def test_rows_and_heads_divided_among_devices_give_the_same(mesh_shape):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_a_kernel_divided_among_gpus_lowers_for_cuda():
+    if len(jax.devices()) < 4:
+        pytest.skip("too few devices; the test below has eight")
+    mesh = mesh_of(jax.devices(), data=4)
+    kernel = fused_attention.over(mesh, fused_attention.pallas, rows="data", heads="tensor")
+    traced = jax.jit(partial(outcome, kernel)).trace(*random_rows(0, rows=4, dtype=jnp.bfloat16))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton") == 3
+
+
 def test_with_eight_devices():
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "divided_among_devices"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "divided_among"]
     done = subprocess.run(command, env=os.environ | EIGHT_DEVICES, capture_output=True, text=True, check=False)
-    assert "3 passed" in done.stdout, done.stdout
+    assert "4 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("length", [200, 2_048])

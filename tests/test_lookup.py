@@ -1,12 +1,17 @@
 """The embedding's repeatable gradient against the plain one."""
 
+import os
 import re
+import subprocess
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from smollm_jax.lookup import lookup_of, plain_lookup, repeatable_lookup, sums_by_token
 
@@ -35,6 +40,32 @@ def test_sums_of_rows_of_all_magnitudes_are_those_of_f64():
     exact = np.zeros((9, 3))
     np.add.at(exact, np.asarray(tokens)[0], np.asarray(x, np.float64)[0])
     np.testing.assert_allclose(sums_by_token(x, tokens, 9), exact, rtol=1e-4)
+
+
+EIGHT_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1)])
+def test_rows_divided_among_devices_give_the_same(shape):
+    if len(jax.devices()) < np.prod(shape):
+        pytest.skip("too few devices; the test below has eight")
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    embedding = jnp.asarray(rng.normal(size=(13, 6)), jnp.float32)
+    tokens, dx = rng.integers(0, 13, (4, 20)), jnp.asarray(rng.normal(size=(4, 20, 6)), jnp.float32)
+
+    def gradient(lookup, embedding, tokens):
+        return jax.grad(lambda e: jnp.sum(lookup(e, tokens) * dx))(embedding)
+
+    layouts = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    divided = jax.jit(partial(gradient, repeatable_lookup(mesh, rows="data")), in_shardings=layouts)
+    np.testing.assert_allclose(divided(embedding, tokens), gradient(plain_lookup, embedding, tokens), atol=1e-5)
+
+
+def test_with_eight_devices():
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "divided_among_devices"]
+    done = subprocess.run(command, env=os.environ | EIGHT_DEVICES, capture_output=True, text=True, check=False)
+    assert "2 passed" in done.stdout, done.stdout
 
 
 def test_on_a_gpu_no_place_is_added_to_twice():
