@@ -142,7 +142,7 @@ def sides_of(
     return sides
 
 
-def _row(name: str, dtype: str, outcome: Outcome, work: Work) -> Row:
+def row_of(name: str, dtype: str, outcome: Outcome, work: Work) -> Row:
     row: Row = {"batch": work.batch_size, "side": name, "dtype": dtype}
     if outcome.failed:
         return row | {"failed": outcome.failed}
@@ -227,7 +227,7 @@ def decode(
             work = Work(Path(folder), batch_size, prompt_tokens, new_tokens, config.vocab_size, seed)
             sides = sides_of(work, dtypes, peers, kinds)
             outcomes = compare({" ".join(name): make for name, make in sides.items()}, rounds=rounds)
-            found = [_row(*name, outcomes[" ".join(name)], work) for name in sides]
+            found = [row_of(*name, outcomes[" ".join(name)], work) for name in sides]
             if len(batch_sizes) > 1:
                 show(f"so far: batch {batch_size}", found)
             rows += found

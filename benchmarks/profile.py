@@ -83,7 +83,7 @@ def profile(
         seconds, wall = read_profile(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
     operations = read_operations(text)
     title = f"profile, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row, {note}"
-    rows = _by_part(seconds, operations, steps)
+    rows = by_part(seconds, operations, steps)
     busy = sum(row["ms a step"] for row in rows)
     finish(
         title,
@@ -197,7 +197,7 @@ def _table(text: str, title: str) -> str:
     return found[1] if found else ""
 
 
-def _by_part(seconds: Counter[str], operations: dict[str, tuple[str, str]], steps: int) -> list[Row]:
+def by_part(seconds: Counter[str], operations: dict[str, tuple[str, str]], steps: int) -> list[Row]:
     totals: Counter[str] = Counter()
     for name, value in seconds.items():
         kind, part = operations.get(name, UNKNOWN)

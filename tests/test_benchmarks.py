@@ -117,6 +117,19 @@ def test_profile_puts_the_time_of_a_step_down_to_the_parts_of_the_model(tmp_path
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
+def test_the_time_of_a_loop_is_that_of_what_it_holds():
+    from collections import Counter
+
+    from benchmarks.profile import by_part
+
+    operations = {"while.1": ("while", "rest"), "dot.2": ("dot", "feed-forward"), "copy.3": ("copy", "rest")}
+    rows = by_part(Counter({"while.1": 4.0, "dot.2": 3.0, "copy.3": 1.0}), operations, steps=2)
+    assert [(row["part"], row["ms a step"], row["share"]) for row in rows] == [
+        ("feed-forward", 1_500.0, 0.75),
+        ("rest", 500.0, 0.25),
+    ]
+
+
 def test_an_operation_belongs_to_the_nearest_function_that_has_a_part():
     from benchmarks.profile import part_of
 
@@ -161,6 +174,19 @@ def test_decode_gives_prefill_and_decoding_apart():
         assert "decode alone, tokens/s" in row
 
 
+def test_decoding_alone_is_all_tokens_but_the_first():
+    from benchmarks.decode import Work, row_of
+    from benchmarks.sides import Outcome
+
+    work = Work(Path(), batch_size=2, prompt_tokens=7, new_tokens=5, vocab_size=9, seed=0)
+    outcome = Outcome([{"first token": 1.0, "all": 3.0}], {"tokens": [1, 2, 3, 4, 5]})
+    row = row_of("ours", "float32", outcome, work)
+    assert row["tokens/s"]["median"] == pytest.approx(2 * 5 / 3)
+    assert row["decode alone, tokens/s"] == 2 * 4 / (3 - 1)
+    assert row["prefill, tokens/s"] == 2 * 7
+    assert row["begins"] == "1 2 3 4"
+
+
 @needs_torch
 @pytest.mark.slow
 def test_all_sides_decode_the_same_tokens():
@@ -199,9 +225,10 @@ def test_checkpoint_times_the_save_and_what_is_behind_it():
 
 @pytest.mark.slow
 def test_curve_sets_the_losses_of_two_dtypes_side_by_side():
-    flags = ("--preset", "quickstart", "--steps", "3", "--batch-size", "2", "--seq-len", "32")
+    flags = ("--preset", "quickstart", "--steps", "4", "--batch-size", "2", "--seq-len", "32")
     found, _ = ran("curve", *flags, "--tokenizer", "train:300")
-    assert [row["step"] for row in found["rows"]] == [1, 2, 3]
+    assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4]
+    assert all(row["loss bfloat16"] and row["loss float32"] for row in found["rows"])
     bf16, f32 = found["summary"]
     assert 0 < bf16["largest gap"] < 0.1
     assert f32["largest gap"] == 0
@@ -222,7 +249,7 @@ def test_gpu_files_what_its_parts_find_and_names_what_had_no_time(tmp_path):
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["part"] == "data"
     assert "encode_batch" in (tmp_path / "tables.txt").read_text()
-    found, _ = ran("gpu", *flags, "--minutes", "0", code=1)
+    found, _ = ran("gpu", *flags, "--minutes", "0.1", code=1)
     assert found["parts"] == {"data": "no time left"}
 
 
