@@ -1,8 +1,9 @@
 """The doors to the fused attention kernels that come with JAX: all three take what `packed_attention` takes.
 
 splash, for TPU; pallas, for GPUs from Ampere on, written in Pallas and compiled by Triton; cudnn, NVIDIA's
-own, for Hopper and later. Each is called with rows padded to whole blocks, the padding a segment of its own
-that lies behind every token. Attention.py chooses among them. The letters are those of model.py.
+own, for Hopper and later. The first two get rows padded to whole blocks, the padding a segment of its own that
+lies behind every token. Held to the plain form by tests that interpret them on a CPU and compile them for
+TPU; no GPU has run the latter two yet. Attention.py chooses among them. The letters are those of model.py.
 """
 
 from __future__ import annotations
