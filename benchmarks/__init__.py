@@ -1,4 +1,4 @@
-"""What is measured, and against whom: `python -m benchmarks.NAME`, each a table on stderr and JSON on stdout.
+"""What is measured, and against whom: `python -m benchmarks.NAME`, each tables on stderr and JSON on stdout.
 
-Two sides are timed in turn in one process, so that a busy machine slows both; figures are medians of rounds.
+The sides of a comparison are processes of their own that take turns (sides.py); figures are medians of rounds.
 """
