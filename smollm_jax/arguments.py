@@ -113,24 +113,27 @@ def guarded(main: Callable[[], int]) -> int:
     try:
         code = main()
         sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
-            raise
+    except Exception as error:
+        return _explained(error)
+
+
+def _explained(error: Exception) -> int:
+    """Say what went wrong; returns the exit code."""
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
-    except ValueError as error:
-        if not _is_ours(error):
-            traceback.print_exc()
-            return EXIT_FAILED
+    if isinstance(error, ValueError) and _is_ours(error):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
-    return code
+    traceback.print_exception(error)
+    return EXIT_FAILED
 
 
 def _is_ours(error: ValueError) -> bool:

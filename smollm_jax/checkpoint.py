@@ -32,6 +32,7 @@ from smollm_jax.inventory import (
     set_aside,
     steps_in,
 )
+from smollm_jax.processes import Processes
 from smollm_jax.run_folder import Damaged, fsync, seal, verify, write_json
 
 if TYPE_CHECKING:
@@ -53,10 +54,15 @@ class Failure:
 
 
 class Checkpoints:
-    """A run's checkpoints; the newest `keep_last` and each step that `keep_every` divides (0: none) stay."""
+    """A run's checkpoints; the newest `keep_last` and each step that `keep_every` divides (0: none) stay.
 
-    def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int):
+    Several processes write one together, each its own parts of the arrays, into a folder that all of them see;
+    they call `save`, `wait` and `restore` at the same places, and a save has failed where it did in one.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int, processes: Processes | None = None):
         self.folder = Path(folder)
+        self.processes = processes or Processes()
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.failed: Failure | None = None
@@ -70,6 +76,8 @@ class Checkpoints:
         """Have the host memory for copies of `state` (arrays or `jax.ShapeDtypeStruct`) ready before the first
         save, which would else wait for it: touching fresh pages takes longer than copying into them.
         """
+        if self.processes.several:
+            return
         shapes = {name: leaf for name, leaf in _leaves_by_name(state).items() if _is_on_the_host(leaf)}
 
         def touch() -> None:
@@ -90,21 +98,33 @@ class Checkpoints:
         """
         self.wait()
         json.dumps(meta)  # the caller's mistake is to surface here, not in the thread
-        leaves = self._host_copies(state)
+        temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
+        if self.processes.several:
+            leaves = _device_copies(state)
+            temporary = self.folder / str(self.processes.gather(temporary.name)[0])
+        else:
+            leaves = self._host_copies(state)
+        if not any(self.processes.gather(self._make_room(step))):
+            return
         # not a daemon, which would be torn down in the middle of orbax's own threads
-        self._thread = threading.Thread(target=self._write, args=(step, leaves, meta), name=f"save-{step}")
+        self._thread = threading.Thread(
+            target=self._write, args=(step, leaves, meta, temporary), name=f"save-{step}"
+        )
         self._thread.start()
 
     def wait(self) -> bool:
         """Wait for a save under way; whether the last one succeeded (none yet counts as success)."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self.close()
+            failures = self.processes.gather(self.failed and vars(self.failed))
+            self.failed = next((Failure(**failure) for failure in failures if failure), None)
         return self.failed is None
 
-    def close(self) -> bool:
-        """`wait`, to be called however a run ends: orbax cannot finish once the interpreter goes down."""
-        return self.wait()
+    def close(self) -> None:
+        """Wait for a save under way, however a run ends: orbax cannot finish once the interpreter goes down."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def clean(self) -> None:
         """Remove what dead processes left half written or deleted; only for the holder of the run's lock."""
@@ -134,7 +154,7 @@ class Checkpoints:
         loaded: dict[str, Any] = {}
         for group in _groups(named):
             args = {name: _restore_args(leaf) for name, leaf in named.items() if _group(name) == group}
-            loaded |= _load(self.folder / str(step) / group, args)
+            loaded |= _load(self.folder / str(step) / group, args, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
     def list(self) -> list[Info]:
@@ -161,16 +181,27 @@ class Checkpoints:
             self._preparing.join()
             self._preparing = None
         named = _leaves_by_name(state)
-        for name, leaf in named.items():
+        for leaf in named.values():
             if isinstance(leaf, jax.Array):
-                if not leaf.is_fully_addressable:
-                    raise ValueError(f"{name} is spread over several processes; only one process can save so far")
                 leaf.copy_to_host_async()
         with ThreadPoolExecutor(COPY_THREADS) as pool:
             return dict(zip(named, pool.map(copy, named.items()), strict=True))
 
-    def _write(self, step: int, leaves: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
+    def _make_room(self, step: int) -> bool:
+        """Whether the checkpoint is to be written; the first process looks, and makes the folder for it."""
+        if not self.processes.first:
+            return False
+        final = self.folder / str(step)
+        try:
+            if final.exists():
+                verify(final)
+                self.newest = step
+                return False
+        except Damaged as reason:
+            set_aside(final, reason)
+        return True
+
+    def _write(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
         try:
             self._write_and_rename(step, leaves, meta, temporary)
             self.failed, self.newest = None, step
@@ -187,29 +218,25 @@ class Checkpoints:
             )
             return
         try:
-            self._remove_old(step)
+            if self.processes.first:
+                self._remove_old(step)
         except OSError as error:
             logger.warning("old checkpoints could not be removed: %s", error)
 
-    def _write_and_rename(
-        self, step: int, leaves: dict[str, np.ndarray], meta: dict[str, Any], temporary: Path
-    ) -> None:
-        final = self.folder / str(step)
-        if final.exists():
-            try:
-                verify(final)
-                return
-            except Damaged as reason:
-                set_aside(final, reason)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    def _write_and_rename(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
+        if self.processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
         for group in _groups(leaves):
-            _store(temporary / group, {n: leaf for n, leaf in leaves.items() if _group(n) == group})
+            part = {name: leaf for name, leaf in leaves.items() if _group(name) == group}
+            _store(temporary / group, part, self.processes)
+        if not self.processes.first:
+            return
         write_json(temporary / META, meta)
         described = {n: {"shape": shape, "dtype": dtype} for n, (shape, dtype) in _described(leaves).items()}
         seal(temporary, {"step": step, "leaves": described})
-        temporary.rename(final)
+        temporary.rename(self.folder / str(step))
         fsync(self.folder)
 
     def _remove_old(self, saved: int) -> None:
@@ -252,7 +279,7 @@ def read_params(
     if not names:
         raise ValueError(f"checkpoint {found.step} in {folder} holds no {group}")
     args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-    loaded = _load(folder / str(found.step) / group, args)
+    loaded = _load(folder / str(found.step) / group, args, Processes())
     return found, _nested(loaded)[group]
 
 
@@ -325,7 +352,17 @@ def _restore_args(leaf: Any) -> Any:
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
 
 
-def _checkpointer() -> Any:
+def _device_copies(state: Any) -> dict[str, Any]:
+    """Every leaf again, in the same layout, which the next step does not overwrite."""
+    import jax
+    import jax.numpy as jnp
+
+    return _leaves_by_name(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state))
+
+
+def _checkpointer(processes: Processes, key: str) -> Any:
+    """Of all `processes`, who meet at barriers named after `key`: not on the devices, which the training needs."""
+    import jax
     import orbax.checkpoint as ocp
 
     # a failed save logs a traceback from each of orbax's threads and from the callbacks of those that end after
@@ -333,19 +370,29 @@ def _checkpointer() -> Any:
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # float32 weights shrink by 8 % and take eight times as long
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    options = ocp.options.MultiprocessingOptions()
+    if processes.several:
+        everyone = set(range(processes.count))
+        options = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=key)
+    elif jax.distributed.is_initialized():  # one of several reads for itself
+        me = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{key}-{me}"
+        )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _store(path: Path, leaves: dict[str, np.ndarray]) -> None:
+def _store(path: Path, leaves: dict[str, Any], processes: Processes) -> None:
     import orbax.checkpoint as ocp
 
-    with _checkpointer() as checkpointer:
+    with _checkpointer(processes, f"{path.parent.name}-{path.name}") as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
 
 
-def _load(path: Path, restore_args: dict[str, Any]) -> dict[str, Any]:
+def _load(path: Path, restore_args: dict[str, Any], processes: Processes) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     args = _nested(restore_args)
-    with _checkpointer() as checkpointer:
+    with _checkpointer(processes, f"{path.parent.name}-{path.name}-read") as checkpointer:
         return _flat(checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=args)))

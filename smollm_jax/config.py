@@ -15,6 +15,8 @@ WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each r
 WARMUP_SHARE = 10  # a recipe's own warm-up is at most a tenth of the steps
 DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of SmolLM2's 2,000,000 steps
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["auto", "none", "dots", "full"]
 AttentionName = Literal["auto", "plain", "splash", "pallas", "cudnn"]
@@ -115,12 +117,18 @@ MODELS = {
 class ComputeConfig:
     """How the maths is carried out; none of it but `dtype` changes the result by more than rounding."""
 
+    mesh: str = ""
+    """Devices by axis, such as data=4,fsdp=2,tensor=1; empty: all of them on data."""
     dtype: Dtype = "auto"
     """Compute dtype over float32 parameters; auto: float32 on a CPU, bfloat16 on GPU and TPU."""
     remat: Remat = "auto"
     """What the backward pass computes again: nothing, all but matrix products, all; auto: by memory."""
     attention: AttentionName = "auto"
     """Kernel: plain, splash (TPU), pallas or cudnn (GPU); auto: the best that agrees with plain at the start."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process, where no launcher tells; each process is then given its number too."""
+    num_processes: int | None = None
+    process_id: int | None = None
     unroll: int = 1
     """Layers a turn of the scan over layers."""
     loss_chunk: int = 1_024
@@ -134,6 +142,30 @@ class ComputeConfig:
         require_finite(self)
         for name in ("unroll", "loss_chunk", "grad_accum"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        job = (self.coordinator, self.num_processes, self.process_id)
+        require(
+            all(x is None for x in job) or None not in job,
+            "coordinator, num_processes and process_id belong together: give all three or none",
+        )
+        if self.coordinator is not None and self.num_processes is not None and self.process_id is not None:
+            _, colon, port = self.coordinator.rpartition(":")
+            require(bool(colon) and port.isdecimal(), f"coordinator={self.coordinator!r} must read HOST:PORT")
+            require(
+                0 <= self.process_id < self.num_processes,
+                f"process_id={self.process_id} must lie in 0 to {self.num_processes - 1}, below num_processes",
+            )
+        self.mesh_sizes  # noqa: B018 - a mistake in it is to surface here
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """`mesh` as a dict: "data=4,fsdp=2" is {"data": 4, "fsdp": 2}; empty for the default."""
+        sizes: dict[str, int] = {}
+        for part in self.mesh.split(",") if self.mesh.strip() else ():
+            axis, _, count = (word.strip() for word in part.partition("="))
+            good = axis in MESH_AXES and axis not in sizes and count.isdecimal() and int(count) > 0
+            require(good, f"mesh={self.mesh!r}: expected {MESH_AXES[0]}=N and the like, of {', '.join(MESH_AXES)}")
+            sizes[axis] = int(count)
+        return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +184,8 @@ class DataConfig:
     """Tokens a row."""
     shuffle_window: int = 1_024
     """Documents shuffled together; 1: the order of the source."""
+    shards: int = 1
+    """Streams that the rows of a batch come from, each with its part of the data; a process reads only its own."""
     epochs: int = 0
     """Passes over a finite source, each shuffled anew; 0: for as long as the run lasts."""
     eval_data: str | None = None
@@ -167,7 +201,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        for name in ("seq_len", "shuffle_window", "eval_batches"):
+        for name in ("seq_len", "shuffle_window", "shards", "eval_batches"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("epochs", "eval_documents"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
@@ -330,6 +364,11 @@ class Config:
             f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} together must not "
             f"exceed the {self.total_steps} steps of the run",
         )
+        for phase in self.phases:
+            require(
+                phase.batch_size % self.data.shards == 0,
+                f"shards={self.data.shards} must divide every batch size; {phase.batch_size} came",
+            )
         require(
             self.data.seq_len <= self.model.max_seq_len,
             f"seq_len={self.data.seq_len} must not exceed the model's max_seq_len={self.model.max_seq_len}",

@@ -2,7 +2,8 @@
 
 A batch's cursor is a few hundred bytes of JSON: the place of the document that is being cut into rows, how
 much of it has been used, and what must not have changed since: the files, the tokenizer, what is held out.
-A hash over all batches so far, the ledger, goes with it. numpy only: no JAX here.
+The rows come from a fixed number of lanes, so that processes can make theirs alone and the batches do not
+depend on how many there are. numpy only: no JAX here.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import atexit
 import copy
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from smollm_jax.config import DataConfig, require
@@ -21,7 +23,7 @@ from smollm_jax.heldout import HeldOut, head_texts, heldout, plain_batches
 from smollm_jax.packing import Batch, Packer, num_targets
 from smollm_jax.remote import SourceTimeout
 from smollm_jax.rows import Cursor
-from smollm_jax.sources import Document, Source, changed_files, mixture, open_source
+from smollm_jax.sources import Document, Share, Source, changed_files, mixture, open_source
 from smollm_jax.tokenizer import Tokenizer
 from smollm_jax.windows import CLOSE_SECONDS, Drawn, Mixture, Shuffled, check_states, is_count
 
@@ -33,6 +35,7 @@ __all__ = [
     "check_vocab",
     "head_texts",
     "heldout",
+    "merged",
     "num_targets",
     "open_stream",
     "plain_batches",
@@ -50,99 +53,51 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     )
 
 
-def extended(ledger: str, batch: Batch) -> str:
-    """The ledger with one more batch: a hash over the one before and every token and segment id."""
-    digest = xxhash.xxh3_128(ledger.encode())
-    digest.update(batch.tokens.tobytes())
-    digest.update(batch.segment_ids.tobytes())
-    return digest.hexdigest()
+class Lane:
+    """One of the streams that the rows of a batch come from: a mixture, and the rows cut from it."""
 
-
-class Batches:
-    """The batches of a run, one after the other, each with its cursor; synchronous."""
-
-    def __init__(self, mix: Mixture, config: DataConfig, *, batch_size_at: Callable[[int], int], steps: int):
-        self.mix, self.batch_size_at, self.steps = mix, batch_size_at, steps
+    def __init__(self, mix: Mixture, seq_len: int):
+        self.mix = mix
         self._before = mix.state
         self._carried: int | None = None
-        self.packer: Packer[Document] = Packer(self._draw, config.seq_len)
-        self.step, self.ledger = 0, ""
+        self.packer: Packer[Document] = Packer(self._draw, seq_len)
 
-    def _draw(self) -> Drawn | None:
-        self._before = self.mix.state
-        return self.mix.draw()
-
-    def __next__(self) -> tuple[Batch, Cursor]:
-        if self.step >= self.steps:
-            raise StopIteration
+    def batch(self, rows: int) -> Batch:
+        """The next rows; `packer.drawn` then has their documents."""
         # the document that goes on from the batch before is one of this batch's too
         self.packer.drawn[:] = self.packer.drawn[-1:] if self.packer.document is not None else []
         if self._carried is not None:
             self._draw_carried()
-        batch = self.packer.batch(self.batch_size_at(self.step + 1))
-        if self.packer.ended and num_targets(batch) == 0:
-            raise StopIteration
-        self.step += 1
-        self.ledger = extended(self.ledger, batch)
-        return batch, self.cursor
+        return self.packer.batch(rows)
 
     @property
     def cursor(self) -> Cursor:
-        """Plain JSON: the drawing state before the current document, and how much of that has been used."""
+        """The drawing state before the current document, and how much of that has been used."""
         current = self.packer.document is not None
         return {
-            "step": self.step,
-            "ledger": self.ledger,
-            **self._fixed(),
-            "skipped": sum(part.state["skipped"] for part in self.mix.parts),
             "sources": copy.deepcopy(self._before if current else self.mix.state),
             "offset": self.packer.offset if current else None,
         }
 
-    def documents(self) -> list[dict[str, Any]]:
-        """Source, file, row and text of the documents in the batch made last."""
-        return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in self.packer.drawn]
-
-    def _fixed(self) -> Cursor:
-        """What the batches behind a cursor depend on besides the settings."""
-        part = self.mix.parts[0]
-        return {
-            "fingerprints": {part.source.name: part.source.fingerprint for part in self.mix.parts},
-            "tokenizer": part.tokenizer.fingerprint[:16],
-            "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(part.excluded)).encode()),
-        }
-
-    def seek(self, cursor: Any) -> None:
-        """Go on behind `cursor`; raises `ValueError` when that cannot give the batches it would have given."""
-        try:
-            self._check(cursor)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the data cursor is damaged: {type(error).__name__} {error}") from None
+    @cursor.setter
+    def cursor(self, cursor: Cursor) -> None:
         self.mix.state = copy.deepcopy(cursor["sources"])
         self._before = self.mix.state
-        self.step, self.ledger, self._carried = cursor["step"], cursor["ledger"], cursor["offset"]
+        self._carried = cursor["offset"]
 
-    def _check(self, cursor: Any) -> None:
-        afresh = "bring the old ones back, or start afresh with --new-run"
-        fixed = self._fixed()
-        require(isinstance(cursor, dict), f"the data cursor is {type(cursor).__name__}, not an object")
+    def check(self, cursor: Any) -> None:
+        """Raise `ValueError` unless `cursor` may have been one of this lane."""
+        check_states(cursor["sources"], self.mix.parts)
+        offset = cursor["offset"]
+        require(offset is None or is_count(offset), f"offset={offset!r:.40} is no count")
+
+    def prepare(self) -> None:
         for part in self.mix.parts:
-            then, name = cursor["fingerprints"].get(part.source.name), part.source.name
-            require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
-            require(
-                then == part.source.fingerprint,
-                f"the files of {name} changed since the checkpoint ({changed_files(part.source, then)}); {afresh}",
-            )
-        for key, what in (("tokenizer", "tokenizer"), ("held_out", "held-out documents")):
-            require(cursor[key] == fixed[key], f"the {what} changed since the checkpoint; {afresh}")
-        try:
-            check_states(cursor["sources"], self.mix.parts)
-            require(is_count(cursor["step"]), f"step={cursor['step']!r:.40} is no count")
-            require(isinstance(cursor["ledger"], str), f"ledger={cursor['ledger']!r:.40} is no text")
-            offset = cursor["offset"]
-            require(offset is None or is_count(offset), f"offset={offset!r:.40} is no count")
-        except ValueError as error:
-            raise ValueError(f"the data cursor is damaged: {error}") from None
+            part.prepare()
+
+    def _draw(self) -> Drawn | None:
+        self._before = self.mix.state
+        return self.mix.draw()
 
     def _draw_carried(self) -> None:
         """Take up the document that the cursor had reached the middle of."""
@@ -154,6 +109,114 @@ class Batches:
         )
         self.packer.document, self.packer.offset = drawn[1], offset  # type: ignore[index,assignment]
         self.packer.drawn.append(drawn[0])  # type: ignore[index]
+
+
+class Batches:
+    """The batches of a run, one after the other, each with its cursor; synchronous.
+
+    The rows come from `shards` lanes in equal parts, in order. Where not all of them are given, the batches
+    hold only those rows, and never end: whether others still have some, this process cannot know.
+    """
+
+    def __init__(
+        self,
+        lanes: dict[int, Lane],
+        config: DataConfig,
+        *,
+        batch_size_at: Callable[[int], int],
+        steps: int,
+    ):
+        self.lanes, self.shards, self.batch_size_at, self.steps = lanes, config.shards, batch_size_at, steps
+        self.step = 0
+
+    def __next__(self) -> tuple[Batch, Cursor]:
+        if self.step >= self.steps:
+            raise StopIteration
+        if len(self.lanes) > 1:
+            for lane in self.lanes.values():
+                lane.prepare()
+        rows = self.batch_size_at(self.step + 1) // self.shards
+        made = [lane.batch(rows) for lane in self.lanes.values()]
+        batch = Batch(
+            np.concatenate([part.tokens for part in made]),
+            np.concatenate([part.segment_ids for part in made]),
+            min(self.lanes) * rows,
+        )
+        ended = all(lane.packer.ended for lane in self.lanes.values()) and num_targets(batch) == 0
+        if ended and len(self.lanes) == self.shards:
+            raise StopIteration
+        self.step += 1
+        return batch, self.cursor
+
+    @property
+    def cursor(self) -> Cursor:
+        """Plain JSON: where each lane stands."""
+        lanes = {str(shard): lane.cursor for shard, lane in self.lanes.items()}
+        return {"step": self.step, **self._fixed(), "skipped": _skipped(lanes), "lanes": lanes}
+
+    def documents(self) -> list[dict[str, Any]]:
+        """Source, file, row and text of the documents in the batch made last."""
+        drawn = [document for lane in self.lanes.values() for document in lane.packer.drawn]
+        return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in drawn]
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            for part in lane.mix.parts:
+                part.close()
+
+    def _parts(self) -> list[Shuffled]:
+        return next(iter(self.lanes.values())).mix.parts
+
+    def _fixed(self) -> Cursor:
+        """What the batches behind a cursor depend on besides the settings."""
+        part = self._parts()[0]
+        return {
+            "shards": self.shards,
+            "fingerprints": {part.source.name: part.source.fingerprint for part in self._parts()},
+            "tokenizer": part.tokenizer.fingerprint[:16],
+            "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(part.excluded)).encode()),
+        }
+
+    def seek(self, cursor: Any) -> None:
+        """Go on behind `cursor`; raises `ValueError` when that cannot give the batches it would have given."""
+        try:
+            self._check(cursor)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the data cursor is damaged: {type(error).__name__} {error}") from None
+        self.step = cursor["step"]
+        for shard, lane in self.lanes.items():
+            lane.cursor = cursor["lanes"][str(shard)]
+
+    def _check(self, cursor: Any) -> None:
+        afresh = "bring the old ones back, or start afresh with --new-run"
+        fixed = self._fixed()
+        require(isinstance(cursor, dict), f"the data cursor is {type(cursor).__name__}, not an object")
+        for part in self._parts():
+            then, name = cursor["fingerprints"].get(part.source.name), part.source.name
+            require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
+            require(
+                then == part.source.fingerprint,
+                f"the files of {name} changed since the checkpoint ({changed_files(part.source, then)}); {afresh}",
+            )
+        for key, what in (("tokenizer", "tokenizer"), ("held_out", "held-out documents"), ("shards", "shards")):
+            require(cursor[key] == fixed[key], f"the {what} changed since the checkpoint; {afresh}")
+        try:
+            require(is_count(cursor["step"]), f"step={cursor['step']!r:.40} is no count")
+            for shard, lane in self.lanes.items():
+                lane.check(cursor["lanes"][str(shard)])
+        except ValueError as error:
+            raise ValueError(f"the data cursor is damaged: {error}") from None
+
+
+def merged(cursors: list[Cursor]) -> Cursor:
+    """The cursor of all lanes, from those of processes that made some each."""
+    lanes = {shard: lane for cursor in cursors for shard, lane in cursor["lanes"].items()}
+    lanes = {str(shard): lanes[str(shard)] for shard in range(cursors[0]["shards"])}
+    return {**cursors[0], "skipped": _skipped(lanes), "lanes": lanes}
+
+
+def _skipped(lanes: dict[str, Cursor]) -> int:
+    return sum(state["skipped"] for lane in lanes.values() for state in lane["sources"])
 
 
 class Stream:
@@ -192,8 +255,7 @@ class Stream:
         """Stop making batches."""
         atexit.unregister(self.close)
         self._closed.set()
-        for part in self._batches.mix.parts:
-            part.close()
+        self._batches.close()
         self._thread.join(CLOSE_SECONDS)
 
     def _produce(self) -> None:
@@ -222,21 +284,28 @@ def open_batches(
     steps: int,
     excluded: frozenset[int] = frozenset(),
     resumes: bool = False,
+    shards: Iterable[int] | None = None,
 ) -> Callable[[Cursor | None], Batches]:
     """Open the sources; the result gives the batches behind a cursor, without the texts hashed in `excluded`.
 
-    Raises `ValueError` when a source cannot be opened or is not the one the cursor was made with.
+    `shards` are the lanes wanted of the `config.shards`, neighbours; default: all. Raises `ValueError` when a
+    source cannot be opened or is not the one the cursor was made with.
     """
     named: list[tuple[Source, float]] = [
         (open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)
     ]
+    wanted = list(range(config.shards) if shards is None else shards)
+
+    def lane(shard: int) -> Lane:
+        parts = [
+            Shuffled(source, tokenizer, seed=[seed, i], excluded=excluded, share=Share(shard, config.shards))
+            for i, (source, _) in enumerate(named)
+        ]
+        return Lane(Mixture(parts, [weight for _, weight in named]), config.seq_len)
 
     def make(cursor: Cursor | None) -> Batches:
-        parts = [
-            Shuffled(source, tokenizer, seed=[seed, i], excluded=excluded) for i, (source, _) in enumerate(named)
-        ]
-        mix = Mixture(parts, [weight for _, weight in named])
-        batches = Batches(mix, config, batch_size_at=batch_size_at, steps=steps)
+        lanes = {shard: lane(shard) for shard in wanted}
+        batches = Batches(lanes, config, batch_size_at=batch_size_at, steps=steps)
         if cursor is not None:
             batches.seek(cursor)
         return batches
@@ -253,6 +322,7 @@ def open_stream(
     steps: int,
     cursor: Cursor | None = None,
     excluded: frozenset[int] = frozenset(),
+    shards: Iterable[int] | None = None,
 ) -> Stream:
     """The training stream behind `cursor`: `open_batches`, made ahead of the device.
 
@@ -266,5 +336,6 @@ def open_stream(
         steps=steps,
         excluded=excluded,
         resumes=cursor is not None,
+        shards=shards,
     )
     return Stream(make, cursor)

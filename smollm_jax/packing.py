@@ -18,10 +18,14 @@ D = TypeVar("D")
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` and `segment_ids`, int32 (B, T+1); segments count from 1 in each row, 0 is padding."""
+    """`tokens` and `segment_ids`, int32 (B, T+1); segments count from 1 in each row, 0 is padding.
+
+    Where a process makes only some rows of a batch, they begin at `first_row` of it.
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
+    first_row: int = 0
 
 
 def num_targets(batch: Batch) -> int:

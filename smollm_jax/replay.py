@@ -12,6 +12,7 @@ from typing import Any
 from smollm_jax.config import require
 from smollm_jax.data import heldout, open_batches
 from smollm_jax.inventory import good_ones
+from smollm_jax.ledger import batch_hash, extended
 from smollm_jax.loading import read_run
 from smollm_jax.report import read_metrics, say
 from smollm_jax.tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
     run_dir = Path(run_dir)
     config = read_run(run_dir)
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
-    cursor = _cursor_before(run_dir, step)
+    cursor, ledger = _before(run_dir, step)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     held_out = heldout(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
     batches = open_batches(
@@ -49,17 +50,19 @@ def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
         say(f"replaying steps {start + 1:,} to {step:,}")
     try:
         for _ in range(start, step):
-            next(batches)
+            batch, _ = next(batches)
+            ledger = extended(ledger, batch_hash(batch.tokens, batch.segment_ids))
     except StopIteration:
         raise ValueError(f"--step {step}: the data ended before") from None
-    return Replayed(batches.documents(), _verdict(run_dir, step, batches.ledger))
+    return Replayed(batches.documents(), _verdict(run_dir, step, ledger))
 
 
-def _cursor_before(run_dir: Path, step: int) -> Any:
+def _before(run_dir: Path, step: int) -> tuple[Any, str]:
+    """Cursor and ledger of the newest good checkpoint before `step`."""
     for found in good_ones(run_dir / "checkpoints", group="step"):
         if found.step < step and found.meta.get("cursor") is not None:
-            return found.meta["cursor"]
-    return None
+            return found.meta["cursor"], found.meta["progress"]["ledger"]
+    return None, ""
 
 
 def _verdict(run_dir: Path, step: int, ledger: str) -> str:

@@ -94,6 +94,25 @@ class Report:
                 self._board.scalar(name, value, line["step"])
 
 
+class Silence:
+    """Stands for the `Report` in all processes but the first."""
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def train(self, line: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class LineFile:
     """A file that lines are added to. What a full disk does not take is kept and comes first the next time."""
 

@@ -22,12 +22,13 @@ NEUTRAL = {
     "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export",
     "data.data_timeout", "data.on_bad_data", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
     "compute.dtype",  # what it came to is compared at the start
+    "compute.coordinator", "compute.num_processes", "compute.process_id",
     "preset", "recipe",
     "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
 }  # fmt: skip
 SAME_MATHS = {
     "compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum",
-    "compute.attention",
+    "compute.mesh", "compute.attention",
 }  # fmt: skip
 OF_THE_SCHEDULE = {
     "run.steps", "run.phases", "run.batch_size", "optimizer.schedule", "optimizer.warmup_steps",

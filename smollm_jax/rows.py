@@ -1,7 +1,8 @@
 """Files to rows: Parquet, JSON lines, and text whose documents are separated by blank lines.
 
 A row that cannot be read is an `Entry` that says why; a file that cannot be read raises whatever its parser
-does. Each entry carries the cursor behind it: file, row, and in a text file the byte.
+does. Each entry carries the cursor behind it: file, row, and in a text file the byte. Rows that are not
+wanted are passed over before anything is made of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, cast
 from smollm_jax.remote import brief
 
 Cursor = dict[str, Any]
+Wanted = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
 
 
@@ -32,7 +34,9 @@ class Entry:
     fault: str = ""
 
 
-def read_parquet(open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str) -> Iterator[Entry]:
+def read_parquet(
+    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: Wanted
+) -> Iterator[Entry]:
     import pyarrow.parquet as pq
 
     first = 0
@@ -44,6 +48,8 @@ def read_parquet(open_file: Callable[[], BinaryIO], path: str, start: Cursor, co
                 values = file.read_row_group(group, columns=[column]).column(0)
                 for offset in range(max(start["row"] - first, 0), rows):
                     row = first + offset
+                    if not wanted(row):
+                        continue
                     value, fault = None, ""
                     try:
                         value = values[offset].as_py()
@@ -53,7 +59,9 @@ def read_parquet(open_file: Callable[[], BinaryIO], path: str, start: Cursor, co
             first += rows
 
 
-def read_text(open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str) -> Iterator[Entry]:
+def read_text(
+    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: Wanted
+) -> Iterator[Entry]:
     """Lines of JSON, or the paragraphs of a text file."""
     json_lines = not path.endswith(".txt")
     with open_file() as raw:
@@ -61,6 +69,8 @@ def read_text(open_file: Callable[[], BinaryIO], path: str, start: Cursor, colum
         file.seek(start["byte"])
         entries = _lines(file) if json_lines else _paragraphs(file)
         for row, (entry, end) in enumerate(entries, start["row"]):
+            if row and not wanted(row):  # the first shows whether the column is there
+                continue
             value, fault = None, ""
             try:
                 text = entry.removeprefix(b"" if row else BOM).decode()
@@ -69,6 +79,8 @@ def read_text(open_file: Callable[[], BinaryIO], path: str, start: Cursor, colum
                 raise
             except (ValueError, RecursionError) as error:
                 fault = brief(error)
+            if not wanted(row):
+                continue
             yield Entry(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
 
 

@@ -34,7 +34,7 @@ from smollm_jax.remote import (
     brief,
     list_files,
 )
-from smollm_jax.rows import Cursor, Entry, MissingColumn, read_parquet, read_text
+from smollm_jax.rows import Cursor, Entry, MissingColumn, Wanted, read_parquet, read_text
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
@@ -61,6 +61,20 @@ class Document:
     """From here the next document follows."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Part `index` of `of`."""
+
+    index: int = 0
+    of: int = 1
+
+    def has(self, number: int) -> bool:
+        return number % self.of == self.index
+
+
+WHOLE = Share()
+
+
 @dataclass
 class Source:
     """An ordered set of files. `fingerprint` has a hash a file: of its name, size and content."""
@@ -74,16 +88,23 @@ class Source:
     closed: threading.Event = field(default_factory=threading.Event)
     """Set: no more waiting."""
 
-    def documents(self, cursor: Cursor | None = None, skipped: list[str] | None = None) -> Iterator[Document]:
-        """All documents from `cursor` on; what is skipped is appended to `skipped`.
+    def documents(
+        self, cursor: Cursor | None = None, skipped: list[str] | None = None, share: Share = WHOLE
+    ) -> Iterator[Document]:
+        """All documents of a share from `cursor` on; what is skipped is appended to `skipped`.
 
+        A share is every so-manieth file, or where there are fewer files than shares, row of each file.
         Raises `SourceTimeout`, or `ValueError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
+        by_file = len(self.files) >= share.of
         while cursor["file"] < len(self.files):
+            if by_file and not share.has(cursor["file"]):
+                cursor = {**START, "file": cursor["file"] + 1}
+                continue
             path = self.files[cursor["file"]]
             try:
-                for entry in self._entries(path, cursor):
+                for entry in self._entries(path, cursor, WHOLE.has if by_file else share.has):
                     cursor, tries = entry.after, 0
                     fault = entry.fault or _fault(entry.value, self.settings.text_column)
                     if fault:
@@ -102,11 +123,11 @@ class Source:
                 self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {brief(error)}", skipped)
             cursor, tries = {**START, "file": cursor["file"] + 1}, 0
 
-    def _entries(self, path: str, start: Cursor) -> Iterator[Entry]:
+    def _entries(self, path: str, start: Cursor, wanted: Wanted) -> Iterator[Entry]:
         if self.name == BUILTIN:
-            return _builtin(start)
+            return _builtin(start, wanted)
         read = read_parquet if path.endswith(".parquet") else read_text
-        return read(partial(self.open, start["file"]), path, start, self.settings.text_column)
+        return read(partial(self.open, start["file"]), path, start, self.settings.text_column, wanted)
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
@@ -133,9 +154,10 @@ def _is_of_the_file(error: Exception) -> bool:
     )
 
 
-def _builtin(start: Cursor) -> Iterator[Entry]:
+def _builtin(start: Cursor, wanted: Wanted) -> Iterator[Entry]:
     for row, text in enumerate(python_docs()[start["row"] :], start["row"]):
-        yield Entry(text, row, {**start, "row": row + 1})
+        if wanted(row):
+            yield Entry(text, row, {**start, "row": row + 1})
 
 
 def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:

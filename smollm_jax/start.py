@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from smollm_jax.attention import choose_checked
 from smollm_jax.checkpoint import Checkpoints
@@ -28,18 +30,17 @@ from smollm_jax.generation import Generator
 from smollm_jax.hardware import memory_bytes, peak_flops, use_precision_of
 from smollm_jax.inventory import Found
 from smollm_jax.origin import Origin, find_origin
-from smollm_jax.report import Report, say
-from smollm_jax.resume import keep_records
+from smollm_jax.processes import Processes
+from smollm_jax.report import Report, Silence, say
+from smollm_jax.resume import Records, keep_records
 from smollm_jax.run_folder import Damaged, RunLock, read_json, write_json_atomic
+from smollm_jax.sharding import by_row, layout_of, layout_table, make_mesh, on_devices, shards_here
 from smollm_jax.step import (
     abstract_state,
-    by_row,
     compile_steps,
     compiled_bytes,
     init_state,
-    make_mesh,
     make_nll,
-    replicated,
 )
 from smollm_jax.stop import StopRequest
 from smollm_jax.tokenizer import Tokenizer, load_tokenizer
@@ -56,6 +57,8 @@ class Progress:
     tokens: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
+    ledger: str = ""
+    """Running hash of every batch so far."""
     cursor: dict[str, Any] | None = None
 
 
@@ -75,7 +78,7 @@ class Run:
     nll: Callable[..., jax.Array]
     checkpoints: Checkpoints
     state: dict[str, Any]
-    report: Report
+    report: Report | Silence
     progress: Progress = field(default_factory=Progress)
     saved: int = 0
     """Step of the last checkpoint begun."""
@@ -89,8 +92,14 @@ class Run:
     """Of the steps that were on record at the start; those that come again must agree."""
     computed: dict[str, Any] = field(default_factory=dict)
     """Dtype, platform and number of devices, kept in each checkpoint."""
+    processes: Processes = field(default_factory=Processes)
     generator: Generator | None = None
     """Of the samples, once there were some."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether to drop what is being done. One of several processes goes on until all have agreed to stop."""
+        return self.stop.requested and not self.processes.several
 
     @property
     def last_step(self) -> int:
@@ -98,9 +107,14 @@ class Run:
         return min(self.config.total_steps, self.config.run.stop_after or self.config.total_steps)
 
 
-def claim(config: Config) -> tuple[Path, RunLock]:
-    """The run folder and its lock; --new-run moves an old folder aside first. Raises if it is in use."""
+def claim(config: Config, processes: Processes) -> tuple[Path, AbstractContextManager[object]]:
+    """The run folder and its lock; --new-run moves an old folder aside first. Raises if it is in use.
+
+    Of several processes the first has the lock, for all.
+    """
     run_dir = Path(config.run_dir)
+    if not processes.first:
+        return run_dir, nullcontext()
     if config.run.new_run and (run_dir / "config.json").exists():
         with RunLock(run_dir):
             aside = next(p for n in range(1, 10_000) if not (p := Path(f"{run_dir}.old{n}")).exists())
@@ -109,22 +123,83 @@ def claim(config: Config) -> tuple[Path, RunLock]:
     return run_dir, RunLock(run_dir)
 
 
-def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
+def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes) -> Run:
     """Build or restore the run, and say what it will do."""
     began = time.monotonic()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     checkpoints = Checkpoints(
-        run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every
+        run_dir / "checkpoints",
+        keep_last=config.run.keep_last,
+        keep_every=config.run.keep_every,
+        processes=processes,
     )
+    if processes.first:
+        clean(run_dir, checkpoints)
+    origin, tokenizer = processes.in_turn(lambda: known(config, run_dir, checkpoints, processes))
+    config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
+    use_compilation_cache(config)
+    mesh, dtype = make_mesh(config), compute_dtype(config)
+    held_out, stream = processes.together(lambda: open_data(config, tokenizer, found, mesh))
+    if processes.first:
+        keep_config(config, run_dir)
+    use_precision_of(dtype)
+    computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
+    attention, remarks = choose_checked(config.compute.attention, mesh, config.model, dtype)
+    chosen = replace(config, compute=replace(config.compute, attention=attention))
+    notes = [*origin.notes, *check_computed(found, computed), *remarks]
+    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
+    memory = min(processes.gather(memory_bytes(mesh.local_mesh.devices.flat[0])))
+    steps, remat = compile_steps(chosen, mesh, dtype=dtype, memory_bytes=memory)
+    rows = by_row(mesh)
+    layout = layout_of(abstract_state(config, mesh)["params"])
+    compiled = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
+
+    def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
+        return compiled(params, *(on_devices(x, len(x), 0, mesh) for x in arrays))
+
+    progress, start = Progress(), 0
+    if found is None:
+        state = init_state(config, mesh, origin.weights[0] if origin.weights else None)
+    else:
+        state = checkpoints.restore(found.step, abstract_state(config, mesh))
+        progress, start = Progress(**found.meta["progress"]), found.step
+    records = keep_records(run_dir, start) if processes.first else Records(0, {})
+    evaluated = processes.gather(records.evaluated)[0]
+    report = Report(run_dir, start=start, total=config.total_steps) if processes.first else Silence()
+    run = Run(
+        config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
+        report, progress, start, start, start, evaluated, records.ledgers, computed, processes,
+    )  # fmt: skip
+    checkpoints.newest = start
+    # one of several cannot leave by itself
+    stop.nothing_to_lose = lambda: not processes.several and checkpoints.newest == run.progress.step
+    introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
+    return run
+
+
+def clean(run_dir: Path, checkpoints: Checkpoints) -> None:
+    """Remove what dead processes left half written."""
     checkpoints.clean()
     for left_over in run_dir.glob(".export.*"):
         shutil.rmtree(left_over, ignore_errors=True)
+
+
+def known(
+    config: Config, run_dir: Path, checkpoints: Checkpoints, processes: Processes
+) -> tuple[Origin, Tokenizer]:
+    """What the run starts from, and its tokenizer, from then on in the run folder."""
     origin = find_origin(config, run_dir, checkpoints)
-    tokenizer = prepare_tokenizer(origin, run_dir)
-    config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
+    return origin, prepare_tokenizer(origin, run_dir, in_place=not processes.first)
+
+
+def open_data(
+    config: Config, tokenizer: Tokenizer, found: Found | None, mesh: jax.sharding.Mesh
+) -> tuple[HeldOut | None, Stream]:
+    """What is held out, and the stream of what is not, or of the rows that this process has devices for."""
     held_out = None
     if config.data.eval_documents:
         held_out = heldout(config.data, tokenizer, resumes=found is not None)
+    check_prompts(config, tokenizer)
     stream = open_stream(
         config.data,
         tokenizer,
@@ -133,37 +208,9 @@ def begin(config: Config, run_dir: Path, stop: StopRequest) -> Run:
         steps=config.total_steps,
         cursor=found.meta["cursor"] if found else None,
         excluded=held_out.hashes if held_out else frozenset(),
+        shards=shards_here(mesh, config),
     )
-    check_prompts(config, tokenizer)
-    keep_config(config, run_dir)
-    use_compilation_cache(config)
-    mesh, dtype = make_mesh(config), compute_dtype(config)
-    use_precision_of(dtype)
-    computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
-    attention, remarks = choose_checked(config.compute.attention, mesh, config.model, dtype)
-    chosen = replace(config, compute=replace(config.compute, attention=attention))
-    notes = [*origin.notes, *check_computed(found, computed), *remarks]
-    device = mesh.devices.flat[0]
-    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
-    steps, remat = compile_steps(chosen, mesh, dtype=dtype, memory_bytes=memory_bytes(device))
-    rows = by_row(mesh)
-    nll = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(replicated(mesh), rows, rows))
-    progress, start = Progress(), 0
-    if found is None:
-        state = init_state(config, mesh, origin.weights[0] if origin.weights else None)
-    else:
-        state = checkpoints.restore(found.step, abstract_state(config, mesh))
-        progress, start = Progress(**found.meta["progress"]), found.step
-    records = keep_records(run_dir, start)
-    run = Run(
-        config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
-        Report(run_dir, start=start, total=config.total_steps), progress, start, start, start,
-        records.evaluated, records.ledgers, computed,
-    )  # fmt: skip
-    checkpoints.newest = start
-    stop.nothing_to_lose = lambda: checkpoints.newest == run.progress.step
-    introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
-    return run
+    return held_out, stream
 
 
 def check_computed(found: Found | None, computed: dict[str, Any]) -> list[str]:
@@ -202,10 +249,12 @@ def keep_config(config: Config, run_dir: Path) -> None:
     write_json_atomic(path, as_dict(config))
 
 
-def prepare_tokenizer(origin: Origin, run_dir: Path) -> Tokenizer:
-    """The run's own tokenizer when it resumes, else that of the weights or the one asked for, kept in the run."""
+def prepare_tokenizer(origin: Origin, run_dir: Path, *, in_place: bool) -> Tokenizer:
+    """The run's own tokenizer when it resumes or another process has put it there, else that of the weights or
+    the one asked for, kept in the run.
+    """
     folder, config = run_dir / "tokenizer", origin.config
-    if origin.checkpoint is not None:
+    if origin.checkpoint is not None or in_place:
         require((folder / "tokenizer.json").exists(), f"{folder} is missing; the run was tokenised with it")
         tokenizer = load_tokenizer(str(folder))
     else:
@@ -263,7 +312,8 @@ def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None
     recipe_warmup = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
     lines = [
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
-        f"device      {run.mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}",
+        f"device      {run.mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
+        f"{_axes(run.mesh)}{_shared_by(run)}",
         f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, "
@@ -279,7 +329,22 @@ def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None
         f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
         *notes,
     ]
+    if run.processes.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
+        lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
+
+
+def _axes(mesh: jax.sharding.Mesh) -> str:
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f": {sizes}" if sizes else ""
+
+
+def _shared_by(run: Run) -> str:
+    if not run.processes.several:
+        return ""
+    shards, count = run.config.data.shards, run.processes.count
+    reads = "each reads its own part of the data" if shards >= count else "each reads all of the data"
+    return f", {count} processes; {reads} (--shards {shards})"
 
 
 def _starting_point(run: Run) -> str:

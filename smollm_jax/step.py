@@ -1,4 +1,4 @@
-"""The train step: optimizer and schedule, train state, mesh, and the pure function that updates them.
+"""The train step: optimizer and schedule, train state, and the pure function that updates them.
 
 The state is a plain dict of arrays (`params`, `opt_state`, `step`), the step a pure function of state and
 batch, compiled once for each batch size before the first update, with the state donated and its layout
@@ -7,23 +7,28 @@ pinned. Steps without finite gradients leave parameters and moments as they were
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from smollm_jax.attention import choose, kernel_of
-from smollm_jax.config import Config, OptimizerConfig, require
+from smollm_jax.config import MESH_AXES, Config, OptimizerConfig, require
+from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
+from smollm_jax.sharding import BATCH_AXES, by_device, by_row, is_shared, layout_of, replicated, with_layout
 
 State = dict[str, Any]
-Step = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
+Step = Callable[..., tuple[State, dict[str, jax.Array]]]
+
+# what each of several processes says with its part of a batch: go on; stop after it; my data has ended, these
+# rows are padding; I have no part, the step is void
+GO, STOP, ENDED, VOID = range(4)
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -58,35 +63,19 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def make_mesh(config: Config) -> Mesh:
-    """All devices on one `data` axis, or as many of them as divide every phase's micro-batch."""
-    micro = math.gcd(*(phase.batch_size for phase in config.phases)) // config.compute.grad_accum
-    devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if micro % n == 0)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def by_row(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
     """A state before the first update, with fresh parameters unless `params` are given."""
 
     def create(params: Any) -> State:
         return _state_of(config, init_params(config.model, config.run.seed) if params is None else params)
 
-    return jax.jit(create, out_shardings=replicated(mesh))(params)
+    return jax.jit(create, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
     """Shapes, dtypes and layout of the state, without its arrays."""
     shapes = jax.eval_shape(lambda: _state_of(config, init_params(config.model, config.run.seed)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+    return with_layout(shapes, mesh)
 
 
 def _state_of(config: Config, params: Any) -> State:
@@ -99,8 +88,8 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
     name = choose(config.compute.attention, mesh.devices.flat[0], dtype)[0] if mesh is not None else "plain"
     by_device = {
         "dtype": dtype,
-        "attention": kernel_of(name, mesh, rows="data"),
-        "lookup": lookup_of(mesh, rows="data"),
+        "attention": kernel_of(name, mesh, rows=BATCH_AXES, heads="tensor"),
+        "lookup": lookup_of(mesh, rows=BATCH_AXES),
     }
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
@@ -108,13 +97,43 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
         targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
         head_VD = model.head_VD.astype(dtype)
-        return summed_nll(x_BTD, head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
+        return summed_over(mesh)(x_BTD, head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
 
     return nll
 
 
+def summed_over(mesh: Mesh | None) -> Callable[..., jax.Array]:
+    """`summed_nll` over the tokens of all devices: each goes through its own with the whole head, and the sums
+    are added up once, at the end, where the partitioner would add up the head's gradient after every chunk.
+    The devices of `tensor`, which have the same rows, take a part of each.
+    """
+    if mesh is None or mesh.size == 1:
+        return summed_nll
+
+    def everywhere(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
+        def here(*arrays: jax.Array) -> jax.Array:
+            return jax.lax.psum(summed_nll(*arrays, chunk_tokens), MESH_AXES)
+
+        pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape["tensor"])]
+        arrays = jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad)
+        tokens = PartitionSpec(BATCH_AXES, "tensor")
+        return jax.shard_map(
+            here,
+            mesh=mesh,
+            in_specs=(tokens, PartitionSpec(), tokens, tokens),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(*arrays)
+
+    return everywhere
+
+
 def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy) -> Step:
-    """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics)."""
+    """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
+
+    With several processes a fourth argument holds a vote of each device, and `metrics["votes"]` how many there
+    were of each kind. Where one is `VOID`, or all are `ENDED`, the step counts for nothing.
+    """
     value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat))
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
     accumulate = config.compute.grad_accum
@@ -131,7 +150,9 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zero, micros)[0]
 
-    def step(state: State, tokens: jax.Array, segment_ids: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def step(
+        state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
+    ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
         nll, grads = gradients(params, tokens, segment_ids)
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])
@@ -139,20 +160,27 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
         grads = jax.tree.map(lambda g: g * scale, grads)
         norm, learning_rate = optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
+        cast, counts = None, jnp.bool(True)
+        if votes is not None:
+            cast = jnp.stack([jnp.sum(votes == kind) for kind in (GO, STOP, ENDED, VOID)])
+            counts = (cast[VOID] == 0) & (cast[ENDED] < votes.size)
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state
 
-        params, opt_state = jax.lax.cond(finite, update, lambda *same: same, params, state["opt_state"])
+        params, opt_state = jax.lax.cond(finite & counts, update, lambda *same: same, params, state["opt_state"])
         metrics = {
             "loss": nll * scale,
             "grad_norm": norm,
             "learning_rate": jnp.float32(learning_rate),
             "targets": targets,
             "finite": finite,
+            "batch_hash": batch_hash(tokens, segment_ids, jnp),
         }
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        if cast is not None:
+            metrics["votes"] = cast
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
 
     return step
 
@@ -160,10 +188,14 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
 def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy) -> jax.stages.Compiled:
     """The step compiled for batches of `batch_size` rows; the state is donated and keeps its layout."""
     rows = jax.ShapeDtypeStruct((batch_size, config.data.seq_len + 1), jnp.int32, sharding=by_row(mesh))
+    state = abstract_state(config, mesh)
+    votes = (jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=by_device(mesh)),) if is_shared(mesh) else ()
     step = jax.jit(
-        make_step(config, mesh, dtype=dtype, remat=remat), donate_argnums=0, out_shardings=replicated(mesh)
+        make_step(config, mesh, dtype=dtype, remat=remat),
+        donate_argnums=0,
+        out_shardings=(layout_of(state), replicated(mesh)),
     )
-    return step.lower(abstract_state(config, mesh), rows, rows).compile()
+    return step.lower(state, rows, rows, *votes).compile()
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:

@@ -58,9 +58,9 @@ class StopRequest:
         self._theirs.close()
 
     @contextmanager
-    def away(self, save: Callable[[], None]) -> Iterator[None]:
+    def away(self, save: Callable[[], None] | None) -> Iterator[None]:
         """Around what may keep the main thread for minutes, such as a compile: a request is then met by another
-        thread, which calls `save` and ends the process as soon as there is nothing to lose.
+        thread, which calls `save` and ends the process as soon as there is nothing to lose; None: by none.
         """
         self._save = save
         try:
@@ -82,9 +82,9 @@ class StopRequest:
                 self.requested = True
                 name = signal.Signals(number).name
                 if self._received > 1:
-                    _leave(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
+                    end_with(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
                 if self.nothing_to_lose():
-                    _leave(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
+                    end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
                 _say(f"{name}: saving and stopping; once more leaves at once")
                 threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
 
@@ -94,7 +94,7 @@ class StopRequest:
                 if self._save is not None:
                     self._save()
                     if self.nothing_to_lose():
-                        _leave("stopped, saved; run the same command to go on", EXIT_STOPPED)
+                        end_with("stopped, saved; run the same command to go on", EXIT_STOPPED)
             time.sleep(LOOK_SECONDS)
 
 
@@ -102,6 +102,7 @@ def _say(message: str) -> None:
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def end_with(message: str, code: int) -> NoReturn:
+    """End the process at once, from whatever thread."""
     _say(message)
     os._exit(code)

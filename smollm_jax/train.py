@@ -16,15 +16,17 @@ import jax
 
 from smollm_jax.config import Config
 from smollm_jax.config_file import as_dict
-from smollm_jax.data import Batch, SourceTimeout, num_targets
+from smollm_jax.data import Batch, SourceTimeout, merged
 from smollm_jax.evaluate import score
 from smollm_jax.generation import Generator, Sampling
 from smollm_jax.hardware import peak_flops
+from smollm_jax.ledger import extended
 from smollm_jax.model import SmolLM
+from smollm_jax.processes import join
 from smollm_jax.publish import publish
 from smollm_jax.report import finite_or_none, read_metrics, say
+from smollm_jax.sharding import on_devices, on_one_device
 from smollm_jax.start import Run, begin, claim
-from smollm_jax.step import by_row
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
 
 DONE, STOPPED, DATA_ENDED = "done", "stopped", "data ended"
@@ -42,12 +44,8 @@ class Pending:
     """A step under way: its metrics are read once the next one has been sent off."""
 
     step: int
-    tokens: int
-    """Targets trained on so far, this step's included."""
     metrics: dict[str, jax.Array]
     cursor_before: dict[str, Any] | None
-    ledger: str
-    """Running hash of every batch up to this one."""
     skipped: int
     """Rows and files that --on-bad-data skip has passed over so far."""
     slots: int
@@ -73,22 +71,26 @@ def fit(config: Config, stop: StopRequest) -> int:
 
     Raises `ValueError` on a mistake in settings or input.
     """
-    run_dir, lock = claim(config)
-    with lock:
+    from smollm_jax.together import train_together
+
+    processes = join(config.compute)
+    run_dir, lock = processes.in_turn(lambda: claim(config, processes))
+    with lock, processes.watched(run_dir):
         try:
-            run = begin(config, run_dir, stop)
+            run = begin(config, run_dir, stop, processes)
         except SourceTimeout as error:  # nothing was trained since the last checkpoint, if there is one
             say(f"{error}; run the same command to go on")
             return EXIT_STOPPED
         try:
-            return finish(run, train(run))
+            code = finish(run, train_together(run) if processes.several else train(run))
         except TooManyBadSteps as error:
             run.report.say(f"stopped: {error}")
-            return EXIT_FAILED
+            code = EXIT_FAILED
         finally:
             run.stream.close()
             run.checkpoints.close()
             run.report.close()
+        return max(processes.gather(code))
 
 
 def train(run: Run) -> str:
@@ -144,37 +146,31 @@ def next_batch(run: Run) -> tuple[Batch, dict[str, Any]] | str:
     return STOPPED
 
 
-def dispatch(run: Run, batch: Batch, cursor: dict[str, Any]) -> Pending:
-    """Send a step to the device without waiting for it."""
-    rows, slots = by_row(run.mesh), batch.tokens.shape[1] - 1
-    tokens, segment_ids = jax.device_put((batch.tokens, batch.segment_ids), (rows, rows))
-    run.state, metrics = run.steps[len(batch.tokens)](run.state, tokens, segment_ids)
+def dispatch(run: Run, batch: Batch, cursor: dict[str, Any] | None, *votes: jax.Array) -> Pending:
+    """Send a step to the device without waiting for it; `votes` as `make_step` has it."""
     progress = run.progress
+    rows = run.config.batch_size_at(progress.step + 1)
+    arrays = (on_devices(x, rows, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
+    run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
     before, progress.cursor = progress.cursor, cursor
     progress.step += 1
-    progress.tokens += num_targets(batch)
-    return Pending(
-        progress.step,
-        progress.tokens,
-        metrics,
-        before,
-        cursor["ledger"],
-        cursor["skipped"],
-        len(batch.tokens) * slots,
-    )
+    skipped = cursor["skipped"] if cursor else 0
+    return Pending(progress.step, metrics, before, skipped, rows * run.config.data.seq_len)
 
 
 def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: bool = False) -> None:
     """Wait for a step's metrics, count what went wrong, and write its line if one is due, as for the last."""
     if pending is None:
         return
-    values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+    values = jax.device_get(pending.metrics)
     if pending.step > run.reported:
         run.reported = pending.step
+        run.progress.tokens += int(values["targets"])
+        run.progress.ledger = extended(run.progress.ledger, values["batch_hash"])
         interval.steps += 1
-        interval.targets += values["targets"]
+        interval.targets += int(values["targets"])
         interval.slots += pending.slots
-        look_at(run, pending, finite=values["finite"])
+        look_at(run, pending, finite=bool(values["finite"]))
     due = last or pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0
     if due and pending.step > run.recorded:
         run.recorded = pending.step
@@ -184,7 +180,7 @@ def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: 
 
 def look_at(run: Run, pending: Pending, *, finite: bool) -> None:
     """Show the progress, and compare and count what may have gone wrong."""
-    if run.ledgers.get(pending.step, pending.ledger) != pending.ledger:
+    if run.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
         run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")
     run.report.progress(pending.step)
     count_bad_step(run, pending, finite=finite)
@@ -195,16 +191,16 @@ def write_line(run: Run, pending: Pending, interval: Interval, values: dict[str,
     seconds = max(time.monotonic() - interval.began, 1e-9)
     line = {
         "step": pending.step,
-        "loss": finite_or_none(values["loss"]),
-        "learning_rate": values["learning_rate"],
-        "grad_norm": finite_or_none(values["grad_norm"]),
-        "tokens": pending.tokens,
+        "loss": finite_or_none(values["loss"].item()),
+        "learning_rate": values["learning_rate"].item(),
+        "grad_norm": finite_or_none(values["grad_norm"].item()),
+        "tokens": run.progress.tokens,
         "tokens_per_second": interval.targets / seconds,
         "data_wait_seconds": interval.data_wait_seconds,
         "step_seconds": seconds / max(interval.steps, 1),
         "bad_steps": run.progress.bad_steps,
         "skipped_documents": pending.skipped,
-        "ledger": pending.ledger,
+        "ledger": run.progress.ledger,
     }
     peak = peak_flops(run.mesh.devices.flat[0])
     if peak is not None:
@@ -232,7 +228,8 @@ def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
 
 def write_documents(run: Run, pending: Pending) -> str:
     """Write the documents of a step to the run folder; says where, or why that could not be done."""
-    path = run.run_dir / f"bad_step_{pending.step}.jsonl"
+    part = f".{run.processes.index}" if run.processes.several else ""
+    path = run.run_dir / f"bad_step_{pending.step}{part}.jsonl"
     try:
         documents = run.stream.documents_of(pending.cursor_before)
         path.write_text("".join(json.dumps(document) + "\n" for document in documents))
@@ -243,14 +240,14 @@ def write_documents(run: Run, pending: Pending) -> str:
 
 def evaluate(run: Run) -> None:
     """Held-out loss, samples and loss.png; left for the next start when asked to stop on the way."""
-    if run.heldout is None or run.stop.requested:
+    if run.heldout is None or run.interrupted:
         return
     began, config, step = time.monotonic(), run.config, run.progress.step
     parts = config.compute.grad_accum
     batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
-    with run.stop.away(lambda: save(run)):  # the first time both programs have to be compiled
+    with run.stop.away(None if run.processes.several else lambda: save(run)):  # at first there is much to compile
         result = score(
-            run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.stop.requested
+            run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.interrupted
         )
         if result is None:
             return
@@ -271,10 +268,11 @@ def evaluate(run: Run) -> None:
 def sample(run: Run) -> list[tuple[str, str]]:
     """The sample prompts and their continuations; those that were made when a stop was requested."""
     settings = run.config.run
-    if not settings.sample_tokens or run.stop.requested:
+    if not settings.sample_tokens or run.interrupted:
         return []
-    # on one device: decoding a few short texts gains nothing from more
-    params = jax.device_put(run.state["params"], run.mesh.devices.flat[0])
+    params = on_one_device(run.state["params"], run.mesh)
+    if not run.processes.first:
+        return []
     model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
     if run.generator is None:
         run.generator = Generator(model)
@@ -292,7 +290,7 @@ def sample(run: Run) -> list[tuple[str, str]]:
         ids: list[int] = []
         for piece in run.generator.stream(run.tokenizer.encode(prompt).tolist(), sampling):
             ids += piece
-            if run.stop.requested:
+            if run.interrupted:
                 break
         texts.append((prompt, run.tokenizer.decode(ids)))
     run.generator.unload()  # the next step has use for the memory
@@ -304,9 +302,10 @@ def save(run: Run) -> None:
     step = run.progress.step
     if step == run.saved:
         return
+    cursor = merged(run.processes.gather(run.progress.cursor))
     meta = {
-        "cursor": run.progress.cursor,
-        "progress": dataclasses.asdict(run.progress),
+        "cursor": cursor,
+        "progress": dataclasses.asdict(run.progress) | {"cursor": cursor},
         "config": as_dict(run.config),
         "computed": run.computed,
     }
@@ -320,15 +319,23 @@ def finish(run: Run, outcome: str) -> int:
         run.report.say(f"the last checkpoint could not be saved: {run.checkpoints.failed}")
         return EXIT_FAILED
     step, total = run.progress.step, run.config.total_steps
-    if outcome == STOPPED or run.stop.requested:
+    if outcome == DATA_ENDED and run.evaluated < step and run.config.run.eval_every:
+        evaluate(run)
+    if outcome == STOPPED or run.interrupted:
         again = "the same command without --new-run" if run.config.run.new_run else "the same command"
         run.report.say(f"stopped at step {step:,} of {total:,}, saved; run {again} to go on")
         return EXIT_STOPPED
+    if not run.processes.first:
+        return 0
     if step < total and outcome == DONE:
         print(f"step {step:,} of {total:,}, as --stop-after asked; saved in {run.run_dir}/checkpoints/{step}")
         return 0
-    if outcome == DATA_ENDED and run.evaluated < step and run.config.run.eval_every:
-        evaluate(run)
+    return conclude(run)
+
+
+def conclude(run: Run) -> int:
+    """Print the result of a run that is over, and export it."""
+    step, total = run.progress.step, run.config.total_steps
     evaluations = [line for line in read_metrics(run.run_dir) if line.get("eval_loss") is not None]
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens"

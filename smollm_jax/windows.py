@@ -21,7 +21,7 @@ from smollm_jax.ahead import Ahead
 from smollm_jax.config import require
 from smollm_jax.remote import SourceTimeout
 from smollm_jax.rows import Cursor
-from smollm_jax.sources import Document, Source
+from smollm_jax.sources import WHOLE, Document, Share, Source
 from smollm_jax.tokenizer import Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that what it holds a token stays small
@@ -63,10 +63,22 @@ class Window:
 
 
 class Shuffled:
-    """One source in shuffled windows, epoch after epoch. `state` says which document comes next."""
+    """A share of one source in shuffled windows, epoch after epoch. `state` says which document comes next.
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, *, seed: list[int], excluded: frozenset[int]):
-        self.source, self.tokenizer, self.seed, self.excluded = source, tokenizer, seed, excluded
+    The window is as much smaller as the share is: together they hold the documents of one window.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        seed: list[int],
+        excluded: frozenset[int],
+        share: Share = WHOLE,
+    ):
+        self.source, self.tokenizer, self.excluded, self.share = source, tokenizer, excluded, share
+        self.seed = seed if share == WHOLE else [*seed, share.index]
         self.state: Cursor = {
             "window": None, "number": 0, "index": 0, "epoch": 0, "tokens": 0, "skipped": 0, "ended": False,
         }  # fmt: skip
@@ -90,7 +102,8 @@ class Shuffled:
             place = window.following
             require(
                 window.drawn != [] or window.place.number > 0,
-                f"--data {self.source.name} holds no document to train on; the held-out ones are not counted",
+                f"--data {self.source.name} holds no document to train on{self._which()}; the held-out ones are "
+                "not counted",
             )
             state |= {"window": place.start, "number": place.number, "index": 0, "epoch": place.epoch}
             state["ended"] = self._is_over(place)
@@ -105,6 +118,16 @@ class Shuffled:
         self.source.closed.set()
         if self._coming is not None:
             self._coming[1].wait(CLOSE_SECONDS)
+
+    def prepare(self) -> None:
+        """Begin to read what the first `draw` will need."""
+        place = Place(self.state["epoch"], self.state["number"], self.state["window"])
+        if not self.state["ended"] and self._current is None and self._coming is None:
+            self._coming = place, Ahead(partial(self._read, place))
+
+    def _which(self) -> str:
+        part = self.share
+        return "" if part == WHOLE else f" in part {part.index + 1} of the {part.of} that --shards makes of it"
 
     def _is_over(self, place: Place) -> bool:
         epochs = self.source.settings.epochs
@@ -125,9 +148,10 @@ class Shuffled:
         return self._current
 
     def _read(self, place: Place) -> Window:
-        size = self.source.settings.shuffle_window
+        size = max(self.source.settings.shuffle_window // self.share.of, 1)
         skipped: list[str] = []
-        wanted = (d for d in self.source.documents(place.start, skipped) if text_hash(d.text) not in self.excluded)
+        documents = self.source.documents(place.start, skipped, self.share)
+        wanted = (document for document in documents if text_hash(document.text) not in self.excluded)
         drawn = list(tokenised(islice(wanted, size), self.tokenizer))
         if len(drawn) == size:
             following = Place(place.epoch, place.number + 1, drawn[-1][0].cursor)

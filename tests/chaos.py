@@ -148,6 +148,8 @@ def stop(target: Target, way: str, moment: str) -> Stop:
         process.kill()
         process.wait()
         return Stop(way, moment, True, f"still there {time.monotonic() - sent:.0f} s after {way}")
+    if way == "kill -9" and code == 0:  # it was done a moment before
+        return Stop(way, moment, False)
     if code == EXIT_STOPPED and (broken := promise_broken(target)):
         return Stop(way, moment, True, broken)
     allowed = {"kill -9": {-9}, "SIGTERM twice": {75, 0, 1}}.get(way, {75, 0})

@@ -93,6 +93,7 @@ def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert "('gone', 0, 'its process ended with exit code 3')" in done.stdout
 
 
+@pytest.mark.slow
 def test_breakdown_adds_up_to_the_whole_step():
     found, _ = ran("breakdown", *ALONE)
     rows = {row["part"]: row for row in found["rows"]}

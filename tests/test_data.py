@@ -1,5 +1,6 @@
 """The stream: nothing lost, nothing twice, and the same next batch from every cursor."""
 
+import contextlib
 import json
 import random
 import time
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 from smollm_jax.config import DataConfig
-from smollm_jax.data import check_vocab, heldout, num_targets, open_stream, plain_batches
+from smollm_jax.data import (
+    check_vocab,
+    heldout,
+    merged,
+    num_targets,
+    open_batches,
+    open_stream,
+    plain_batches,
+)
 from smollm_jax.packing import Packer
 from smollm_jax.sources import open_source
 from smollm_jax.windows import Shuffled, text_hash
@@ -46,6 +55,10 @@ def open_at(config, tokenizer, cursor=None, *, seed=3, batch_size_at=lambda _: 4
         config, tokenizer, seed=seed, batch_size_at=batch_size_at, steps=steps, cursor=cursor,
         excluded=frozenset(excluded),
     )  # fmt: skip
+
+
+def batches_of(config, tokenizer, **changes):
+    return open_batches(config, tokenizer, seed=3, batch_size_at=lambda _: 4, steps=10**6, **changes)
 
 
 def take(stream, count=10**6):
@@ -198,7 +211,7 @@ def test_the_documents_of_a_batch_are_those_in_its_rows(folder, tokenizer):
 
 def test_a_mixture_keeps_its_shares_of_tokens(folder, tokenizer):
     config = config_of(folder, "a*.jsonl=0.8,b.parquet=0.2", epochs=0)
-    state = take(open_at(config, tokenizer), 300)[-1][1]["sources"]
+    state = take(open_at(config, tokenizer), 300)[-1][1]["lanes"]["0"]["sources"]
     total = sum(part["tokens"] for part in state)
     assert state[0]["tokens"] / total == pytest.approx(0.8, abs=0.01)
 
@@ -295,7 +308,7 @@ def test_a_damaged_cursor_is_refused_in_one_line(folder, tokenizer, data):
 
 def test_the_cursor_is_small(folder, tokenizer):
     cursor = take(open_at(config_of(folder), tokenizer), 5)[4][1]
-    assert len(json.dumps(cursor)) < 600
+    assert len(json.dumps(cursor)) < 650
 
 
 def test_a_source_without_documents_is_refused(tmp_path, tokenizer):
@@ -353,7 +366,7 @@ def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
         time.sleep(0.01)
     stream.close()
     assert not stream._thread.is_alive()
-    assert all(part._coming[1].done for part in stream._batches.mix.parts)
+    assert all(part._coming[1].done for part in stream._batches.lanes[0].mix.parts)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
@@ -371,8 +384,69 @@ def test_memory_stays_flat_over_words_that_are_always_new(tmp_path, tokenizer):
     memory, epoch = [], 0
     while epoch < 5:
         _, cursor = stream.get(timeout=60)
-        if cursor["sources"][0]["epoch"] > epoch:
+        if cursor["lanes"]["0"]["sources"][0]["epoch"] > epoch:
             epoch += 1
             memory.append(psutil.Process().memory_info().rss)
     stream.close()
     assert memory[-1] - memory[0] < 20 * 2**20
+
+
+def rows_of(batches):
+    return [(batch.tokens.tolist(), batch.segment_ids.tolist()) for batch, _ in batches]
+
+
+@pytest.mark.parametrize("data", ["a*.jsonl=0.7,b.parquet=0.3", "a*.jsonl", "builtin:python-docs"])
+def test_shards_share_the_documents_without_loss_or_repeat(folder, tokenizer, data):
+    """Fewer files than shards: by row. Every document of an epoch once, whatever the number of shards."""
+    if data.startswith("builtin"):
+        folder = None
+    seen = []
+    for shards in (1, 4):
+        config = (
+            config_of(folder, data, epochs=1, shards=shards)
+            if folder
+            else DataConfig(data=data, epochs=1, shards=shards, seq_len=64)
+        )
+        batches = batches_of(config, tokenizer)(None)
+        found = set()
+        with contextlib.suppress(StopIteration):
+            while True:
+                next(batches)
+                found |= {(d["source"], d["file"], d["row"]) for d in batches.documents()}
+        seen.append(found)
+    assert seen[0] == seen[1]
+
+
+def test_processes_make_the_rows_of_the_whole_between_them(folder, tokenizer):
+    config = config_of(folder, epochs=0, shards=4)
+    whole = [next(stream) for stream in [batches_of(config, tokenizer)(None)] for _ in range(12)]
+    parts = [batches_of(config, tokenizer, shards=lanes)(None) for lanes in ([0, 1], [2], [3])]
+    for batch, cursor in whole:
+        made = [next(part) for part in parts]
+        assert [part.first_row for part, _ in made] == [0, 2, 3]
+        np.testing.assert_array_equal(np.concatenate([part.tokens for part, _ in made]), batch.tokens)
+        assert merged([cursor for _, cursor in made]) == cursor
+
+
+def test_a_cursor_of_some_processes_goes_on_in_others(folder, tokenizer):
+    config = config_of(folder, epochs=0, shards=4)
+    stream = batches_of(config, tokenizer)(None)
+    straight = [next(stream) for _ in range(20)]
+    for n in (1, 7, 13):
+        cursor = json.loads(json.dumps(straight[n][1]))
+        parts = [batches_of(config, tokenizer, shards=lanes)(cursor) for lanes in ([0], [1, 2, 3])]
+        for batch, _ in straight[n + 1 :]:
+            tokens = np.concatenate([next(part)[0].tokens for part in parts])
+            np.testing.assert_array_equal(tokens, batch.tokens)
+
+
+def test_another_number_of_shards_is_refused(folder, tokenizer):
+    cursor = take(open_at(config_of(folder, shards=2), tokenizer), 2)[1][1]
+    with pytest.raises(ValueError, match="the shards changed since the checkpoint"):
+        open_at(config_of(folder, shards=4), tokenizer, cursor)
+
+
+def test_a_shard_without_documents_is_named(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(3))
+    with pytest.raises(ValueError, match="no document to train on in part 4 of the 4 that --shards makes of it"):
+        next(batches_of(config_of(tmp_path, "a.jsonl", shards=4), tokenizer)(None))

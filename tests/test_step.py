@@ -9,9 +9,22 @@ import optax
 import pytest
 
 from smollm_jax.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from smollm_jax.ledger import batch_hash
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import SmolLM, init_params
-from smollm_jax.step import compile_step, compile_steps, init_state, learning_rate_schedule, make_mesh
+from smollm_jax.sharding import make_mesh
+from smollm_jax.step import (
+    ENDED,
+    GO,
+    STOP,
+    VOID,
+    compile_step,
+    compile_steps,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_step,
+)
 
 TINY = ModelConfig(
     vocab_size=53, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24
@@ -55,11 +68,10 @@ def run_steps(config, batches, params=None):
     compiled = {}
     state, metrics = init_state(config, mesh, params), []
     for tokens, segment_ids in batches:
-        step = compiled.setdefault(
-            len(tokens), compile_step(config, mesh, len(tokens), dtype=jnp.float32, remat="none")
-        )
-        state, values = step(state, tokens, segment_ids)
-        metrics.append({name: value.item() for name, value in values.items()})
+        if len(tokens) not in compiled:
+            compiled[len(tokens)] = compile_step(config, mesh, len(tokens), dtype=jnp.float32, remat="none")
+        state, values = compiled[len(tokens)](state, tokens, segment_ids)
+        metrics.append({name: value.item() for name, value in values.items() if value.ndim == 0})
     return state, metrics
 
 
@@ -150,11 +162,44 @@ def test_adamw_updates_equal_those_of_torch():
 
 
 def test_norms_do_not_decay():
-    config = config_of(weight_decay=0.9, learning_rate=1e-2)
-    empty = (np.zeros((4, 13), np.int32), np.zeros((4, 13), np.int32))  # no targets, hence no gradient
-    before, (state, _) = init_params(TINY, 0), run_steps(config, [empty] * 3)
-    np.testing.assert_array_equal(state["params"]["final_norm"]["scale"], before["final_norm"]["scale"])
-    assert float(jnp.abs(state["params"]["embedding"]).sum()) < float(jnp.abs(before["embedding"]).sum())
+    params = init_params(TINY, 0)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.9))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["final_norm"]["scale"], 0)
+    np.testing.assert_array_equal(updates["blocks"]["mlp_norm"]["scale"], 0)
+    np.testing.assert_allclose(updates["embedding"], 0.9 * params["embedding"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("votes", "counts"),
+    [
+        ([GO, STOP], True),
+        ([GO, ENDED], True),
+        ([STOP, ENDED], True),
+        ([ENDED, ENDED], False),
+        ([GO, VOID], False),
+        ([VOID, STOP], False),
+    ],
+)
+def test_a_step_is_void_when_a_process_has_no_part_or_all_have_ended(votes, counts):
+    config = config_of()
+    step = jax.jit(make_step(config, dtype=jnp.float32, remat="none"))
+    state = init_state(config, make_mesh(config))
+    after, metrics = step(state, *batch_of(4, 12), jnp.array(votes))
+    assert metrics["votes"].tolist() == [votes.count(kind) for kind in (GO, STOP, ENDED, VOID)]
+    assert int(after["step"]) == counts
+    assert (after["params"]["embedding"] != state["params"]["embedding"]).any() == counts
+
+
+def test_the_step_hashes_the_batch_it_was_given():
+    config, batches = config_of(), [batch_of(4, 12, seed=seed) for seed in range(3)]
+    step, state = (
+        jax.jit(make_step(config, dtype=jnp.float32, remat="none")),
+        init_state(config, make_mesh(config)),
+    )
+    for tokens, segment_ids in batches:
+        words = step(state, tokens, segment_ids)[1]["batch_hash"]
+        np.testing.assert_array_equal(words, batch_hash(tokens, segment_ids))
 
 
 def test_the_linear_schedule_warms_up_and_ends_at_zero_without_wasting_an_update():

@@ -1,0 +1,129 @@
+"""The loop of several processes, who take every step together and end at the same one.
+
+Nobody can leave a step that the others have begun. So each process sends a vote along with its rows of a
+batch; the sum comes back with the metrics, the same for all, one step later. A process without rows votes the
+step void: it changes nothing, and all stand where they stood before it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from smollm_jax.data import Batch, SourceTimeout
+from smollm_jax.sharding import by_device
+from smollm_jax.start import Run
+from smollm_jax.step import ENDED, GO, STOP, VOID
+from smollm_jax.train import (
+    DATA_ENDED,
+    DONE,
+    POLL_SECONDS,
+    STOPPED,
+    Interval,
+    Pending,
+    dispatch,
+    evaluate,
+    evaluation_due,
+    report_step,
+    save,
+    save_due,
+)
+
+Item = tuple[Batch, dict | None]
+
+
+@dataclass
+class Ballot:
+    """This process's part of a step: rows with the cursor behind them, its vote, and why it has no rows."""
+
+    item: Item
+    vote: int
+    fault: str = ""
+    is_mistake: bool = False
+    """Whether the fault lies in the data, not in waiting for it."""
+
+
+def train_together(run: Run) -> str:
+    """As `train`. Raises `ValueError` in all processes where the data of one cannot be read."""
+    if run.evaluated < run.progress.step and evaluation_due(run):
+        evaluate(run)
+    pending, interval, ballot = None, Interval(), None
+    while run.progress.step < run.last_step:
+        waiting_since = time.monotonic()
+        ballot = cast(run)
+        interval.data_wait_seconds += time.monotonic() - waiting_since
+        dispatched = dispatch(run, *ballot.item, votes(run, ballot.vote))
+        verdict = settle(run, pending, interval)
+        pending = dispatched
+        if verdict == GO and not (evaluation_due(run) or save_due(run)):
+            continue
+        verdict = max(verdict, settle(run, pending, interval))
+        pending, paused = None, time.monotonic()
+        if save_due(run) or verdict != GO:
+            save(run)
+        if verdict != GO:
+            return ended(run, verdict, ballot)
+        if evaluation_due(run):
+            evaluate(run)
+        interval.began += time.monotonic() - paused
+    verdict = settle(run, pending, interval)
+    save(run)
+    return DONE if verdict == GO or run.progress.step == run.last_step else ended(run, verdict, ballot)
+
+
+def cast(run: Run) -> Ballot:
+    """The next rows, or the reason why there are none, with the vote that says so."""
+    step = run.progress.step + 1
+    shape = (run.config.batch_size_at(step), run.config.data.seq_len + 1)
+    nothing = (Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32)), run.progress.cursor)
+    while True:
+        try:
+            item = run.stream.get(timeout=POLL_SECONDS)
+        except StopIteration:
+            return Ballot(nothing, ENDED)
+        except SourceTimeout as error:
+            return Ballot(nothing, VOID, f"{error}; run the same command to go on")
+        except ValueError as error:
+            return Ballot(nothing, VOID, str(error), is_mistake=True)
+        if item is not None:
+            padding = not item[0].segment_ids.any()
+            return Ballot(item, STOP if run.stop.requested else ENDED if padding else GO)
+        if run.stop.requested:
+            return Ballot(nothing, VOID)
+
+
+def votes(run: Run, vote: int) -> jax.Array:
+    """An array with this process's vote for each of its devices."""
+    mine = np.full(1, vote, np.int32)
+    return jax.make_array_from_callback((run.mesh.size,), by_device(run.mesh), lambda _: mine)
+
+
+def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
+    """Take up the outcome of a step: `GO` or `STOP` where it counts; else all stand before it, and it is `VOID`,
+    or `ENDED`.
+    """
+    if pending is None:
+        return GO
+    counted = jax.device_get(pending.metrics["votes"])
+    if counted[VOID] or counted[ENDED] == run.mesh.size:
+        if pending.step <= run.progress.step:
+            run.progress.step, run.progress.cursor = pending.step - 1, pending.cursor_before
+        return VOID if counted[VOID] else ENDED
+    report_step(run, pending, interval)
+    return STOP if counted[STOP] else GO
+
+
+def ended(run: Run, verdict: int, ballot: Ballot | None) -> str:
+    """Why all processes end here; raises `ValueError` for data that one of them cannot read."""
+    mine = (
+        {"fault": ballot.fault, "is_mistake": ballot.is_mistake} if ballot else {"fault": "", "is_mistake": False}
+    )
+    for index, theirs in enumerate(run.processes.gather(mine)):
+        if theirs["is_mistake"]:
+            raise ValueError(theirs["fault"])
+        if theirs["fault"]:
+            run.report.say(f"process {index}: {theirs['fault']}")
+    return DATA_ENDED if verdict == ENDED else STOPPED

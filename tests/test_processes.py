@@ -1,0 +1,202 @@
+"""Jobs of several processes on loopback: the same batches and losses as one, whoever goes on, whoever dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train import ROOT, TINY, records, wait_for_step
+
+from smollm_jax.config import ComputeConfig
+from smollm_jax.inventory import list_checkpoints
+from smollm_jax.processes import Processes, join
+
+pytest_plugins = ["test_train"]
+
+SETTINGS = "--phases 10x8 --batch-size 8 --shards 4 --eval-every 5 --no-export --checkpoint-every 4".split()
+
+
+@pytest.fixture
+def job(tmp_path, cache, corpus, tokenizer):
+    """Starts a job of `processes` with `devices` each on a run folder."""
+    started = []
+
+    def start(processes, *flags, devices=2, run="run", settings=SETTINGS):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            sys.executable, str(ROOT / "train_jax.py"), "--data", f"{corpus}/*.jsonl", *TINY, *settings,
+            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache), "--run-dir", str(tmp_path / run),
+        ]  # fmt: skip
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        for i in range(processes):
+            place = f"--coordinator 127.0.0.1:{port} --num-processes {processes} --process-id {i}".split()
+            arguments = [*command, *(place if processes > 1 else []), *flags]
+            words = (tmp_path / f"{run}-{i}.err").open("a")
+            started.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=words, text=True, env=env))
+        return started[-processes:]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def codes(processes, timeout=180):
+    deadline = time.monotonic() + timeout
+    return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
+
+
+def words_of(tmp_path, run="run", count=2):
+    return "\n".join((tmp_path / f"{run}-{i}.err").read_text() for i in range(count))
+
+
+def assert_same_losses(one, other, rel=2e-4):
+    """The very same batches, and losses that differ by rounding."""
+    lines, others = records(one), records(other)
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, theirs in zip(lines, others, strict=True):
+        assert line.get("ledger") == theirs.get("ledger")
+        assert line.get("tokens") == theirs.get("tokens")
+        for name in {"loss", "grad_norm", "eval_loss"} & set(line):
+            assert line[name] == pytest.approx(theirs[name], rel=rel), (line["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--mesh", "data=2,fsdp=2"]])
+def test_two_processes_train_like_one(job, tmp_path, flags):
+    assert codes(job(1, devices=1, run="one")) == [0]
+    processes = job(2, *flags)
+    assert codes(processes) == [0, 0], words_of(tmp_path)
+    out = [process.stdout.read() for process in processes]
+    assert out[0].startswith("finished: step 10 of 10")
+    assert out[0].count("\n") == 1
+    assert out[1] == ""
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
+    assert "2 processes; each reads its own part of the data" in words_of(tmp_path)
+    assert [info.verdict for info in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["good"] * 3
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes_and_devices(job, tmp_path):
+    """1 x 8, 2 x 1, 4 x 2, 1 x 1 and back: the same documents in the same order."""
+    assert codes(job(1, devices=1, run="one")) == [0]
+    plan = [(1, 8, 2), (2, 1, 4), (4, 2, 6), (1, 1, 7), (2, 4, 9), (4, 1, 10)]
+    for processes, devices, step in plan:
+        done = codes(job(processes, "--stop-after", str(step), devices=devices))
+        assert done == [0] * processes, words_of(tmp_path, count=processes)
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(job, tmp_path):
+    endless = [*SETTINGS, "--phases", "2000x8", "--eval-every", "0", "--checkpoint-every", "0"]
+    processes = job(2, settings=endless)
+    wait_for_step(tmp_path / "run", 5, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert codes(processes, timeout=60) == [75, 75], words_of(tmp_path)
+    stopped = records(tmp_path / "run")[-1]["step"]
+    assert [info.step for info in list_checkpoints(tmp_path / "run" / "checkpoints")] == [stopped]
+    assert f"stopped at step {stopped} of 2,000, saved" in words_of(tmp_path)
+    assert codes(job(1, "--stop-after", str(stopped + 3), settings=endless)) == [0]
+    assert codes(job(1, "--stop-after", str(stopped + 3), run="straight", settings=endless)) == [0]
+    assert_same_losses(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_dies_the_others_leave_within_a_minute(job, tmp_path, victim):
+    endless = [*SETTINGS, "--phases", "2000x8", "--eval-every", "0", "--checkpoint-every", "5"]
+    processes = job(2, settings=endless)
+    wait_for_step(tmp_path / "run", 12, processes[0])
+    processes[victim].kill()
+    assert codes([processes[1 - victim]], timeout=60) == [75], words_of(tmp_path)
+    good = [info.step for info in list_checkpoints(tmp_path / "run" / "checkpoints") if info.verdict == "good"]
+    assert good[0] >= 10
+    last = max(records(tmp_path / "run")[-1]["step"], good[0]) + 5
+    assert codes(job(2, "--stop-after", str(last), settings=endless)) == [0, 0], words_of(tmp_path)
+    assert codes(job(1, "--stop-after", str(last), run="straight", settings=endless)) == [0]
+    assert_same_losses(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_data_that_ends_ends_all_processes(job, tmp_path):
+    settings = [*SETTINGS, "--phases", "500x8", "--epochs", "1", "--eval-every", "0"]
+    assert codes(job(1, run="one", settings=settings)) == [0]
+    processes = job(2, settings=settings)
+    assert codes(processes) == [0, 0], words_of(tmp_path)
+    assert processes[0].stdout.read().startswith("the data ended: step ")
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_ends_all_with_its_words(job, tmp_path, corpus):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted(corpus.iterdir()):
+        (data / path.name).write_text(path.read_text())
+    lines = (data / "part-1.jsonl").read_text().splitlines()
+    lines[55] = "no json"
+    (data / "part-1.jsonl").write_text("\n".join(lines) + "\n")
+    processes = job(2, "--data", f"{data}/*.jsonl", "--shards", "2")
+    assert codes(processes) == [2, 2], words_of(tmp_path)
+    assert words_of(tmp_path).count("part-1.jsonl, row 55, cannot be read") == 2
+
+
+def test_one_process_is_a_job_too():
+    alone = Processes()
+    assert alone.gather({"a": 1}) == [{"a": 1}]
+    assert alone.in_turn(lambda: 5) == 5
+    assert not alone.several
+    assert alone.first
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"coordinator": "host:1"}, "belong together"),
+        ({"num_processes": 2, "process_id": 0}, "belong together"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "must lie in 0 to 1"),
+    ],
+)
+def test_half_a_job_is_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        ComputeConfig(**flags)
+
+
+LAUNCHERS = {
+    "slurm": {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"},
+    "open mpi": {"OMPI_COMM_WORLD_SIZE": "2"},
+    "cloud tpu": {"TPU_WORKER_HOSTNAMES": "a,b"},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_is_recognised(monkeypatch, launcher):
+    asked = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
+    monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
+    assert not join(ComputeConfig()).several
+    assert not asked
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    join(ComputeConfig())
+    assert "coordinator_address" not in asked  # it is the library that asks the launcher
+    assert asked["initialization_timeout"] > 0
+
+
+def test_an_indexed_kubernetes_job_is_recognised(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
+    monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
+    names = {"JOB_COMPLETION_INDEX": "1", "JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    join(ComputeConfig())
+    assert json.loads(json.dumps(asked)) | {"coordinator_address": "run-0.run:1234", "process_id": 1} == asked
+    assert asked["num_processes"] == 4

@@ -1,0 +1,119 @@
+"""The mesh: layouts by rule, and results that do not depend on it."""
+
+from dataclasses import replace
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from test_train import ended, records
+
+from smollm_jax.config import MESH_AXES, ComputeConfig, Config, RunConfig
+from smollm_jax.sharding import make_mesh, partition
+
+pytest_plugins = ["test_train"]
+
+OF_135M = {
+    "embedding": (49_152, 576), "q": (30, 576, 9, 64), "k": (30, 576, 3, 64), "o": (30, 9, 64, 576),
+    "gate": (30, 576, 1_536), "down": (30, 1_536, 576), "scale": (30, 576),
+}  # fmt: skip
+
+
+def mesh_of(**sizes):
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("embedding", {"data": 8}, PartitionSpec(None, None)),
+        ("embedding", {"fsdp": 4}, PartitionSpec(None, "fsdp")),
+        ("embedding", {"tensor": 2, "fsdp": 2}, PartitionSpec("tensor", "fsdp")),
+        ("q", {"tensor": 3}, PartitionSpec(None, None, "tensor", None)),
+        ("q", {"tensor": 2}, PartitionSpec(None, "tensor", None, None)),  # nine heads over two
+        ("k", {"tensor": 2, "fsdp": 2}, PartitionSpec(None, "tensor", None, "fsdp")),
+        ("o", {"tensor": 3, "fsdp": 2}, PartitionSpec(None, "tensor", None, "fsdp")),
+        ("gate", {"tensor": 2, "fsdp": 4}, PartitionSpec(None, "fsdp", "tensor")),
+        ("down", {"tensor": 2, "fsdp": 4}, PartitionSpec(None, "tensor", "fsdp")),
+        ("scale", {"tensor": 2, "fsdp": 4}, PartitionSpec()),
+    ],
+)
+def test_an_axis_takes_the_first_dim_that_it_divides(name, sizes, expected):
+    assert partition(name, OF_135M[name], mesh_of(**sizes)) == expected
+
+
+def test_an_axis_that_divides_nothing_is_refused_by_name():
+    with pytest.raises(ValueError, match="--mesh tensor=5 divides no dim of q"):
+        partition("q", OF_135M["q"], mesh_of(tensor=5))
+
+
+@pytest.mark.parametrize("spec", ["rows=2", "data", "data=0", "data=2,data=2", "data=x", "fsdp=-1"])
+def test_a_mesh_that_is_none_is_refused(spec):
+    with pytest.raises(ValueError, match=r"mesh=.*expected data=N"):
+        ComputeConfig(mesh=spec)
+
+
+def test_a_mesh_larger_than_the_machine_or_the_batch_is_refused():
+    config = Config(run=RunConfig(phases="5x4"))
+    too_many = replace(config, compute=ComputeConfig(mesh=f"data={jax.device_count() + 1}"))
+    with pytest.raises(ValueError, match="needs"):
+        make_mesh(too_many)
+    odd = replace(config, run=RunConfig(phases="5x3"), compute=ComputeConfig(mesh="data=2"))
+    with pytest.raises(ValueError, match="3 rows"):
+        make_mesh(odd, jax.devices() * 2)
+
+
+def test_all_axes_are_left_to_the_partitioner():
+    mesh = make_mesh(Config(run=RunConfig(phases="5x4")))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_the_mesh(train, tmp_path, monkeypatch):
+    """Over 20 steps: the batches are the same, and losses agree to rounding."""
+    settings = [
+        "--phases",
+        "16x8,4x8",
+        "--batch-size",
+        "8",
+        "--checkpoint-every",
+        "8",
+        "--eval-every",
+        "10",
+        "--no-export",
+    ]
+    ended(train(*settings, "--mesh", "data=1", run="one"))
+    one = records(tmp_path / "one")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    for mesh in ("data=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=4", "tensor=8"):
+        accumulate = "2" if mesh == "fsdp=4" else "1"
+        _, err = ended(train(*settings, "--mesh", mesh, "--grad-accum", accumulate, run=mesh))
+        assert mesh.replace(",", ", ") in err, err
+        assert ("embedding: " in err) == (mesh != "data=8")
+        for line, other in zip(one, records(tmp_path / mesh), strict=True):
+            assert line.get("ledger") == other.get("ledger")
+            for name in {"loss", "grad_norm", "eval_loss"} & set(line):
+                assert line[name] == pytest.approx(other[name], rel=2e-4), (mesh, line["step"], name)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(train, tmp_path, monkeypatch):
+    settings = [
+        "--phases",
+        "12x8",
+        "--checkpoint-every",
+        "5",
+        "--eval-every",
+        "0",
+        "--no-export",
+        "--grad-accum",
+        "1",
+    ]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    ended(train(*settings, "--mesh", "data=8", run="straight"))
+    ended(train(*settings, "--mesh", "data=2,fsdp=4", "--stop-after", "6"))
+    _, err = ended(train(*settings, "--mesh", "fsdp=2,tensor=2", "--stop-after", "9"))
+    assert "compute.mesh changed" in err
+    ended(train(*settings, "--mesh", "data=1"))
+    for line, other in zip(records(tmp_path / "straight"), records(tmp_path / "run"), strict=True):
+        assert line["ledger"] == other["ledger"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=2e-4)
