@@ -43,7 +43,9 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     default = RECIPES[given.recipe]
     if given.preset is not None:
         require(given.preset in MODELS, f"--preset {given.preset}: expected one of {', '.join(MODELS)}")
-        default = replace(default, preset=given.preset, model=MODELS[given.preset])
+        model = MODELS[given.preset]
+        data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
+        default = replace(default, preset=given.preset, model=model, data=data)
     return _one_line(
         prog,
         lambda: tyro.cli(

@@ -121,12 +121,12 @@ class Batches:
     def __init__(
         self,
         lanes: dict[int, Lane],
-        config: DataConfig,
+        shards: int,
         *,
         batch_size_at: Callable[[int], int],
         steps: int,
     ):
-        self.lanes, self.shards, self.batch_size_at, self.steps = lanes, config.shards, batch_size_at, steps
+        self.lanes, self.shards, self.batch_size_at, self.steps = lanes, shards, batch_size_at, steps
         self.step = 0
 
     def __next__(self) -> tuple[Batch, Cursor]:
@@ -288,24 +288,25 @@ def open_batches(
 ) -> Callable[[Cursor | None], Batches]:
     """Open the sources; the result gives the batches behind a cursor, without the texts hashed in `excluded`.
 
-    `shards` are the lanes wanted of the `config.shards`, neighbours; default: all. Raises `ValueError` when a
-    source cannot be opened or is not the one the cursor was made with.
+    `shards` are the lanes wanted, neighbours, of the `config.shards` (None: one); default: all. Raises
+    `ValueError` when a source cannot be opened or is not the one the cursor was made with.
     """
     named: list[tuple[Source, float]] = [
         (open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)
     ]
-    wanted = list(range(config.shards) if shards is None else shards)
+    count = config.shards or 1
+    wanted = list(range(count) if shards is None else shards)
 
     def lane(shard: int) -> Lane:
         parts = [
-            Shuffled(source, tokenizer, seed=[seed, i], excluded=excluded, share=Share(shard, config.shards))
+            Shuffled(source, tokenizer, seed=[seed, i], excluded=excluded, share=Share(shard, count))
             for i, (source, _) in enumerate(named)
         ]
         return Lane(Mixture(parts, [weight for _, weight in named]), config.seq_len)
 
     def make(cursor: Cursor | None) -> Batches:
         lanes = {shard: lane(shard) for shard in wanted}
-        batches = Batches(lanes, config, batch_size_at=batch_size_at, steps=steps)
+        batches = Batches(lanes, count, batch_size_at=batch_size_at, steps=steps)
         if cursor is not None:
             batches.seek(cursor)
         return batches

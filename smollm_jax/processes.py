@@ -6,8 +6,11 @@ have to know of each other goes through `gather`, which all of them call at the 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -23,12 +26,14 @@ from smollm_jax.config import ComputeConfig
 from smollm_jax.stop import EXIT_STOPPED, end_with
 
 T = TypeVar("T")
+_KEPT: list[Any] = []  # what C code has a pointer to
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # after which a process is taken for dead
 # the library's own watch ends a process by a crash; ours comes first, in words and with an exit code
 LIBRARY_SECONDS = 600
 CONNECT_SECONDS = 300
+AGAIN = "what was saved stands; run the same command in all processes to go on"
 
 
 class Processes:
@@ -123,8 +128,7 @@ class Processes:
                     last[i] = heard, now
                 elif now - since > SILENT_SECONDS:
                     end_with(
-                        f"process {i} of {self.count} has been silent for {SILENT_SECONDS:.0f} s; what was saved "
-                        "stands; run the same command in all processes to go on",
+                        f"process {i} of {self.count} has been silent for {SILENT_SECONDS:.0f} s; {AGAIN}",
                         EXIT_STOPPED,
                     )
 
@@ -146,6 +150,7 @@ def join(compute: ComputeConfig) -> Processes:
     import jax
 
     _keep_stdout()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     try:
         jax.distributed.initialize(
             **given,  # type: ignore[arg-type]
@@ -158,7 +163,10 @@ def join(compute: ComputeConfig) -> Processes:
         raise ValueError(
             f"the processes of the job did not come together (coordinator {where}): {words:.300}"
         ) from None
-    return Processes(jax.process_index(), jax.process_count())
+    processes = Processes(jax.process_index(), jax.process_count())
+    if not processes.first:
+        _explain_abort()
+    return processes
 
 
 def _keep_stdout() -> None:
@@ -167,6 +175,27 @@ def _keep_stdout() -> None:
     results = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(results, "w", buffering=1)
+
+
+def _explain_abort() -> None:
+    """Where the first process is gone, JAX's client aborts this one at once, and has no callback that works.
+
+    So the abort itself is caught: it becomes exit code 75 where the first process does not answer any more.
+    """
+    from jax._src import distributed
+
+    host, _, port = str(getattr(distributed.global_state, "coordinator_address", "")).rpartition(":")
+
+    def aborted(number: int) -> None:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError:
+            end_with(f"the first process of the job is gone; {AGAIN}", EXIT_STOPPED)
+        os._exit(128 + number)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    _KEPT.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def _launched() -> bool:

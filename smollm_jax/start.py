@@ -144,7 +144,11 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
         keep_config(config, run_dir)
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
-    attention, remarks = choose_checked(config.compute.attention, mesh, config.model, dtype)
+    attention, remarks = processes.together(
+        lambda: choose_checked(config.compute.attention, mesh, config.model, dtype)
+    )
+    if len(set(processes.gather(attention))) > 1:
+        attention, remarks = "plain", ["attention   plain: the kernel's check did not go alike in all processes"]
     chosen = replace(config, compute=replace(config.compute, attention=attention))
     notes = [*origin.notes, *check_computed(found, computed), *remarks]
     checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
@@ -342,7 +346,7 @@ def _axes(mesh: jax.sharding.Mesh) -> str:
 def _shared_by(run: Run) -> str:
     if not run.processes.several:
         return ""
-    shards, count = run.config.data.shards, run.processes.count
+    shards, count = run.config.shards, run.processes.count
     reads = "each reads its own part of the data" if shards >= count else "each reads all of the data"
     return f", {count} processes; {reads} (--shards {shards})"
 

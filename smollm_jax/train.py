@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -73,6 +73,7 @@ def fit(config: Config, stop: StopRequest) -> int:
     """
     from smollm_jax.together import train_together
 
+    config = replace(config, data=replace(config.data, shards=config.shards))
     processes = join(config.compute)
     run_dir, lock = processes.in_turn(lambda: claim(config, processes))
     with lock, processes.watched(run_dir):
