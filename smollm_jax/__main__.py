@@ -1,5 +1,5 @@
 """The commands beside training: `python -m smollm_jax export | import | generate | evaluate | push |
-checkpoints | batch`.
+checkpoints | batch | plan | verify-resume`.
 
 Results go to stdout, talk to stderr. A command is a function: its signature is its flags, its docstring its
 help. What it needs is imported when it runs, so that `--help` answers at once.
@@ -227,6 +227,35 @@ def verify_resume(argv: list[str]) -> int:
     return 1
 
 
+def plan(argv: list[str]) -> int:
+    """Plan a run on devices that are not here; exit code 1 where it would not fit.
+
+    It takes every flag of train_jax.py, --topology (v5e:4x4, v5p:2x2x1, gpu-h100:8, cpu:1 and the like) and
+    --json for one line of JSON in the table's place.
+    """
+    import argparse
+
+    from smollm_jax.arguments import parse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology", default="")
+    parser.add_argument("--json", action="store_true")
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    config = parse(rest, prog="python -m smollm_jax plan --topology NAME:AxB [--json]")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be taken
+    from smollm_jax.plan import make_plan
+    from smollm_jax.plan_report import as_dict, table
+
+    made = make_plan(config, own.topology)
+    print(json.dumps(as_dict(made)) if own.json else table(made))
+    return 0 if made.fits else EXIT_FAILED
+
+
 COMMANDS: dict[str, Command] = {
     "export": export,
     "import": import_,
@@ -241,7 +270,12 @@ COMMANDS: dict[str, Command] = {
 def main() -> int:
     if sys.argv[1:2] == ["verify-resume"]:  # its flags are those of train_jax.py
         return verify_resume(sys.argv[2:])
-    description = "Beside these: verify-resume [flags of train_jax.py] [--verify-steps N] proves an exact resume."
+    if sys.argv[1:2] == ["plan"]:  # as are these
+        return plan(sys.argv[2:])
+    description = (
+        "Beside these, with the flags of train_jax.py: verify-resume [--verify-steps N] proves an exact resume; "
+        "plan --topology v5e:4x4 says whether a run fits devices that are not here, and estimates how fast it is."
+    )
     return parse_command(COMMANDS, sys.argv[1:], "python -m smollm_jax", description=description)()
 
 

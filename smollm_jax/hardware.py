@@ -1,4 +1,5 @@
-"""What is known of the devices: peak FLOP/s for the MFU, memory for the remat choice.
+"""What is known of the devices: peak FLOP/s for the MFU, memory for the remat choice, and how fast memory and
+interconnect are, for plans.
 
 Peaks are the vendors' dense bf16 figures (no sparsity); an unknown device has none and reports no MFU.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,70 @@ PEAK_TFLOPS = {
     "TPU v5": 459,
     "TPU v6 lite": 918,
     "TPU v6e": 918,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A kind of device as a plan sees it."""
+
+    device_kind: str
+    """As JAX names it; the key to its peak."""
+    memory_bytes: int
+    """What a program can have: the vendor's figure less what the runtime keeps."""
+    memory_bytes_per_second: float
+    interconnect_bytes_per_second: float
+    """One way, all links of a chip together."""
+
+
+# Of Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, read in November 2026: memory at 1,200, 819,
+# 2,765 and 1,600 GB/s; interconnect of 2,400, 1,600, 4,800 and 3,200 Gbit/s one way. Memory of v5e, v5p and v6e:
+# what libtpu 0.0.52 says is there when a program does not fit; of v4: 32 GiB less as much as of the others.
+# Of NVIDIA's data sheets: 80 GB at 2,039 GB/s and NVLink of 600 GB/s both ways (A100 SXM); 80, 3,350 and 900
+# (H100 SXM); 141, 4,800 and 900 (H200 SXM). JAX takes three quarters of a GPU (XLA_PYTHON_CLIENT_MEM_FRACTION).
+CHIPS = {
+    "v4": Chip(
+        device_kind="TPU v4",
+        memory_bytes=int(30.75 * 2**30),
+        memory_bytes_per_second=1.2e12,
+        interconnect_bytes_per_second=300e9,
+    ),
+    "v5e": Chip(
+        device_kind="TPU v5 lite",
+        memory_bytes=int(15.75 * 2**30),
+        memory_bytes_per_second=819e9,
+        interconnect_bytes_per_second=200e9,
+    ),
+    "v5p": Chip(
+        device_kind="TPU v5",
+        memory_bytes=int(95.74 * 2**30),
+        memory_bytes_per_second=2.765e12,
+        interconnect_bytes_per_second=600e9,
+    ),
+    "v6e": Chip(
+        device_kind="TPU v6 lite",
+        memory_bytes=int(31.25 * 2**30),
+        memory_bytes_per_second=1.6e12,
+        interconnect_bytes_per_second=400e9,
+    ),
+    "gpu-a100": Chip(
+        device_kind="NVIDIA A100",
+        memory_bytes=int(0.75 * 80e9),
+        memory_bytes_per_second=2.039e12,
+        interconnect_bytes_per_second=300e9,
+    ),
+    "gpu-h100": Chip(
+        device_kind="NVIDIA H100",
+        memory_bytes=int(0.75 * 80e9),
+        memory_bytes_per_second=3.35e12,
+        interconnect_bytes_per_second=450e9,
+    ),
+    "gpu-h200": Chip(
+        device_kind="NVIDIA H200",
+        memory_bytes=int(0.75 * 141e9),
+        memory_bytes_per_second=4.8e12,
+        interconnect_bytes_per_second=450e9,
+    ),
 }
 MEMORY_SHARE = 0.9  # of what the device has; the rest is left to the runtime and the evaluation
 

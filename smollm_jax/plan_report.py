@@ -69,9 +69,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def estimated(plan: Plan) -> dict[str, Any] | None:
-    """Of the largest phase's step, and of the whole recipe; None where the chip's speed is not known."""
+    """Of the largest step and the whole recipe; None where the chip's speed in the dtype is not known."""
     config, chip, mesh = plan.attempt.config, plan.target.chip, plan.attempt.mesh
-    if chip is None:
+    if chip is None or plan.dtype != "bfloat16":
         return None
     rows = largest_batch(config)
     of_step = estimate_of(plan, chip, rows)
@@ -167,16 +167,16 @@ def _message_line(message: Collective) -> str:
 def _estimate_rows(plan: Plan) -> list[tuple[str, str]]:
     found, chip, config = estimated(plan), plan.target.chip, plan.attempt.config
     if found is None or chip is None:
-        return [("ESTIMATE", "none: no peak is known for this device")]
+        return [("ESTIMATE", "none: no peak is known for this device and dtype")]
     peak = (peak_flops(chip) or 0) / 1e12
     parts = (
-        f"computing {found['compute_seconds']:.3f} s at {COMPUTE_SHARE:.0%} of {peak:,.0f} TFLOP/s, "
-        f"memory {found['memory_seconds']:.3f} s at {MEMORY_SHARE:.0%} of "
-        f"{chip.memory_bytes_per_second / 1e9:,.0f} GB/s, interconnect {found['interconnect_seconds']:.3f} s at "
+        f"computing {found['compute_seconds']:.3g} s at {COMPUTE_SHARE:.0%} of {peak:,.0f} TFLOP/s, "
+        f"memory {found['memory_seconds']:.3g} s at {MEMORY_SHARE:.0%} of "
+        f"{chip.memory_bytes_per_second / 1e9:,.0f} GB/s, interconnect {found['interconnect_seconds']:.3g} s at "
         f"{INTERCONNECT_SHARE:.0%} of {chip.interconnect_bytes_per_second / 1e9:,.0f} GB/s"
     )
     step = (
-        f"{found['step_seconds']:.3f} s a step: the longer of the first two, and then the third; "
+        f"{found['step_seconds']:.3g} s a step: the longer of the first two, and then the third; "
         f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.0%}"
     )
     recipe = (
