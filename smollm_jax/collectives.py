@@ -21,6 +21,7 @@ INSTRUCTION = re.compile(
 )
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
 ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+NAMED_GROUPS = re.compile(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\](?:, device_ids=\(\S*\))?\s*\{([^}]*)\}")
 CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)")
 
 
@@ -138,7 +139,7 @@ def _group_size(attributes: str, devices: int) -> int:
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(tiled[1])
-    if named := re.search(r"replica_groups=(?:@\w+|mesh)\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if named := NAMED_GROUPS.search(attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)

@@ -86,10 +86,10 @@ class Plan:
     dtype: str
     attention: str
     fits: bool
-    remedy: str | None
     messages: list[Collective]
     kernels: int | None
     """Fused attention kernels in the program; None where there is no program."""
+    remedy: str | None = None
 
 
 def make_plan(config: Config, topology: str) -> Plan:
@@ -97,11 +97,13 @@ def make_plan(config: Config, topology: str) -> Plan:
     target = target_of(topology)
     dtype = dtype_for(config, target)
     use_precision_of(dtype)
-    device = target.devices[0]
-    attention, _ = choose(config.compute.attention, device, dtype)
-    attempt = first_that_fits(config, target, dtype)
-    fits = attempt.memory_bytes <= target.memory_bytes
-    program, mesh = attempt.program, attempt.mesh
+    plan = plan_of(target, first_that_fits(config, target, dtype), dtype)
+    return plan if plan.fits else replace(plan, remedy=find_remedy(config, target, dtype))
+
+
+def plan_of(target: Target, attempt: Attempt, dtype: Any) -> Plan:
+    """What an attempt shows, without a remedy."""
+    config, mesh, program = attempt.config, attempt.mesh, attempt.program
     if program is None:
         messages = collectives_by_formula(config, mesh, attempt.remat, largest_batch(config))
     else:
@@ -110,9 +112,8 @@ def make_plan(config: Config, topology: str) -> Plan:
         target=target,
         attempt=attempt,
         dtype=dtype.name,
-        attention=attention,
-        fits=fits,
-        remedy=None if fits else find_remedy(config, target, dtype),
+        attention=choose(config.compute.attention, target.devices[0], dtype)[0],
+        fits=attempt.memory_bytes <= target.memory_bytes,
         messages=messages,
         kernels=None if program is None else kernels(program),
     )
@@ -143,7 +144,9 @@ def _tpu(name: str, dims: list[int]) -> Target:
     )
     _keep_libtpu_quiet()
     # of a v4's two cores, as of a v5p's, a program sees one device
-    options = {"chip_config_name": "megacore"} if name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
+    if chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except jax.errors.JaxRuntimeError as error:

@@ -95,6 +95,26 @@ def test_collectives_count_once_for_each_turn_of_their_loop():
     }
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2},{3,4,5}}, use_global_device_ids=true", 3),
+        ("[2,4]<=[8], dimensions={0}", 4),
+        ("[4,2]<=[2,4]T(1,0), dimensions={0}", 2),
+        ("mesh['a'=2,'b'=4] {'b'}, dimensions={0}", 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}", 8),
+        ("mesh['a'=8] {'a':(2)4}, dimensions={0}", 4),
+        ("mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'c'}, dimensions={0}", 2),
+        ("{}, dimensions={0}", 8),
+    ],
+)
+def test_groups_are_read_in_each_way_in_which_xla_writes_them(groups, size):
+    program = (
+        f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %y = f32[8] all-gather(%x), replica_groups={groups}\n}}"
+    )
+    assert [each.group for each in collectives(program, 8)] == [size]
+
+
 def test_a_loop_that_does_not_say_how_often_it_turns_is_not_guessed():
     with pytest.raises(RuntimeError, match=r"the loop while\.1 does not say"):
         collectives(PROGRAM.replace("constant(30)", "parameter(0)"), 8)
