@@ -120,11 +120,15 @@ class Checkpoints:
             self.failed = next((Failure(**failure) for failure in failures if failure), None)
         return self.failed is None
 
-    def close(self) -> None:
-        """Wait for a save under way, however a run ends: orbax cannot finish once the interpreter goes down."""
+    def close(self) -> bool:
+        """Wait for a save under way, however a run ends: orbax cannot finish once the interpreter goes down.
+
+        Whether it succeeded, as far as this process knows.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        return self.failed is None
 
     def clean(self) -> None:
         """Remove what dead processes left half written or deleted; only for the holder of the run's lock."""
