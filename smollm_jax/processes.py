@@ -20,8 +20,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from smollm_jax.config import ComputeConfig
 from smollm_jax.stop import EXIT_STOPPED, end_with
 
@@ -55,6 +53,7 @@ class Processes:
         """The JSON values of all processes, in their order; waits until each has given its own."""
         if not self.several:
             return [value]
+        import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
