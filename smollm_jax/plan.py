@@ -150,6 +150,8 @@ def _tpu(name: str, dims: list[int]) -> Target:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         raise ValueError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
     return Target(
         name=topology,
@@ -177,8 +179,11 @@ def _cpu(count: int) -> Target:
 
 
 def _keep_libtpu_quiet() -> None:
-    """Before it is loaded: neither ask the network which TPU this is, nor complain that it is none."""
+    """Before it is loaded: not to ask the network which TPU this is, nor complain that it is none, nor claim a TPU
+    for this process alone, which another plan or a run may have.
+    """
     for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",

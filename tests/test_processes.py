@@ -208,7 +208,7 @@ def test_half_a_job_is_refused(flags, words):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [by_slurm, by_open_mpi, by_kubernetes])
 def test_processes_find_each_other_by_what_a_launcher_sets(job, tmp_path, launcher):
-    processes = job(2, "--phases", "2x8", "--eval-every", "0", devices=1, launcher=launcher)
+    processes = job(2, "--phases", "4x8", "--eval-every", "0", devices=1, launcher=launcher)
     assert codes(processes) == [0, 0], words_of(tmp_path)
     assert "2 x cpu (cpu) of 2: data=2, 2 processes" in words_of(tmp_path)
 

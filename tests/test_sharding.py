@@ -84,7 +84,7 @@ def test_results_do_not_depend_on_the_mesh(train, tmp_path, monkeypatch):
     ended(train(*settings, "--mesh", "data=1", run="one"))
     one = records(tmp_path / "one")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    for mesh in ("data=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=4", "tensor=8"):
+    for mesh in ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4"):
         accumulate = "2" if mesh == "fsdp=4" else "1"
         _, err = ended(train(*settings, "--mesh", mesh, "--grad-accum", accumulate, run=mesh))
         assert mesh.replace(",", ", ") in err, err
@@ -100,6 +100,8 @@ def test_a_run_goes_on_with_another_mesh(train, tmp_path, monkeypatch):
     settings = [
         "--phases",
         "12x8",
+        "--batch-size",
+        "8",
         "--checkpoint-every",
         "5",
         "--eval-every",
