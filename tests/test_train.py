@@ -381,3 +381,14 @@ def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(train
     shown = [line for line in records(run) if line["bad_steps"]]
     assert [line["bad_steps"] for line in shown] == list(range(1, len(shown) + 1))
     assert all(None in (line["loss"], line["grad_norm"]) for line in shown)
+
+
+def test_nothing_is_compiled_twice(train, monkeypatch):
+    """One program a batch size before the first step; a second evaluation and the second phase compile nothing."""
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    settings = "--phases 6x4,4x2 --grad-accum 1 --eval-every 3 --checkpoint-every 4 --no-export".split()
+    _, err = ended(train(*settings))
+    first, later = err.split("held-out loss", 1)
+    names = [words.split("(")[1].split(")")[0] for words in first.split("Compiling jit")[1:]]
+    assert {name: names.count(name) for name in ("step", "create", "nll")} == {"step": 2, "create": 1, "nll": 1}
+    assert "Compiling jit" not in later
