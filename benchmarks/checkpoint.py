@@ -59,6 +59,8 @@ def checkpoint(
 
     try:
         checkpoints = Checkpoints(where, keep_last=1, keep_every=0)
+        checkpoints.prepare(state)
+        timed("memory made ready, while the compiler is at work", checkpoints.prepared)
         for step in range(1, rounds + 1):
             timed("the loop stands still", lambda step=step: checkpoints.save(step, state, {}))  # type: ignore[misc]
             timed("written behind it", checkpoints.wait)

@@ -90,6 +90,12 @@ class Checkpoints:
         self._preparing = threading.Thread(target=touch, name="save-memory", daemon=True)
         self._preparing.start()
 
+    def prepared(self) -> None:
+        """Wait until what `prepare` began is done."""
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copy `state` to the host and return; the writing goes on behind, its errors end up in `failed`.
 
@@ -181,9 +187,7 @@ class Checkpoints:
             np.copyto(buffer, source)
             return buffer
 
-        if self._preparing is not None:
-            self._preparing.join()
-            self._preparing = None
+        self.prepared()
         named = _leaves_by_name(state)
         for leaf in named.values():
             if isinstance(leaf, jax.Array):
