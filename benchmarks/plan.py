@@ -16,7 +16,8 @@ from benchmarks.work import Preset, config_of
 from smollm_jax.config import MODELS, ComputeConfig, Config
 
 if TYPE_CHECKING:
-    from smollm_jax.plan import Attempt, Target
+    from smollm_jax.plan import Attempt
+    from smollm_jax.target import Target
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4")
 PRESETS: tuple[Preset, ...] = ("135M", "360M", "1.7B")
@@ -56,8 +57,9 @@ def at_the_limit(preset: Preset, topology: str, seq_len: int) -> Row:
     """A row of the table: the plan with the largest batch that fits."""
     import jax.numpy as jnp
 
-    from smollm_jax.plan import attempt, plan_of, target_of
+    from smollm_jax.plan import attempt, plan_of
     from smollm_jax.plan_report import as_dict
+    from smollm_jax.target import target_of
 
     began, target, dtype = time.monotonic(), target_of(topology), jnp.dtype("bfloat16")
     chips = len(target.devices)

@@ -10,7 +10,7 @@ Documents to batches: tokenizer, python_docs, rows, remote, sources, windows, pa
 What is kept: run_folder, inventory, checkpoint. Generation: sampling, decoder, generation, completion.
 Hugging Face: layout, hf_folder, convert, card, hub, loading, publish. A run: stop, report, resume, origin,
 start, evaluate, train; looked back at by replay and verify; ahead of it, on devices that are not here,
-collectives, roofline, plan, plan_report. The page: worker, chat, writer, page, api.
+target, collectives, roofline, plan, plan_report. The page: worker, chat, writer, page, api.
 Names load when they are first asked for, so that `--help` need not wait for JAX.
 """
 

@@ -8,9 +8,6 @@ is an estimate in both cases. Knows no data, no tokenizer and no run folder.
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,49 +16,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from smollm_jax.attention import choose
 from smollm_jax.collectives import Collective, collectives, kernels
-from smollm_jax.config import Config, Remat, require
-from smollm_jax.hardware import CHIPS, MEMORY_SHARE, Chip, memory_bytes, use_precision_of
+from smollm_jax.config import Config, Remat
+from smollm_jax.hardware import MEMORY_SHARE, use_precision_of
 from smollm_jax.model import Policy
 from smollm_jax.roofline import collectives_by_formula, memory_by_formula
 from smollm_jax.sharding import make_mesh
 from smollm_jax.step import compile_step, compiled_bytes
+from smollm_jax.target import Target, target_of
 
 POLICIES: tuple[Policy, ...] = ("none", "dots", "full")
-TPUS = ("v4", "v5e", "v5p", "v6e")
-GPUS = {"gpu-a100": "8.0", "gpu-h100": "9.0", "gpu-h200": "9.0"}  # compute capability
-FLAT = {"v5e", "v6e"}  # tori of two dims
-MOST_CHIPS = {"v4": 4_096, "v5e": 256, "v5p": 8_960, "v6e": 256}  # of a pod: Google's page of each
 HOPELESS = 1.5  # times the memory: a setting that by formula needs more is not compiled
-EXPECTED = (
-    "expected v5e:AxB or v6e:AxB, v4:AxBxC or v5p:AxBxC, gpu-a100:N, gpu-h100:N, gpu-h200:N (gpu:N) or cpu:N"
-)
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A device that is not here, as the rules of mesh and kernel look at one."""
-
-    id: int
-    platform: str
-    device_kind: str
-    compute_capability: str = ""
-    process_index: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Devices to plan for. `compiles` says whether their compiler is at hand; a CPU has no `chip`."""
-
-    name: str
-    devices: list[Any]
-    memory_bytes: int
-    chip: Chip | None
-    compiles: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +42,7 @@ class Attempt:
     memory_bytes: int
     refused: bool = False
     program: str | None = None
-    """Text of the compiled module."""
+    """Text of the compiled module; also None where jaxlib could not read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,80 +87,6 @@ def plan_of(target: Target, attempt: Attempt, dtype: Any) -> Plan:
     )
 
 
-def target_of(topology: str) -> Target:
-    """The devices called NAME:AxB, NAME:AxBxC or NAME:N; raises `ValueError` in one line."""
-    name, _, shape = topology.partition(":")
-    name = "gpu-h100" if name == "gpu" else name
-    known = name == "cpu" or name in CHIPS
-    dims = shape.split("x")
-    require(known and all(dim.isdecimal() and int(dim) > 0 for dim in dims), f"--topology {topology}: {EXPECTED}")
-    if name in TPUS:
-        return _tpu(name, [int(dim) for dim in dims])
-    require(len(dims) == 1, f"--topology {topology}: {EXPECTED}")
-    return _gpu(name, int(shape)) if name in GPUS else _cpu(int(shape))
-
-
-def _tpu(name: str, dims: list[int]) -> Target:
-    topology = f"{name}:{'x'.join(map(str, dims))}"
-    needed = 2 if name in FLAT else 3
-    require(len(dims) == needed, f"--topology {topology}: {name} has {needed} dims; {EXPECTED}")
-    chips = math.prod(dims)
-    require(chips <= MOST_CHIPS[name], f"--topology {topology}: a pod of {name} has {MOST_CHIPS[name]:,} chips")
-    require(
-        importlib.util.find_spec("libtpu") is not None,
-        "a plan for a TPU needs its compiler, libtpu: pip install 'smollm-jax[plan]'",
-    )
-    _keep_libtpu_quiet()
-    # of a v4's two cores, as of a v5p's, a program sees one device
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
-    if chips == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):
-            raise
-        raise ValueError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
-    return Target(
-        name=topology,
-        devices=list(devices),
-        memory_bytes=CHIPS[name].memory_bytes,
-        chip=CHIPS[name],
-        compiles=True,
-    )
-
-
-def _gpu(name: str, count: int) -> Target:
-    chip = CHIPS[name]
-    devices = [Absent(i, "gpu", chip.device_kind, GPUS[name]) for i in range(count)]
-    return Target(
-        name=f"{name}:{count}", devices=devices, memory_bytes=chip.memory_bytes, chip=chip, compiles=False
-    )
-
-
-def _cpu(count: int) -> Target:
-    here = jax.devices("cpu")
-    compiles = len(here) >= count
-    devices = here[:count] if compiles else [Absent(i, "cpu", "cpu") for i in range(count)]
-    memory = int(memory_bytes(here[0]) / MEMORY_SHARE)
-    return Target(name=f"cpu:{count}", devices=devices, memory_bytes=memory, chip=None, compiles=compiles)
-
-
-def _keep_libtpu_quiet() -> None:
-    """Before it is loaded: not to ask the network which TPU this is, nor complain that it is none, nor claim a TPU
-    for this process alone, which another plan or a run may have.
-    """
-    for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
 def dtype_for(config: Config, target: Target) -> Any:
     """The dtype that a run there would compute in."""
     if config.compute.dtype != "auto":
@@ -231,7 +125,20 @@ def attempt(config: Config, target: Target, dtype: Any, remat: Policy) -> Attemp
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return outcome(memory_bytes=max(needed_by(str(error)), target.memory_bytes + 1), refused=True)
-    return outcome(memory_bytes=compiled_bytes(compiled), program=compiled.as_text())
+    return outcome(memory_bytes=compiled_bytes(compiled), program=text_of(compiled))
+
+
+def text_of(compiled: jax.stages.Compiled) -> str | None:
+    """The program as text; None where jaxlib cannot read what libtpu wrote.
+
+    Seen with jaxlib 0.10.2, libtpu 0.0.52 and v5p; libtpu 0.0.42, which jax[tpu] 0.10.2 asks for, is read.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" not in str(error):
+            raise
+        return None
 
 
 def needed_by(refusal: str) -> int:

@@ -55,6 +55,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "remat": tried.remat,
         "attention": plan.attention,
         "compiled": plan.target.compiles,
+        "read": plan.attempt.program is not None,
         "flops_per_token": config.model.flops_per_token(config.data.seq_len),
         "bytes_per_token": bytes_per_token(plan),
         "memory_bytes": tried.memory_bytes,
@@ -130,7 +131,7 @@ def _token_line(plan: Plan) -> str:
 
 def _memory_line(plan: Plan) -> str:
     needed, limit = plan.attempt.memory_bytes, plan.target.memory_bytes
-    source = "by the compiled program" if plan.attempt.program else "by formula; no compiler for it here"
+    source = "by the compiled program" if plan.target.compiles else "by formula; no compiler for it here"
     if plan.attempt.refused:
         source = "by the compiler, which refused it"
     return f"{needed / 2**30:.2f} of {limit / 2**30:.2f} GiB a chip ({needed / limit:.0%}), {source}"
@@ -138,7 +139,8 @@ def _memory_line(plan: Plan) -> str:
 
 def _attention_line(plan: Plan) -> str:
     if plan.kernels is None:
-        return plan.attention
+        unread = "; this jaxlib cannot read the program that this libtpu wrote" if plan.target.compiles else ""
+        return plan.attention + unread
     found = f"{plan.kernels} fused kernels in the program" if plan.kernels else "no fused kernel in the program"
     return f"{plan.attention}, {found}"
 

@@ -6,19 +6,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from test_train import TINY, ended
 
-from smollm_jax import plan as planning
+from smollm_jax import target as targets
 from smollm_jax.arguments import parse
 from smollm_jax.collectives import Collective, collectives, kernels
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.hardware import CHIPS
-from smollm_jax.plan import find_remedy, make_plan, needed_by, target_of
+from smollm_jax.plan import POLICIES, find_remedy, make_plan, needed_by, plan_of, text_of
 from smollm_jax.plan_report import as_dict, table
 from smollm_jax.roofline import Estimate, executed_flops_per_token, kept_bytes
+from smollm_jax.target import target_of
 
 pytest_plugins = ["test_train"]
 ROOT = Path(__file__).parents[1]
@@ -267,8 +269,8 @@ def test_parts_of_the_parameters_take_parts_of_the_memory():
 
 def test_what_is_computed_again_is_not_kept_and_costs_flops():
     config = config_135m()
-    kept = [kept_bytes(config.model, remat) for remat in planning.POLICIES]
-    flops = [executed_flops_per_token(config, remat) for remat in planning.POLICIES]
+    kept = [kept_bytes(config.model, remat) for remat in POLICIES]
+    flops = [executed_flops_per_token(config, remat) for remat in POLICIES]
     assert kept == sorted(kept, reverse=True)
     assert flops == sorted(flops)
     assert flops[0] == config.model.flops_per_token(2_048)
@@ -322,9 +324,23 @@ def test_a_slice_that_libtpu_does_not_know_is_refused():
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs its compiler, libtpu: pip install 'smollm-jax\[plan\]'"):
         target_of("v5e:2x2")
+
+
+def test_a_program_that_jaxlib_cannot_read_is_planned_by_formula(on_tpu):
+    def unread():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1")
+
+    assert text_of(SimpleNamespace(as_text=unread)) is None
+    attempt = replace(on_tpu.attempt, program=None)
+    plan = plan_of(on_tpu.target, attempt, jax.numpy.dtype("bfloat16"))
+    assert plan.messages
+    words = table(plan)
+    assert "this jaxlib cannot read the program" in words
+    assert "by the compiled program" in words
+    assert "sent by each chip, by formula" in words
 
 
 def test_the_compiler_s_refusal_says_how_much():
