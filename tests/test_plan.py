@@ -271,8 +271,8 @@ def test_what_is_computed_again_is_not_kept_and_costs_flops():
     config = config_135m()
     kept = [kept_bytes(config.model, remat) for remat in POLICIES]
     flops = [executed_flops_per_token(config, remat) for remat in POLICIES]
-    assert kept == sorted(kept, reverse=True)
-    assert flops == sorted(flops)
+    assert kept[0] > kept[1] > kept[2]
+    assert flops[0] < flops[1] < flops[2] < flops[0] * 4 / 3
     assert flops[0] == config.model.flops_per_token(2_048)
 
 
