@@ -123,22 +123,22 @@ def guarded(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
-        return _explained(error)
+        return explained(error)
 
 
-def _explained(error: Exception) -> int:
+def explained(error: Exception) -> int:
     """Say what went wrong; returns the exit code."""
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
-    if isinstance(error, ValueError) and _is_ours(error):
+    if isinstance(error, ValueError) and is_ours(error):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     traceback.print_exception(error)
     return EXIT_FAILED
 
 
-def _is_ours(error: ValueError) -> bool:
+def is_ours(error: ValueError) -> bool:
     """Whether this package raised it on purpose: a library's own ValueError is not a user's mistake."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return Path(frame.filename).parent == Path(__file__).parent

@@ -71,6 +71,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._preparing: threading.Thread | None = None
         self._buffers: dict[str, np.ndarray] = {}
+        self._copy: Any = None
 
     def prepare(self, state: Any) -> None:
         """Have the host memory for copies of `state` (arrays or `jax.ShapeDtypeStruct`) ready before the first
@@ -106,11 +107,14 @@ class Checkpoints:
         json.dumps(meta)  # the caller's mistake is to surface here, not in the thread
         temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         if self.processes.several:
-            leaves = _device_copies(state)
+            leaves = self._device_copies(state)
             temporary = self.folder / str(self.processes.gather(temporary.name)[0])
         else:
             leaves = self._host_copies(state)
-        if not any(self.processes.gather(self._make_room(step))):
+        room, self.failed = self._make_room(step, temporary)
+        told = self.processes.gather([room, self.failed and vars(self.failed)])[0]
+        self.failed = Failure(**told[1]) if told[1] else None
+        if not told[0]:
             return
         # not a daemon, which would be torn down in the middle of orbax's own threads
         self._thread = threading.Thread(
@@ -170,6 +174,15 @@ class Checkpoints:
     def list(self) -> list[Info]:
         return list_checkpoints(self.folder)
 
+    def _device_copies(self, state: Any) -> dict[str, Any]:
+        """Every leaf again, in the same layout, which the next step does not overwrite."""
+        import jax
+        import jax.numpy as jnp
+
+        if self._copy is None:
+            self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        return _leaves_by_name(self._copy(state))
+
     def _host_copies(self, state: Any) -> dict[str, np.ndarray]:
         """Every leaf in host memory that nothing else refers to but the next save, which waits for this one."""
         import jax
@@ -195,35 +208,40 @@ class Checkpoints:
         with ThreadPoolExecutor(COPY_THREADS) as pool:
             return dict(zip(named, pool.map(copy, named.items()), strict=True))
 
-    def _make_room(self, step: int) -> bool:
+    def _make_room(self, step: int, temporary: Path) -> tuple[bool, Failure | None]:
         """Whether the checkpoint is to be written; the first process looks, and makes the folder for it."""
         if not self.processes.first:
-            return False
+            return False, None
         final = self.folder / str(step)
         try:
             if final.exists():
-                verify(final)
-                self.newest = step
-                return False
-        except Damaged as reason:
-            set_aside(final, reason)
-        return True
+                try:
+                    verify(final)
+                    self.newest = step
+                    return False, None
+                except Damaged as reason:
+                    set_aside(final, reason)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            return False, self._could_not(step, error)
+        return True, None
+
+    def _could_not(self, step: int, error: Exception) -> Failure:
+        """Say that a save failed."""
+        message, kept = _reason(error), steps_in(self.folder)
+        newest = kept[0] if kept else "none"
+        logger.error("checkpoint %d could not be saved (%s); the newest is %s", step, message, newest)
+        return Failure(step=step, message=message)
 
     def _write(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
         try:
             self._write_and_rename(step, leaves, meta, temporary)
             self.failed, self.newest = None, step
         except Exception as error:  # whatever it is: the run goes on, and the next save tries again
-            message = _reason(error)
-            self.failed = Failure(step=step, message=message)
             shutil.rmtree(temporary, ignore_errors=True)
-            kept = steps_in(self.folder)
-            logger.error(
-                "checkpoint %d could not be saved (%s); the newest is %s",
-                step,
-                message,
-                kept[0] if kept else "none",
-            )
+            self.failed = self._could_not(step, error)
             return
         try:
             if self.processes.first:
@@ -232,10 +250,6 @@ class Checkpoints:
             logger.warning("old checkpoints could not be removed: %s", error)
 
     def _write_and_rename(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
-        if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
         for group in _groups(leaves):
             part = {name: leaf for name, leaf in leaves.items() if _group(name) == group}
             _store(temporary / group, part, self.processes)
@@ -358,14 +372,6 @@ def _restore_args(leaf: Any) -> Any:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
-
-
-def _device_copies(state: Any) -> dict[str, Any]:
-    """Every leaf again, in the same layout, which the next step does not overwrite."""
-    import jax
-    import jax.numpy as jnp
-
-    return _leaves_by_name(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state))
 
 
 def _checkpointer(processes: Processes, key: str) -> Any:

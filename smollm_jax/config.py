@@ -15,7 +15,6 @@ WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each r
 WARMUP_SHARE = 10  # a recipe's own warm-up is at most a tenth of the steps
 DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of SmolLM2's 2,000,000 steps
 
-SHARDS = 8  # streams of data: enough for as many processes, few enough to be held by one
 MESH_AXES = ("data", "fsdp", "tensor")
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -185,9 +184,8 @@ class DataConfig:
     """Tokens a row."""
     shuffle_window: int = 1_024
     """Documents shuffled together; 1: the order of the source."""
-    shards: int | None = None
-    """Streams that the rows of a batch come from, each with its part of the data; a process reads only its own.
-    Default: 8, or as many up to that as divide every batch size."""
+    shards: int = 1
+    """Streams that the rows of a batch come from, each with its part of the data; a process reads only its own."""
     epochs: int = 0
     """Passes over a finite source, each shuffled anew; 0: for as long as the run lasts."""
     eval_data: str | None = None
@@ -204,8 +202,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         for name in ("seq_len", "shuffle_window", "shards", "eval_batches"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}={value} must be at least 1")
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("epochs", "eval_documents"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be 0 or more")
         require(
@@ -369,8 +366,8 @@ class Config:
         )
         for phase in self.phases:
             require(
-                phase.batch_size % self.shards == 0,
-                f"shards={self.shards} must divide every batch size; {phase.batch_size} came",
+                phase.batch_size % self.data.shards == 0,
+                f"shards={self.data.shards} must divide every batch size; {phase.batch_size} came",
             )
         require(
             self.data.seq_len <= self.model.max_seq_len,
@@ -380,7 +377,12 @@ class Config:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The recipe's phases under `--steps` (cut at the end, or the longest made longer) and `--batch-size`."""
-        phases, main = self._whole_phases()
+        phases = list(parse_phases(self.run.phases))
+        main = max(range(len(phases)), key=lambda i: phases[i].steps)
+        if self.run.batch_size is not None:
+            for i, phase in enumerate(phases):
+                batch_size = self.run.batch_size if i == main else min(phase.batch_size, self.run.batch_size)
+                phases[i] = replace(phase, batch_size=batch_size)
         if self.run.steps is None:
             return tuple(phases)
         total = sum(phase.steps for phase in phases)
@@ -393,23 +395,6 @@ class Config:
                 kept.append(replace(phase, steps=min(phase.steps, left)))
             left -= phase.steps
         return tuple(kept)
-
-    def _whole_phases(self) -> tuple[list[Phase], int]:
-        """The phases before `--steps`, and the index of the longest."""
-        phases = list(parse_phases(self.run.phases))
-        main = max(range(len(phases)), key=lambda i: phases[i].steps)
-        if self.run.batch_size is not None:
-            for i, phase in enumerate(phases):
-                batch_size = self.run.batch_size if i == main else min(phase.batch_size, self.run.batch_size)
-                phases[i] = replace(phase, batch_size=batch_size)
-        return phases, main
-
-    @property
-    def shards(self) -> int:
-        """Streams that the rows come from: `--shards`, or a number that does not change with `--steps`."""
-        if self.data.shards is not None:
-            return self.data.shards
-        return math.gcd(SHARDS, *(phase.batch_size for phase in self._whole_phases()[0]))
 
     @property
     def total_steps(self) -> int:
@@ -474,9 +459,7 @@ RECIPES = {
             checkpoint_every=400,
             sample_prompts=("Return the", "The following example", "If the argument is", "A class is"),
         ),
-        data=DataConfig(
-            data="builtin:python-docs", tokenizer="train:4096", seq_len=256, shards=1, eval_batches=64
-        ),
+        data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256, eval_batches=64),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine"),
         model=MODELS["quickstart"],
     ),

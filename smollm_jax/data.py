@@ -152,7 +152,7 @@ class Batches:
     def cursor(self) -> Cursor:
         """Plain JSON: where each lane stands."""
         lanes = {str(shard): lane.cursor for shard, lane in self.lanes.items()}
-        return {"step": self.step, **self._fixed(), "skipped": _skipped(lanes), "lanes": lanes}
+        return {"step": self.step, **self.fixed, "skipped": _skipped(lanes), "lanes": lanes}
 
     def documents(self) -> list[dict[str, Any]]:
         """Source, file, row and text of the documents in the batch made last."""
@@ -167,7 +167,8 @@ class Batches:
     def _parts(self) -> list[Shuffled]:
         return next(iter(self.lanes.values())).mix.parts
 
-    def _fixed(self) -> Cursor:
+    @property
+    def fixed(self) -> Cursor:
         """What the batches behind a cursor depend on besides the settings."""
         part = self._parts()[0]
         return {
@@ -189,7 +190,7 @@ class Batches:
 
     def _check(self, cursor: Any) -> None:
         afresh = "bring the old ones back, or start afresh with --new-run"
-        fixed = self._fixed()
+        fixed = self.fixed
         require(isinstance(cursor, dict), f"the data cursor is {type(cursor).__name__}, not an object")
         for part in self._parts():
             then, name = cursor["fingerprints"].get(part.source.name), part.source.name
@@ -245,6 +246,11 @@ class Stream:
             raise item
         return item
 
+    @property
+    def fixed(self) -> Cursor:
+        """What the batches depend on besides the settings: hashes of files, tokenizer and held-out texts."""
+        return self._batches.fixed
+
     def documents_of(self, cursor: Cursor | None) -> list[dict[str, Any]]:
         """Source, file, row and text of the documents in the batch behind `cursor`."""
         batches = self._make(cursor)
@@ -288,13 +294,13 @@ def open_batches(
 ) -> Callable[[Cursor | None], Batches]:
     """Open the sources; the result gives the batches behind a cursor, without the texts hashed in `excluded`.
 
-    `shards` are the lanes wanted, neighbours, of the `config.shards` (None: one); default: all. Raises
+    `shards` are the lanes wanted, neighbours, of the `config.shards`; default: all. Raises
     `ValueError` when a source cannot be opened or is not the one the cursor was made with.
     """
     named: list[tuple[Source, float]] = [
         (open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)
     ]
-    count = config.shards or 1
+    count = config.shards
     wanted = list(range(count) if shards is None else shards)
 
     def lane(shard: int) -> Lane:

@@ -20,18 +20,25 @@ from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smollm_jax.config import ComputeConfig
-from smollm_jax.stop import EXIT_STOPPED, end_with
+from smollm_jax.arguments import explained, is_ours
+from smollm_jax.config import ComputeConfig, require
+from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, end_with
 
 T = TypeVar("T")
 _KEPT: list[Any] = []  # what C code has a pointer to
+_LEAVING: list[int | None] = []  # the exit code once it is settled; None while the processes come together
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # after which a process is taken for dead
 # the library's own watch ends a process by a crash; ours comes first, in words and with an exit code
 LIBRARY_SECONDS = 600
 CONNECT_SECONDS = 300
+FIRST_LEAVES_SECONDS = 2.0  # after the others
 AGAIN = "what was saved stands; run the same command in all processes to go on"
+
+
+class PeerLost(RuntimeError):
+    """Another process did not take part in what all had to."""
 
 
 class Processes:
@@ -39,6 +46,7 @@ class Processes:
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
+        self._left = False
 
     @property
     def several(self) -> bool:
@@ -50,32 +58,62 @@ class Processes:
         return self.index == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON values of all processes, in their order; waits until each has given its own."""
+        """The JSON values of all processes, in their order; waits until each has given its own.
+
+        Raises `PeerLost` where one is gone.
+        """
         if not self.several:
             return [value]
         import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        sizes = np.asarray(process_allgather(np.array([data.size]))).ravel()
-        padded = np.zeros(int(sizes.max()), np.uint8)
-        padded[: data.size] = data
-        rows = np.asarray(process_allgather(padded)).reshape(self.count, -1)
+        try:
+            sizes = np.asarray(process_allgather(np.array([data.size]))).ravel()
+            padded = np.zeros(int(sizes.max()), np.uint8)
+            padded[: data.size] = data
+            rows = np.asarray(process_allgather(padded)).reshape(self.count, -1)
+        except (ValueError, RuntimeError) as error:  # Gloo's comes as the one, others' as the other
+            raise PeerLost(" ".join(str(error).split())[:300]) from error
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
+    def require_same(self, value: Any, what: str) -> None:
+        """Raise `ValueError` in all processes where they do not agree on a JSON value."""
+        values = self.gather(value)
+        other = next((i for i, theirs in enumerate(values) if theirs != values[0]), None)
+        require(other is None, f"{what} are not the same in process 0 and process {other}")
+
+    def agree_on(self, settings: dict[str, Any]) -> None:
+        """Raise `ValueError` naming the settings, flat, in which one process differs from the first."""
+        everyone = self.gather(settings)
+        for index, theirs in enumerate(everyone):
+            differ = [f"{n} {everyone[0].get(n)} and {v}" for n, v in theirs.items() if everyone[0].get(n) != v]
+            require(not differ, f"process 0 and process {index} were started with different settings: {differ}")
+
     def together(self, work: Callable[[], T]) -> T:
-        """The outcome of `work`, done in each process; where one fails with a `ValueError`, all do."""
+        """The outcome of `work`, done in each process; where it fails in one, it fails in all."""
         if not self.several:
             return work()
-        result, fault = None, None
+        from smollm_jax.remote import SourceTimeout
+
+        result, own, fault = None, None, None
         try:
             result = work()
-        except ValueError as error:
-            fault = str(error)
+        except PeerLost:
+            raise
+        except Exception as error:
+            own = error
+            kind = (
+                "wait" if isinstance(error, SourceTimeout) else "mistake" if isinstance(error, ValueError) else ""
+            )
+            fault = [kind, f"{error}"]
         faults = self.gather(fault)
-        index = next((i for i, words in enumerate(faults) if words is not None), None)
-        if index is not None:
-            raise ValueError(faults[index] if faults[index] == fault else f"process {index}: {faults[index]}")
+        if own is not None:
+            raise own
+        for index, theirs in enumerate(faults):
+            if theirs is not None:
+                failure = {"wait": SourceTimeout, "mistake": ValueError}.get(theirs[0], RuntimeError)
+                raise failure(f"process {index}: {theirs[1]}")
         return result  # type: ignore[return-value]
 
     def in_turn(self, work: Callable[[], T]) -> T:
@@ -85,6 +123,26 @@ class Processes:
         result = self.together(lambda: work() if self.first else None)
         others = self.together(lambda: None if self.first else work())
         return result if self.first else others  # type: ignore[return-value]
+
+    def ending(self, work: Callable[[], int]) -> int:
+        """The exit code of `work`. Several processes meet before they leave: the library takes the first to go
+        for dead, and aborts the others. A mistake that all have met becomes its exit code here.
+        """
+        if not self.several:
+            return work()
+        try:
+            code = work()
+        except ValueError as error:
+            if not is_ours(error):
+                raise
+            code = explained(error)
+        if not self._left:
+            self._left = True
+            _LEAVING.append(code)
+            self.gather(code)
+            if self.first:
+                time.sleep(FIRST_LEAVES_SECONDS)
+        return code
 
     @contextmanager
     def watched(self, run_dir: Path) -> Iterator[None]:
@@ -102,9 +160,12 @@ class Processes:
         threading.Thread(target=self._listen, args=(folder, over), name="watch", daemon=True).start()
         try:
             yield
-        except RuntimeError as error:
-            if type(error).__module__.startswith("jax"):
+        except Exception as error:
+            lost = isinstance(error, PeerLost) or "Gloo" in str(error)
+            if lost or type(error).__module__.startswith("jax"):
                 time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
+            if lost:
+                end_with(f"the connection to another process broke: {str(error)[:200]}; {AGAIN}", EXIT_STOPPED)
             raise
         finally:
             over.set()
@@ -149,6 +210,9 @@ def join(compute: ComputeConfig) -> Processes:
     import jax
 
     _keep_stdout()
+    _explain_abort()
+    if compute.coordinator is not None and compute.process_id:
+        _wait_for(compute.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     try:
         jax.distributed.initialize(
@@ -160,12 +224,30 @@ def join(compute: ComputeConfig) -> Processes:
         where = compute.coordinator or "found by the launcher"
         words = " ".join(str(error).split())
         raise ValueError(
-            f"the processes of the job did not come together (coordinator {where}): {words:.300}"
+            f"the job's processes did not come together (coordinator {where}): {words:.300}"
         ) from None
-    processes = Processes(jax.process_index(), jax.process_count())
-    if not processes.first:
-        _explain_abort()
-    return processes
+    _LEAVING.clear()
+    return Processes(jax.process_index(), jax.process_count())
+
+
+def _wait_for(coordinator: str) -> None:
+    """Wait until the first process listens; raises `ValueError` where it does not in time."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while not _answers(host, port):
+        require(
+            time.monotonic() < deadline,
+            f"--coordinator {coordinator} does not answer; is the process with --process-id 0 running there?",
+        )
+        time.sleep(0.2)
+
+
+def _answers(host: str, port: str) -> bool:
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _keep_stdout() -> None:
@@ -177,24 +259,31 @@ def _keep_stdout() -> None:
 
 
 def _explain_abort() -> None:
-    """Where the first process is gone, JAX's client aborts this one at once, and has no callback that works.
-
-    So the abort itself is caught: it becomes exit code 75 where the first process does not answer any more.
+    """JAX's client has no callback that works for what it cannot bear: a process that does not come, or the first
+    one gone. It aborts; so the abort is caught, and becomes words and an exit code.
     """
-    from jax._src import distributed
-
-    host, _, port = str(getattr(distributed.global_state, "coordinator_address", "")).rpartition(":")
 
     def aborted(number: int) -> None:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OSError:
+        if _LEAVING == [None]:
+            end_with(f"the job's processes did not come together within {CONNECT_SECONDS} s", EXIT_FAILED)
+        if _LEAVING:
+            os._exit(_LEAVING[0] or 0)
+        if _first_is_gone():
             end_with(f"the first process of the job is gone; {AGAIN}", EXIT_STOPPED)
         os._exit(128 + number)
 
+    _LEAVING[:] = [None]
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     _KEPT.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def _first_is_gone() -> bool:
+    from jax._src import distributed
+
+    state = distributed.global_state
+    host, _, port = str(getattr(state, "coordinator_address", "")).rpartition(":")
+    return getattr(state, "process_id", 0) > 0 and port.isdecimal() and not _answers(host, port)
 
 
 def _launched() -> bool:

@@ -78,8 +78,8 @@ def is_shared(mesh: Mesh) -> bool:
 
 
 def shards_here(mesh: Mesh, config: Config) -> range:
-    """Of the `config.shards` lanes of a batch, those with a row on the devices of this process."""
-    shards, wanted = config.shards, set()
+    """Of the `config.data.shards` lanes of a batch, those with a row on the devices of this process."""
+    shards, wanted = config.data.shards, set()
     for batch_size in {phase.batch_size for phase in config.phases}:
         for index in by_row(mesh).addressable_devices_indices_map((batch_size,)).values():
             first, end, _ = index[0].indices(batch_size) if index else (0, batch_size, 1)

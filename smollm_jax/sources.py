@@ -42,6 +42,7 @@ BUILTIN = "builtin:python-docs"
 # A local file's fingerprint is taken from all of it where the source is small, and else from so many places
 # of it, its ends among them: an edit in between that keeps the size may then go unnoticed.
 WHOLE_BYTES, PROBES, PROBE_BYTES = 2**30, 64, 2**16
+UNEVEN = 1.1  # how much larger one share of files may be than another: all of them give as many rows
 PARSE_TRIES = 3  # of a remote file, read afresh each time, before it is called corrupt
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class Source:
     fingerprint: str
     settings: DataConfig
     open: Callable[[int], BinaryIO]
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each file."""
     remote: bool = False
     closed: threading.Event = field(default_factory=threading.Event)
     """Set: no more waiting."""
@@ -93,11 +96,11 @@ class Source:
     ) -> Iterator[Document]:
         """All documents of a share from `cursor` on; what is skipped is appended to `skipped`.
 
-        A share is every so-manieth file, or where there are fewer files than shares, row of each file.
+        A share is every so-manieth file, or where that would not make even shares, row of each file.
         Raises `SourceTimeout`, or `ValueError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
-        by_file = len(self.files) >= share.of
+        by_file = self.is_even(share.of)
         while cursor["file"] < len(self.files):
             if by_file and not share.has(cursor["file"]):
                 cursor = {**START, "file": cursor["file"] + 1}
@@ -120,8 +123,14 @@ class Source:
                 if self.remote and tries < PARSE_TRIES:
                     logger.warning("reading %s again from row %d: %s", path, cursor["row"], brief(error))
                     continue
-                self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {brief(error)}", skipped)
+                if by_file or share.index == 0:  # where it is in all shares, one tells
+                    self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {brief(error)}", skipped)
             cursor, tries = {**START, "file": cursor["file"] + 1}, 0
+
+    def is_even(self, shares: int) -> bool:
+        """Whether every so-manieth file makes shares of nearly the same size."""
+        parts = [sum(self.sizes[i::shares]) for i in range(shares)]
+        return shares == 1 or (min(parts) > 0 and max(parts) <= UNEVEN * min(parts))
 
     def _entries(self, path: str, start: Cursor, wanted: Wanted) -> Iterator[Entry]:
         if self.name == BUILTIN:
@@ -223,7 +232,7 @@ def _local(pattern: str, settings: DataConfig) -> Source:
         ]
     except OSError as error:
         raise ValueError(f"--data {pattern}: {brief(error)}") from None
-    return Source(pattern, files, " ".join(prints), settings, lambda i: _open_local(files[i]))
+    return Source(pattern, files, " ".join(prints), settings, lambda i: _open_local(files[i]), sizes)
 
 
 def _open_local(path: str) -> BinaryIO:
@@ -266,7 +275,8 @@ def _hub(spec: str, settings: DataConfig, resumes: bool) -> Source:
     files = [file.name for file in listing]
     _require_known(files, spec)
     prints = [_hash(file.name, file.size, file.content) for file in listing]
-    source = Source(spec, files, " ".join(prints), settings, _nothing, remote=True)
+    sizes = [file.size for file in listing]
+    source = Source(spec, files, " ".join(prints), settings, _nothing, sizes, remote=True)
     source.open = lambda i: _remote(listing[i], source)
     return source
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -107,20 +107,33 @@ class Run:
         return min(self.config.total_steps, self.config.run.stop_after or self.config.total_steps)
 
 
-def claim(config: Config, processes: Processes) -> tuple[Path, AbstractContextManager[object]]:
-    """The run folder and its lock; --new-run moves an old folder aside first. Raises if it is in use.
+def claim(config: Config, processes: Processes) -> Claimed:
+    """Take the run folder and its lock, until the stack is closed, whose context is the folder.
 
-    Of several processes the first has the lock, for all.
+    --new-run moves an old folder aside first. Of several processes the first has the lock, for all. Raises
+    `ValueError` when the folder is in use.
     """
-    run_dir = Path(config.run_dir)
+    run_dir, stack = Path(config.run_dir), Claimed(Path(config.run_dir))
     if not processes.first:
-        return run_dir, nullcontext()
+        return stack
     if config.run.new_run and (run_dir / "config.json").exists():
         with RunLock(run_dir):
             aside = next(p for n in range(1, 10_000) if not (p := Path(f"{run_dir}.old{n}")).exists())
             run_dir.rename(aside)
         say(f"moved the old run to {aside}")
-    return run_dir, RunLock(run_dir)
+    stack.enter_context(RunLock(run_dir))
+    return stack
+
+
+class Claimed(ExitStack):
+    """A run folder held; entered, it gives the folder."""
+
+    def __init__(self, run_dir: Path):
+        super().__init__()
+        self.run_dir = run_dir
+
+    def __enter__(self) -> Path:  # type: ignore[override]
+        return self.run_dir
 
 
 def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes) -> Run:
@@ -140,6 +153,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     use_compilation_cache(config)
     mesh, dtype = make_mesh(config), compute_dtype(config)
     held_out, stream = processes.together(lambda: open_data(config, tokenizer, found, mesh))
+    processes.require_same(stream.fixed, "the files of --data, or what is held out of them,")
     if processes.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
@@ -153,7 +167,9 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     notes = [*origin.notes, *check_computed(found, computed), *remarks]
     checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
     memory = min(processes.gather(memory_bytes(mesh.local_mesh.devices.flat[0])))
-    steps, remat = compile_steps(chosen, mesh, dtype=dtype, memory_bytes=memory)
+    steps, remat = compile_steps(
+        chosen, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(processes.gather(fits))
+    )
     rows = by_row(mesh)
     layout = layout_of(abstract_state(config, mesh)["params"])
     compiled = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
@@ -346,9 +362,9 @@ def _axes(mesh: jax.sharding.Mesh) -> str:
 def _shared_by(run: Run) -> str:
     if not run.processes.several:
         return ""
-    shards, count = run.config.shards, run.processes.count
-    reads = "each reads its own part of the data" if shards >= count else "each reads all of the data"
-    return f", {count} processes; {reads} (--shards {shards})"
+    shards, count = run.config.data.shards, run.processes.count
+    reads = "its own part of the data" if shards >= count else f"all of the data: --shards {count} would divide it"
+    return f", {count} processes; each reads {reads}"
 
 
 def _starting_point(run: Run) -> str:

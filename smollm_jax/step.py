@@ -96,8 +96,7 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
         model = SmolLM.from_params(config.model, params, remat=remat, unroll=config.compute.unroll, **by_device)
         targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
-        head_VD = model.head_VD.astype(dtype)
-        return summed_over(mesh)(x_BTD, head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
+        return summed_over(mesh)(x_BTD, model.head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
 
     return nll
 
@@ -107,12 +106,17 @@ def summed_over(mesh: Mesh | None) -> Callable[..., jax.Array]:
     are added up once, at the end, where the partitioner would add up the head's gradient after every chunk.
     The devices of `tensor`, which have the same rows, take a part of each.
     """
+
+    def whole(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
+        return summed_nll(x_BTD, head_VD.astype(x_BTD.dtype), targets_BT, valid_BT, chunk_tokens)
+
     if mesh is None or mesh.size == 1:
-        return summed_nll
+        return whole
 
     def everywhere(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
-        def here(*arrays: jax.Array) -> jax.Array:
-            return jax.lax.psum(summed_nll(*arrays, chunk_tokens), MESH_AXES)
+        def here(x_BTD, head_VD, targets_BT, valid_BT) -> jax.Array:
+            # and with it, going back, the head's gradient, in f32
+            return jax.lax.psum(whole(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens), MESH_AXES)
 
         pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape["tensor"])]
         arrays = jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad)
@@ -132,7 +136,8 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
     """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
 
     With several processes a fourth argument holds a vote of each device, and `metrics["votes"]` how many there
-    were of each kind. Where one is `VOID`, or all are `ENDED`, the step counts for nothing.
+    were of each kind. Where one is `VOID`, or none is `GO` and no row has a target, the data having ended, the
+    step counts for nothing.
     """
     value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat))
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
@@ -163,7 +168,7 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
         cast, counts = None, jnp.bool(True)
         if votes is not None:
             cast = jnp.stack([jnp.sum(votes == kind) for kind in (GO, STOP, ENDED, VOID)])
-            counts = (cast[VOID] == 0) & (cast[ENDED] < votes.size)
+            counts = (cast[VOID] == 0) & ((cast[GO] > 0) | (targets > 0))
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -179,7 +184,7 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
             "batch_hash": batch_hash(tokens, segment_ids, jnp),
         }
         if cast is not None:
-            metrics["votes"] = cast
+            metrics |= {"votes": cast, "counts": counts}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
 
     return step
@@ -207,31 +212,38 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     return held + memory.temp_size_in_bytes
 
 
+def _compiled(config: Config, mesh: Mesh, batch_size: int, **how: Any) -> jax.stages.Compiled | None:
+    """The step, or None where the compiler itself refuses what does not fit, as a TPU's does."""
+    try:
+        return compile_step(config, mesh, batch_size, **how)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
 def compile_steps(
-    config: Config, mesh: Mesh, *, dtype: Any, memory_bytes: int
+    config: Config, mesh: Mesh, *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool
 ) -> tuple[dict[int, jax.stages.Compiled], Policy]:
     """A compiled step for each batch size of the run, and the remat policy they use.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
-    Raises `ValueError` when the compiler finds that nothing fits.
+    Raises `ValueError` when the compiler finds that nothing fits. `agree` makes one answer of those of several
+    processes to whether it does: their programs have to be the same.
     """
     sizes = sorted({phase.batch_size for phase in config.phases}, reverse=True)
     policies: tuple[Policy, ...] = ("none", "dots", "full")
     if config.compute.remat != "auto":
         policies = (config.compute.remat,)
     for remat in policies:
-        try:
-            largest = compile_step(config, mesh, sizes[0], dtype=dtype, remat=remat)
-        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            require(
-                remat != policies[-1],
-                f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
-                "give a smaller --batch-size, or --grad-accum 2 or more",
-            )
-            continue
-        if remat == policies[-1] or compiled_bytes(largest) < memory_bytes:
+        largest, last = _compiled(config, mesh, sizes[0], dtype=dtype, remat=remat), remat == policies[-1]
+        require(
+            agree(largest is not None) or not last,
+            f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
+            "give a smaller --batch-size, or --grad-accum 2 or more",
+        )
+        if last or agree(largest is not None and compiled_bytes(largest) < memory_bytes):
             break
+    assert largest is not None
     rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat) for size in sizes[1:]}
     return {sizes[0]: largest} | rest, remat

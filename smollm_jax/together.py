@@ -8,7 +8,7 @@ step void: it changes nothing, and all stand where they stood before it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ def train_together(run: Run) -> str:
     pending, interval, ballot = None, Interval(), None
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
-        ballot = cast(run)
+        ballot = cast(run, ballot)
         interval.data_wait_seconds += time.monotonic() - waiting_since
         dispatched = dispatch(run, *ballot.item, votes(run, ballot.vote))
         verdict = settle(run, pending, interval)
@@ -74,16 +74,21 @@ def train_together(run: Run) -> str:
     return DONE if verdict == GO or run.progress.step == run.last_step else ended(run, verdict, ballot)
 
 
-def cast(run: Run) -> Ballot:
-    """The next rows, or the reason why there are none, with the vote that says so."""
+def cast(run: Run, before: Ballot | None) -> Ballot:
+    """The next rows, or the reason why there are none, with the vote that says so.
+
+    Who once had none has none from then on, whatever comes: the step after a void one must be void too.
+    """
     step = run.progress.step + 1
     shape = (run.config.batch_size_at(step), run.config.data.seq_len + 1)
     nothing = (Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32)), run.progress.cursor)
+    if before is not None and before.vote == VOID:
+        return replace(before, item=nothing)
     while True:
         try:
             item = run.stream.get(timeout=POLL_SECONDS)
         except StopIteration:
-            return Ballot(nothing, ENDED)
+            return Ballot(nothing, STOP if run.stop.requested else ENDED)
         except SourceTimeout as error:
             return Ballot(nothing, VOID, f"{error}; run the same command to go on")
         except ValueError as error:
@@ -102,16 +107,18 @@ def votes(run: Run, vote: int) -> jax.Array:
 
 
 def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
-    """Take up the outcome of a step: `GO` or `STOP` where it counts; else all stand before it, and it is `VOID`,
-    or `ENDED`.
+    """Take up the outcome of a step: `GO` or `STOP` where it counts; else all go back to where they stood before
+    it, and it is `VOID` or `ENDED`.
     """
     if pending is None:
         return GO
-    counted = jax.device_get(pending.metrics["votes"])
-    if counted[VOID] or counted[ENDED] == run.mesh.size:
-        if pending.step <= run.progress.step:
-            run.progress.step, run.progress.cursor = pending.step - 1, pending.cursor_before
+    counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
+    progress = run.progress
+    if not counts:
+        if pending.step <= progress.step:
+            progress.step, progress.cursor = pending.step - 1, pending.cursor_before
         return VOID if counted[VOID] else ENDED
+    assert pending.step <= progress.step, "a step was taken after a void one"
     report_step(run, pending, interval)
     return STOP if counted[STOP] else GO
 

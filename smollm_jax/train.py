@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +23,10 @@ from smollm_jax.generation import Generator, Sampling
 from smollm_jax.hardware import peak_flops
 from smollm_jax.ledger import extended
 from smollm_jax.model import SmolLM
-from smollm_jax.processes import join
+from smollm_jax.processes import Processes, join
 from smollm_jax.publish import publish
 from smollm_jax.report import finite_or_none, read_metrics, say
+from smollm_jax.resume import flatten
 from smollm_jax.sharding import on_devices, on_one_device
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
@@ -71,27 +73,33 @@ def fit(config: Config, stop: StopRequest) -> int:
 
     Raises `ValueError` on a mistake in settings or input.
     """
+    processes = join(config.compute)
+    return processes.ending(lambda: _fit(config, stop, processes))
+
+
+def _fit(config: Config, stop: StopRequest, processes: Processes) -> int:
+    processes.agree_on({n: v for n, v in flatten(as_dict(config)).items() if n != "compute.process_id"})
+    with processes.together(lambda: claim(config, processes)) as run_dir, processes.watched(run_dir):
+        return processes.ending(lambda: _claimed(config, run_dir, stop, processes))
+
+
+def _claimed(config: Config, run_dir: Path, stop: StopRequest, processes: Processes) -> int:
     from smollm_jax.together import train_together
 
-    config = replace(config, data=replace(config.data, shards=config.shards))
-    processes = join(config.compute)
-    run_dir, lock = processes.in_turn(lambda: claim(config, processes))
-    with lock, processes.watched(run_dir):
-        try:
-            run = begin(config, run_dir, stop, processes)
-        except SourceTimeout as error:  # nothing was trained since the last checkpoint, if there is one
-            say(f"{error}; run the same command to go on")
-            return EXIT_STOPPED
-        try:
-            code = finish(run, train_together(run) if processes.several else train(run))
-        except TooManyBadSteps as error:
-            run.report.say(f"stopped: {error}")
-            code = EXIT_FAILED
-        finally:
-            run.stream.close()
-            run.checkpoints.close()
-            run.report.close()
-        return max(processes.gather(code))
+    try:
+        run = begin(config, run_dir, stop, processes)
+    except SourceTimeout as error:  # nothing was trained since the last checkpoint, if there is one
+        say(f"{error}; run the same command to go on")
+        return EXIT_STOPPED
+    try:
+        return finish(run, train_together(run) if processes.several else train(run))
+    except TooManyBadSteps as error:
+        run.report.say(f"stopped: {error}")
+        return EXIT_FAILED
+    finally:
+        run.stream.close()
+        run.checkpoints.close()
+        run.report.close()
 
 
 def train(run: Run) -> str:
@@ -260,7 +268,7 @@ def evaluate(run: Run) -> None:
         "eval_tokens": result.tokens,
         "eval_seconds": time.monotonic() - began,
     }
-    if run.stop.requested:
+    if run.interrupted:
         return
     run.report.evaluation(line, texts)
     run.evaluated = step

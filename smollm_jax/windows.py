@@ -127,7 +127,11 @@ class Shuffled:
 
     def _which(self) -> str:
         part = self.share
-        return "" if part == WHOLE else f" in part {part.index + 1} of the {part.of} that --shards makes of it"
+        return (
+            ""
+            if part == WHOLE
+            else f" in part {part.index + 1} of the {part.of} that --shards makes of it (give a smaller one)"
+        )
 
     def _is_over(self, place: Place) -> bool:
         epochs = self.source.settings.epochs

@@ -208,7 +208,7 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
     changed = {
         "phases": {"run": replace(base.run, phases="120x4,80x2", checkpoint_every=13)},
         "epochs": {"data": replace(base.data, data=f"{folder}/b-*.jsonl"), "run": replace(base.run, keep_last=1)},
-        "mixture": {"data": replace(base.data, data=f"{folder}/a-*.jsonl=0.7,{folder}/b-*.jsonl=0.3")},
+        "mixture": {"data": replace(base.data, data=f"{folder}/a-*.jsonl=0.7,{folder}/b-*.jsonl=0.3", shards=4)},
         "end of the data": {
             "data": replace(base.data, epochs=3),
             "run": replace(base.run, phases="900x4", eval_every=30, checkpoint_every=7, export=True),

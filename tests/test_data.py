@@ -4,7 +4,9 @@ import contextlib
 import json
 import random
 import time
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -450,3 +452,32 @@ def test_a_shard_without_documents_is_named(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", make_texts(3))
     with pytest.raises(ValueError, match="no document to train on in part 4 of the 4 that --shards makes of it"):
         next(batches_of(config_of(tmp_path, "a.jsonl", shards=4), tokenizer)(None))
+
+
+def test_files_of_different_sizes_are_shared_by_row(tmp_path, tokenizer):
+    """Every shard gives as many rows: by file, the documents of a small one would come more often."""
+    write_jsonl(tmp_path / "a.jsonl", make_texts(90))
+    write_jsonl(tmp_path / "b.jsonl", make_texts(10, seed=5))
+    assert not open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
+    config = config_of(tmp_path, "*.jsonl", epochs=0, shards=2)
+    batches, drawn = batches_of(config, tokenizer)(None), Counter()
+    while sum(drawn.values()) < 600:
+        next(batches)
+        drawn.update((Path(d["file"]).stem, d["row"]) for d in batches.documents())
+    large, small = (
+        np.mean([n for (file, _), n in drawn.items() if file.endswith(x)]) for x in ("a.jsonl", "b.jsonl")
+    )
+    assert len(drawn) == 100
+    assert 0.6 < large / small < 1.6
+
+
+def test_files_of_one_size_are_shared_whole(tmp_path, tokenizer):
+    for i in range(4):
+        write_jsonl(tmp_path / f"{i}.jsonl", make_texts(20))
+    assert open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
+    config = config_of(tmp_path, "*.jsonl", epochs=1, shards=2)
+    batches, files = batches_of(config, tokenizer, shards=[1])(None), set()
+    for _ in range(20):
+        next(batches)
+        files |= {document["file"][-7:] for document in batches.documents()}
+    assert files == {"1.jsonl", "3.jsonl"}

@@ -7,13 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_train import ROOT, TINY, records, wait_for_step
 
-from smollm_jax.config import ComputeConfig
+from smollm_jax.config import ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.data import Batch
 from smollm_jax.inventory import list_checkpoints
 from smollm_jax.processes import Processes, join
+from smollm_jax.run_folder import RunLock
+from smollm_jax.start import Progress
+from smollm_jax.step import VOID
+from smollm_jax.together import cast
 
 pytest_plugins = ["test_train"]
 
@@ -183,6 +190,55 @@ def test_what_one_process_cannot_read_ends_all_with_its_words(job, tmp_path, cor
     assert words_of(tmp_path).count("part-1.jsonl, row 55, cannot be read") == 2
 
 
+@pytest.mark.slow
+def test_processes_with_different_settings_are_refused(job, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [
+        job(1, *by_hand(i, 2, port)[0], "--learning-rate", rate, run="run")[0]
+        for i, rate in enumerate(("1e-3", "9e-3"))
+    ]
+    assert codes(both) == [2, 2]
+    words = (
+        "process 0 and process 1 were started with different settings: ['optimizer.learning_rate 0.001 and 0.009']"
+    )
+    assert words_of(tmp_path, count=1).count(words) == 2
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_in_all_processes(job, tmp_path):
+    with RunLock(tmp_path / "run"):
+        assert codes(job(2)) == [2, 2]
+    assert words_of(tmp_path).count("is in use by") == 2
+    assert "Traceback" not in words_of(tmp_path)
+
+
+class Late:
+    """A stream whose rows come after they were asked for once in vain."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def get(self, *, timeout):
+        del timeout
+        self.asked += 1
+        return None if self.asked == 1 else (Batch(np.ones((4, 33), np.int32), np.ones((4, 33), np.int32)), {})
+
+
+def test_a_process_without_rows_has_none_until_all_have_gone_back():
+    """Rows that come late, after their step was voted void, must not make the next step count."""
+    config = Config(data=DataConfig(seq_len=32), run=RunConfig(phases="9x4"))
+    stop = SimpleNamespace(requested=True)
+    run = SimpleNamespace(config=config, progress=Progress(step=2), stream=Late(), stop=stop)
+    first = cast(run, None)
+    assert first.vote == VOID
+    run.progress.step = 3
+    second = cast(run, first)
+    assert second.vote == VOID
+    assert not second.item[0].segment_ids.any()
+
+
 def test_one_process_is_a_job_too():
     alone = Processes()
     assert alone.gather({"a": 1}) == [{"a": 1}]
@@ -225,6 +281,8 @@ def test_a_launcher_is_recognised(monkeypatch, launcher):
     asked = {}
     monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
     monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
+    monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
+    monkeypatch.setattr("smollm_jax.processes._wait_for", lambda _: None)
     assert not join(ComputeConfig()).several
     assert not asked
     for name, value in LAUNCHERS[launcher].items():
@@ -238,6 +296,8 @@ def test_an_indexed_kubernetes_job_is_recognised(monkeypatch):
     asked = {}
     monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
     monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
+    monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
+    monkeypatch.setattr("smollm_jax.processes._wait_for", lambda _: None)
     names = {"JOB_COMPLETION_INDEX": "1", "JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)

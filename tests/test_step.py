@@ -171,23 +171,24 @@ def test_norms_do_not_decay():
 
 
 @pytest.mark.parametrize(
-    ("votes", "counts"),
+    ("votes", "targets", "counts"),
     [
-        ([GO, STOP], True),
-        ([GO, ENDED], True),
-        ([STOP, ENDED], True),
-        ([ENDED, ENDED], False),
-        ([GO, VOID], False),
-        ([VOID, STOP], False),
+        ([GO, STOP], True, True),
+        ([GO, ENDED], True, True),
+        ([STOP, ENDED], True, True),
+        ([ENDED, ENDED], False, False),
+        ([STOP, ENDED], False, False),
+        ([GO, VOID], True, False),
+        ([VOID, STOP], True, False),
     ],
 )
-def test_a_step_is_void_when_a_process_has_no_part_or_all_have_ended(votes, counts):
+def test_a_step_is_void_when_a_process_has_no_part_or_the_data_has_ended(votes, targets, counts):
     config = config_of()
     step = jax.jit(make_step(config, dtype=jnp.float32, remat="none"))
-    state = init_state(config, make_mesh(config))
-    after, metrics = step(state, *batch_of(4, 12), jnp.array(votes))
+    state, (tokens, segment_ids) = init_state(config, make_mesh(config)), batch_of(4, 12)
+    after, metrics = step(state, tokens, segment_ids * targets, jnp.array(votes))
     assert metrics["votes"].tolist() == [votes.count(kind) for kind in (GO, STOP, ENDED, VOID)]
-    assert int(after["step"]) == counts
+    assert int(after["step"]) == metrics["counts"] == counts
     assert (after["params"]["embedding"] != state["params"]["embedding"]).any() == counts
 
 
