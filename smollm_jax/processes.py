@@ -293,7 +293,9 @@ def _launched() -> bool:
         return True
     if _of_an_indexed_job():
         return True
-    hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    named = env.get("TPU_WORKER_HOSTNAMES", "")
+    # where there is no TPU, libtpu leaves a sentence there for child processes
+    hosts = [] if " " in named else [host for host in named.split(",") if host]
     if len(hosts) > 1 or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1:
         return True
     on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in env

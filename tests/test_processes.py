@@ -283,6 +283,7 @@ def test_a_launcher_is_recognised(monkeypatch, launcher):
     monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
     monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
     monkeypatch.setattr("smollm_jax.processes._wait_for", lambda _: None)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine hosts, please set it")
     assert not join(ComputeConfig()).several
     assert not asked
     for name, value in LAUNCHERS[launcher].items():
