@@ -53,7 +53,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     require(
         micro % rows == 0,
         f"{micro} rows, what every batch of the phases over --grad-accum divides into, cannot be spread over "
-        f"{rows} devices; give a --batch-size that can, or another --mesh",
+        f"{rows} devices; give a --batch-size or --phases that can, or another --mesh",
     )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:count])
 
