@@ -1,4 +1,4 @@
-"""Save, verify and restore checkpoints; the only door to orbax.
+"""Save, verify and restore checkpoints.
 
 A checkpoint is a sealed folder `checkpoints/STEP`: one orbax tree for each top-level part of the state
 (`params`, `opt_state`, ...), so that the parameters can be read without the rest, and `meta.json`.
@@ -21,6 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smollm_jax.array_files import (
+    described,
+    group_of,
+    groups_of,
+    is_on_the_host,
+    leaves_by_name,
+    load,
+    nested,
+    restore_args_for,
+    store,
+)
 from smollm_jax.inventory import (
     META,
     Found,
@@ -79,7 +90,7 @@ class Checkpoints:
         """
         if self.processes.several:
             return
-        shapes = {name: leaf for name, leaf in _leaves_by_name(state).items() if _is_on_the_host(leaf)}
+        shapes = {name: leaf for name, leaf in leaves_by_name(state).items() if is_on_the_host(leaf)}
 
         def touch() -> None:
             import numpy as np
@@ -153,7 +164,7 @@ class Checkpoints:
         """
         found = next(good_ones(self.folder, rename=set_aside), None)
         if found is not None and expect is not None:
-            compare(found, _described(_leaves_by_name(expect)))
+            compare(found, described(leaves_by_name(expect)))
         return found
 
     def restore(self, step: int, target: Any) -> Any:
@@ -162,13 +173,13 @@ class Checkpoints:
         """
         import jax
 
-        named = _leaves_by_name(target)
+        named = leaves_by_name(target)
         found = named_step(self.folder, step)
-        compare(found, _described(named))
+        compare(found, described(named))
         loaded: dict[str, Any] = {}
-        for group in _groups(named):
-            args = {name: _restore_args(leaf) for name, leaf in named.items() if _group(name) == group}
-            loaded |= _load(self.folder / str(step) / group, args, self.processes)
+        for group in groups_of(named):
+            args = {name: restore_args_for(leaf) for name, leaf in named.items() if group_of(name) == group}
+            loaded |= load(self.folder / str(step) / group, args, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
     def list(self) -> list[Info]:
@@ -181,7 +192,7 @@ class Checkpoints:
 
         if self._copy is None:
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-        return _leaves_by_name(self._copy(state))
+        return leaves_by_name(self._copy(state))
 
     def _host_copies(self, state: Any) -> dict[str, np.ndarray]:
         """Every leaf in host memory that nothing else refers to but the next save, which waits for this one."""
@@ -191,7 +202,7 @@ class Checkpoints:
         def copy(item: tuple[str, Any]) -> np.ndarray:
             name, leaf = item
             # where they are the host's own, asarray is a view of the very buffer that the next step overwrites
-            if not _is_on_the_host(leaf):
+            if not is_on_the_host(leaf):
                 return np.asarray(leaf)
             source, buffer = np.asarray(leaf), self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
@@ -201,7 +212,7 @@ class Checkpoints:
             return buffer
 
         self.prepared()
-        named = _leaves_by_name(state)
+        named = leaves_by_name(state)
         for leaf in named.values():
             if isinstance(leaf, jax.Array):
                 leaf.copy_to_host_async()
@@ -250,14 +261,14 @@ class Checkpoints:
             logger.warning("old checkpoints could not be removed: %s", error)
 
     def _write_and_rename(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
-        for group in _groups(leaves):
-            part = {name: leaf for name, leaf in leaves.items() if _group(name) == group}
-            _store(temporary / group, part, self.processes)
+        for group in groups_of(leaves):
+            part = {name: leaf for name, leaf in leaves.items() if group_of(name) == group}
+            store(temporary / group, part, self.processes)
         if not self.processes.first:
             return
         write_json(temporary / META, meta)
-        described = {n: {"shape": shape, "dtype": dtype} for n, (shape, dtype) in _described(leaves).items()}
-        seal(temporary, {"step": step, "leaves": described})
+        found = {n: {"shape": shape, "dtype": dtype} for n, (shape, dtype) in described(leaves).items()}
+        seal(temporary, {"step": step, "leaves": found})
         temporary.rename(self.folder / str(step))
         fsync(self.folder)
 
@@ -297,12 +308,12 @@ def read_params(
             raise ValueError(f"{folder} holds no good checkpoint")
     else:
         found = named_step(folder, step, group=group)
-    names = [name for name in found.leaves if _group(name) == group]
+    names = [name for name in found.leaves if group_of(name) == group]
     if not names:
         raise ValueError(f"checkpoint {found.step} in {folder} holds no {group}")
     args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-    loaded = _load(folder / str(found.step) / group, args, Processes())
-    return found, _nested(loaded)[group]
+    loaded = load(folder / str(found.step) / group, args, Processes())
+    return found, nested(loaded)[group]
 
 
 def _reason(error: Exception) -> str:
@@ -312,101 +323,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _group(name: str) -> str:
-    return name.split("/", maxsplit=1)[0]
-
-
-def _groups(named: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(map(_group, named)))
-
-
-def _leaves_by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of any pytree in order, named by their path: dict keys, fields and indices joined by "/"."""
-    import jax
-
-    pairs = jax.tree.leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
-    # orbax joins a path by dots
-    if len({name.replace(".", "/") for name in named}) != len(pairs) or "" in named:
-        raise ValueError("the state has leaves that share a name, or none: it must be nested dicts or tuples")
-    return named
-
-
-def _is_on_the_host(leaf: Any) -> bool:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or all(device.platform == "cpu" for device in sharding.device_set):
-        return True
-    return bool(sharding.memory_kind != "device")
-
-
-def _described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items()}
-
-
-def _nested(named: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *folders, last = name.split("/")
-        branch = tree
-        for part in folders:
-            branch = branch.setdefault(part, {})
-        branch[last] = leaf
-    return tree
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    items = tree.items()
-    return {k: v for n, t in items for k, v in _flat(t, f"{prefix}/{n}" if prefix else n).items()}
-
-
-def _restore_args(leaf: Any) -> Any:
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    if isinstance(leaf, np.ndarray | np.generic):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
-
-
-def _checkpointer(processes: Processes, key: str) -> Any:
-    """Of all `processes`, who meet at barriers named after `key`: not on the devices, which the training needs."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    # a failed save logs a traceback from each of orbax's threads and from the callbacks of those that end after
-    # its event loop; it is then raised, and reported here in one line
-    for name in ("absl", "asyncio", "concurrent.futures"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # float32 weights shrink by 8 % and take eight times as long
-    options = ocp.options.MultiprocessingOptions()
-    if processes.several:
-        everyone = set(range(processes.count))
-        options = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=key)
-    elif jax.distributed.is_initialized():  # one of several reads for itself
-        me = jax.process_index()
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{key}-{me}"
-        )
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
-
-
-def _store(path: Path, leaves: dict[str, Any], processes: Processes) -> None:
-    import orbax.checkpoint as ocp
-
-    with _checkpointer(processes, f"{path.parent.name}-{path.name}") as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(_nested(leaves)))
-
-
-def _load(path: Path, restore_args: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    args = _nested(restore_args)
-    with _checkpointer(processes, f"{path.parent.name}-{path.name}-read") as checkpointer:
-        return _flat(checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=args)))

@@ -132,9 +132,6 @@ class Batches:
     def __next__(self) -> tuple[Batch, Cursor]:
         if self.step >= self.steps:
             raise StopIteration
-        if len(self.lanes) > 1:
-            for lane in self.lanes.values():
-                lane.prepare()
         rows = self.batch_size_at(self.step + 1) // self.shards
         made = [lane.batch(rows) for lane in self.lanes.values()]
         batch = Batch(
@@ -315,6 +312,9 @@ def open_batches(
         batches = Batches(lanes, count, batch_size_at=batch_size_at, steps=steps)
         if cursor is not None:
             batches.seek(cursor)
+        if len(lanes) > 1:  # one by one, each would wait for its first window
+            for each in lanes.values():
+                each.prepare()
         return batches
 
     return make

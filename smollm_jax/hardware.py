@@ -112,6 +112,15 @@ def memory_bytes(device: Any) -> int:
     return int(total * MEMORY_SHARE)
 
 
+def compute_dtype(asked: str, platform: str) -> Any:
+    """The dtype that "auto" comes to on a platform, or the one asked for."""
+    import jax.numpy as jnp
+
+    if asked == "auto":
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+    return jnp.dtype(asked)
+
+
 def use_precision_of(dtype: Any) -> None:
     """Have matrix products of float32 done in float32: GPU and TPU would round the operands down."""
     import jax

@@ -15,13 +15,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from smollm_jax.attention import choose
 from smollm_jax.collectives import Collective, collectives, kernels
 from smollm_jax.config import Config, Remat
-from smollm_jax.hardware import MEMORY_SHARE, use_precision_of
+from smollm_jax.hardware import MEMORY_SHARE, compute_dtype, use_precision_of
 from smollm_jax.model import Policy
 from smollm_jax.roofline import collectives_by_formula, memory_by_formula
 from smollm_jax.sharding import make_mesh
@@ -63,7 +62,7 @@ class Plan:
 def make_plan(config: Config, topology: str) -> Plan:
     """Plan a run of `config` on `topology`; raises `ValueError` for devices or a mesh that cannot be."""
     target = target_of(topology)
-    dtype = dtype_for(config, target)
+    dtype = compute_dtype(config.compute.dtype, target.devices[0].platform)
     use_precision_of(dtype)
     plan = plan_of(target, first_that_fits(config, target, dtype), dtype)
     return plan if plan.fits else replace(plan, remedy=find_remedy(config, target, dtype))
@@ -85,13 +84,6 @@ def plan_of(target: Target, attempt: Attempt, dtype: Any) -> Plan:
         messages=messages,
         kernels=None if program is None else kernels(program),
     )
-
-
-def dtype_for(config: Config, target: Target) -> Any:
-    """The dtype that a run there would compute in."""
-    if config.compute.dtype != "auto":
-        return jnp.dtype(config.compute.dtype)
-    return jnp.dtype(jnp.float32 if target.devices[0].platform == "cpu" else jnp.bfloat16)
 
 
 def largest_batch(config: Config) -> int:

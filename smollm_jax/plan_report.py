@@ -9,9 +9,9 @@ from smollm_jax.config import Config
 from smollm_jax.hardware import Chip, peak_flops
 from smollm_jax.plan import Plan, largest_batch
 from smollm_jax.roofline import (
+    BANDWIDTH_SHARE,
     COMPUTE_SHARE,
     INTERCONNECT_SHARE,
-    MEMORY_SHARE,
     Estimate,
     estimate,
     rows_a_chip,
@@ -173,7 +173,7 @@ def _estimate_rows(plan: Plan) -> list[tuple[str, str]]:
     peak = (peak_flops(chip) or 0) / 1e12
     parts = (
         f"computing {found['compute_seconds']:.3g} s at {COMPUTE_SHARE:.0%} of {peak:,.0f} TFLOP/s, "
-        f"memory {found['memory_seconds']:.3g} s at {MEMORY_SHARE:.0%} of "
+        f"memory {found['memory_seconds']:.3g} s at {BANDWIDTH_SHARE:.0%} of "
         f"{chip.memory_bytes_per_second / 1e9:,.0f} GB/s, interconnect {found['interconnect_seconds']:.3g} s at "
         f"{INTERCONNECT_SHARE:.0%} of {chip.interconnect_bytes_per_second / 1e9:,.0f} GB/s"
     )

@@ -221,6 +221,9 @@ def join(compute: ComputeConfig) -> Processes:
             initialization_timeout=CONNECT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
+        if compute.coordinator is None and "coordinator_address" in str(error):
+            _LEAVING.clear()  # a TPU of one host, such as a notebook's: nobody to be found
+            return Processes()
         where = compute.coordinator or "found by the launcher"
         words = " ".join(str(error).split())
         raise ValueError(

@@ -21,12 +21,11 @@ from smollm_jax.sharding import BATCH_AXES, with_layout
 
 # assumptions! What large matrix products reach of a chip's peak, reads and writes in order of the memory's; small
 # slices lack the links that would close a ring, so that half of the interconnect lies idle.
-COMPUTE_SHARE, MEMORY_SHARE, INTERCONNECT_SHARE = 0.5, 0.8, 0.5
+COMPUTE_SHARE, BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.5, 0.8, 0.5
 
 STATE_BYTES = 12  # a parameter and its two moments, f32
-UPDATE_BYTES = (
-    32  # the update reads parameter, moments and gradient, and writes all but the gradient; it was written
-)
+# the gradient is written; the update reads it, parameter and moments, and writes the last three
+UPDATE_BYTES = 4 + 4 * 4 + 3 * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def estimate(
     sent = sum(message.bytes_sent for message in messages)
     return Estimate(
         compute=flops / (peak * COMPUTE_SHARE),
-        memory=traffic / (chip.memory_bytes_per_second * MEMORY_SHARE),
+        memory=traffic / (chip.memory_bytes_per_second * BANDWIDTH_SHARE),
         interconnect=sent / (chip.interconnect_bytes_per_second * INTERCONNECT_SHARE),
     )
 

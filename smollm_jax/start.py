@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax.attention import choose_checked
@@ -27,18 +26,18 @@ from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict
 from smollm_jax.data import HeldOut, Stream, check_vocab, head_texts, heldout, open_stream
 from smollm_jax.generation import Generator
-from smollm_jax.hardware import memory_bytes, peak_flops, use_precision_of
+from smollm_jax.hardware import compute_dtype, memory_bytes, use_precision_of
+from smollm_jax.introduction import introduce
 from smollm_jax.inventory import Found
 from smollm_jax.origin import Origin, find_origin
 from smollm_jax.processes import Processes
 from smollm_jax.report import Report, Silence, say
 from smollm_jax.resume import Records, keep_records
 from smollm_jax.run_folder import Damaged, RunLock, read_json, write_json_atomic
-from smollm_jax.sharding import by_row, layout_of, layout_table, make_mesh, on_devices, shards_here
+from smollm_jax.sharding import by_row, layout_of, make_mesh, on_devices, shards_here
 from smollm_jax.step import (
     abstract_state,
     compile_steps,
-    compiled_bytes,
     init_state,
     make_nll,
 )
@@ -151,7 +150,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     origin, tokenizer = processes.in_turn(lambda: known(config, run_dir, checkpoints, processes))
     config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
     use_compilation_cache(config)
-    mesh, dtype = make_mesh(config), compute_dtype(config)
+    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     held_out, stream = processes.together(lambda: open_data(config, tokenizer, found, mesh))
     processes.require_same(stream.fixed, "the files of --data, or what is held out of them,")
     if processes.first:
@@ -301,75 +300,8 @@ def with_ids_of(config: Config, tokenizer: Tokenizer) -> Config:
     return replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))
 
 
-def compute_dtype(config: Config) -> Any:
-    if config.compute.dtype != "auto":
-        return jnp.dtype(config.compute.dtype)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-
-
 def use_compilation_cache(config: Config) -> None:
     if config.compute.compilation_cache_dir:
         folder = os.path.expanduser(config.compute.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None:
-    """Say in a dozen lines what the run will do."""
-    config, model, device = run.config, run.config.model, run.mesh.devices.flat[0]
-    phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {config.data.seq_len}" for p in config.phases)
-    flops = model.flops_per_token(config.data.seq_len)
-    peak = peak_flops(device)
-    scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
-    largest = run.steps[max(run.steps)]
-    optimizer = config.optimizer
-    eval_tokens = config.data.eval_batches * config.main_batch_size * config.data.seq_len
-    held_out = (
-        "none"
-        if run.heldout is None
-        else f"{len(run.heldout.documents):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
-    )
-    recipe_warmup = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
-    lines = [
-        f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
-        f"device      {run.mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
-        f"{_axes(run.mesh)}{_shared_by(run)}",
-        f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
-        f"context {model.max_seq_len:,}",
-        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, "
-        f"{compiled_bytes(largest) / 2**30:.2f} GiB a device",
-        f"tokens      {config.main_batch_size * config.data.seq_len:,} a step, "
-        f"{flops / 1e6:,.0f} MFLOP a token (causal){scale}",
-        f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
-        f"warm-up {config.warmup_steps} steps{recipe_warmup}",
-        f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
-        f"held out    {held_out}",
-        f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
-        f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
-        f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
-        *notes,
-    ]
-    if run.processes.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
-        lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
-    run.report.say("\n".join(lines))
-
-
-def _axes(mesh: jax.sharding.Mesh) -> str:
-    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    return f": {sizes}" if sizes else ""
-
-
-def _shared_by(run: Run) -> str:
-    if not run.processes.several:
-        return ""
-    shards, count = run.config.data.shards, run.processes.count
-    reads = "its own part of the data" if shards >= count else f"all of the data: --shards {count} would divide it"
-    return f", {count} processes; each reads {reads}"
-
-
-def _starting_point(run: Run) -> str:
-    if run.progress.step:
-        return f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
-    if run.config.run.init_from is not None:
-        return f"from the weights of {run.config.run.init_from}"
-    return "from fresh weights"

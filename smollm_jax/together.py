@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
 
 from smollm_jax.data import Batch, SourceTimeout
+from smollm_jax.examination import examine
 from smollm_jax.sharding import by_device
 from smollm_jax.start import Run
 from smollm_jax.step import ENDED, GO, STOP, VOID
@@ -25,7 +27,6 @@ from smollm_jax.train import (
     Interval,
     Pending,
     dispatch,
-    evaluate,
     evaluation_due,
     report_step,
     save,
@@ -49,7 +50,7 @@ class Ballot:
 def train_together(run: Run) -> str:
     """As `train`. Raises `ValueError` in all processes where the data of one cannot be read."""
     if run.evaluated < run.progress.step and evaluation_due(run):
-        evaluate(run)
+        examine(run, partial(save, run))
     pending, interval, ballot = None, Interval(), None
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
@@ -67,7 +68,7 @@ def train_together(run: Run) -> str:
         if verdict != GO:
             return ended(run, verdict, ballot)
         if evaluation_due(run):
-            evaluate(run)
+            examine(run, partial(save, run))
         interval.began += time.monotonic() - paused
     verdict = settle(run, pending, interval)
     save(run)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,19 @@ import jax
 from smollm_jax.config import Config
 from smollm_jax.config_file import as_dict
 from smollm_jax.data import Batch, SourceTimeout, merged
-from smollm_jax.evaluate import score
-from smollm_jax.generation import Generator, Sampling
+from smollm_jax.examination import examine
 from smollm_jax.hardware import peak_flops
 from smollm_jax.ledger import extended
-from smollm_jax.model import SmolLM
 from smollm_jax.processes import Processes, join
 from smollm_jax.publish import publish
 from smollm_jax.report import finite_or_none, read_metrics, say
 from smollm_jax.resume import flatten
-from smollm_jax.sharding import on_devices, on_one_device
+from smollm_jax.sharding import on_devices
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
 
 DONE, STOPPED, DATA_ENDED = "done", "stopped", "data ended"
 POLL_SECONDS = 0.2
-# greedy base models repeat themselves; this shows what was learned and is still nearly deterministic
-SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
 
 
 class TooManyBadSteps(RuntimeError):
@@ -105,7 +102,7 @@ def _claimed(config: Config, run_dir: Path, stop: StopRequest, processes: Proces
 def train(run: Run) -> str:
     """The loop; returns why it ended: `DONE`, `STOPPED` or `DATA_ENDED`."""
     if run.evaluated < run.progress.step and evaluation_due(run):
-        evaluate(run)
+        examine(run, partial(save, run))
     pending, interval = None, Interval()
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
@@ -130,7 +127,7 @@ def train(run: Run) -> str:
         if save_due(run) or run.stop.requested:
             save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
         if evaluation_due(run):
-            evaluate(run)
+            examine(run, partial(save, run))
         interval.began += time.monotonic() - paused
         if run.stop.requested:
             save(run)  # again where the request came during the evaluation
@@ -247,65 +244,6 @@ def write_documents(run: Run, pending: Pending) -> str:
     return f"the documents of the last are in {path}"
 
 
-def evaluate(run: Run) -> None:
-    """Held-out loss, samples and loss.png; left for the next start when asked to stop on the way."""
-    if run.heldout is None or run.interrupted:
-        return
-    began, config, step = time.monotonic(), run.config, run.progress.step
-    parts = config.compute.grad_accum
-    batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
-    with run.stop.away(None if run.processes.several else lambda: save(run)):  # at first there is much to compile
-        result = score(
-            run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.interrupted
-        )
-        if result is None:
-            return
-        texts = sample(run)
-    line = {
-        "step": step,
-        "eval_loss": finite_or_none(result.loss),
-        "eval_bits_per_byte": finite_or_none(result.bits_per_byte),
-        "eval_tokens": result.tokens,
-        "eval_seconds": time.monotonic() - began,
-    }
-    if run.interrupted:
-        return
-    run.report.evaluation(line, texts)
-    run.evaluated = step
-
-
-def sample(run: Run) -> list[tuple[str, str]]:
-    """The sample prompts and their continuations; those that were made when a stop was requested."""
-    settings = run.config.run
-    if not settings.sample_tokens or run.interrupted:
-        return []
-    params = on_one_device(run.state["params"], run.mesh)
-    if not run.processes.first:
-        return []
-    model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
-    if run.generator is None:
-        run.generator = Generator(model)
-    else:
-        run.generator.load(model)
-    sampling = Sampling(
-        max_new_tokens=settings.sample_tokens,
-        temperature=SAMPLE_TEMPERATURE,
-        top_p=SAMPLE_TOP_P,
-        seed=settings.seed,
-        stop_ids=(run.tokenizer.eos_id,),
-    )
-    texts = []
-    for prompt in settings.sample_prompts:
-        ids: list[int] = []
-        for piece in run.generator.stream(run.tokenizer.encode(prompt).tolist(), sampling):
-            ids += piece
-            if run.interrupted:
-                break
-        texts.append((prompt, run.tokenizer.decode(ids)))
-    run.generator.unload()  # the next step has use for the memory
-    return texts
-
-
 def save(run: Run) -> None:
     """Begin a checkpoint of the step the run stands at, unless there is one."""
     step = run.progress.step
@@ -329,7 +267,7 @@ def finish(run: Run, outcome: str) -> int:
         return EXIT_FAILED
     step, total = run.progress.step, run.config.total_steps
     if outcome == DATA_ENDED and run.evaluated < step and run.config.run.eval_every:
-        evaluate(run)
+        examine(run, partial(save, run))
     if outcome == STOPPED or run.interrupted:
         again = "the same command without --new-run" if run.config.run.new_run else "the same command"
         run.report.say(f"stopped at step {step:,} of {total:,}, saved; run {again} to go on")

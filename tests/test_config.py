@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import smollm_jax
 from smollm_jax.arguments import parse
 from smollm_jax.config import MODELS, Config, ModelConfig, RunConfig, parse_phases
 from smollm_jax.config_file import as_dict, from_dict
@@ -219,3 +220,14 @@ def test_flops_of_a_token_are_the_counted_products():
     products = 6 * 134_515_008
     assert config.flops_per_token(2_048) == products + 6 * 30 * 2_048 * 576
     assert config.flops_per_token(2_048) == pytest.approx(1.019e9, rel=1e-3)
+
+
+def test_the_map_names_every_room():
+    rooms = [path.stem for path in (ROOT / "smollm_jax").glob("[!_]*.py")]
+    named = set(re.findall(r"\w+", smollm_jax.__doc__.split("The map")[1]))
+    assert [room for room in rooms if room not in named] == []
+
+
+def test_a_preset_with_a_shorter_context_has_shorter_rows():
+    assert parse(["--preset", "quickstart"]).data.seq_len == MODELS["quickstart"].max_seq_len
+    assert parse(["--preset", "quickstart", "--seq-len", "256"]).data.seq_len == 256

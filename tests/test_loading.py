@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_leaves_no_half_imported_run(folder, tmp_path, monk
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("smollm_jax.checkpoint._store", full)
+    monkeypatch.setattr("smollm_jax.checkpoint.store", full)
     with pytest.raises(ValueError, match=r"run could not be written: step 0: .*No space left"):
         import_run(folder, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "tokenizer"]

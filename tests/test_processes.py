@@ -1,6 +1,5 @@
 """Jobs of several processes on loopback: the same batches and losses as one, whoever goes on, whoever dies."""
 
-import json
 import os
 import signal
 import socket
@@ -303,5 +302,17 @@ def test_an_indexed_kubernetes_job_is_recognised(monkeypatch):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     join(ComputeConfig())
-    assert json.loads(json.dumps(asked)) | {"coordinator_address": "run-0.run:1234", "process_id": 1} == asked
-    assert asked["num_processes"] == 4
+    given = {name: asked[name] for name in ("coordinator_address", "process_id", "num_processes")}
+    assert given == {"coordinator_address": "run-0.run:1234", "process_id": 1, "num_processes": 4}
+
+
+def test_a_tpu_of_one_host_is_a_process_alone(monkeypatch):
+    def nobody(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", nobody)
+    monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
+    monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert not join(ComputeConfig()).several
