@@ -20,6 +20,7 @@ from typing import NoReturn
 
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 EXIT_FAILED = 1
+AGAIN_SECONDS = 1.0  # sooner after the first it is the same request: `timeout` and schedulers send it twice
 LOOK_SECONDS = 0.1  # between two looks of the thread that saves in the main thread's place
 
 
@@ -38,7 +39,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.nothing_to_lose: Callable[[], bool] = lambda: True  # whether the run stands where its disk does
-        self._received = 0
+        self._first: float | None = None
         self._save: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
@@ -78,11 +79,12 @@ class StopRequest:
             for number in numbers:
                 if number not in (signal.SIGTERM, signal.SIGINT):
                     continue
-                self._received += 1
-                self.requested = True
-                name = signal.Signals(number).name
-                if self._received > 1:
+                now, name = time.monotonic(), signal.Signals(number).name
+                if self._first is not None:
+                    if now - self._first < AGAIN_SECONDS:
+                        continue
                     end_with(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
+                self._first, self.requested = now, True
                 if self.nothing_to_lose():
                     end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
                 _say(f"{name}: saving and stopping; once more leaves at once")

@@ -34,7 +34,7 @@ from smollm_jax.config import (
 )
 from smollm_jax.inventory import steps_in
 from smollm_jax.report import read_metrics
-from smollm_jax.stop import EXIT_STOPPED
+from smollm_jax.stop import AGAIN_SECONDS, EXIT_STOPPED
 from smollm_jax.tokenizer import train
 from smollm_jax.verify import compare_runs, last_step, start
 
@@ -140,7 +140,7 @@ def stop(target: Target, way: str, moment: str) -> Stop:
     number = {"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT}.get(way, signal.SIGTERM)
     process.send_signal(number)
     if way == "SIGTERM twice":
-        target.pause(0.2)
+        target.pause(2 * AGAIN_SECONDS)
         process.send_signal(number)
     try:
         code = process.wait(SIGNAL_SECONDS * (1 if way != "kill -9" else 6))

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from smollm_jax.stop import AGAIN_SECONDS
+
 BUSY = """
 import sys, time
 from smollm_jax.stop import StopRequest, leave
@@ -51,7 +53,8 @@ def test_where_nothing_is_lost_one_signal_ends_a_busy_process_and_else_the_secon
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     if lost:
-        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)  # as `timeout` does: the same request
+        time.sleep(AGAIN_SECONDS + 0.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
