@@ -96,7 +96,9 @@ CHIPS = {
         interconnect_bytes_per_second=450e9,
     ),
 }
-MEMORY_SHARE = 0.9  # of what the device has; the rest is left to the runtime and the evaluation
+# of what the device has; the rest is left to the runtime and the evaluation. On a CPU everything else lives there
+# too: a checkpoint's copy of the state, two windows of documents, the compiler
+DEVICE_MEMORY_SHARE, HOST_MEMORY_SHARE = 0.9, 0.75
 
 
 def peak_flops(device: Any) -> float | None:
@@ -107,9 +109,18 @@ def peak_flops(device: Any) -> float | None:
 
 def memory_bytes(device: Any) -> int:
     """Bytes a program may use on one device; on a CPU, a share of what the machine or container has."""
+    return int(total_bytes(device) * memory_share(device.platform))
+
+
+def memory_share(platform: str) -> float:
+    """The part of a device's memory that a program may plan to use."""
+    return HOST_MEMORY_SHARE if platform == "cpu" else DEVICE_MEMORY_SHARE
+
+
+def total_bytes(device: Any) -> int:
+    """Bytes of one device's memory; on a CPU, what the machine or container has."""
     stats = device.memory_stats() or {}
-    total = stats.get("bytes_limit") or min(_machine_bytes(), _container_bytes())
-    return int(total * MEMORY_SHARE)
+    return stats.get("bytes_limit") or min(_machine_bytes(), _container_bytes())
 
 
 def compute_dtype(asked: str, platform: str) -> Any:

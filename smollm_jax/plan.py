@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from smollm_jax.attention import choose
 from smollm_jax.collectives import Collective, collectives, kernels
 from smollm_jax.config import Config, Remat
-from smollm_jax.hardware import MEMORY_SHARE, compute_dtype, use_precision_of
+from smollm_jax.hardware import compute_dtype, memory_share, use_precision_of
 from smollm_jax.model import Policy
 from smollm_jax.roofline import collectives_by_formula, memory_by_formula
 from smollm_jax.sharding import make_mesh
@@ -99,7 +99,7 @@ def first_that_fits(config: Config, target: Target, dtype: Any) -> Attempt:
     """By the rule of a run's start: the first remat policy that leaves the runtime its share, or else the last."""
     attempts = (attempt(config, target, dtype, remat) for remat in policies_of(config.compute.remat))
     for each in attempts:
-        if each.memory_bytes < target.memory_bytes * MEMORY_SHARE:
+        if each.memory_bytes < target.memory_bytes * memory_share(target.devices[0].platform):
             break
     return each
 

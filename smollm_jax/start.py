@@ -38,6 +38,7 @@ from smollm_jax.sharding import by_row, layout_of, make_mesh, on_devices, shards
 from smollm_jax.step import (
     abstract_state,
     compile_steps,
+    compiled_bytes,
     init_state,
     make_nll,
 )
@@ -169,6 +170,12 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     steps, remat = compile_steps(
         chosen, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(processes.gather(fits))
     )
+    needed = compiled_bytes(steps[max(steps)])
+    if needed > memory:
+        notes.append(
+            f"MEMORY      the step needs {needed / 2**30:.1f} GiB, {memory / 2**30:.1f} can be counted on: the "
+            "system may end the run for it; --grad-accum 2 or more, or a smaller --batch-size, needs less"
+        )
     rows = by_row(mesh)
     layout = layout_of(abstract_state(config, mesh)["params"])
     compiled = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from smollm_jax.config import require
-from smollm_jax.hardware import CHIPS, MEMORY_SHARE, Chip, memory_bytes
+from smollm_jax.hardware import CHIPS, Chip, total_bytes
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 GPUS = {"gpu-a100": "8.0", "gpu-h100": "9.0", "gpu-h200": "9.0"}  # compute capability
@@ -103,7 +103,7 @@ def _cpu(count: int) -> Target:
     here = jax.devices("cpu")
     compiles = len(here) >= count
     devices = here[:count] if compiles else [Absent(i, "cpu", "cpu") for i in range(count)]
-    memory = int(memory_bytes(here[0]) / MEMORY_SHARE)
+    memory = total_bytes(here[0])
     return Target(name=f"cpu:{count}", devices=devices, memory_bytes=memory, chip=None, compiles=compiles)
 
 
