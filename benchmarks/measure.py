@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from smollm_jax.arguments import guarded, parse_command
@@ -23,6 +24,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def gib(size: int | None) -> float | None:
     return None if size is None else size / 2**30
+
+
+def resident(figure: str = "VmRSS") -> int | None:
+    """Bytes this process holds, libraries included, or held at most (VmHWM); None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(figure)), None)
 
 
 def machine() -> dict[str, Any]:

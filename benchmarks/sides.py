@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import resident
+
 Seconds = dict[str, float]
 DEVICE_FILES = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
@@ -123,7 +125,7 @@ def _serve(connection: Connection, make: Callable[[], Ready]) -> None:
         warm = False
         for order in iter(lambda: _received(connection), None):
             if order == "peak":
-                connection.send((True, ready.device_peak_bytes() or _resident_peak()))
+                connection.send((True, ready.device_peak_bytes() or resident("VmHWM")))
                 continue
             answer = ready.run()
             if not warm:
@@ -154,15 +156,6 @@ def _forget_resident_peak() -> None:
     """What a compiler held once is no part of what a round needs."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident_peak() -> int | None:
-    """Most memory this process has held, libraries included; None where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def in_child(work: Callable[..., None], *arguments: Any) -> None:

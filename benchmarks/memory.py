@@ -1,0 +1,79 @@
+"""What the stream holds of memory as it goes on: `python -m benchmarks.memory --minutes 60`.
+
+It is read at the pace of a device, so that everything that runs ahead of it is full, in this one process and
+with no model beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+from benchmarks.data import endless
+from benchmarks.measure import Row, as_command, finish, gib, resident
+from smollm_jax.config import DataConfig, require
+from smollm_jax.data import Stream, head_texts, num_targets
+from smollm_jax.tokenizer import load_tokenizer
+
+LOOKS = 12  # looks at the memory, evenly over the minutes
+
+
+def memory(
+    *,
+    data: str = "builtin:python-docs",
+    tokenizer: str = "train:4096",
+    documents: int = 20_000,
+    seq_len: int = 2_048,
+    batch_size: int = 8,
+    shuffle_window: int = 1_024,
+    minutes: float = 60,
+    tokens_per_second: int = 20_000,
+) -> int:
+    """Read the stream for some minutes and look at the process's memory.
+
+    Args:
+        data: A source, as in train_jax.py.
+        tokenizer: Hub id, folder or train:VOCAB.
+        documents: Documents from the head of the source for train:VOCAB.
+        seq_len: Tokens a row.
+        batch_size: Rows a batch.
+        shuffle_window: Documents shuffled together.
+        minutes: How long.
+        tokens_per_second: The pace of the device.
+    """
+    require(minutes > 0 and tokens_per_second > 0, "--minutes and --tokens-per-second: more than 0")
+    require(resident() is not None, "memory: this system has no /proc to read it from")
+    config = DataConfig(data=data, seq_len=seq_len, shuffle_window=shuffle_window, eval_documents=0)
+    fast = load_tokenizer(tokenizer, documents=islice(head_texts(config), documents))
+    stream = endless(config, fast, batch_size)
+    try:
+        rows = list(_looks(stream, minutes * 60, tokens_per_second))
+    finally:
+        stream.close()
+    finish(
+        f"memory of the stream, {data}, {tokenizer}", rows, minutes=minutes, tokens_per_second=tokens_per_second
+    )
+    return 0
+
+
+def _looks(stream: Stream, seconds: float, pace: int) -> Iterator[Row]:
+    """A row after each part of `seconds`."""
+    began, tokens = time.perf_counter(), 0
+    for part in range(1, LOOKS + 1):
+        while (passed := time.perf_counter() - began) < seconds * part / LOOKS:
+            if tokens > passed * pace:
+                time.sleep(min(0.1, tokens / pace - passed))
+            elif item := stream.get(timeout=1):
+                tokens += num_targets(item[0])
+        yield {
+            "minute": passed / 60,
+            "tokens": tokens,
+            "tokens/s": tokens / passed,
+            "resident GiB": gib(resident()),
+            "at most": gib(resident("VmHWM")),
+        }
+
+
+if __name__ == "__main__":
+    as_command(memory, "memory")
