@@ -76,12 +76,11 @@ class OurStep:
 
 def our_step(work: Work) -> OurStep:
     """Compile the train step for `work`, the attention kernel chosen and checked as at the start of a run."""
-    import jax
     import jax.numpy as jnp
 
     from smollm_jax.attention import choose_checked
     from smollm_jax.hardware import memory_bytes, use_precision_of
-    from smollm_jax.sharding import by_row, make_mesh
+    from smollm_jax.sharding import make_mesh, on_devices, padded_rows
     from smollm_jax.step import compile_steps, init_state
 
     config, dtype = work.config, jnp.dtype(work.dtype)
@@ -94,7 +93,8 @@ def our_step(work: Work) -> OurStep:
     limit, began = memory_bytes(mesh.devices.flat[0]), time.perf_counter()
     compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=limit)
     seconds = time.perf_counter() - began
-    program, batch = compiled[work.batch_size], jax.device_put(work.rows(), by_row(mesh))
+    program, rows = compiled[work.batch_size], padded_rows(work.batch_size, mesh, config.compute.grad_accum)
+    batch = [on_devices(array, rows, 0, mesh) for array in work.rows()]
     state = init_state(config, mesh)
 
     def run() -> Any:

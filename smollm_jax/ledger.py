@@ -17,13 +17,17 @@ LANES = (0x243F6A89, 0x85A308D3, 0x13198A2F, 0x03707345)
 OF_SEGMENT, OF_PLACE = 0xA4093823, 0x299F31D1
 
 
-def batch_hash(tokens_BT1: Any, segment_ids_BT1: Any, xp: Any = np) -> Any:
-    """Four uint32 words over a batch (B, T+1) of numpy arrays, or of JAX arrays with `xp=jax.numpy`."""
+def batch_hash(tokens_BT1: Any, segment_ids_BT1: Any, xp: Any = np, *, rows: int | None = None) -> Any:
+    """Four uint32 words over a batch (B, T+1) of numpy arrays, or of JAX arrays with `xp=jax.numpy`.
+
+    Behind the first `rows` of it there is nothing but padding, which is no part of the batch.
+    """
     B, T1 = tokens_BT1.shape
     place_BT1 = xp.arange(B, dtype=xp.uint32)[:, None] * xp.uint32(T1) + xp.arange(T1, dtype=xp.uint32)
     words = tokens_BT1.astype(xp.uint32) + segment_ids_BT1.astype(xp.uint32) * xp.uint32(OF_SEGMENT)
     keyed = _mixed(words ^ _mixed(place_BT1 * xp.uint32(OF_PLACE), xp), xp)
-    return xp.stack([xp.sum(_mixed(keyed ^ xp.uint32(lane), xp), dtype=xp.uint32) for lane in LANES])
+    counts_B1 = (xp.arange(B) < (B if rows is None else rows)).astype(xp.uint32)[:, None]
+    return xp.stack([xp.sum(_mixed(keyed ^ xp.uint32(lane), xp) * counts_B1, dtype=xp.uint32) for lane in LANES])
 
 
 def extended(ledger: str, words: Any) -> str:

@@ -17,7 +17,7 @@ from smollm_jax.collectives import Collective
 from smollm_jax.config import Config, ModelConfig
 from smollm_jax.hardware import Chip, peak_flops
 from smollm_jax.model import init_params
-from smollm_jax.sharding import BATCH_AXES, with_layout
+from smollm_jax.sharding import BATCH_AXES, padded_rows, with_layout
 
 # assumptions! What large matrix products reach of a chip's peak, reads and writes in order of the memory's; small
 # slices lack the links that would close a ring, so that half of the interconnect lies idle.
@@ -42,8 +42,8 @@ class Estimate:
 
 
 def rows_a_chip(mesh: Mesh, batch_size: int) -> int:
-    """Rows of a batch on one chip; those of an axis `tensor` have the same."""
-    return batch_size // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    """Rows of a batch on one chip, padding included; those of an axis `tensor` have the same."""
+    return padded_rows(batch_size, mesh) // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def executed_flops_per_token(config: Config, remat: str) -> float:

@@ -31,17 +31,15 @@ PREFERRED = {"tensor": "NKFVDH", "fsdp": "DFVNKH"}
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of --mesh; without it all devices on `data`, or as many as divide every phase's micro-batch.
+    """The mesh of --mesh; without it all devices on `data`, or as few as take the run's steps as fast.
 
-    Raises `ValueError` when there are too few devices, or a batch cannot be divided among them.
+    Raises `ValueError` when there are too few devices, or more than there are rows for.
     """
     devices = list(jax.devices() if devices is None else devices)
-    micro = math.gcd(*(phase.batch_size for phase in config.phases)) // config.compute.grad_accum
     sizes = config.compute.mesh_sizes
     several = len({device.process_index for device in devices}) > 1
     if not sizes:
-        fitting = [n for n in range(1, len(devices) + 1) if micro % n == 0]
-        sizes = {"data": len(devices) if several else max(fitting)}
+        sizes = {"data": len(devices) if several else _useful(config, len(devices))}
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     count, rows = math.prod(shape), math.prod(shape[: len(BATCH_AXES)])
     needs = f"--mesh {config.compute.mesh} needs {count} devices"
@@ -50,12 +48,31 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         count == len(devices) or not several,
         f"{needs}; where several processes share the work it has to use all {len(devices)}",
     )
+    most = max(phase.batch_size for phase in config.phases) // config.compute.grad_accum
     require(
-        micro % rows == 0,
-        f"{micro} rows, what every batch of the phases over --grad-accum divides into, cannot be spread over "
-        f"{rows} devices; give a --batch-size or --phases that can, or another --mesh",
+        most >= rows,
+        f"{most} rows, the largest batch of the phases over --grad-accum, leave some of {rows} devices without "
+        "any; give a larger --batch-size, a smaller --grad-accum, or another --mesh",
     )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:count])
+
+
+def _useful(config: Config, count: int) -> int:
+    """The fewest of `count` devices on which a run's steps have as few rows a device as on all of them."""
+
+    def rows_in_turn(devices: int) -> int:
+        return sum(phase.steps * -(-phase.batch_size // (devices * parts)) for phase in config.phases)
+
+    parts = config.compute.grad_accum
+    return min(range(1, count + 1), key=lambda devices: (rows_in_turn(devices), devices))
+
+
+def padded_rows(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
+    """`batch_size` and the empty rows that give each device as many as the others, in each of `parts`
+    micro-batches.
+    """
+    each = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * parts
+    return -(-batch_size // each) * each
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -78,24 +95,31 @@ def is_shared(mesh: Mesh) -> bool:
 
 
 def shards_here(mesh: Mesh, config: Config) -> range:
-    """Of the `config.data.shards` lanes of a batch, those with a row on the devices of this process."""
+    """Of the `config.data.shards` lanes of a batch, those with a row on the devices of this process.
+
+    Never none: a process that has nothing but padding keeps the last, which others have too.
+    """
     shards, wanted = config.data.shards, set()
     for batch_size in {phase.batch_size for phase in config.phases}:
-        for index in by_row(mesh).addressable_devices_indices_map((batch_size,)).values():
-            first, end, _ = index[0].indices(batch_size) if index else (0, batch_size, 1)
-            wanted |= {row * shards // batch_size for row in range(first, end)}
+        rows = padded_rows(batch_size, mesh, config.compute.grad_accum)
+        for index in by_row(mesh).addressable_devices_indices_map((rows,)).values():
+            first, end, _ = index[0].indices(rows) if index else (0, rows, 1)
+            wanted |= {min(row, batch_size - 1) * shards // batch_size for row in range(first, end)}
     return range(min(wanted), max(wanted) + 1)
 
 
 def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.Array:
-    """The rows of a batch that this process has made, from `first_row` on, as its part of an array of `rows`."""
+    """The rows of a batch that this process has made, from `first_row` on, as its part of an array of `rows`;
+    what lies behind the batch is padding, zeros.
+    """
     layout = by_row(mesh)
-    if layout.is_fully_addressable:
+    if layout.is_fully_addressable and len(array) == rows:
         return jax.device_put(array, layout)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         begin, end, _ = index[0].indices(rows) if index else (0, rows, 1)
-        return array[begin - first_row : end - first_row]
+        made = array[begin - first_row : end - first_row]
+        return np.pad(made, [(0, end - begin - len(made)), *[(0, 0)] * (array.ndim - 1)])
 
     return jax.make_array_from_callback((rows, *array.shape[1:]), layout, part)
 

@@ -34,7 +34,7 @@ from smollm_jax.processes import Processes
 from smollm_jax.report import Report, Silence, say
 from smollm_jax.resume import Records, keep_records
 from smollm_jax.run_folder import Damaged, RunLock, read_json, write_json_atomic
-from smollm_jax.sharding import by_row, layout_of, make_mesh, on_devices, shards_here
+from smollm_jax.sharding import by_row, layout_of, make_mesh, on_devices, padded_rows, shards_here
 from smollm_jax.step import (
     abstract_state,
     compile_steps,
@@ -181,7 +181,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     compiled = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
 
     def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
-        return compiled(params, *(on_devices(x, len(x), 0, mesh) for x in arrays))
+        return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
 
     progress, start = Progress(), 0
     if found is None:

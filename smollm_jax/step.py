@@ -21,7 +21,16 @@ from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
-from smollm_jax.sharding import BATCH_AXES, by_device, by_row, is_shared, layout_of, replicated, with_layout
+from smollm_jax.sharding import (
+    BATCH_AXES,
+    by_device,
+    by_row,
+    is_shared,
+    layout_of,
+    padded_rows,
+    replicated,
+    with_layout,
+)
 
 State = dict[str, Any]
 Step = Callable[..., tuple[State, dict[str, jax.Array]]]
@@ -132,8 +141,11 @@ def summed_over(mesh: Mesh | None) -> Callable[..., jax.Array]:
     return everywhere
 
 
-def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy) -> Step:
-    """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
+def make_step(
+    config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, batch_size: int | None = None
+) -> Step:
+    """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics). What follows the
+    first `batch_size` rows is padding.
 
     With several processes a fourth argument holds a vote of each device, and `metrics["votes"]` how many there
     were of each kind. Where one is `VOID`, or none is `GO` and no row has a target, the data having ended, the
@@ -181,7 +193,7 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
             "learning_rate": jnp.float32(learning_rate),
             "targets": targets,
             "finite": finite,
-            "batch_hash": batch_hash(tokens, segment_ids, jnp),
+            "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
         }
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
@@ -191,12 +203,15 @@ def make_step(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Po
 
 
 def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy) -> jax.stages.Compiled:
-    """The step compiled for batches of `batch_size` rows; the state is donated and keeps its layout."""
-    rows = jax.ShapeDtypeStruct((batch_size, config.data.seq_len + 1), jnp.int32, sharding=by_row(mesh))
+    """The step compiled for batches of `batch_size` rows, padded for the mesh; the state is donated and keeps
+    its layout.
+    """
+    shape = (padded_rows(batch_size, mesh, config.compute.grad_accum), config.data.seq_len + 1)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row(mesh))
     state = abstract_state(config, mesh)
     votes = (jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=by_device(mesh)),) if is_shared(mesh) else ()
     step = jax.jit(
-        make_step(config, mesh, dtype=dtype, remat=remat),
+        make_step(config, mesh, dtype=dtype, remat=remat, batch_size=batch_size),
         donate_argnums=0,
         out_shardings=(layout_of(state), replicated(mesh)),
     )

@@ -26,7 +26,7 @@ from smollm_jax.processes import Processes, join
 from smollm_jax.publish import publish
 from smollm_jax.report import finite_or_none, read_metrics, say
 from smollm_jax.resume import flatten
-from smollm_jax.sharding import on_devices
+from smollm_jax.sharding import on_devices, padded_rows
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
 
@@ -156,7 +156,8 @@ def dispatch(run: Run, batch: Batch, cursor: dict[str, Any] | None, *votes: jax.
     """Send a step to the device without waiting for it; `votes` as `make_step` has it."""
     progress = run.progress
     rows = run.config.batch_size_at(progress.step + 1)
-    arrays = (on_devices(x, rows, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
+    padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
+    arrays = (on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
     run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
     before, progress.cursor = progress.cursor, cursor
     progress.step += 1

@@ -124,6 +124,15 @@ def test_two_processes_train_like_one(job, tmp_path, flags):
 
 
 @pytest.mark.slow
+def test_a_process_may_have_nothing_but_padding(job, tmp_path):
+    """Five rows on eight devices: the last process has none of them, and some only in the first phase."""
+    flags = ["--phases", "5x8,5x5", "--shards", "1"]
+    assert codes(job(1, *flags, devices=1, run="one")) == [0]
+    assert codes(job(4, *flags, devices=2)) == [0] * 4, words_of(tmp_path, count=4)
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes_and_devices(job, tmp_path):
     """1 x 8, 2 x 1, 4 x 2, 1 x 1 and back: the same documents in the same order."""
     assert codes(job(1, devices=1, run="one")) == [0]

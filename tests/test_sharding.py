@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from test_train import ended, records
 
 from smollm_jax.config import MESH_AXES, ComputeConfig, Config, RunConfig
-from smollm_jax.sharding import make_mesh, partition
+from smollm_jax.sharding import make_mesh, padded_rows, partition
 
 pytest_plugins = ["test_train"]
 
@@ -57,9 +57,24 @@ def test_a_mesh_larger_than_the_machine_or_the_batch_is_refused():
     too_many = replace(config, compute=ComputeConfig(mesh=f"data={jax.device_count() + 1}"))
     with pytest.raises(ValueError, match="needs"):
         make_mesh(too_many)
-    odd = replace(config, run=RunConfig(phases="5x3"), compute=ComputeConfig(mesh="data=2"))
-    with pytest.raises(ValueError, match="3 rows"):
-        make_mesh(odd, jax.devices() * 2)
+    few = replace(config, run=RunConfig(phases="5x3,5x2"), compute=ComputeConfig(mesh="data=4"))
+    with pytest.raises(ValueError, match=r"3 rows.* leave some of 4 devices without any"):
+        make_mesh(few, jax.devices() * 4)
+
+
+@pytest.mark.parametrize(
+    ("phases", "mesh", "parts", "expected"), [(8, 8, 1, 8), (6, 4, 1, 8), (6, 2, 2, 8), (50, 16, 1, 64)]
+)
+def test_a_batch_is_padded_until_all_devices_have_the_same(phases, mesh, parts, expected):
+    assert padded_rows(phases, mesh_of(data=mesh // 2, fsdp=2), parts) == expected
+
+
+@pytest.mark.parametrize(
+    ("phases", "count", "expected"), [("9x8", 8, 8), ("9x4", 8, 4), ("9x5", 4, 3), ("99x32,9x8", 16, 16)]
+)
+def test_without_a_mesh_no_device_is_taken_that_saves_no_time(phases, count, expected):
+    mesh = make_mesh(Config(run=RunConfig(phases=phases)), jax.devices() * count)
+    assert mesh.size == expected
 
 
 def test_all_axes_are_left_to_the_partitioner():
@@ -72,7 +87,7 @@ def test_results_do_not_depend_on_the_mesh(train, tmp_path, monkeypatch):
     """Over 20 steps: the batches are the same, and losses agree to rounding."""
     settings = [
         "--phases",
-        "16x8,4x8",
+        "16x8,4x6",
         "--batch-size",
         "8",
         "--checkpoint-every",
