@@ -79,6 +79,8 @@ class Checkpoints:
         self.failed: Failure | None = None
         self.newest = 0
         """Step of the last save that is on disk."""
+        self.beside_the_state = True
+        """Whether the devices have room for a second copy of the state, while several processes write it."""
         self._thread: threading.Thread | None = None
         self._preparing: threading.Thread | None = None
         self._buffers: dict[str, np.ndarray] = {}
@@ -186,13 +188,19 @@ class Checkpoints:
         return list_checkpoints(self.folder)
 
     def _device_copies(self, state: Any) -> dict[str, Any]:
-        """Every leaf again, in the same layout, which the next step does not overwrite."""
+        """Every leaf again, in the same layout, which the next step does not overwrite: on the devices, or, where
+        they have no room for it, in host memory, once for each device.
+        """
         import jax
         import jax.numpy as jnp
 
         if self._copy is None:
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-        return leaves_by_name(self._copy(state))
+        if self.beside_the_state:
+            return leaves_by_name(self._copy(state))
+        on_the_host = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), state)
+        copies: dict[str, Any] = jax.block_until_ready(jax.device_put(state, on_the_host, may_alias=False))
+        return leaves_by_name(copies)
 
     def _host_copies(self, state: Any) -> dict[str, np.ndarray]:
         """Every leaf in host memory that nothing else refers to but the next save, which waits for this one."""

@@ -30,6 +30,7 @@ _LEAVING: list[int | None] = []  # the exit code once it is settled; None while 
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # after which a process is taken for dead
+SHOWN_SECONDS = 10.0  # within which a change of the run folder has to be seen by all
 # the library's own watch ends a process by a crash; ours comes first, in words and with an exit code
 LIBRARY_SECONDS = 600
 CONNECT_SECONDS = 300
@@ -47,6 +48,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self._left = False
+        self._due: tuple[float, str] | None = None
 
     @property
     def several(self) -> bool:
@@ -155,6 +157,7 @@ class Processes:
             return
         folder = run_dir / ".processes"
         folder.mkdir(parents=True, exist_ok=True)
+        self._share(folder)
         over = threading.Event()
         threading.Thread(target=self._beat, args=(folder, over), name="heartbeat", daemon=True).start()
         threading.Thread(target=self._listen, args=(folder, over), name="watch", daemon=True).start()
@@ -170,6 +173,37 @@ class Processes:
         finally:
             over.set()
 
+    @contextmanager
+    def within(self, seconds: float, what: str) -> Iterator[None]:
+        """Inside, and while `watched`, leave with exit code 75 when `what` is not done after `seconds`: devices
+        that hang, or a process that is alive and does not move.
+        """
+        self._due = time.monotonic() + seconds, f"{what} was not done after {seconds:,.0f} s"
+        try:
+            yield
+        finally:
+            self._due = None
+
+    def _share(self, folder: Path) -> None:
+        """Raise `ValueError` in all processes unless each sees at once what the first writes into `folder`."""
+        token = self.gather(f"{os.getpid()} {time.time()}")[0]
+        for word in (token, f"{token} again"):
+            blind = self._blind(folder / "shared", word)
+            require(
+                not blind,
+                f"what process 0 writes into {folder.parent} is not seen by process {', '.join(map(str, blind))} "
+                f"within {SHOWN_SECONDS:.0f} s; --run-dir has to be a folder that all share, and that shows what "
+                "changes at once",
+            )
+
+    def _blind(self, path: Path, word: str) -> list[int]:
+        """The processes that do not see the `word` that the first writes."""
+        self.together(lambda: path.write_text(word) if self.first else None)
+        deadline = time.monotonic() + SHOWN_SECONDS
+        while _read(path) != word and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [i for i, sees in enumerate(self.gather(_read(path) == word)) if not sees]
+
     def _beat(self, folder: Path, over: threading.Event) -> None:
         beats = 0
         while not over.wait(BEAT_SECONDS):
@@ -182,6 +216,9 @@ class Processes:
     def _listen(self, folder: Path, over: threading.Event) -> None:
         last = {i: ("", time.monotonic()) for i in range(self.count) if i != self.index}
         while not over.wait(BEAT_SECONDS):
+            due = self._due
+            if due is not None and time.monotonic() > due[0]:
+                end_with(f"{due[1]}; {AGAIN}", EXIT_STOPPED)
             for i, (words, since) in last.items():
                 heard, now = _read(folder / str(i)), time.monotonic()
                 if heard != words:

@@ -162,6 +162,12 @@ def with_layout(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(laid_out, shapes)
 
 
+def bytes_a_device(tree: Any) -> int:
+    """What the leaves of a tree, arrays or shapes with a layout, take on each device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def layout_of(tree: Any) -> Any:
     """The shardings of the leaves of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -34,7 +34,7 @@ from smollm_jax.processes import Processes
 from smollm_jax.report import Report, Silence, say
 from smollm_jax.resume import Records, keep_records
 from smollm_jax.run_folder import Damaged, RunLock, read_json, write_json_atomic
-from smollm_jax.sharding import by_row, layout_of, make_mesh, on_devices, padded_rows, shards_here
+from smollm_jax.sharding import by_row, bytes_a_device, layout_of, make_mesh, on_devices, padded_rows, shards_here
 from smollm_jax.step import (
     abstract_state,
     compile_steps,
@@ -171,6 +171,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
         chosen, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(processes.gather(fits))
     )
     needed = compiled_bytes(steps[max(steps)])
+    checkpoints.beside_the_state = needed + bytes_a_device(abstract_state(config, mesh)) <= memory
     if needed > memory:
         notes.append(
             f"MEMORY      the step needs {needed / 2**30:.1f} GiB, {memory / 2**30:.1f} can be counted on: the "

@@ -16,6 +16,7 @@ import numpy as np
 
 from smollm_jax.data import Batch, SourceTimeout
 from smollm_jax.examination import examine
+from smollm_jax.processes import AGAIN
 from smollm_jax.sharding import by_device
 from smollm_jax.start import Run
 from smollm_jax.step import ENDED, GO, STOP, VOID
@@ -31,7 +32,10 @@ from smollm_jax.train import (
     report_step,
     save,
     save_due,
+    write_line,
 )
+
+STUCK_SECONDS = 600.0  # after which a step that no process holds up any more is taken for dead
 
 Item = tuple[Batch, dict | None]
 
@@ -63,6 +67,8 @@ def train_together(run: Run) -> str:
             continue
         verdict = max(verdict, settle(run, pending, interval))
         pending, paused = None, time.monotonic()
+        if verdict == ENDED:
+            write_line(run, interval)
         if save_due(run) or verdict != GO:
             save(run)
         if verdict != GO:
@@ -71,6 +77,8 @@ def train_together(run: Run) -> str:
             examine(run, partial(save, run))
         interval.began += time.monotonic() - paused
     verdict = settle(run, pending, interval)
+    if verdict == ENDED:
+        write_line(run, interval)
     save(run)
     return DONE if verdict == GO or run.progress.step == run.last_step else ended(run, verdict, ballot)
 
@@ -85,20 +93,22 @@ def cast(run: Run, before: Ballot | None) -> Ballot:
     nothing = (Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32)), run.progress.cursor)
     if before is not None and before.vote == VOID:
         return replace(before, item=nothing)
-    while True:
-        try:
-            item = run.stream.get(timeout=POLL_SECONDS)
-        except StopIteration:
-            return Ballot(nothing, STOP if run.stop.requested else ENDED)
-        except SourceTimeout as error:
-            return Ballot(nothing, VOID, f"{error}; run the same command to go on")
-        except ValueError as error:
-            return Ballot(nothing, VOID, str(error), is_mistake=True)
-        if item is not None:
-            padding = not item[0].segment_ids.any()
-            return Ballot(item, STOP if run.stop.requested else ENDED if padding else GO)
-        if run.stop.requested:
-            return Ballot(nothing, VOID)
+    patience = run.config.data.data_timeout
+    deadline = time.monotonic() + patience
+    try:
+        while (item := run.stream.get(timeout=POLL_SECONDS)) is None:
+            if run.stop.requested:
+                return Ballot(nothing, VOID)
+            if time.monotonic() > deadline:
+                raise SourceTimeout(f"no data came for {patience:g} s (--data-timeout)")
+    except StopIteration:
+        return Ballot(nothing, STOP if run.stop.requested else ENDED)
+    except SourceTimeout as error:
+        return Ballot(nothing, VOID, f"{error}; {AGAIN}")
+    except ValueError as error:
+        return Ballot(nothing, VOID, str(error), is_mistake=True)
+    padding = not item[0].segment_ids.any()
+    return Ballot(item, STOP if run.stop.requested else ENDED if padding else GO)
 
 
 def votes(run: Run, vote: int) -> jax.Array:
@@ -113,7 +123,8 @@ def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
     """
     if pending is None:
         return GO
-    counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
+    with run.processes.within(run.config.data.data_timeout + STUCK_SECONDS, f"step {pending.step}"):
+        counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
     progress = run.progress
     if not counts:
         if pending.step <= progress.step:

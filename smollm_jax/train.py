@@ -45,8 +45,7 @@ class Pending:
     step: int
     metrics: dict[str, jax.Array]
     cursor_before: dict[str, Any] | None
-    skipped: int
-    """Rows and files that --on-bad-data skip has passed over so far."""
+    cursor: dict[str, Any] | None
     slots: int
     """Token positions of the batch."""
 
@@ -60,6 +59,8 @@ class Interval:
     targets: int = 0
     slots: int = 0
     data_wait_seconds: float = 0.0
+    latest: tuple[Pending, dict[str, Any]] | None = None
+    """The last step, and its metrics."""
 
     def restart(self) -> None:
         vars(self).update(vars(Interval()))
@@ -113,7 +114,9 @@ def train(run: Run) -> str:
             save(run)
             raise
         if isinstance(item, str):
-            report_step(run, pending, interval, last=item == DATA_ENDED)
+            report_step(run, pending, interval)
+            if item == DATA_ENDED:
+                write_line(run, interval)
             save(run)
             return item
         interval.data_wait_seconds += time.monotonic() - waiting_since
@@ -161,12 +164,11 @@ def dispatch(run: Run, batch: Batch, cursor: dict[str, Any] | None, *votes: jax.
     run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
     before, progress.cursor = progress.cursor, cursor
     progress.step += 1
-    skipped = cursor["skipped"] if cursor else 0
-    return Pending(progress.step, metrics, before, skipped, rows * run.config.data.seq_len)
+    return Pending(progress.step, metrics, before, cursor, rows * run.config.data.seq_len)
 
 
-def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: bool = False) -> None:
-    """Wait for a step's metrics, count what went wrong, and write its line if one is due, as for the last."""
+def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
+    """Wait for a step's metrics, count what went wrong, and write its line if one is due."""
     if pending is None:
         return
     values = jax.device_get(pending.metrics)
@@ -177,12 +179,10 @@ def report_step(run: Run, pending: Pending | None, interval: Interval, *, last: 
         interval.steps += 1
         interval.targets += int(values["targets"])
         interval.slots += pending.slots
+        interval.latest = pending, values
         look_at(run, pending, finite=bool(values["finite"]))
-    due = last or pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0
-    if due and pending.step > run.recorded:
-        run.recorded = pending.step
-        write_line(run, pending, interval, values)
-        interval.restart()
+    if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
+        write_line(run, interval)
 
 
 def look_at(run: Run, pending: Pending, *, finite: bool) -> None:
@@ -193,8 +193,12 @@ def look_at(run: Run, pending: Pending, *, finite: bool) -> None:
     count_bad_step(run, pending, finite=finite)
 
 
-def write_line(run: Run, pending: Pending, interval: Interval, values: dict[str, Any]) -> None:
-    """A line of metrics: of the step itself, and of the time since the line before."""
+def write_line(run: Run, interval: Interval) -> None:
+    """A line of metrics, unless it is there: of the last step itself, and of the time since the line before."""
+    if interval.latest is None or interval.latest[0].step <= run.recorded:
+        return
+    pending, values = interval.latest
+    run.recorded = pending.step
     seconds = max(time.monotonic() - interval.began, 1e-9)
     line = {
         "step": pending.step,
@@ -206,7 +210,7 @@ def write_line(run: Run, pending: Pending, interval: Interval, values: dict[str,
         "data_wait_seconds": interval.data_wait_seconds,
         "step_seconds": seconds / max(interval.steps, 1),
         "bad_steps": run.progress.bad_steps,
-        "skipped_documents": pending.skipped,
+        "skipped_documents": skipped(run, pending),
         "ledger": run.progress.ledger,
     }
     peak = peak_flops(run.mesh.devices.flat[0])
@@ -214,6 +218,15 @@ def write_line(run: Run, pending: Pending, interval: Interval, values: dict[str,
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)
     run.report.train(line)
+    interval.restart()
+
+
+def skipped(run: Run, pending: Pending) -> int:
+    """Rows and files that --on-bad-data skip has passed over so far, in all processes where it is set."""
+    if pending.cursor is None:
+        return 0
+    several = run.processes.several and run.config.data.on_bad_data == "skip"
+    return int((merged(run.processes.gather(pending.cursor)) if several else pending.cursor)["skipped"])
 
 
 def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:

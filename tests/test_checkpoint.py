@@ -118,6 +118,21 @@ def test_buffers_donated_and_overwritten_right_after_save_do_not_reach_the_file(
         assert (params["host"] == step).all()
 
 
+def test_a_copy_for_which_the_devices_have_no_room_is_made_in_host_memory():
+    checkpoints = Checkpoints("nowhere", keep_last=9, keep_every=0)
+    state = {"params": {"w": jnp.arange(1e5), "b": jnp.arange(9)}}
+    before = jax.tree.map(np.array, state)
+    for beside in (True, False):
+        checkpoints.beside_the_state = beside
+        copies = checkpoints._device_copies(state)
+        kinds = {leaf.sharding.memory_kind for leaf in copies.values()}
+        assert (kinds == {"pinned_host"}) == (not beside)
+        state = jax.jit(lambda tree: jax.tree.map(lambda x: x * 3, tree), donate_argnums=0)(state)
+        for copy, leaf in zip(copies.values(), jax.tree.leaves(before), strict=True):
+            np.testing.assert_array_equal(copy, leaf)
+        before = jax.tree.map(np.array, state)
+
+
 def other_dtype(state):
     state["params"]["blocks"]["q"] = state["params"]["blocks"]["q"].astype(jnp.bfloat16)
 

@@ -66,7 +66,7 @@ def job(tmp_path, cache, corpus, tokenizer):
     """Starts a job of `processes` with `devices` each on a run folder."""
     started = []
 
-    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand):
+    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, cwd=None):
         port = free_port()
         command = [
             sys.executable, str(ROOT / "train_jax.py"), "--data", f"{corpus}/*.jsonl", *TINY, *settings,
@@ -78,7 +78,12 @@ def job(tmp_path, cache, corpus, tokenizer):
             words = (tmp_path / f"{run}-{i}.err").open("a")
             started.append(
                 subprocess.Popen(
-                    [*command, *place, *flags], stdout=subprocess.PIPE, stderr=words, text=True, env=env | more
+                    [*command, *place, *flags],
+                    stdout=subprocess.PIPE,
+                    stderr=words,
+                    text=True,
+                    env=env | more,
+                    cwd=cwd,
                 )
             )
         return started[-processes:]
@@ -220,6 +225,57 @@ def test_a_folder_in_use_is_refused_in_all_processes(job, tmp_path):
         assert codes(job(2)) == [2, 2]
     assert words_of(tmp_path).count("is in use by") == 2
     assert "Traceback" not in words_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_is_not_shared_is_refused(job, tmp_path):
+    """Each of two machines has a folder of that name."""
+    port = free_port()
+    both = []
+    for i in range(2):
+        machine = tmp_path / f"machine-{i}"
+        machine.mkdir()
+        both += job(1, *by_hand(i, 2, port)[0], "--run-dir", "here", cwd=machine)
+    assert codes(both) == [2, 2]
+    words = words_of(tmp_path, count=1)
+    assert "is not seen by process 1 within 10 s; --run-dir has to be a folder that all share" in words
+    assert "Traceback" not in words
+
+
+class Silent:
+    """A stream that waits for a disk that does not answer."""
+
+    def get(self, *, timeout):
+        time.sleep(timeout)
+
+
+def test_a_process_does_not_wait_for_its_data_without_end():
+    config = Config(data=DataConfig(seq_len=32, data_timeout=0.3), run=RunConfig(phases="9x4"))
+    run = SimpleNamespace(
+        config=config, progress=Progress(step=2), stream=Silent(), stop=SimpleNamespace(requested=False)
+    )
+    ballot = cast(run, None)
+    assert ballot.vote == VOID
+    assert "no data came for 0.3 s" in ballot.fault
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from smollm_jax.processes import Processes
+alone = Processes(0, 2)
+alone.gather = lambda value: [value]
+with alone.watched(Path(sys.argv[1])), alone.within(1.5, "step 7"):
+    time.sleep(60)
+"""
+
+
+def test_a_step_that_hangs_ends_the_process(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert found.returncode == 75, found.stderr
+    assert "step 7 was not done after 2 s" in found.stderr
 
 
 class Late:
