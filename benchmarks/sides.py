@@ -1,7 +1,8 @@
 """The sides of a comparison, each in a process of its own: its memory is its own, its fault ends it alone.
 
 On a CPU all sides live at once and take turns round by round, so that other load on the machine meets them
-alike. An accelerator is nobody else's, and its memory is scarce: there each side has it for itself.
+alike, or each has it for itself, twice. An accelerator is nobody else's, and its memory is scarce: there each
+side has it for itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.measure import resident
 
 Seconds = dict[str, float]
+TURNS_ALONE = 2
 DEVICE_FILES = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
@@ -52,13 +54,28 @@ def on_accelerator() -> bool:
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(Path(file).exists() for file in DEVICE_FILES)
 
 
-def compare(sides: dict[str, Callable[[], Ready]], *, rounds: int) -> dict[str, Outcome]:
-    """Make every side ready and have it do its rounds, after one that is not counted."""
-    groups = [{name: make} for name, make in sides.items()] if on_accelerator() else [sides]
+def compare(sides: dict[str, Callable[[], Ready]], *, rounds: int, alone: bool = False) -> dict[str, Outcome]:
+    """Make every side ready and have it do its rounds, after one that is not counted.
+
+    `alone`, on a CPU: no other side is alive meanwhile, and each is made ready again for the same rounds once
+    more, after the others.
+    """
+    if not (alone or on_accelerator()):
+        return _in_turn(sides, rounds)
     outcomes: dict[str, Outcome] = {}
-    for group in groups:
-        outcomes |= _in_turn(group, rounds)
+    for _ in range(1 if on_accelerator() else TURNS_ALONE):
+        for name, make in sides.items():
+            found, before = _in_turn({name: make}, rounds)[name], outcomes.get(name)
+            outcomes[name] = _joined(before, found) if before else found
     return outcomes
+
+
+def _joined(before: Outcome, found: Outcome) -> Outcome:
+    """The rounds of both, and what else the first was asked; of one that failed, why."""
+    if before.failed or found.failed:
+        return before if before.failed else found
+    before.rounds += found.rounds
+    return before
 
 
 def _in_turn(makes: dict[str, Callable[[], Ready]], rounds: int) -> dict[str, Outcome]:

@@ -117,11 +117,11 @@ def _torch_step(work: Work, form: Form, device: str) -> Callable[..., Any]:
     return step
 
 
-def measured(work: Work, peers: tuple[Form, ...], rounds: int) -> list[Row]:
+def measured(work: Work, peers: tuple[Form, ...], rounds: int, *, alone: bool = False) -> list[Row]:
     """A row a side."""
     sides: dict[str, Callable[[], Ready]] = {"ours": partial(ours, work)}
     sides |= {f"HF + PyTorch {form}": partial(peer, work, form) for form in peers}
-    outcomes = compare(sides, rounds=rounds)
+    outcomes = compare(sides, rounds=rounds, alone=alone)
     return [_row(name, outcome, outcomes["ours"], work) for name, outcome in outcomes.items()]
 
 
@@ -187,6 +187,7 @@ def train(
     peers: tuple[Form, ...] = ("eager",),
     steps: int = 1,
     rounds: int = 5,
+    alone: bool = False,
     compute: ComputeConfig = COMPUTE,
     seed: int = 0,
 ) -> int:
@@ -200,7 +201,8 @@ def train(
         dtypes: Compute dtypes over float32 parameters.
         peers: Forms of Hugging Face + PyTorch to time beside ours; none: ours alone.
         steps: Steps a round.
-        rounds: Rounds counted.
+        rounds: Rounds counted; with `alone` twice as many.
+        alone: No other side is alive while one is timed, as on an accelerator.
         compute: Of our side, but for its dtype.
         seed: Of the tokens and documents.
     """
@@ -208,7 +210,7 @@ def train(
     for dtype in dtypes:
         for size in batch_sizes:
             config = config_of(preset, size, seq_len, compute)
-            found = measured(Work(config, dtype, documents, steps, seed), peers, rounds)
+            found = measured(Work(config, dtype, documents, steps, seed), peers, rounds, alone=alone)
             if len(dtypes) * len(batch_sizes) > 1:
                 show(f"so far: {dtype}, batch {size}", found)
             rows += found
@@ -219,6 +221,7 @@ def train(
         summary=best_of(rows),
         steps=steps,
         rounds=rounds,
+        alone=alone,
         compute=vars(compute),
         seed=seed,
     )
