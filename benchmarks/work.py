@@ -90,7 +90,8 @@ def our_step(work: Work) -> OurStep:
     for note in notes:
         print(note, file=sys.stderr)
     config = replace(config, compute=replace(config.compute, attention=attention))
-    limit, began = memory_bytes(mesh.devices.flat[0]), time.perf_counter()
+    limit = memory_bytes(mesh.devices.flat[0], config.model.num_parameters)
+    began = time.perf_counter()
     compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=limit)
     seconds = time.perf_counter() - began
     program, rows = compiled[work.batch_size], padded_rows(work.batch_size, mesh, config.compute.grad_accum)

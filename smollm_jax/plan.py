@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from smollm_jax.attention import choose
 from smollm_jax.collectives import Collective, collectives, kernels
 from smollm_jax.config import Config, Remat
-from smollm_jax.hardware import compute_dtype, memory_share, use_precision_of
+from smollm_jax.hardware import MEMORY_SHARE, beside_the_step, compute_dtype, use_precision_of
 from smollm_jax.model import Policy
 from smollm_jax.roofline import collectives_by_formula, memory_by_formula
 from smollm_jax.sharding import make_mesh
@@ -99,7 +99,7 @@ def first_that_fits(config: Config, target: Target, dtype: Any) -> Attempt:
     """By the rule of a run's start: the first remat policy that leaves the runtime its share, or else the last."""
     attempts = (attempt(config, target, dtype, remat) for remat in policies_of(config.compute.remat))
     for each in attempts:
-        if each.memory_bytes < target.memory_bytes * memory_share(target.devices[0].platform):
+        if each.memory_bytes < target.memory_bytes * MEMORY_SHARE:
             break
     return each
 
@@ -108,16 +108,17 @@ def attempt(config: Config, target: Target, dtype: Any, remat: Policy) -> Attemp
     """Compile the step of the largest phase, or reckon its memory; raises `ValueError` for an impossible mesh."""
     mesh = mesh_of(config, target)
     outcome = partial(Attempt, config=config, mesh=mesh, remat=remat)
+    beside = beside_the_step(target.devices[0].platform, config.model.num_parameters)
     if not target.compiles:
         needed = memory_by_formula(config, mesh, remat, largest_batch(config), dtype_bytes=dtype.itemsize)
-        return outcome(memory_bytes=needed)
+        return outcome(memory_bytes=needed + beside)
     try:
         compiled = compile_step(config, mesh, largest_batch(config), dtype=dtype, remat=remat)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return outcome(memory_bytes=max(needed_by(str(error)), target.memory_bytes + 1), refused=True)
-    return outcome(memory_bytes=compiled_bytes(compiled), program=text_of(compiled))
+    return outcome(memory_bytes=compiled_bytes(compiled) + beside, program=text_of(compiled))
 
 
 def text_of(compiled: jax.stages.Compiled) -> str | None:

@@ -131,7 +131,8 @@ def _token_line(plan: Plan) -> str:
 
 def _memory_line(plan: Plan) -> str:
     needed, limit = plan.attempt.memory_bytes, plan.target.memory_bytes
-    source = "by the compiled program" if plan.target.compiles else "by formula; no compiler for it here"
+    beside = ", and what a run's process takes besides" if plan.target.devices[0].platform == "cpu" else ""
+    source = f"by the compiled program{beside}" if plan.target.compiles else "by formula; no compiler for it here"
     if plan.attempt.refused:
         source = "by the compiler, which refused it"
     return f"{needed / 2**30:.2f} of {limit / 2**30:.2f} GiB a chip ({needed / limit:.0%}), {source}"

@@ -166,7 +166,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     chosen = replace(config, compute=replace(config.compute, attention=attention))
     notes = [*origin.notes, *check_computed(found, computed), *remarks]
     checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
-    memory = min(processes.gather(memory_bytes(mesh.local_mesh.devices.flat[0])))
+    memory = min(processes.gather(memory_bytes(mesh.local_mesh.devices.flat[0], config.model.num_parameters)))
     steps, remat = compile_steps(
         chosen, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(processes.gather(fits))
     )
