@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from smollm_jax.hardware import peak_flops
-from smollm_jax.sharding import layout_table
+from smollm_jax.sharding import layout_table, padded_rows
 from smollm_jax.step import compiled_bytes
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
         f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
         *notes,
+        *_padding(run),
     ]
     if run.processes.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
@@ -57,6 +58,17 @@ def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None
 def _axes(mesh: jax.sharding.Mesh) -> str:
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     return f": {sizes}" if sizes else ""
+
+
+def _padding(run: Run) -> list[str]:
+    """A line for each batch size that does not divide among the devices."""
+    parts = run.config.compute.grad_accum
+    padded = {size: padded_rows(size, run.mesh, parts) for size in run.steps}
+    return [
+        f"padding     {size} rows of a batch become {rows}, so that each device has as many as the others"
+        for size, rows in padded.items()
+        if rows > size
+    ]
 
 
 def _shared_by(run: Run) -> str:

@@ -18,6 +18,7 @@ from smollm_jax.roofline import (
     traffic_bytes,
     utilisation,
 )
+from smollm_jax.sharding import padded_rows
 
 WIDTH = 14
 
@@ -48,7 +49,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "parameters": config.model.num_parameters,
         "batch_size": largest_batch(config),
-        "batch_a_chip": rows_a_chip(mesh, largest_batch(config)),
+        "batch_a_chip": rows_a_chip(config, mesh, largest_batch(config)),
         "seq_len": config.data.seq_len,
         "grad_accum": config.compute.grad_accum,
         "dtype": plan.dtype,
@@ -102,7 +103,7 @@ def bytes_per_token(plan: Plan) -> float:
     """Between a chip and its memory, for each token that the chip sees."""
     tried, rows = plan.attempt, largest_batch(plan.attempt.config)
     traffic = traffic_bytes(tried.config, tried.mesh, tried.remat, rows)
-    return traffic / (rows_a_chip(tried.mesh, rows) * tried.config.data.seq_len)
+    return traffic / (rows_a_chip(tried.config, tried.mesh, rows) * tried.config.data.seq_len)
 
 
 def axes(plan: Plan) -> str:
@@ -114,9 +115,11 @@ def _step_line(plan: Plan) -> str:
     config, rows = plan.attempt.config, largest_batch(plan.attempt.config)
     micros = f" in {config.compute.grad_accum} micro-batches" if config.compute.grad_accum > 1 else ""
     smaller = "" if len({p.batch_size for p in config.phases}) == 1 else ", the largest of the phases"
+    mesh = plan.attempt.mesh
+    padding = ", padding included" if padded_rows(rows, mesh, config.compute.grad_accum) > rows else ""
     return (
         f"{rows:,} x {config.data.seq_len:,} = {rows * config.data.seq_len:,} tokens{micros}{smaller}; "
-        f"{rows_a_chip(plan.attempt.mesh, rows):,} rows a chip, {plan.dtype}, remat {plan.attempt.remat}"
+        f"{rows_a_chip(config, mesh, rows):,} rows a chip{padding}, {plan.dtype}, remat {plan.attempt.remat}"
     )
 
 

@@ -41,9 +41,11 @@ class Estimate:
         return max(self.compute, self.memory) + self.interconnect
 
 
-def rows_a_chip(mesh: Mesh, batch_size: int) -> int:
+def rows_a_chip(config: Config, mesh: Mesh, batch_size: int) -> int:
     """Rows of a batch on one chip, padding included; those of an axis `tensor` have the same."""
-    return padded_rows(batch_size, mesh) // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return padded_rows(batch_size, mesh, config.compute.grad_accum) // math.prod(
+        mesh.shape[axis] for axis in BATCH_AXES
+    )
 
 
 def executed_flops_per_token(config: Config, remat: str) -> float:
@@ -75,7 +77,7 @@ def traffic_bytes(config: Config, mesh: Mesh, remat: str, batch_size: int) -> fl
     passes = 4 if remat == "full" else 3
     of_token = model.num_layers * ends * 2 * passes + model.vocab_size * (3 * 4 + 3 * 2)
     of_weights = model.num_parameters * 2 * passes * config.compute.grad_accum
-    tokens = rows_a_chip(mesh, batch_size) * config.data.seq_len
+    tokens = rows_a_chip(config, mesh, batch_size) * config.data.seq_len
     return (tokens * of_token + of_weights) / mesh.shape["tensor"] + parameters_a_chip(config, mesh) * UPDATE_BYTES
 
 
@@ -124,7 +126,7 @@ def memory_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: int, *
     """
     model = config.model
     parameters = parameters_a_chip(config, mesh)
-    tokens = rows_a_chip(mesh, batch_size) // config.compute.grad_accum * config.data.seq_len
+    tokens = rows_a_chip(config, mesh, batch_size) // config.compute.grad_accum * config.data.seq_len
     one_layer = kept_bytes(model, "none") if remat != "none" else 0
     of_token = (kept_bytes(model, remat) * model.num_layers + one_layer) * dtype_bytes / 2
     kept = tokens * of_token / mesh.shape["tensor"]
@@ -171,7 +173,7 @@ def collectives_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: i
             Collective(kind="all-reduce", group=data, count=model.num_layers * micros, bytes=gradients // fsdp)
         )
     if (tensor := mesh.shape["tensor"]) > 1:
-        tokens = rows_a_chip(mesh, batch_size) * config.data.seq_len
+        tokens = rows_a_chip(config, mesh, batch_size) * config.data.seq_len
         count = 2 * (passes + (remat != "full")) * model.num_layers
         found.append(
             Collective(kind="all-reduce", group=tensor, count=count, bytes=count * tokens * model.hidden_size * 2)

@@ -370,8 +370,10 @@ def test_the_exit_code_says_whether_it_fits():
     not_so = command("--topology", "gpu:1", "--preset", "1.7B", "--remat", "none")
     assert not_so.returncode == 1
     assert "does not fit" in not_so.stdout
-    spread = command("--topology", "gpu:8", "--mesh", "data=8", "--batch-size", "12")
+    padded = command("--topology", "gpu:8", "--mesh", "data=8", "--batch-size", "12", "--steps", "9")
+    assert "12 x 2,048 = 24,576 tokens; 2 rows a chip, padding included" in padded.stdout
+    spread = command("--topology", "gpu:16", "--mesh", "data=16", "--batch-size", "12", "--steps", "9")
     assert spread.returncode == 2
     assert spread.stdout == ""
-    assert "cannot be spread over 8 devices" in spread.stderr
+    assert "12 rows, the largest batch of the phases over --grad-accum, leave some of 16 devices" in spread.stderr
     assert len(spread.stderr.splitlines()) == 1
