@@ -76,6 +76,7 @@ class OurStep:
 
 def our_step(work: Work) -> OurStep:
     """Compile the train step for `work`, the attention kernel chosen and checked as at the start of a run."""
+    import jax
     import jax.numpy as jnp
 
     from smollm_jax.attention import choose_checked
@@ -85,7 +86,7 @@ def our_step(work: Work) -> OurStep:
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     use_precision_of(dtype)
-    mesh = make_mesh(config)
+    mesh = make_mesh(config, jax.devices()[:1])  # the peer has one device too
     attention, notes = choose_checked(config.compute.attention, mesh, config.model, dtype)
     for note in notes:
         print(note, file=sys.stderr)

@@ -111,7 +111,7 @@ def peak_flops(device: Any) -> float | None:
 
 def memory_bytes(device: Any, parameters: int) -> int:
     """Bytes that the step of a model may use on one device."""
-    return int(total_bytes(device) * MEMORY_SHARE) - beside_the_step(device.platform, parameters)
+    return max(0, int(total_bytes(device) * MEMORY_SHARE) - beside_the_step(device.platform, parameters))
 
 
 def beside_the_step(platform: str, parameters: int) -> int:

@@ -30,6 +30,7 @@ _LEAVING: list[int | None] = []  # the exit code once it is settled; None while 
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # after which a process is taken for dead
+TIMES_THE_SLOWEST = 20
 SHOWN_SECONDS = 10.0  # within which a change of the run folder has to be seen by all
 # the library's own watch ends a process by a crash; ours comes first, in words and with an exit code
 LIBRARY_SECONDS = 600
@@ -49,6 +50,7 @@ class Processes:
         self.index, self.count = index, count
         self._left = False
         self._due: tuple[float, str] | None = None
+        self._slowest = 0.0
 
     @property
     def several(self) -> bool:
@@ -156,7 +158,7 @@ class Processes:
             yield
             return
         folder = run_dir / ".processes"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.together(lambda: folder.mkdir(parents=True, exist_ok=True))
         self._share(folder)
         over = threading.Event()
         threading.Thread(target=self._beat, args=(folder, over), name="heartbeat", daemon=True).start()
@@ -175,14 +177,18 @@ class Processes:
 
     @contextmanager
     def within(self, seconds: float, what: str) -> Iterator[None]:
-        """Inside, and while `watched`, leave with exit code 75 when `what` is not done after `seconds`: devices
-        that hang, or a process that is alive and does not move.
+        """Inside, and while `watched`, leave with exit code 75 when `what` is not done after `seconds`, or many
+        times what the slowest took before: devices that hang, or a process that is alive and does not move. The
+        first has all the time it needs.
         """
-        self._due = time.monotonic() + seconds, f"{what} was not done after {seconds:,.0f} s"
+        began = time.monotonic()
+        if self._slowest:
+            limit = max(seconds, TIMES_THE_SLOWEST * self._slowest)
+            self._due = began + limit, f"{what} was not done after {limit:g} s"
         try:
             yield
         finally:
-            self._due = None
+            self._due, self._slowest = None, max(self._slowest, time.monotonic() - began)
 
     def _share(self, folder: Path) -> None:
         """Raise `ValueError` in all processes unless each sees at once what the first writes into `folder`."""
@@ -258,7 +264,7 @@ def join(compute: ComputeConfig) -> Processes:
             initialization_timeout=CONNECT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        if compute.coordinator is None and "coordinator_address" in str(error):
+        if compute.coordinator is None and "coordinator_address" in str(error) and not _of_several():
             _LEAVING.clear()  # a TPU of one host, such as a notebook's: nobody to be found
             return Processes()
         where = compute.coordinator or "found by the launcher"
@@ -329,6 +335,13 @@ def _first_is_gone() -> bool:
 def _launched() -> bool:
     """Whether a launcher has started this process as one of several."""
     env = os.environ
+    on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in env
+    return _of_several() or (on_tpu_machine and env.get("JAX_PLATFORMS", "tpu").startswith("tpu"))
+
+
+def _of_several() -> bool:
+    """Whether the environment itself says that there are others."""
+    env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return True
     if _of_an_indexed_job():
@@ -336,10 +349,7 @@ def _launched() -> bool:
     named = env.get("TPU_WORKER_HOSTNAMES", "")
     # where there is no TPU, libtpu leaves a sentence there for child processes
     hosts = [] if " " in named else [host for host in named.split(",") if host]
-    if len(hosts) > 1 or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1:
-        return True
-    on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in env
-    return on_tpu_machine and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    return len(hosts) > 1 or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1
 
 
 def _of_an_indexed_job() -> dict[str, Any]:

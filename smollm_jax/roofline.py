@@ -87,7 +87,8 @@ def estimate(
     """The time of a step of `batch_size` rows that sends `messages`."""
     peak = peak_flops(chip)
     assert peak is not None, chip.device_kind
-    flops = executed_flops_per_token(config, remat) * batch_size * config.data.seq_len / mesh.size
+    tokens = rows_a_chip(config, mesh, batch_size) * config.data.seq_len / mesh.shape["tensor"]
+    flops = executed_flops_per_token(config, remat) * tokens
     traffic = traffic_bytes(config, mesh, remat, batch_size)
     sent = sum(message.bytes_sent for message in messages)
     return Estimate(

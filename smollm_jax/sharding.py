@@ -104,8 +104,8 @@ def shards_here(mesh: Mesh, config: Config) -> range:
         rows = padded_rows(batch_size, mesh, config.compute.grad_accum)
         for index in by_row(mesh).addressable_devices_indices_map((rows,)).values():
             first, end, _ = index[0].indices(rows) if index else (0, rows, 1)
-            wanted |= {min(row, batch_size - 1) * shards // batch_size for row in range(first, end)}
-    return range(min(wanted), max(wanted) + 1)
+            wanted |= {row * shards // batch_size for row in range(first, min(end, batch_size))}
+    return range(min(wanted), max(wanted) + 1) if wanted else range(shards - 1, shards)
 
 
 def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.Array:

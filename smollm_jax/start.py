@@ -171,7 +171,8 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
         chosen, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(processes.gather(fits))
     )
     needed = compiled_bytes(steps[max(steps)])
-    checkpoints.beside_the_state = needed + bytes_a_device(abstract_state(config, mesh)) <= memory
+    with_a_copy = needed + bytes_a_device(abstract_state(config, mesh))
+    checkpoints.beside_the_state = all(processes.gather(with_a_copy <= memory))
     if needed > memory:
         notes.append(
             f"MEMORY      the step needs {needed / 2**30:.1f} GiB, {memory / 2**30:.1f} can be counted on: the "

@@ -65,7 +65,8 @@ def train_together(run: Run) -> str:
         pending = dispatched
         if verdict == GO and not (evaluation_due(run) or save_due(run)):
             continue
-        verdict = max(verdict, settle(run, pending, interval))
+        second = settle(run, pending, interval)
+        verdict = verdict if verdict >= ENDED else max(verdict, second)
         pending, paused = None, time.monotonic()
         if verdict == ENDED:
             write_line(run, interval)

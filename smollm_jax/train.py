@@ -198,7 +198,7 @@ def write_line(run: Run, interval: Interval) -> None:
     if interval.latest is None or interval.latest[0].step <= run.recorded:
         return
     pending, values = interval.latest
-    run.recorded = pending.step
+    run.recorded, passed_over = pending.step, skipped(run, pending)
     seconds = max(time.monotonic() - interval.began, 1e-9)
     line = {
         "step": pending.step,
@@ -210,7 +210,7 @@ def write_line(run: Run, interval: Interval) -> None:
         "data_wait_seconds": interval.data_wait_seconds,
         "step_seconds": seconds / max(interval.steps, 1),
         "bad_steps": run.progress.bad_steps,
-        "skipped_documents": skipped(run, pending),
+        "skipped_documents": passed_over,
         "ledger": run.progress.ledger,
     }
     peak = peak_flops(run.mesh.devices.flat[0])

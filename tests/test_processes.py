@@ -265,8 +265,10 @@ from pathlib import Path
 from smollm_jax.processes import Processes
 alone = Processes(0, 2)
 alone.gather = lambda value: [value]
-with alone.watched(Path(sys.argv[1])), alone.within(1.5, "step 7"):
-    time.sleep(60)
+with alone.watched(Path(sys.argv[1])):
+    for step in (6, 7):
+        with alone.within(1.5, f"step {step}"):
+            time.sleep(0.05 if step == 6 else 60)
 """
 
 
@@ -275,7 +277,7 @@ def test_a_step_that_hangs_ends_the_process(tmp_path):
         [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=25, check=False
     )
     assert found.returncode == 75, found.stderr
-    assert "step 7 was not done after 2 s" in found.stderr
+    assert "step 7 was not done after 1.5 s" in found.stderr
 
 
 class Late:
@@ -381,3 +383,6 @@ def test_a_tpu_of_one_host_is_a_process_alone(monkeypatch):
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     assert not join(ComputeConfig()).several
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")  # there are others, and they were not found
+    with pytest.raises(ValueError, match="did not come together"):
+        join(ComputeConfig())
