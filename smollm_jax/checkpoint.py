@@ -79,8 +79,8 @@ class Checkpoints:
         self.failed: Failure | None = None
         self.newest = 0
         """Step of the last save that is on disk."""
-        self.beside_the_state = True
-        """Whether the devices have room for a second copy of the state, while several processes write it."""
+        self.beside_the_step = True
+        """Whether the devices of several processes have room for a second copy of the state."""
         self._thread: threading.Thread | None = None
         self._preparing: threading.Thread | None = None
         self._buffers: dict[str, np.ndarray] = {}
@@ -111,7 +111,8 @@ class Checkpoints:
             self._preparing = None
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Copy `state` to the host and return; the writing goes on behind, its errors end up in `failed`.
+        """Copy `state` and return; the writing goes on behind, its errors end up in `failed`. Where several
+        processes have no room for a copy it is written before this returns.
 
         The buffers of `state` may be donated or overwritten as soon as this returns. Waits for a save
         still under way. Does nothing where a good checkpoint of that step exists.
@@ -120,7 +121,7 @@ class Checkpoints:
         json.dumps(meta)  # the caller's mistake is to surface here, not in the thread
         temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         if self.processes.several:
-            leaves = self._device_copies(state)
+            leaves = self._device_copies(state) if self.beside_the_step else leaves_by_name(state)
             temporary = self.folder / str(self.processes.gather(temporary.name)[0])
         else:
             leaves = self._host_copies(state)
@@ -134,6 +135,8 @@ class Checkpoints:
             target=self._write, args=(step, leaves, meta, temporary), name=f"save-{step}"
         )
         self._thread.start()
+        if self.processes.several and not self.beside_the_step:
+            self._thread.join()  # what it reads is the state itself
 
     def wait(self) -> bool:
         """Wait for a save under way; whether the last one succeeded (none yet counts as success)."""
@@ -188,19 +191,13 @@ class Checkpoints:
         return list_checkpoints(self.folder)
 
     def _device_copies(self, state: Any) -> dict[str, Any]:
-        """Every leaf again, in the same layout, which the next step does not overwrite: on the devices, or, where
-        they have no room for it, in host memory, once for each device.
-        """
+        """Every leaf again, in the same layout, which the next step does not overwrite."""
         import jax
         import jax.numpy as jnp
 
         if self._copy is None:
             self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-        if self.beside_the_state:
-            return leaves_by_name(self._copy(state))
-        on_the_host = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), state)
-        copies: dict[str, Any] = jax.block_until_ready(jax.device_put(state, on_the_host, may_alias=False))
-        return leaves_by_name(copies)
+        return leaves_by_name(self._copy(state))
 
     def _host_copies(self, state: Any) -> dict[str, np.ndarray]:
         """Every leaf in host memory that nothing else refers to but the next save, which waits for this one."""

@@ -109,20 +109,21 @@ def peak_flops(device: Any) -> float | None:
     return next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in kind), None)
 
 
-def memory_bytes(device: Any, parameters: int) -> int:
-    """Bytes that the step of a model may use on one device."""
-    return max(0, int(total_bytes(device) * MEMORY_SHARE) - beside_the_step(device.platform, parameters))
+def memory_bytes(device: Any, parameters: int, *, devices: int = 1) -> int:
+    """Bytes that the step of a model may use on each of the `devices` of a process."""
+    beside = beside_the_step(device.platform, parameters, devices=devices)
+    return max(0, int(total_bytes(device, devices=devices) * MEMORY_SHARE) - beside)
 
 
-def beside_the_step(platform: str, parameters: int) -> int:
-    """Bytes that a run takes of a device's memory besides its step."""
-    return PROCESS_BYTES + SAVED_BYTES * parameters if platform == "cpu" else 0
+def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
+    """Bytes that a run takes of a device's memory besides its step; on a CPU the process's `devices` share it."""
+    return (PROCESS_BYTES + SAVED_BYTES * parameters) // devices if platform == "cpu" else 0
 
 
-def total_bytes(device: Any) -> int:
-    """Bytes of one device's memory; on a CPU, what the machine or container has."""
+def total_bytes(device: Any, *, devices: int = 1) -> int:
+    """Bytes of one device's memory; on a CPU, its part of the machine's or the container's."""
     stats = device.memory_stats() or {}
-    return stats.get("bytes_limit") or min(_machine_bytes(), _container_bytes())
+    return stats.get("bytes_limit") or min(_machine_bytes(), _container_bytes()) // devices
 
 
 def compute_dtype(asked: str, platform: str) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from smollm_jax.hardware import peak_flops
-from smollm_jax.sharding import layout_table, padded_rows
+from smollm_jax.sharding import layout_table, padded_rows, row_shards
 from smollm_jax.step import compiled_bytes
 
 if TYPE_CHECKING:
@@ -62,13 +62,14 @@ def _axes(mesh: jax.sharding.Mesh) -> str:
 
 def _padding(run: Run) -> list[str]:
     """A line for each batch size that does not divide among the devices."""
-    parts = run.config.compute.grad_accum
-    padded = {size: padded_rows(size, run.mesh, parts) for size in run.steps}
-    return [
-        f"padding     {size} rows of a batch become {rows}, so that each device has as many as the others"
-        for size, rows in padded.items()
-        if rows > size
-    ]
+    found, shards = [], row_shards(run.mesh)
+    for size in run.steps:
+        rows = padded_rows(size, run.mesh, run.config.compute.grad_accum)
+        idle = shards - -(-size * shards // rows)
+        if rows > size:
+            nothing = f"; {idle} of {shards} devices have nothing else" if idle else ""
+            found.append(f"padding     {rows - size} empty rows follow the {size} of a batch{nothing}")
+    return found
 
 
 def _shared_by(run: Run) -> str:

@@ -108,7 +108,8 @@ def attempt(config: Config, target: Target, dtype: Any, remat: Policy) -> Attemp
     """Compile the step of the largest phase, or reckon its memory; raises `ValueError` for an impossible mesh."""
     mesh = mesh_of(config, target)
     outcome = partial(Attempt, config=config, mesh=mesh, remat=remat)
-    beside = beside_the_step(target.devices[0].platform, config.model.num_parameters)
+    parameters, devices = config.model.num_parameters, len(target.devices)
+    beside = beside_the_step(target.devices[0].platform, parameters, devices=devices)
     if not target.compiles:
         needed = memory_by_formula(config, mesh, remat, largest_batch(config), dtype_bytes=dtype.itemsize)
         return outcome(memory_bytes=needed + beside)

@@ -17,7 +17,7 @@ from smollm_jax.collectives import Collective
 from smollm_jax.config import Config, ModelConfig
 from smollm_jax.hardware import Chip, peak_flops
 from smollm_jax.model import init_params
-from smollm_jax.sharding import BATCH_AXES, padded_rows, with_layout
+from smollm_jax.sharding import padded_rows, row_shards, with_layout
 
 # assumptions! What large matrix products reach of a chip's peak, reads and writes in order of the memory's; small
 # slices lack the links that would close a ring, so that half of the interconnect lies idle.
@@ -43,9 +43,7 @@ class Estimate:
 
 def rows_a_chip(config: Config, mesh: Mesh, batch_size: int) -> int:
     """Rows of a batch on one chip, padding included; those of an axis `tensor` have the same."""
-    return padded_rows(batch_size, mesh, config.compute.grad_accum) // math.prod(
-        mesh.shape[axis] for axis in BATCH_AXES
-    )
+    return padded_rows(batch_size, mesh, config.compute.grad_accum) // row_shards(mesh)
 
 
 def executed_flops_per_token(config: Config, remat: str) -> float:

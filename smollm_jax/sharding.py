@@ -67,11 +67,16 @@ def _useful(config: Config, count: int) -> int:
     return min(range(1, count + 1), key=lambda devices: (rows_in_turn(devices), devices))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def padded_rows(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
     """`batch_size` and the empty rows that give each device as many as the others, in each of `parts`
     micro-batches.
     """
-    each = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * parts
+    each = row_shards(mesh) * parts
     return -(-batch_size // each) * each
 
 

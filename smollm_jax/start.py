@@ -29,6 +29,7 @@ from smollm_jax.generation import Generator
 from smollm_jax.hardware import compute_dtype, memory_bytes, use_precision_of
 from smollm_jax.introduction import introduce
 from smollm_jax.inventory import Found
+from smollm_jax.model import Policy
 from smollm_jax.origin import Origin, find_origin
 from smollm_jax.processes import Processes
 from smollm_jax.report import Report, Silence, say
@@ -158,34 +159,11 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
         keep_config(config, run_dir)
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
-    attention, remarks = processes.together(
-        lambda: choose_checked(config.compute.attention, mesh, config.model, dtype)
-    )
-    if len(set(processes.gather(attention))) > 1:
-        attention, remarks = "plain", ["attention   plain: the kernel's check did not go alike in all processes"]
-    chosen = replace(config, compute=replace(config.compute, attention=attention))
-    notes = [*origin.notes, *check_computed(found, computed), *remarks]
+    chosen, remarks = with_attention(config, mesh, dtype, processes)
     checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
-    memory = min(processes.gather(memory_bytes(mesh.local_mesh.devices.flat[0], config.model.num_parameters)))
-    steps, remat = compile_steps(
-        chosen, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(processes.gather(fits))
-    )
-    needed = compiled_bytes(steps[max(steps)])
-    with_a_copy = needed + bytes_a_device(abstract_state(config, mesh))
-    checkpoints.beside_the_state = all(processes.gather(with_a_copy <= memory))
-    if needed > memory:
-        notes.append(
-            f"MEMORY      the step needs {needed / 2**30:.1f} GiB, {memory / 2**30:.1f} can be counted on: the "
-            "system may end the run for it; --grad-accum 2 or more, or a smaller --batch-size, needs less"
-        )
-    rows = by_row(mesh)
-    layout = layout_of(abstract_state(config, mesh)["params"])
-    compiled = jax.jit(make_nll(chosen, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
-
-    def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
-        return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
-
-    progress, start = Progress(), 0
+    steps, remat, warnings = compile_within(chosen, mesh, dtype, checkpoints)
+    notes = [*origin.notes, *check_computed(found, computed), *remarks, *warnings]
+    nll, progress, start = make_scorer(chosen, mesh, dtype), Progress(), 0
     if found is None:
         state = init_state(config, mesh, origin.weights[0] if origin.weights else None)
     else:
@@ -195,14 +173,60 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     evaluated = processes.gather(records.evaluated)[0]
     report = Report(run_dir, start=start, total=config.total_steps) if processes.first else Silence()
     run = Run(
-        config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state,
-        report, progress, start, start, start, evaluated, records.ledgers, computed, processes,
+        config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state, report,
+        progress, start, start, start, evaluated, records.ledgers, computed, processes,
     )  # fmt: skip
     checkpoints.newest = start
     # one of several cannot leave by itself
     stop.nothing_to_lose = lambda: not processes.several and checkpoints.newest == run.progress.step
     introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
     return run
+
+
+def with_attention(
+    config: Config, mesh: jax.sharding.Mesh, dtype: Any, processes: Processes
+) -> tuple[Config, list[str]]:
+    """The config with the attention kernel that has passed its check in all processes, and notes on it."""
+    attention, remarks = processes.together(
+        lambda: choose_checked(config.compute.attention, mesh, config.model, dtype)
+    )
+    if len(set(processes.gather(attention))) > 1:
+        attention, remarks = "plain", ["attention   plain: the kernel's check did not go alike in all processes"]
+    return replace(config, compute=replace(config.compute, attention=attention)), remarks
+
+
+def compile_within(
+    config: Config, mesh: jax.sharding.Mesh, dtype: Any, checkpoints: Checkpoints
+) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
+    """The steps, their remat policy by the memory there is, and a note where that may not do."""
+    gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
+    memory = min(gather(memory_bytes(here.flat[0], config.model.num_parameters, devices=here.size)))
+    steps, remat = compile_steps(
+        config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits))
+    )
+    needed = max(gather(compiled_bytes(steps[max(steps)])))
+    # on a CPU what a save takes is not among what the step may have
+    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
+    checkpoints.beside_the_step = needed + copied <= memory
+    if needed <= memory:
+        return steps, remat, []
+    note = (
+        f"MEMORY      the step needs {needed / 2**30:.1f} GiB a device, {memory / 2**30:.1f} can be counted on: "
+        "the system may end the run for it; --grad-accum 2 or more, or a smaller --batch-size, needs less"
+    )
+    return steps, remat, [note]
+
+
+def make_scorer(config: Config, mesh: jax.sharding.Mesh, dtype: Any) -> Callable[..., jax.Array]:
+    """`nll(params, tokens, segment_ids)` of rows that all processes have."""
+    rows = by_row(mesh)
+    layout = layout_of(abstract_state(config, mesh)["params"])
+    compiled = jax.jit(make_nll(config, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
+
+    def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
+        return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+
+    return nll
 
 
 def clean(run_dir: Path, checkpoints: Checkpoints) -> None:

@@ -87,7 +87,7 @@ class StopRequest:
                 self._first, self.requested = now, True
                 if self.nothing_to_lose():
                     end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
-                _say(f"{name}: saving and stopping; once more leaves at once")
+                _say(f"{name}: saving and stopping; again, a second later, leaves at once")
                 threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
 
     def _stand_in(self) -> None:

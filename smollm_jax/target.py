@@ -18,6 +18,7 @@ from smollm_jax.config import require
 from smollm_jax.hardware import CHIPS, Chip, total_bytes
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
+GPUS_A_MACHINE = 8
 GPUS = {"gpu-a100": "8.0", "gpu-h100": "9.0", "gpu-h200": "9.0"}  # compute capability
 FLAT = {"v5e", "v6e"}  # tori of two dims
 MOST_CHIPS = {"v4": 4_096, "v5e": 256, "v5p": 8_960, "v6e": 256}  # of a pod: Google's page of each
@@ -93,7 +94,7 @@ def _tpu(name: str, dims: list[int]) -> Target:
 
 def _gpu(name: str, count: int) -> Target:
     chip = CHIPS[name]
-    devices = [Absent(i, "gpu", chip.device_kind, GPUS[name]) for i in range(count)]
+    devices = [Absent(i, "gpu", chip.device_kind, GPUS[name], i // GPUS_A_MACHINE) for i in range(count)]
     return Target(
         name=f"{name}:{count}", devices=devices, memory_bytes=chip.memory_bytes, chip=chip, compiles=False
     )
@@ -103,7 +104,7 @@ def _cpu(count: int) -> Target:
     here = jax.devices("cpu")
     compiles = len(here) >= count
     devices = here[:count] if compiles else [Absent(i, "cpu", "cpu") for i in range(count)]
-    memory = total_bytes(here[0])
+    memory = total_bytes(here[0], devices=count)
     return Target(name=f"cpu:{count}", devices=devices, memory_bytes=memory, chip=None, compiles=compiles)
 
 

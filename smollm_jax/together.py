@@ -16,7 +16,6 @@ import numpy as np
 
 from smollm_jax.data import Batch, SourceTimeout
 from smollm_jax.examination import examine
-from smollm_jax.processes import AGAIN
 from smollm_jax.sharding import by_device
 from smollm_jax.start import Run
 from smollm_jax.step import ENDED, GO, STOP, VOID
@@ -34,8 +33,9 @@ from smollm_jax.train import (
     save_due,
     write_line,
 )
+from smollm_jax.watch import AGAIN
 
-STUCK_SECONDS = 600.0  # after which a step that no process holds up any more is taken for dead
+STUCK_SECONDS = 600.0  # after which what no source of data holds up any more is taken for dead
 
 Item = tuple[Batch, dict | None]
 
@@ -94,14 +94,14 @@ def cast(run: Run, before: Ballot | None) -> Ballot:
     nothing = (Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32)), run.progress.cursor)
     if before is not None and before.vote == VOID:
         return replace(before, item=nothing)
-    patience = run.config.data.data_timeout
+    patience = run.config.data.data_timeout + STUCK_SECONDS  # a source's own limit comes first, in its own words
     deadline = time.monotonic() + patience
     try:
         while (item := run.stream.get(timeout=POLL_SECONDS)) is None:
             if run.stop.requested:
                 return Ballot(nothing, VOID)
             if time.monotonic() > deadline:
-                raise SourceTimeout(f"no data came for {patience:g} s (--data-timeout)")
+                raise SourceTimeout(f"no data came for {patience:g} s")
     except StopIteration:
         return Ballot(nothing, STOP if run.stop.requested else ENDED)
     except SourceTimeout as error:
@@ -124,7 +124,9 @@ def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
     """
     if pending is None:
         return GO
-    with run.processes.within(run.config.data.data_timeout + STUCK_SECONDS, f"step {pending.step}"):
+    # others may wait for their data, as `cast` does
+    patience = run.config.data.data_timeout + 2 * STUCK_SECONDS
+    with run.processes.step_within(patience, f"step {pending.step}"):
         counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
     progress = run.progress
     if not counts:

@@ -21,8 +21,9 @@ from smollm_jax.config_file import as_dict
 from smollm_jax.data import Batch, SourceTimeout, merged
 from smollm_jax.examination import examine
 from smollm_jax.hardware import peak_flops
+from smollm_jax.launchers import join
 from smollm_jax.ledger import extended
-from smollm_jax.processes import Processes, join
+from smollm_jax.processes import Processes
 from smollm_jax.publish import publish
 from smollm_jax.report import finite_or_none, read_metrics, say
 from smollm_jax.resume import flatten
@@ -77,6 +78,7 @@ def fit(config: Config, stop: StopRequest) -> int:
 
 def _fit(config: Config, stop: StopRequest, processes: Processes) -> int:
     processes.agree_on({n: v for n, v in flatten(as_dict(config)).items() if n != "compute.process_id"})
+    processes.require_shared(Path(config.run_dir))
     with processes.together(lambda: claim(config, processes)) as run_dir, processes.watched(run_dir):
         return processes.ending(lambda: _claimed(config, run_dir, stop, processes))
 
@@ -223,10 +225,10 @@ def write_line(run: Run, interval: Interval) -> None:
 
 def skipped(run: Run, pending: Pending) -> int:
     """Rows and files that --on-bad-data skip has passed over so far, in all processes where it is set."""
-    if pending.cursor is None:
-        return 0
-    several = run.processes.several and run.config.data.on_bad_data == "skip"
-    return int((merged(run.processes.gather(pending.cursor)) if several else pending.cursor)["skipped"])
+    if run.processes.several and run.config.data.on_bad_data == "skip":
+        cursors = run.processes.gather(pending.cursor)
+        return 0 if None in cursors else int(merged(cursors)["skipped"])
+    return int(pending.cursor["skipped"]) if pending.cursor else 0
 
 
 def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
@@ -253,7 +255,7 @@ def write_documents(run: Run, pending: Pending) -> str:
     try:
         documents = run.stream.documents_of(pending.cursor_before)
         path.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    except (OSError, ValueError, SourceTimeout) as error:
+    except (OSError, ValueError, SourceTimeout, StopIteration) as error:
         return f"the documents of the last could not be written ({error})"
     return f"the documents of the last are in {path}"
 

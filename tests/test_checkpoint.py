@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smollm_jax.array_files import store
 from smollm_jax.checkpoint import Checkpoints, list_checkpoints, read_params
+from smollm_jax.processes import Processes
 from smollm_jax.run_folder import MANIFEST
 
 
@@ -118,19 +120,29 @@ def test_buffers_donated_and_overwritten_right_after_save_do_not_reach_the_file(
         assert (params["host"] == step).all()
 
 
-def test_a_copy_for_which_the_devices_have_no_room_is_made_in_host_memory():
-    checkpoints = Checkpoints("nowhere", keep_last=9, keep_every=0)
+class OneOfSeveral(Processes):
+    """Who takes the way of several, and has nobody to wait for."""
+
+    several = True
+
+    def gather(self, value):
+        return [value]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_where_there_is_no_room_for_a_copy_the_state_itself_is_written_first(tmp_path, room, monkeypatch):
+    monkeypatch.setattr("smollm_jax.checkpoint.store", lambda *args: (time.sleep(0.3), store(*args)))
+    checkpoints = Checkpoints(tmp_path, keep_last=9, keep_every=0, processes=OneOfSeveral())
+    checkpoints.beside_the_step = room
     state = {"params": {"w": jnp.arange(1e5), "b": jnp.arange(9)}}
     before = jax.tree.map(np.array, state)
-    for beside in (True, False):
-        checkpoints.beside_the_state = beside
-        copies = checkpoints._device_copies(state)
-        kinds = {leaf.sharding.memory_kind for leaf in copies.values()}
-        assert (kinds == {"pinned_host"}) == (not beside)
-        state = jax.jit(lambda tree: jax.tree.map(lambda x: x * 3, tree), donate_argnums=0)(state)
-        for copy, leaf in zip(copies.values(), jax.tree.leaves(before), strict=True):
-            np.testing.assert_array_equal(copy, leaf)
-        before = jax.tree.map(np.array, state)
+    checkpoints.save(3, state, {})
+    assert checkpoints._thread.is_alive() == room
+    jax.jit(lambda tree: jax.tree.map(lambda x: x * 3, tree), donate_argnums=0)(state)
+    assert checkpoints.wait()
+    _, params = read_params(tmp_path, 3)
+    for name, leaf in before["params"].items():
+        np.testing.assert_array_equal(params[name], leaf)
 
 
 def other_dtype(state):

@@ -244,6 +244,29 @@ def test_the_memory_of_a_cpu_plan_is_that_of_the_run(train):
     assert plan.attempt.memory_bytes == pytest.approx(peak, rel=0.1)
 
 
+def test_the_devices_of_a_cpu_share_its_memory():
+    one, eight = (
+        make_plan(parse([*TINY, "--mesh", f"data={n}", "--batch-size", "8"]), f"cpu:{n}") for n in (1, 8)
+    )
+    assert eight.target.memory_bytes == one.target.memory_bytes // 8
+    assert (
+        eight.attempt.memory_bytes < one.attempt.memory_bytes / 4
+    )  # libraries, and a save's copy, are there once
+
+
+def test_padding_costs_the_time_of_rows():
+    def seconds(rows):
+        plan = as_dict(make_plan(config_135m("--batch-size", str(rows), "--steps", "9"), "gpu:8"))
+        return plan["estimate"]["compute_seconds"]
+
+    assert seconds(12) == seconds(16) > seconds(8)
+
+
+def test_many_gpus_are_of_several_machines():
+    with pytest.raises(ValueError, match="12 rows"):
+        make_plan(config_135m("--batch-size", "12", "--steps", "9"), "gpu:16")
+
+
 def test_a_gpu_is_planned_by_formula():
     plan = make_plan(config_135m(), "gpu:8")
     assert plan.fits

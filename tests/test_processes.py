@@ -15,11 +15,13 @@ from test_train import ROOT, TINY, records, wait_for_step
 from smollm_jax.config import ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.data import Batch
 from smollm_jax.inventory import list_checkpoints
-from smollm_jax.processes import Processes, join
+from smollm_jax.launchers import join
+from smollm_jax.processes import Processes
 from smollm_jax.run_folder import RunLock
 from smollm_jax.start import Progress
 from smollm_jax.step import VOID
 from smollm_jax.together import cast
+from smollm_jax.watch import Watch, read
 
 pytest_plugins = ["test_train"]
 
@@ -93,6 +95,16 @@ def job(tmp_path, cache, corpus, tokenizer):
         process.kill()
 
 
+def wait_until(found, timeout=20):
+    """What `found` gives, once it is something."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := found():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
+
+
 def codes(processes, timeout=180):
     deadline = time.monotonic() + timeout
     return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
@@ -130,8 +142,8 @@ def test_two_processes_train_like_one(job, tmp_path, flags):
 
 @pytest.mark.slow
 def test_a_process_may_have_nothing_but_padding(job, tmp_path):
-    """Five rows on eight devices: the last process has none of them, and some only in the first phase."""
-    flags = ["--phases", "5x8,5x5", "--shards", "1"]
+    """Nine rows, then six, on eight devices: the last process has none of either, and the third only a few."""
+    flags = ["--phases", "5x9,5x6", "--batch-size", "9", "--shards", "3"]
     assert codes(job(1, *flags, devices=1, run="one")) == [0]
     assert codes(job(4, *flags, devices=2)) == [0] * 4, words_of(tmp_path, count=4)
     assert_same_losses(tmp_path / "one", tmp_path / "run")
@@ -238,7 +250,7 @@ def test_a_run_folder_that_is_not_shared_is_refused(job, tmp_path):
         both += job(1, *by_hand(i, 2, port)[0], "--run-dir", "here", cwd=machine)
     assert codes(both) == [2, 2]
     words = words_of(tmp_path, count=1)
-    assert "is not seen by process 1 within 10 s; --run-dir has to be a folder that all share" in words
+    assert "is not seen by process 1 within 10 s; --run-dir has to be in a folder that all share" in words
     assert "Traceback" not in words
 
 
@@ -249,14 +261,15 @@ class Silent:
         time.sleep(timeout)
 
 
-def test_a_process_does_not_wait_for_its_data_without_end():
+def test_a_process_does_not_wait_for_its_data_without_end(monkeypatch):
+    monkeypatch.setattr("smollm_jax.together.STUCK_SECONDS", 0.2)
     config = Config(data=DataConfig(seq_len=32, data_timeout=0.3), run=RunConfig(phases="9x4"))
     run = SimpleNamespace(
         config=config, progress=Progress(step=2), stream=Silent(), stop=SimpleNamespace(requested=False)
     )
     ballot = cast(run, None)
     assert ballot.vote == VOID
-    assert "no data came for 0.3 s" in ballot.fault
+    assert "no data came for 0.5 s" in ballot.fault
 
 
 STUCK = """
@@ -266,18 +279,38 @@ from smollm_jax.processes import Processes
 alone = Processes(0, 2)
 alone.gather = lambda value: [value]
 with alone.watched(Path(sys.argv[1])):
-    for step in (6, 7):
-        with alone.within(1.5, f"step {step}"):
-            time.sleep(0.05 if step == 6 else 60)
+    for step, seconds in enumerate(map(float, sys.argv[2:])):
+        with alone.step_within(1.5, f"step {step}"):
+            time.sleep(seconds)
+print("done")
 """
 
 
-def test_a_step_that_hangs_ends_the_process(tmp_path):
-    found = subprocess.run(
-        [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=25, check=False
-    )
-    assert found.returncode == 75, found.stderr
-    assert "step 7 was not done after 1.5 s" in found.stderr
+@pytest.mark.parametrize(
+    ("steps", "code"),
+    [
+        ([0.05, 0.05, 60], 75),
+        ([4, 0.05], 0),  # the first has all the time it needs
+        ([0.2, 0.2, 4], 0),  # and each many times what others took
+        ([0.05, 0.05, 2, 0.05, 60], 75),  # of which one long one is no measure
+    ],
+)
+def test_a_step_that_hangs_ends_the_process(tmp_path, steps, code):
+    command = [sys.executable, "-c", STUCK, str(tmp_path), *map(str, steps)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
+    assert found.returncode == code, found.stderr
+    assert (f"step {len(steps) - 1} was not done after " in found.stderr) == (code == 75)
+
+
+def test_the_heart_goes_on_in_place(tmp_path):
+    """On a full disk nothing can be written anew; a file that was emptied first would be a silence."""
+    watch, sizes = Watch(0, 2), set()
+    watch.start(tmp_path)
+    first = wait_until(lambda: read(tmp_path / "0"))
+    while read(tmp_path / "0") == first:
+        sizes.add(len(read(tmp_path / "0")))
+    watch.over.set()
+    assert sizes == {len(first)}
 
 
 class Late:
@@ -346,9 +379,9 @@ LAUNCHERS = {
 def test_a_launcher_is_recognised(monkeypatch, launcher):
     asked = {}
     monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
-    monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
-    monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
-    monkeypatch.setattr("smollm_jax.processes._wait_for", lambda _: None)
+    monkeypatch.setattr("smollm_jax.launchers._keep_stdout", lambda: None)
+    monkeypatch.setattr("smollm_jax.launchers._explain_abort", lambda: None)
+    monkeypatch.setattr("smollm_jax.launchers._wait_for", lambda _: None)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine hosts, please set it")
     assert not join(ComputeConfig()).several
     assert not asked
@@ -362,9 +395,9 @@ def test_a_launcher_is_recognised(monkeypatch, launcher):
 def test_an_indexed_kubernetes_job_is_recognised(monkeypatch):
     asked = {}
     monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
-    monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
-    monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
-    monkeypatch.setattr("smollm_jax.processes._wait_for", lambda _: None)
+    monkeypatch.setattr("smollm_jax.launchers._keep_stdout", lambda: None)
+    monkeypatch.setattr("smollm_jax.launchers._explain_abort", lambda: None)
+    monkeypatch.setattr("smollm_jax.launchers._wait_for", lambda _: None)
     names = {"JOB_COMPLETION_INDEX": "1", "JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
@@ -378,8 +411,8 @@ def test_a_tpu_of_one_host_is_a_process_alone(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr("jax.distributed.initialize", nobody)
-    monkeypatch.setattr("smollm_jax.processes._keep_stdout", lambda: None)
-    monkeypatch.setattr("smollm_jax.processes._explain_abort", lambda: None)
+    monkeypatch.setattr("smollm_jax.launchers._keep_stdout", lambda: None)
+    monkeypatch.setattr("smollm_jax.launchers._explain_abort", lambda: None)
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     assert not join(ComputeConfig()).several
