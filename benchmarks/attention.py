@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 from benchmarks.measure import Row, as_command, finish, gib, spread
-from benchmarks.sides import Outcome, Ready, compare
+from benchmarks.sides import Outcome, Ready, compare, kind_of
 from benchmarks.work import Dtype, Preset, Work, config_of
 from smollm_jax.config import AttentionName, ModelConfig
 
@@ -25,12 +25,15 @@ def kernel(work: Work, name: AttentionName) -> Ready:
     import jax.numpy as jnp
 
     from benchmarks.breakdown import with_gradients
-    from smollm_jax.attention import choose, kernel_of
+    from smollm_jax.attention import choose, disagreement, kernel_of
+    from smollm_jax.config import require
     from smollm_jax.hardware import use_precision_of
 
     dtype, device = jnp.dtype(work.dtype), jax.devices()[0]
     use_precision_of(dtype)
     choose(name, device, dtype)  # raises where it cannot run
+    wrong = disagreement(kernel_of(name), work.config.model, dtype)
+    require(not wrong, f"{name} is not timed, it is wrong: {wrong}")
     segment_ids_BT = jnp.asarray(work.rows()[1][:, :-1])
     heads = _head_counts(work.config.model)
     shape, size = segment_ids_BT.shape, work.config.model.head_dim
@@ -39,9 +42,8 @@ def kernel(work: Work, name: AttentionName) -> Ready:
         jax.random.normal(key, (*shape, n, size)).astype(dtype) for key, n in zip(keys, heads, strict=True)
     )
     began = time.perf_counter()
-    attend = kernel_of(name)
-    program = with_gradients(lambda q, k, v: attend(q, k, v, segment_ids_BT), do, q, k, v)
-    facts = {"compile": time.perf_counter() - began}
+    program = with_gradients(kernel_of(name), do, q, k, v, given=(segment_ids_BT,))
+    facts = {"compile": time.perf_counter() - began, "device": kind_of(device)}
 
     def run() -> dict[str, float]:
         start = time.perf_counter()
@@ -73,7 +75,7 @@ def sdpa(work: Work) -> Ready:
             torch.cuda.synchronize()
         return {"round": time.perf_counter() - start}
 
-    return Ready(run, {}, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
+    return Ready(run, {"device": device}, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
 
 
 def _head_counts(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -111,8 +113,9 @@ def attention(
     for name in kernels:
         sides[name] = partial(sdpa, work) if name == "sdpa" else partial(kernel, work, name)
     outcomes = compare(sides, rounds=rounds)
+    first = outcomes[kernels[0]]
     title = f"attention, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row"
-    finish(title, [_row(name, outcome, outcomes[kernels[0]], work) for name, outcome in outcomes.items()])
+    finish(title, [_row(name, outcome.on(first), first, work) for name, outcome in outcomes.items()])
     return 0
 
 

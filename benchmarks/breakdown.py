@@ -84,17 +84,17 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     shape = (*targets.shape, config.model.hidden_size)
     x_BTD = jax.random.normal(jax.random.key(work.seed), shape).astype(dtype)
 
-    def embed(embedding_VD: jax.Array) -> jax.Array:
-        return lookup(embedding_VD, tokens[:, :-1]).astype(dtype)
+    def embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return lookup(embedding_VD, tokens_BT).astype(dtype)
 
-    def head(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
         x_BTD, head_VD = model.final_norm(x_BTD), head_VD.astype(dtype)
         return summed_nll(x_BTD, head_VD, targets, valid, config.compute.loss_chunk)
 
     return {
-        "embedding": with_gradients(embed, x_BTD, params["embedding"]),
+        "embedding": with_gradients(embed, x_BTD, params["embedding"], given=(tokens[:, :-1],)),
         **_block_parts(model, segment_ids[:, :-1], x_BTD),
-        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD),
+        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD, given=(targets, valid)),
         "optimizer": _optimizer(config, params),
     }
 
@@ -109,16 +109,13 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     blocks, config = model.blocks, model.config
     rope = rope_angles(positions_of(segment_ids_BT), head_dim=config.head_dim, theta=config.rope_theta)
 
-    def core(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return model.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
     def joined(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         """In place of attention, so that only the projections are timed."""
         return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, config.num_heads // config.num_kv_heads, axis=2)
 
-    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         def layer(x_BTNH: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return x_BTNH + core(x_BTNH, k_BTKH, v_BTKH), None
+            return x_BTNH + model.attention(x_BTNH, k_BTKH, v_BTKH, segment_ids_BT), None
 
         return jax.lax.scan(layer, q_BTNH, length=config.num_layers, unroll=model.unroll)[0]
 
@@ -131,7 +128,9 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
         "attention: projections and rope": over_layers(
             blocks.attention, lambda attention, x: x + attention(x, rope, joined)
         ),
-        "attention: scores to values": with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH),
+        "attention: scores to values": with_gradients(
+            attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH, given=(segment_ids_BT,)
+        ),
         "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x)),
         "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
     }
@@ -153,15 +152,20 @@ def _over_layers(modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, 
     return with_gradients(forward, x_BTD, stacked, x_BTD)
 
 
-def with_gradients(forward: Callable[..., Any], cotangent: Any, *arguments: Any) -> Program:
-    """`forward(*arguments)` and the gradients of all arguments, compiled."""
+def with_gradients(
+    forward: Callable[..., Any], cotangent: Any, *arguments: Any, given: tuple[Any, ...] = ()
+) -> Program:
+    """`forward(*arguments, *given)` and the gradients of the arguments, compiled. What is given is no constant
+    either: the compiler would sort and mask it once and for all.
+    """
     import jax
 
-    def program(cotangent: Any, *arguments: Any) -> Any:
-        out, pull = jax.vjp(forward, *arguments)
+    def program(cotangent: Any, arguments: Any, given: Any) -> Any:
+        out, pull = jax.vjp(lambda *arguments: forward(*arguments, *given), *arguments)
         return out, pull(cotangent)
 
-    return partial(jax.jit(program).lower(cotangent, *arguments).compile(), cotangent, *arguments)
+    compiled = jax.jit(program).lower(cotangent, arguments, given).compile()
+    return partial(compiled, cotangent, arguments, given)
 
 
 def _optimizer(config: Config, params: Any) -> Program:

@@ -22,7 +22,8 @@ import numpy as np
 
 from benchmarks.gguf_file import Kind, write_gguf
 from benchmarks.measure import Row, as_command, finish, gib, show, spread
-from benchmarks.sides import Outcome, Ready, compare, in_child
+from benchmarks.sides import Outcome, Ready, compare, in_child, kind_of
+from benchmarks.work import write_model
 from smollm_jax.config import MODELS, ModelConfig
 
 Dtype = Literal["float32", "bfloat16"]
@@ -73,7 +74,8 @@ def ours(work: Work, dtype: Dtype) -> Ready:
     generator = Generator(SmolLM.from_params(model.config, params_of(model), dtype=jnp.dtype(dtype)))
     del model
     prompts, device = work.prompts(), jax.devices()[0]
-    made = ready(work, lambda n: generator.generate(prompts, Sampling(max_new_tokens=n)))
+    facts = {"device": kind_of(device)}
+    made = ready(work, lambda n: generator.generate(prompts, Sampling(max_new_tokens=n)), facts)
     made.device_peak_bytes = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
     return made
 
@@ -100,7 +102,7 @@ def theirs(work: Work, dtype: Dtype, cache: Literal["dynamic", "static"]) -> Rea
         )
         return out[:, work.prompt_tokens :].tolist()
 
-    made = ready(work, generate)
+    made = ready(work, generate, {"device": device})
     if device == "cuda":
         made.device_peak_bytes = torch.cuda.max_memory_allocated
     return made
@@ -177,15 +179,8 @@ def best_of(rows: list[Row]) -> list[Row]:
 
 
 def write_models(config: ModelConfig, folder: Path, kinds: tuple[Kind, ...]) -> None:
-    """The same random weights in every form a side reads; JAX is told to stay on the CPU for it."""
-    import jax
-
-    from smollm_jax.convert import write_folder
-    from smollm_jax.model import init_params
-
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        params = jax.tree.map(np.asarray, init_params(config, 0))
-    write_folder(params, config, folder / "hf", dtype="float32", tokenizer_folder=None)
+    """The same random weights in every form a side reads."""
+    params = write_model(config, 0, folder / "hf")
     for kind in kinds:
         write_gguf(params, config, folder / f"{kind}.gguf", kind)
 
@@ -227,6 +222,8 @@ def decode(
             work = Work(Path(folder), batch_size, prompt_tokens, new_tokens, config.vocab_size, seed)
             sides = sides_of(work, dtypes, peers, kinds)
             outcomes = compare({" ".join(name): make for name, make in sides.items()}, rounds=rounds)
+            first = next(iter(outcomes.values()))
+            outcomes = {name: outcome.on(first) for name, outcome in outcomes.items()}
             found = [row_of(*name, outcomes[" ".join(name)], work) for name in sides]
             if len(batch_sizes) > 1:
                 show(f"so far: batch {batch_size}", found)

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.measure import Row, as_command, finish
 from benchmarks.sides import on_accelerator
 from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
-from smollm_jax.config import ComputeConfig
+from smollm_jax.config import ComputeConfig, require
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 # the first that the end of a file's name and the beginning of a function's fit, from the inside out
@@ -81,6 +81,7 @@ def profile(
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-benchmark-")))
         text, note = _profiled(Work(config, dtype, documents, steps, seed), folder)
         seconds, wall = read_profile(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
+    require(bool(seconds), "the profile holds no operation of the step: this backend does not name them")
     operations = read_operations(text)
     title = f"profile, {preset}, {dtype}, {batch_size} x {seq_len}, {documents} documents a row, {note}"
     rows = by_part(seconds, operations, steps)

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from glob import glob
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.measure import resident
 
 Seconds = dict[str, float]
 TURNS_ALONE = 2
-DEVICE_FILES = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 @dataclass
@@ -48,10 +49,22 @@ class Outcome:
         """The seconds `name` of each round."""
         return [seconds[name] for seconds in self.rounds]
 
+    def on(self, reference: Outcome) -> Outcome:
+        """This, or the failure that it ran on another kind of device than the one it is compared with."""
+        here, there = self.facts.get("device"), reference.facts.get("device")
+        if self.failed or here == there or None in (here, there):
+            return self
+        return Outcome(failed=f"it ran on {here}, the other side on {there}")
+
+
+def kind_of(device: Any) -> str:
+    """What PyTorch calls the kind of a device of JAX."""
+    return "cuda" if device.platform == "gpu" else str(device.platform)
+
 
 def on_accelerator() -> bool:
     """Whether a GPU or TPU will be used; told without JAX, which would take its memory."""
-    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(Path(file).exists() for file in DEVICE_FILES)
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
 def compare(sides: dict[str, Callable[[], Ready]], *, rounds: int, alone: bool = False) -> dict[str, Outcome]:

@@ -1,6 +1,6 @@
 """A train step of ours and of Hugging Face Llama + PyTorch: `python -m benchmarks.train`.
 
-Same architecture, rows, AdamW, clip and precision; attention in PyTorch is SDPA. The peer does not keep
+Same architecture, weights, rows, AdamW, clip and precision; attention in PyTorch is SDPA. The peer does not keep
 packed documents apart: its rows are one document each, ours hold `--documents`. With several
 `--batch-sizes` a second table sets the best of each side against the best of the other.
 """
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.measure import Row, as_command, finish, gib, show, spread
-from benchmarks.sides import Outcome, Ready, compare
-from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
+from benchmarks.sides import Outcome, Ready, compare, in_child, kind_of
+from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step, write_model
 from smollm_jax.config import ComputeConfig
 
 Form = Literal["eager", "compile", "max-autotune"]
@@ -36,6 +38,7 @@ def ours(work: Work) -> Ready:
         "attention": step.attention,
         "planned GiB": gib(compiled_bytes(step.program)),
         "loss": loss,
+        "device": kind_of(step.mesh.devices.flat[0]),
     }
 
     def run() -> dict[str, float]:
@@ -49,13 +52,13 @@ def ours(work: Work) -> Ready:
     return Ready(run, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"))
 
 
-def peer(work: Work, form: Form) -> Ready:
+def peer(work: Work, form: Form, folder: Path) -> Ready:
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # ours compiles from nothing too
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")
-    step = _torch_step(work, form, device)
+    step = _torch_step(work, form, device, folder)
     tokens = torch.tensor(work.rows()[0], device=device).long()
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -71,20 +74,24 @@ def peer(work: Work, form: Form) -> Ready:
     began = time.perf_counter()
     loss = step(ids, labels).item()
     wait()
-    facts = {"first step": time.perf_counter() - began, "loss": loss}
+    facts = {"first step": time.perf_counter() - began, "loss": loss, "device": device}
     return Ready(run, facts, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
 
 
-def _torch_step(work: Work, form: Form, device: str) -> Callable[..., Any]:
+def _torch_step(work: Work, form: Form, device: str, folder: Path) -> Callable[..., Any]:
     """The step of a person who knows PyTorch: compiled with its loss, fused AdamW."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, LlamaForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface
 
-    from smollm_jax.convert import hf_config
-
+    # of rows that are one document each SDPA needs to know no more than that they are causal; compiled,
+    # transformers would give it a mask of all pairs of tokens, with which it is slow
+    AttentionInterface.register("causal", sdpa_attention_forward)
+    AttentionMaskInterface.register("causal", lambda *_, **__: None)
     settings = work.config.optimizer
-    model: Any = LlamaForCausalLM(LlamaConfig(**hf_config(work.config.model, "float32")))
-    model.set_attn_implementation("sdpa")
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.set_attn_implementation("causal")
     model.to(device).train()
     optimizer = torch.optim.AdamW(
         [
@@ -120,12 +127,16 @@ def _torch_step(work: Work, form: Form, device: str) -> Callable[..., Any]:
 def measured(work: Work, peers: tuple[Form, ...], rounds: int, *, alone: bool = False) -> list[Row]:
     """A row a side."""
     sides: dict[str, Callable[[], Ready]] = {"ours": partial(ours, work)}
-    sides |= {f"HF + PyTorch {form}": partial(peer, work, form) for form in peers}
-    outcomes = compare(sides, rounds=rounds, alone=alone)
-    return [_row(name, outcome, outcomes["ours"], work) for name, outcome in outcomes.items()]
+    with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
+        if peers:
+            in_child(write_model, work.config.model, work.config.run.seed, Path(folder) / "hf")
+        sides |= {f"HF + PyTorch {form}": partial(peer, work, form, Path(folder) / "hf") for form in peers}
+        outcomes = compare(sides, rounds=rounds, alone=alone)
+    ours_ran = outcomes["ours"]
+    return [_row(name, outcome.on(ours_ran), ours_ran, work, alone) for name, outcome in outcomes.items()]
 
 
-def _row(name: str, outcome: Outcome, reference: Outcome, work: Work) -> Row:
+def _row(name: str, outcome: Outcome, reference: Outcome, work: Work, alone: bool) -> Row:
     row: Row = {"side": name, "dtype": work.dtype, "batch": work.batch_size}
     if outcome.failed:
         return row | {"failed": outcome.failed}
@@ -134,7 +145,10 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: Work) -> Row:
     flops = rate["median"] * work.config.model.flops_per_token(work.config.data.seq_len)
     faster = None
     if name != "ours" and not reference.failed:
-        faster = spread([a / b for a, b in zip(seconds, reference.of("round"), strict=True)])
+        rounds = reference.of("round")
+        faster = spread([a / b for a, b in zip(seconds, rounds, strict=True)])
+        if alone:  # the rounds of two sides were minutes apart
+            faster = spread([statistics.median(seconds) / statistics.median(rounds)])
     return row | {
         "tokens/s": rate,
         "GFLOP/s": flops / 1e9,

@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, ModelConfig, RunConfig
 
 Preset = Literal["135M", "360M", "1.7B", "quickstart"]
 Dtype = Literal["float32", "bfloat16"]
@@ -56,6 +57,22 @@ def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeCon
         run=RunConfig(phases=f"1000x{batch_size}"),
         compute=compute,
     )
+
+
+def write_model(model: ModelConfig, seed: int, folder: Path) -> Any:
+    """Fresh weights, as a run of that seed begins with, in a folder as Hugging Face has them; and as numpy arrays.
+
+    JAX is told to stay on the CPU for it.
+    """
+    import jax
+
+    from smollm_jax.convert import write_folder
+    from smollm_jax.model import init_params
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = jax.tree.map(np.asarray, init_params(model, seed))
+    write_folder(params, model, folder, dtype="float32", tokenizer_folder=None)
+    return params
 
 
 @dataclass

@@ -105,6 +105,7 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_B
             mask_type=cudnn_kernel.MaskType.PADDING_CAUSAL,
         )
 
+    @jax.checkpoint  # else both ways keep for the backward pass what either does
     def plain(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         return packed_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 

@@ -111,16 +111,16 @@ class Generator:
         rows = self._prefill(
             self._weights, tokens_BT, np.asarray(lengths, np.int32), knobs, length=length, greedy=greedy
         )
-        pending, made = rows.token_B[:, None], 1
+        pending, wanted, made = rows.token_B[:, None], 1, 1
         while True:
             # the next chunk is under way while this one is looked at
             ahead = None
             if made < new:
                 ahead, rows = self._decode(self._weights, rows, knobs, greedy=greedy)
-            yield np.asarray(pending)
+            yield np.asarray(pending)[:, :wanted]  # cut here: on the device each length is a program of its own
             if ahead is None or all(done):
                 return
-            pending = ahead[:, : new - made]
+            pending, wanted = ahead, new - made
             made += CHUNK
 
     def _check(self, prompt: Sequence[int]) -> None:

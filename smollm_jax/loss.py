@@ -60,8 +60,8 @@ def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens):
 
 def _backward(chunk_tokens, gradients, cotangent):
     del chunk_tokens
-    dx_BTD, dhead_VD = gradients
-    return dx_BTD * cotangent.astype(dx_BTD.dtype), dhead_VD * cotangent.astype(dhead_VD.dtype), None, None
+    dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangent).astype(x.dtype) for x in gradients)
+    return dx_BTD, dhead_VD, None, None
 
 
 summed_nll.defvjp(_forward, _backward)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.sides import Outcome
+
 ROOT = Path(__file__).parent.parent
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="the peer is PyTorch")
 ALONE = ("--preset", "quickstart", "--seq-len", "32", "--documents", "2", "--rounds", "1")
@@ -49,15 +51,15 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
 
 
 @needs_torch
-def test_train_sets_the_peer_beside_ours():
-    found, _ = ran("train", *ALONE, "--dtypes", "float32", "--peers", "eager")
+@pytest.mark.parametrize("more", [[], ["--alone"]])
+def test_train_sets_the_peer_beside_ours(more):
+    found, _ = ran("train", *ALONE, "--documents", "1", "--dtypes", "float32", "--peers", "eager", *more)
     ours, peer = found["rows"]
     assert peer["side"] == "HF + PyTorch eager"
     assert positive(peer["tokens/s"])
     assert peer["peak GiB"] > 0
     assert positive(peer["ours is faster by"])
-    # fresh weights know nothing: both losses are about that of a guess
-    assert abs(ours["first loss"] - peer["first loss"]) < 1
+    assert ours["first loss"] == pytest.approx(peer["first loss"], abs=1e-4)  # the same weights and tokens
 
 
 @needs_torch
@@ -214,6 +216,31 @@ def test_data_sets_the_stream_against_the_tokenizer():
     stream = rows["stream"]
     assert positive(stream["tokens/s"])
     assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
+
+
+def test_memory_looks_twelve_times_and_reads_at_the_pace():
+    flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--minutes", "0.05")
+    found, _ = ran("memory", *flags, "--tokens-per-second", "5000")
+    rows = found["rows"]
+    assert len(rows) == 12
+    assert rows[-1]["tokens"] == pytest.approx(5_000 * 3, rel=0.2)
+    assert 0 < rows[-1]["resident GiB"] <= rows[-1]["at most"] < 2
+
+
+def test_limits_bound_training_and_decoding():
+    found, _ = ran("limits", "--preset", "quickstart", "--tokens", "64", "--rounds", "1", "--dtypes", "float32")
+    row = found["rows"][0]
+    assert (row["side"], row["on"]) == ("JAX float32", "cpu")
+    assert all(positive(row[f"{product}, GFLOP/s"]) for product in ("X @ W", "G @ W.T", "X.T @ G"))
+    read = row["read, GB/s"]["median"] * 1e9
+    assert row["decodes at most, tokens/s"] == pytest.approx(read / (3_262_208 * 4), rel=0.01)
+
+
+def test_sides_on_different_devices_are_not_compared():
+    ours = Outcome(rounds=[{"round": 1.0}], facts={"device": "cpu"})
+    peer = Outcome(rounds=[{"round": 1.0}], facts={"device": "cuda"})
+    assert peer.on(ours).failed == "it ran on cuda, the other side on cpu"
+    assert ours.on(ours) is ours
 
 
 def test_checkpoint_times_the_save_and_what_is_behind_it():
