@@ -215,7 +215,8 @@ def test_a_setting_out_of_range_is_named(name, value):
 
 def test_new_prompt_lengths_and_settings_compile_nothing_within_a_bucket(model):
     fresh = Generator(model)
-    list(fresh.stream([5] * 3, Sampling(max_new_tokens=20, temperature=0.5)))
+    for new in (20, 37):  # texts of up to 32 tokens, and of up to 64
+        list(fresh.stream([5] * 3, Sampling(max_new_tokens=new, temperature=0.5)))
     compiled = []
 
     def count(event, _seconds, **_):
@@ -231,13 +232,9 @@ def test_new_prompt_lengths_and_settings_compile_nothing_within_a_bucket(model):
             sampling = Sampling(**{"max_new_tokens": 24, "temperature": 0.5, **settings})
             # a text of 33 to 64 tokens shares a cache, whatever part of it is prompt
             list(fresh.stream([5] * length, replace(sampling, max_new_tokens=max(1, 40 - length))))
-        assert fresh._prefill._cache_size() <= 2
-        assert fresh._decode._cache_size() <= 2
-        before = len(compiled)
-        list(fresh.stream([5] * 20, Sampling(max_new_tokens=20, temperature=0.5)))
-        assert len(compiled) == before
+        assert compiled == []
         list(fresh.stream([5] * 70, Sampling(max_new_tokens=20, temperature=0.5)))
-        assert len(compiled) > before  # the counter does count
+        assert compiled  # the counter does count
     finally:
         jax.monitoring.clear_event_listeners()
 
