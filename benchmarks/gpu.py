@@ -47,6 +47,13 @@ PARTS = (
         )
         for size in (32, 64)
     ),
+    Part(
+        "train, cudnn and larger chunks, ours alone",
+        "benchmarks.train --batch-sizes 32 --seq-len 2048 --documents 4 --dtypes bfloat16 --peers --steps 5 "
+        "--rounds 3 --compute.attention cudnn --compute.loss-chunk 8192",
+        90,
+    ),
+    Part("limits", "benchmarks.limits --tokens 65536 --dtypes bfloat16 --rounds 3", 40),
     Part("breakdown", "benchmarks.breakdown --batch-size 16 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
     Part("profile", "benchmarks.profile --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 60),
     Part("attention", "benchmarks.attention --batch-size 32 --seq-len 2048 --documents 4 --dtype bfloat16", 80),
@@ -73,6 +80,7 @@ SMALL_PARTS = (
         "--peers eager --rounds 2",
         200,
     ),
+    Part("limits", "benchmarks.limits --preset quickstart --tokens 64 --rounds 1 --dtypes float32", 100),
     Part("breakdown", "benchmarks.breakdown --preset quickstart --seq-len 64 --documents 2 --rounds 2", 100),
     Part("profile", "benchmarks.profile --preset quickstart --seq-len 64 --documents 2", 100),
     Part("attention", "benchmarks.attention --preset quickstart --seq-len 64 --documents 2 --rounds 2", 100),

@@ -26,6 +26,9 @@ def by_jax(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
     import jax
     import jax.numpy as jnp
 
+    from smollm_jax.hardware import use_precision_of
+
+    use_precision_of(jnp.dtype(dtype))  # else products of float32 are rounded down
     x, w, g, memory = (
         jnp.ones(shape, dtype) for shape in _shapes(tokens, inputs, outputs, jnp.dtype(dtype).itemsize)
     )
@@ -35,7 +38,7 @@ def by_jax(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
         "X @ W": (jax.jit(partial(product, "MI,IO->MO")), (x, w)),
         "G @ W.T": (jax.jit(partial(product, "MO,IO->MI")), (g, w)),
         "X.T @ G": (jax.jit(partial(product, "MI,MO->IO")), (x, g)),
-        "read": (jax.jit(lambda m: jnp.max(m, axis=0)), (memory,)),
+        "read": (jax.jit(partial(jnp.sum, dtype=float32)), (memory,)),
     }
 
     def call(name: str) -> None:
@@ -58,7 +61,7 @@ def by_torch(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
         "X @ W": lambda: x @ w,
         "G @ W.T": lambda: g @ w.T,
         "X.T @ G": lambda: x.T @ g,
-        "read": lambda: memory.amax(dim=0),
+        "read": memory.sum,
     }
 
     def call(name: str) -> None:
