@@ -26,10 +26,14 @@ def examine(run: Run, save: Callable[[], None]) -> None:
     began, config, step = time.monotonic(), run.config, run.progress.step
     parts = config.compute.grad_accum
     batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
-    with run.stop.away(None if run.processes.several else save):
-        result = score(
-            run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=lambda: run.interrupted
-        )
+
+    def stopped() -> bool:
+        run.processes.moved()
+        return run.interrupted
+
+    away = run.stop.away(None if run.processes.several else save)
+    with away, run.processes.long("a batch of an evaluation, or samples"):
+        result = score(run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=stopped)
         if result is None:
             return
         texts = sample(run)
@@ -42,7 +46,8 @@ def examine(run: Run, save: Callable[[], None]) -> None:
     }
     if run.interrupted:
         return
-    run.report.evaluation(line, texts)
+    with run.processes.long("drawing loss.png"):
+        run.report.evaluation(line, texts)
     run.evaluated = step
 
 

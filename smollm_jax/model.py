@@ -3,8 +3,8 @@
 NNX declares and initialises the parameters; the layers are stacked on their first dim and run by
 `jax.lax.scan`, so that thirty of them compile like one. Everything below is pure: a `SmolLM` is built,
 split into a plain dict of arrays (`params_of`) and put together again (`SmolLM.from_params`) inside jit.
-This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows and
-the lookup of tokens are functions it is given, the plain ones of attention.py and lookup.py if none.
+This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows, the lookup
+of tokens and the keeping of residuals are functions it is given, the plain ones of their files if none.
 
 Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
 V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
@@ -24,6 +24,7 @@ from flax import nnx
 from smollm_jax.attention import Kernel, packed_attention
 from smollm_jax.config import ModelConfig, require
 from smollm_jax.lookup import Lookup, plain_lookup
+from smollm_jax.residuals import Keep, Layer, as_they_are
 
 if TYPE_CHECKING:
     from smollm_jax.decoder import Decoder
@@ -120,7 +121,8 @@ class SmolLM(nnx.Module):
     """The language model; `dtype` is that of the computation, the parameters are f32.
 
     `remat` says what the backward pass computes again: "none", "dots" (all but matrix products), "full".
-    `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens.
+    `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
+    `keep(layer)` a layer that keeps its residuals in another form.
     """
 
     def __init__(
@@ -133,9 +135,10 @@ class SmolLM(nnx.Module):
         unroll: int = 1,
         attention: Kernel = packed_attention,
         lookup: Lookup = plain_lookup,
+        keep: Keep = as_they_are,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
-        self.attention, self.lookup = attention, lookup
+        self.attention, self.lookup, self.keep = attention, lookup, keep
         self.embedding = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = RMSNorm(config)
@@ -166,11 +169,12 @@ class SmolLM(nnx.Module):
         def core(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
             return self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
-        def layer(x_BTD: jax.Array, weights: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, weights)(x_BTD, rope, core), None
+        def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
+            return nnx.merge(graphdef, weights)(x_BTD, rope, core)
 
+        apply = self.keep(_rematerialise(layer, self.remat))
         x_BTD, _ = jax.lax.scan(
-            _rematerialise(layer, self.remat), self._embed(tokens_BT), stacked, unroll=self.unroll
+            lambda x, weights: (apply(x, weights), None), self._embed(tokens_BT), stacked, unroll=self.unroll
         )
         return self.final_norm(x_BTD)
 
@@ -219,7 +223,7 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return create(rngs)
 
 
-def _rematerialise(layer: Callable, remat: Policy) -> Callable:
+def _rematerialise(layer: Layer, remat: Policy) -> Layer:
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies

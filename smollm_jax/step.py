@@ -21,6 +21,7 @@ from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
+from smollm_jax.residuals import keep_of
 from smollm_jax.sharding import (
     BATCH_AXES,
     by_device,
@@ -99,6 +100,7 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
         "dtype": dtype,
         "attention": kernel_of(name, mesh, rows=BATCH_AXES, heads="tensor"),
         "lookup": lookup_of(mesh, rows=BATCH_AXES),
+        "keep": keep_of(mesh, dtype),
     }
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from typing import NoReturn
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 EXIT_FAILED = 1
 AGAIN_SECONDS = 1.0  # sooner after the first it is the same request: `timeout` and schedulers send it twice
+SAY_SECONDS = 1.0  # for last words; a full pipe or a stopped terminal takes none
 LOOK_SECONDS = 0.1  # between two looks of the thread that saves in the main thread's place
 
 
@@ -105,6 +106,8 @@ def _say(message: str) -> None:
 
 
 def end_with(message: str, code: int) -> NoReturn:
-    """End the process at once, from whatever thread."""
-    _say(message)
+    """End the process at once, from whatever thread, and whoever holds up what it says."""
+    words = threading.Thread(target=_say, args=(message,), daemon=True)
+    words.start()
+    words.join(SAY_SECONDS)
     os._exit(code)

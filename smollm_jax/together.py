@@ -53,6 +53,11 @@ class Ballot:
 
 def train_together(run: Run) -> str:
     """As `train`. Raises `ValueError` in all processes where the data of one cannot be read."""
+    with run.processes.moving():
+        return _train_together(run)
+
+
+def _train_together(run: Run) -> str:
     if run.evaluated < run.progress.step and evaluation_due(run):
         examine(run, partial(save, run))
     pending, interval, ballot = None, Interval(), None
@@ -60,7 +65,9 @@ def train_together(run: Run) -> str:
         waiting_since = time.monotonic()
         ballot = cast(run, ballot)
         interval.data_wait_seconds += time.monotonic() - waiting_since
-        dispatched = dispatch(run, *ballot.item, votes(run, ballot.vote))
+        step = run.progress.step + 1
+        with run.processes.step_within(run.config.batch_size_at(step), f"step {step}"):
+            dispatched = dispatch(run, *ballot.item, votes(run, ballot.vote))
         verdict = settle(run, pending, interval)
         pending = dispatched
         if verdict == GO and not (evaluation_due(run) or save_due(run)):
@@ -97,11 +104,12 @@ def cast(run: Run, before: Ballot | None) -> Ballot:
     patience = run.config.data.data_timeout + STUCK_SECONDS  # a source's own limit comes first, in its own words
     deadline = time.monotonic() + patience
     try:
-        while (item := run.stream.get(timeout=POLL_SECONDS)) is None:
-            if run.stop.requested:
-                return Ballot(nothing, VOID)
-            if time.monotonic() > deadline:
-                raise SourceTimeout(f"no data came for {patience:g} s")
+        with run.processes.long("a batch of the data", patience + STUCK_SECONDS):
+            while (item := run.stream.get(timeout=POLL_SECONDS)) is None:
+                if run.stop.requested:
+                    return Ballot(nothing, VOID)
+                if time.monotonic() > deadline:
+                    raise SourceTimeout(f"no data came for {patience:g} s")
     except StopIteration:
         return Ballot(nothing, STOP if run.stop.requested else ENDED)
     except SourceTimeout as error:
@@ -124,10 +132,10 @@ def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
     """
     if pending is None:
         return GO
-    # others may wait for their data, as `cast` does
-    patience = run.config.data.data_timeout + 2 * STUCK_SECONDS
-    with run.processes.step_within(patience, f"step {pending.step}"):
+    rows = run.config.batch_size_at(pending.step)
+    with run.processes.step_within(rows, f"step {pending.step}"):
         counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
+    run.processes.step_took(rows, time.monotonic() - pending.sent)
     progress = run.progress
     if not counts:
         if pending.step <= progress.step:

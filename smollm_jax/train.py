@@ -30,6 +30,7 @@ from smollm_jax.resume import flatten
 from smollm_jax.sharding import on_devices, padded_rows
 from smollm_jax.start import Run, begin, claim
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, StopRequest
+from smollm_jax.watch import LONGEST_SECONDS
 
 DONE, STOPPED, DATA_ENDED = "done", "stopped", "data ended"
 POLL_SECONDS = 0.2
@@ -49,6 +50,8 @@ class Pending:
     cursor: dict[str, Any] | None
     slots: int
     """Token positions of the batch."""
+    sent: float
+    """When its sending began, by `time.monotonic`."""
 
 
 @dataclass
@@ -159,14 +162,14 @@ def next_batch(run: Run) -> tuple[Batch, dict[str, Any]] | str:
 
 def dispatch(run: Run, batch: Batch, cursor: dict[str, Any] | None, *votes: jax.Array) -> Pending:
     """Send a step to the device without waiting for it; `votes` as `make_step` has it."""
-    progress = run.progress
+    sent, progress = time.monotonic(), run.progress
     rows = run.config.batch_size_at(progress.step + 1)
     padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
     arrays = (on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
     run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
     before, progress.cursor = progress.cursor, cursor
     progress.step += 1
-    return Pending(progress.step, metrics, before, cursor, rows * run.config.data.seq_len)
+    return Pending(progress.step, metrics, before, cursor, rows * run.config.data.seq_len, sent)
 
 
 def report_step(run: Run, pending: Pending | None, interval: Interval) -> None:
@@ -253,8 +256,9 @@ def write_documents(run: Run, pending: Pending) -> str:
     part = f".{run.processes.index}" if run.processes.several else ""
     path = run.run_dir / f"bad_step_{pending.step}{part}.jsonl"
     try:
-        documents = run.stream.documents_of(pending.cursor_before)
-        path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        with run.processes.long("reading documents again", LONGEST_SECONDS + run.config.data.data_timeout):
+            documents = run.stream.documents_of(pending.cursor_before)
+            path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     except (OSError, ValueError, SourceTimeout, StopIteration) as error:
         return f"the documents of the last could not be written ({error})"
     return f"the documents of the last are in {path}"
@@ -272,7 +276,8 @@ def save(run: Run) -> None:
         "config": as_dict(run.config),
         "computed": run.computed,
     }
-    run.checkpoints.save(step, run.state, meta)
+    with run.processes.long("a save"):
+        run.checkpoints.save(step, run.state, meta)
     run.saved = step
 
 

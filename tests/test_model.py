@@ -17,6 +17,7 @@ from smollm_jax.model import (
     rope_angles,
     rotate,
 )
+from smollm_jax.residuals import as_bits, as_they_are
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -208,6 +209,29 @@ def test_remat_and_unroll_do_not_change_gradients(remat, unroll):
         jax.tree.leaves(gradient(remat=remat, unroll=unroll)), jax.tree.leaves(gradient()), strict=True
     ):
         np.testing.assert_allclose(ours, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_residuals_kept_as_bits_give_the_same_gradients(remat):
+    params, tokens = init_params(TINY, 0), tokens_of(TINY, 2, 11)
+    segment_ids = jnp.asarray([[1] * 4 + [2] * 7, [1] * 11])
+
+    def compiled(keep):
+        def loss(p):
+            model = SmolLM.from_params(TINY, p, dtype=jnp.bfloat16, remat=remat, keep=keep)
+            return jnp.square(model(tokens, segment_ids)).mean()
+
+        return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+
+    plain, bits = compiled(as_they_are), compiled(as_bits)
+    stack = f"u16[{TINY.num_layers},"
+    assert stack in bits.as_text()
+    assert stack not in plain.as_text()
+    (loss, gradients), (same, plainly) = bits(params), plain(params)
+    assert loss == same
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(plainly), strict=True):
+        assert jnp.abs(theirs).max() > 0
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * float(jnp.abs(theirs).max()))
 
 
 def test_remat_saves_memory():

@@ -68,10 +68,10 @@ def job(tmp_path, cache, corpus, tokenizer):
     """Starts a job of `processes` with `devices` each on a run folder."""
     started = []
 
-    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, cwd=None):
+    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, cwd=None, program=()):
         port = free_port()
         command = [
-            sys.executable, str(ROOT / "train_jax.py"), "--data", f"{corpus}/*.jsonl", *TINY, *settings,
+            sys.executable, *program, str(ROOT / "train_jax.py"), "--data", f"{corpus}/*.jsonl", *TINY, *settings,
             "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache), "--run-dir", str(tmp_path / run),
         ]  # fmt: skip
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -264,42 +264,104 @@ class Silent:
 def test_a_process_does_not_wait_for_its_data_without_end(monkeypatch):
     monkeypatch.setattr("smollm_jax.together.STUCK_SECONDS", 0.2)
     config = Config(data=DataConfig(seq_len=32, data_timeout=0.3), run=RunConfig(phases="9x4"))
+    stop = SimpleNamespace(requested=False)
     run = SimpleNamespace(
-        config=config, progress=Progress(step=2), stream=Silent(), stop=SimpleNamespace(requested=False)
+        config=config, progress=Progress(step=2), stream=Silent(), stop=stop, processes=Processes()
     )
     ballot = cast(run, None)
     assert ballot.vote == VOID
     assert "no data came for 0.5 s" in ballot.fault
 
 
-STUCK = """
-import sys, time
+WATCHED = """
+import sys, threading, time
 from pathlib import Path
+from smollm_jax import processes, watch
 from smollm_jax.processes import Processes
-alone = Processes(0, 2)
+watch.SILENT_SECONDS, watch.STEP_SECONDS, watch.BEAT_SECONDS, processes.OWN_SECONDS = 3.0, 1.0, 0.1, 1.5
+alone, peer, folder = Processes(0, 2), Processes(1, 2), Path(sys.argv[1])
 alone.gather = lambda value: [value]
-with alone.watched(Path(sys.argv[1])):
-    for step, seconds in enumerate(map(float, sys.argv[2:])):
-        with alone.step_within(1.5, f"step {step}"):
-            time.sleep(seconds)
+peer._watch._listen = lambda folder: None  # a heart only
+peer._watch._count = lambda: None
+(folder / ".processes").mkdir()
+peer._watch.start(folder / ".processes")
+
+
+def steps(*seconds, rows=8):
+    for step, time_of_it in enumerate(seconds):
+        with alone.step_within(rows, f"step {step}"):
+            time.sleep(time_of_it)
+        alone.step_took(rows, time_of_it)
+
+
+def waits(seconds):
+    with peer.long("data"):
+        time.sleep(seconds)
+
+
+with alone.watched(folder), alone.moving(), peer.moving():
+    time.sleep(0.5)
+    CASE
 print("done")
 """
 
 
 @pytest.mark.parametrize(
-    ("steps", "code"),
+    ("case", "words"),
     [
-        ([0.05, 0.05, 60], 75),
-        ([4, 0.05], 0),  # the first has all the time it needs
-        ([0.2, 0.2, 4], 0),  # and each many times what others took
-        ([0.05, 0.05, 2, 0.05, 60], 75),  # of which one long one is no measure
+        ("steps(0.01, 0.01, 0.01, 60)", "step 3 was not done after 1 s"),
+        ("steps(5, 0.01, 0.01)", None),  # the first has all the time it needs
+        ("steps(0.01, 0.01, 0.01); steps(5, rows=16)", None),  # and so has the first of another size
+        ("steps(0.5, 0.5, 0.5, 6)", None),  # each many times what others took
+        ("steps(*[0.01] * 5, 0.9, 0.01, 60)", "step 7 was not done after 1 s"),  # one long one is no measure
+        # a peer that waits for its data is waited for, and no longer
+        ("threading.Thread(target=waits, args=(4,)).start(); steps(0.01, 0.01, 0.01, 5)", None),
+        ("threading.Thread(target=waits, args=(4,)).start(); steps(0.01, 0.01, 0.01, 9)", "step 3 was not done"),
+        ("time.sleep(60)", "what lies between steps was not done after 2 s"),
+        ("for _ in range(9): time.sleep(0.4); steps(0.01)", None),
+        ("with alone.long('a save', 1): time.sleep(60)", "a save was not done after 1 s"),
+        ("with alone.long('a save', 1):\n        for _ in range(9): time.sleep(.3); alone.moved()", None),
+        ("peer._watch.over.set(); steps(60)", "process 1 of 2 has been silent for 3 s"),
     ],
 )
-def test_a_step_that_hangs_ends_the_process(tmp_path, steps, code):
-    command = [sys.executable, "-c", STUCK, str(tmp_path), *map(str, steps)]
+def test_a_process_that_does_not_move_ends_itself(tmp_path, case, words):
+    script = WATCHED.replace("CASE", case)
+    command = [sys.executable, "-c", script, str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=25, check=False)
-    assert found.returncode == code, found.stderr
-    assert (f"step {len(steps) - 1} was not done after " in found.stderr) == (code == 75)
+    assert (found.returncode, found.stdout) == ((75, "") if words else (0, "done\n")), found.stderr
+    assert (words or "") in found.stderr
+
+
+STANDS_STILL = """
+import sys, time
+import smollm_jax.train as train
+look_at = train.look_at
+
+def still(run, pending, **found):
+    if pending.step == 12:
+        time.sleep(600)
+    look_at(run, pending, **found)
+
+train.look_at = still
+sys.argv = sys.argv[1:]
+exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
+"""
+
+
+@pytest.mark.slow
+def test_when_one_process_stands_still_all_leave_within_a_minute(job, tmp_path):
+    """Its heart goes on beating: it is alive, and does not move."""
+    endless = [*SETTINGS, "--phases", "2000x8", "--eval-every", "0", "--checkpoint-every", "5"]
+    port = free_port()
+    both = [
+        job(1, *by_hand(i, 2, port)[0], settings=endless, program=["-c", STANDS_STILL] if i else [])[0]
+        for i in range(2)
+    ]
+    wait_for_step(tmp_path / "run", 12, both[0])
+    assert codes(both, timeout=60) == [75, 75], words_of(tmp_path, count=1)
+    assert "process 1 of 2: what lies between steps was not done after 20 s" in words_of(tmp_path, count=1)
+    good = [info.step for info in list_checkpoints(tmp_path / "run" / "checkpoints") if info.verdict == "good"]
+    assert good == [5, 10]
 
 
 def test_the_heart_goes_on_in_place(tmp_path):
@@ -329,7 +391,9 @@ def test_a_process_without_rows_has_none_until_all_have_gone_back():
     """Rows that come late, after their step was voted void, must not make the next step count."""
     config = Config(data=DataConfig(seq_len=32), run=RunConfig(phases="9x4"))
     stop = SimpleNamespace(requested=True)
-    run = SimpleNamespace(config=config, progress=Progress(step=2), stream=Late(), stop=stop)
+    run = SimpleNamespace(
+        config=config, progress=Progress(step=2), stream=Late(), stop=stop, processes=Processes()
+    )
     first = cast(run, None)
     assert first.vote == VOID
     run.progress.step = 3

@@ -292,6 +292,13 @@ def test_bf16_training_keeps_f32_masters():
     assert 0 < moved["final_norm"]["scale"] < 2**-9
 
 
+@pytest.mark.parametrize(("dtype", "stacks"), [(jnp.bfloat16, True), (jnp.float32, False)])
+def test_a_cpu_stacks_the_bits_of_bf16(dtype, stacks):
+    config = config_of()
+    program = compile_step(config, make_mesh(config), 4, dtype=dtype, remat="none").as_text()
+    assert (f"u16[{config.model.num_layers}," in program) == stacks
+
+
 def test_remat_auto_takes_the_first_policy_that_fits():
     config = config_of(seq_len=64, phases="20x8")
     mesh = make_mesh(config)
