@@ -71,14 +71,15 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     from smollm_jax.lookup import lookup_of
     from smollm_jax.loss import summed_nll, targets_of
     from smollm_jax.model import SmolLM, init_params
+    from smollm_jax.residuals import keep_of
     from smollm_jax.sharding import BATCH_AXES
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     params = init_params(config.model, work.seed)
     lookup = lookup_of(whole.mesh, rows=BATCH_AXES)
     attention = kernel_of(whole.attention, whole.mesh, rows=BATCH_AXES, heads="tensor")
-    unroll = config.compute.unroll
-    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=unroll, attention=attention)
+    how = {"unroll": config.compute.unroll, "attention": attention, "keep": keep_of(whole.mesh, dtype)}
+    model = SmolLM.from_params(config.model, params, dtype=dtype, **how)
     tokens, segment_ids = map(jnp.asarray, work.rows())
     targets, valid = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
@@ -123,7 +124,7 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
         jax.random.normal(jax.random.key(n), (*x_BTD.shape[:2], n, config.head_dim)).astype(x_BTD.dtype)
         for n in (config.num_heads, config.num_kv_heads)
     )
-    over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll)
+    over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll, keep=model.keep)
     return {
         "attention: projections and rope": over_layers(
             blocks.attention, lambda attention, x: x + attention(x, rope, joined)
@@ -136,7 +137,9 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     }
 
 
-def _over_layers(modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, unroll: int) -> Program:
+def _over_layers(
+    modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, unroll: int, keep: Callable
+) -> Program:
     """`apply(modules of a layer, x)` through all layers."""
     import jax
     from flax import nnx
@@ -144,10 +147,8 @@ def _over_layers(modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, 
     graphdef, stacked = nnx.split(modules)
 
     def forward(stacked: Any, x_BTD: Any) -> Any:
-        def layer(x_BTD: Any, weights: Any) -> tuple[Any, None]:
-            return apply(nnx.merge(graphdef, weights), x_BTD), None
-
-        return jax.lax.scan(layer, x_BTD, stacked, unroll=unroll)[0]
+        layer = keep(lambda x_BTD, weights: apply(nnx.merge(graphdef, weights), x_BTD))
+        return jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, stacked, unroll=unroll)[0]
 
     return with_gradients(forward, x_BTD, stacked, x_BTD)
 

@@ -22,7 +22,7 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """`kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)` gives o_BTNH, causal inside each segment."""
 
 # Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
-# of a long row never exist whole; a row that fits in one block keeps its scores for the backward pass.
+# of a long row never exist whole. The backward pass computes them again: kept, they would be most of its memory.
 QUERY_BLOCK = 512
 
 
@@ -43,15 +43,13 @@ def packed_attention(
 ) -> jax.Array:
     """Causal attention inside each segment of packed rows: (B, T, N, H)."""
     T = q_BTNH.shape[1]
-    # one block keeps its scores, several compute theirs again: their sum would not fit
-    block_of = attend if T <= QUERY_BLOCK else jax.checkpoint(attend)
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
         causal_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)
         same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
         mask_BTS = causal_TS & same_BTS
-        blocks.append(block_of(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
+        blocks.append(jax.checkpoint(attend)(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 

@@ -29,6 +29,11 @@ from smollm_jax.residuals import Keep, Layer, as_they_are
 if TYPE_CHECKING:
     from smollm_jax.decoder import Decoder
 
+# What costs next to nothing to compute is computed again for the backward pass, whatever `remat` says: kept, it
+# would be most of what a layer keeps, and writing and reading it takes longer. The scan over the layers keeps XLA
+# from merging the two computations.
+cheap = partial(jax.checkpoint, prevent_cse=False)
+
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
 
@@ -67,9 +72,13 @@ class RMSNorm(nnx.Module):
         self.epsilon = config.rms_norm_eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * self.scale[...]).astype(x_BTD.dtype)
+        @cheap
+        def norm(x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
+            x = x_BTD.astype(jnp.float32)
+            x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+            return (x * scale_D).astype(x_BTD.dtype)
+
+        return norm(x_BTD, self.scale[...])
 
 
 class Attention(nnx.Module):
@@ -100,7 +109,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate, up, down = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+        gated = cheap(lambda gate_BTF, up_BTF, down: (jax.nn.silu(gate_BTF) * up_BTF) @ down)
+        return gated(x_BTD @ gate, x_BTD @ up, down)
 
 
 class Block(nnx.Module):
@@ -120,7 +130,8 @@ class Block(nnx.Module):
 class SmolLM(nnx.Module):
     """The language model; `dtype` is that of the computation, the parameters are f32.
 
-    `remat` says what the backward pass computes again: "none", "dots" (all but matrix products), "full".
+    `remat` says what the backward pass computes again: "none" (what is cheap), "dots" (all but matrix products),
+    "full".
     `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
     `keep(layer)` a layer that keeps its residuals in another form.
     """
@@ -228,7 +239,6 @@ def _rematerialise(layer: Layer, remat: Policy) -> Layer:
         return layer
     policies = jax.checkpoint_policies
     policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[remat]
-    # the scan already keeps XLA from merging the two computations
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

@@ -234,6 +234,20 @@ def test_residuals_kept_as_bits_give_the_same_gradients(remat):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * float(jnp.abs(theirs).max()))
 
 
+def test_what_is_cheap_is_not_kept():
+    """Of the feed-forward the two products that enter it, of attention no scores, of norms what enters them."""
+    params, tokens = init_params(TINY, 0), tokens_of(TINY, 2, 11)
+
+    def residuals(p):
+        return jax.vjp(lambda p: SmolLM.from_params(TINY, p)(tokens), p)[1]
+
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(residuals, params))]
+    rows = (TINY.num_layers, *tokens.shape)
+    assert shapes.count((*rows, TINY.intermediate_size)) == 2
+    assert shapes.count((*rows, TINY.hidden_size)) <= 4
+    assert not [shape for shape in shapes if shape[0] == TINY.num_layers and shape[-2:] == (11, 11)]
+
+
 def test_remat_saves_memory():
     config = ModelConfig(**vars(TINY) | {"num_layers": 8})
     params, tokens = init_params(config, 0), tokens_of(config, 4, 128)
