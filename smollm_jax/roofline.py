@@ -138,14 +138,15 @@ def memory_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: int, *
 def kept_bytes(model: ModelConfig, remat: str) -> int:
     """Bytes a token and layer that the forward pass leaves for the backward one, bf16 where not said.
 
-    full: the layer's input. dots: and each product's output. none: and everything between, norms in f32.
+    full: the layer's input. dots: and each product's output that anything needs. none: and what the norms and
+    the attention kernel give, with a number in f32 for each of its softmaxes.
     """
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     D, F = model.hidden_size, model.intermediate_size
     return {
         "full": 2 * D,
         "dots": 2 * (2 * D + N_H + 2 * K_H + 2 * F),
-        "none": 2 * (2 * D + 3 * N_H + 2 * K_H + 6 * F) + 4 * (6 * D + model.num_heads + 4),
+        "none": 2 * (4 * D + 2 * N_H + 2 * K_H + 2 * F) + 4 * model.num_heads,
     }[remat]
 
 

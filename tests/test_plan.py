@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from test_train import TINY, ended
 
@@ -18,6 +19,7 @@ from smollm_jax.arguments import parse
 from smollm_jax.collectives import Collective, collectives, kernels
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.hardware import CHIPS
+from smollm_jax.model import SmolLM, init_params
 from smollm_jax.plan import POLICIES, find_remedy, make_plan, needed_by, plan_of, text_of
 from smollm_jax.plan_report import as_dict, table
 from smollm_jax.roofline import Estimate, executed_flops_per_token, kept_bytes
@@ -300,6 +302,23 @@ def test_what_is_computed_again_is_not_kept_and_costs_flops():
     assert kept[0] > kept[1] > kept[2]
     assert flops[0] < flops[1] < flops[2] < flops[0] * 4 / 3
     assert flops[0] == config.model.flops_per_token(2_048)
+
+
+@pytest.mark.parametrize("remat", POLICIES)
+def test_what_is_kept_is_what_the_model_keeps(remat):
+    """But for the numbers of the fused kernels' softmaxes: attention is the plain one here."""
+    config, rows = MODELS["quickstart"], jnp.zeros((2, 64), jnp.int32)
+
+    def residuals(params):
+        def features(params):
+            return SmolLM.from_params(config, params, dtype=jnp.bfloat16, remat=remat).features(rows)
+
+        return jax.vjp(features, params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, jax.eval_shape(lambda: init_params(config, 0))))
+    stacked = [leaf for leaf in leaves if leaf.shape[:3] == (config.num_layers, *rows.shape)]
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) / (config.num_layers * rows.size)
+    assert kept == kept_bytes(config, remat) - (4 * config.num_heads if remat == "none" else 0)
 
 
 def test_what_does_not_fit_is_said_with_the_flags_that_would():
