@@ -47,7 +47,7 @@ def rows_a_chip(config: Config, mesh: Mesh, batch_size: int) -> int:
 
 
 def executed_flops_per_token(config: Config, remat: str) -> float:
-    """`flops_per_token` and, with remat full, the forward pass of the blocks again.
+    """`flops_per_token` and, with remat full, the forward pass of the blocks again; attention is a fused kernel.
 
     dots computes attention's forward again, a third of its share; the head is never computed twice.
     """
@@ -120,8 +120,8 @@ def memory_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: int, *
     """Bytes of one chip that a step needs at once, where no compiler can be asked.
 
     The state, f32 gradients, the weights in the compute dtype, what the backward pass needs of each layer (and
-    of one layer whole, where remat computes it again), and the logits of a chunk with their gradient. What is
-    kept of a token was read off the step that XLA compiles: see `kept_bytes`.
+    of one layer whole, where remat computes it again; attention is a fused kernel), and the logits of a chunk with
+    their gradient.
     """
     model = config.model
     parameters = parameters_a_chip(config, mesh)
