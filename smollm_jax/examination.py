@@ -28,11 +28,11 @@ def examine(run: Run, save: Callable[[], None]) -> None:
     batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
 
     def stopped() -> bool:
-        run.processes.moved()
+        run.processes.watch.moved()
         return run.interrupted
 
     away = run.stop.away(None if run.processes.several else save)
-    with away, run.processes.long("a batch of an evaluation, or samples"):
+    with away, run.processes.watch.long("a batch of an evaluation, or samples"):
         result = score(run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=stopped)
         if result is None:
             return
@@ -46,7 +46,7 @@ def examine(run: Run, save: Callable[[], None]) -> None:
     }
     if run.interrupted:
         return
-    with run.processes.long("drawing loss.png"):
+    with run.processes.watch.long("drawing loss.png"):
         run.report.evaluation(line, texts)
     run.evaluated = step
 

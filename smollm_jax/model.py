@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from smollm_jax.decoder import Decoder
 
 # What costs next to nothing to compute is computed again for the backward pass, whatever `remat` says: kept, it
-# would be most of what a layer keeps, and writing and reading it takes longer. A scan over the layers keeps XLA
-# from merging the two computations; where all layers are unrolled it may merge them, and keep what it likes.
+# would be most of what a layer keeps. A scan over the layers keeps XLA from merging the two computations; where
+# all layers are unrolled it may merge them, and keep what it likes.
 cheap = partial(jax.checkpoint, prevent_cse=False)
 
 Params = dict[str, Any]

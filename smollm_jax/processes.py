@@ -9,24 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from smollm_jax.arguments import explained, is_ours
 from smollm_jax.config import require
 from smollm_jax.stop import EXIT_STOPPED, end_with
-from smollm_jax.watch import (
-    AGAIN,
-    BEAT_SECONDS,
-    EXCHANGE_SECONDS,
-    LONGEST_SECONDS,
-    OWN_SECONDS,
-    SILENT_SECONDS,
-    Limit,
-    Watch,
-    read,
-)
+from smollm_jax.watch import AGAIN, BEAT_SECONDS, SILENT_SECONDS, Watch, read
 
 T = TypeVar("T")
 LEAVING: list[int | None] = []  # the exit code once it is settled; None while the processes come together
@@ -44,7 +34,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self._left = False
-        self._watch = Watch(index, count)
+        self.watch = Watch(index, count)
 
     @property
     def several(self) -> bool:
@@ -67,7 +57,7 @@ class Processes:
 
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
         try:
-            with self._watch.within(Limit("common", EXCHANGE_SECONDS, "an exchange among the processes")):
+            with self.watch.exchange():
                 sizes = np.asarray(process_allgather(np.array([data.size]))).ravel()
                 # of few different lengths: each is a program to compile
                 padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)
@@ -155,9 +145,9 @@ class Processes:
             return
         folder = run_dir / ".processes"
         self.together(lambda: folder.mkdir(parents=True, exist_ok=True))
-        self._watch.start(folder)
+        self.watch.start(folder)
         try:
-            with self.long("what comes before or after training"):
+            with self.watch.long("what comes before or after training"):
                 yield
         except Exception as error:
             lost = isinstance(error, PeerLost) or "Gloo" in str(error)
@@ -167,29 +157,7 @@ class Processes:
                 end_with(f"the connection to another process broke: {str(error)[:200]}; {AGAIN}", EXIT_STOPPED)
             raise
         finally:
-            self._watch.over.set()
-
-    def moving(self) -> AbstractContextManager[None]:
-        """Inside, and while `watched`, leave with exit code 75 when this process stands still between steps."""
-        return self._watch.within(Limit("own", OWN_SECONDS, "what lies between steps"))
-
-    def step_within(self, rows: int, what: str) -> AbstractContextManager[None]:
-        """As `moving`, for a step that takes many times what those of so many rows usually take: devices that
-        hang.
-        """
-        return self._watch.within(self._watch.step(rows, what))
-
-    def step_took(self, rows: int, seconds: float) -> None:
-        """Take these for what a step of so many rows takes, the wait for the next rows included."""
-        self._watch.step_took(rows, seconds)
-
-    def long(self, what: str, seconds: float = LONGEST_SECONDS) -> AbstractContextManager[None]:
-        """As `moving`, for what may take so many seconds, and is waited for by the others."""
-        return self._watch.within(Limit("long", seconds, what))
-
-    def moved(self) -> None:
-        """The limit that holds begins anew."""
-        self._watch.moved()
+            self.watch.over.set()
 
     def require_shared(self, run_dir: Path) -> None:
         """Raise `ValueError` in all processes unless each sees at once what the first writes beside `run_dir`."""

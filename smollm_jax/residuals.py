@@ -1,7 +1,7 @@
 """What a layer keeps for its backward pass (its residuals), which the scan over the layers stacks.
 
 XLA:CPU cannot write bfloat16 into a part of an array: for each layer it turns the whole stack, of all layers, into
-float32 and back, which is two fifths of a step of 135M. Integers of 16 bits it can write. So on a CPU the
+float32 and back, which was two fifths of a step of 135M. Integers of 16 bits it can write. So on a CPU the
 residuals are stacked as the integers that have their bits.
 """
 

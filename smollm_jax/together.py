@@ -53,11 +53,6 @@ class Ballot:
 
 def train_together(run: Run) -> str:
     """As `train`. Raises `ValueError` in all processes where the data of one cannot be read."""
-    with run.processes.moving():
-        return _train_together(run)
-
-
-def _train_together(run: Run) -> str:
     if run.evaluated < run.progress.step and evaluation_due(run):
         examine(run, partial(save, run))
     pending, interval, ballot = None, Interval(), None
@@ -66,7 +61,7 @@ def _train_together(run: Run) -> str:
         ballot = cast(run, ballot)
         interval.data_wait_seconds += time.monotonic() - waiting_since
         step = run.progress.step + 1
-        with run.processes.step_within(run.config.batch_size_at(step), f"step {step}"):
+        with run.processes.watch.step(run.config.batch_size_at(step), f"step {step}"):
             dispatched = dispatch(run, *ballot.item, votes(run, ballot.vote))
         verdict = settle(run, pending, interval)
         pending = dispatched
@@ -104,7 +99,7 @@ def cast(run: Run, before: Ballot | None) -> Ballot:
     patience = run.config.data.data_timeout + STUCK_SECONDS  # a source's own limit comes first, in its own words
     deadline = time.monotonic() + patience
     try:
-        with run.processes.long("a batch of the data", patience + STUCK_SECONDS):
+        with run.processes.watch.long("a batch of the data", patience + STUCK_SECONDS):
             while (item := run.stream.get(timeout=POLL_SECONDS)) is None:
                 if run.stop.requested:
                     return Ballot(nothing, VOID)
@@ -133,9 +128,9 @@ def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
     if pending is None:
         return GO
     rows = run.config.batch_size_at(pending.step)
-    with run.processes.step_within(rows, f"step {pending.step}"):
+    with run.processes.watch.step(rows, f"step {pending.step}"):
         counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
-    run.processes.step_took(rows, time.monotonic() - pending.sent)
+    run.processes.watch.step_took(rows, time.monotonic() - pending.sent)
     progress = run.progress
     if not counts:
         if pending.step <= progress.step:

@@ -95,7 +95,9 @@ def _claimed(config: Config, run_dir: Path, stop: StopRequest, processes: Proces
         say(f"{error}; run the same command to go on")
         return EXIT_STOPPED
     try:
-        return finish(run, train_together(run) if processes.several else train(run))
+        with processes.watch.moving():
+            outcome = train_together(run) if processes.several else train(run)
+        return finish(run, outcome)
     except TooManyBadSteps as error:
         run.report.say(f"stopped: {error}")
         return EXIT_FAILED
@@ -256,7 +258,7 @@ def write_documents(run: Run, pending: Pending) -> str:
     part = f".{run.processes.index}" if run.processes.several else ""
     path = run.run_dir / f"bad_step_{pending.step}{part}.jsonl"
     try:
-        with run.processes.long("reading documents again", LONGEST_SECONDS + run.config.data.data_timeout):
+        with run.processes.watch.long("reading documents again", LONGEST_SECONDS + run.config.data.data_timeout):
             documents = run.stream.documents_of(pending.cursor_before)
             path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     except (OSError, ValueError, SourceTimeout, StopIteration) as error:
@@ -276,7 +278,7 @@ def save(run: Run) -> None:
         "config": as_dict(run.config),
         "computed": run.computed,
     }
-    with run.processes.long("a save"):
+    with run.processes.watch.long("a save"):
         run.checkpoints.save(step, run.state, meta)
     run.saved = step
 

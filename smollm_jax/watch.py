@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,29 +63,42 @@ class Watch:
         for work in (partial(self._beat, folder), partial(self._listen, folder), self._count):
             threading.Thread(target=work, name="watch", daemon=True).start()
 
-    @contextmanager
-    def within(self, limit: Limit) -> Iterator[None]:
-        """Inside, leave with exit code 75 when the limit is passed. What holds around it begins anew after it."""
-        self._limits.append(limit)
-        try:
-            yield
-        finally:
-            self._limits.pop()
-            self.moved()
+    def moving(self) -> AbstractContextManager[None]:
+        """Inside, leave with exit code 75 when this process stands still between two steps."""
+        return self._within(Limit("own", OWN_SECONDS, "what lies between steps"))
+
+    def step(self, rows: int, what: str) -> AbstractContextManager[None]:
+        """As `moving`, for a step of so many rows, which may take many times what the like of it took of late."""
+        took = self._usual.get(rows)
+        usual = min(TIMES_THE_USUAL * statistics.median(took), LONGEST_SECONDS) if took else LONGEST_SECONDS
+        return self._within(Limit("common", STEP_SECONDS + usual, what))
+
+    def step_took(self, rows: int, seconds: float) -> None:
+        """Take these for what a step of so many rows takes, the wait for the next rows included."""
+        self._usual.setdefault(rows, deque(maxlen=9)).append(seconds)
+
+    def exchange(self) -> AbstractContextManager[None]:
+        """As `moving`, for what all send each other."""
+        return self._within(Limit("common", EXCHANGE_SECONDS, "an exchange among the processes"))
+
+    def long(self, what: str, seconds: float = LONGEST_SECONDS) -> AbstractContextManager[None]:
+        """As `moving`, for what may take so many seconds, and is waited for by the others."""
+        return self._within(Limit("long", seconds, what))
 
     def moved(self) -> None:
         """The limit that holds begins anew."""
         for limit in self._limits[-1:]:
             limit.passed = 0.0
 
-    def step(self, rows: int, what: str) -> Limit:
-        """What a step of so many rows may take: many times what the like of it took of late."""
-        took = self._usual.get(rows)
-        usual = min(TIMES_THE_USUAL * statistics.median(took), LONGEST_SECONDS) if took else LONGEST_SECONDS
-        return Limit("common", STEP_SECONDS + usual, what)
-
-    def step_took(self, rows: int, seconds: float) -> None:
-        self._usual.setdefault(rows, deque(maxlen=9)).append(seconds)
+    @contextmanager
+    def _within(self, limit: Limit) -> Iterator[None]:
+        """What holds around it begins anew after it."""
+        self._limits.append(limit)
+        try:
+            yield
+        finally:
+            self._limits.pop()
+            self.moved()
 
     def _state(self) -> str:
         return SHORT if any(limit.kind != "long" for limit in self._limits[-1:]) else LONG

@@ -276,20 +276,20 @@ def test_a_process_does_not_wait_for_its_data_without_end(monkeypatch):
 WATCHED = """
 import sys, threading, time
 from pathlib import Path
-from smollm_jax import processes, watch
+from smollm_jax import watch
 from smollm_jax.processes import Processes
-watch.SILENT_SECONDS, watch.STEP_SECONDS, watch.BEAT_SECONDS, processes.OWN_SECONDS = 3.0, 1.0, 0.1, 1.5
-alone, peer, folder = Processes(0, 2), Processes(1, 2), Path(sys.argv[1])
-alone.gather = lambda value: [value]
-peer._watch._listen = lambda folder: None  # a heart only
-peer._watch._count = lambda: None
+watch.SILENT_SECONDS, watch.STEP_SECONDS, watch.BEAT_SECONDS, watch.OWN_SECONDS = 3.0, 1.0, 0.1, 1.5
+job, peer, folder = Processes(0, 2), watch.Watch(1, 2), Path(sys.argv[1])
+alone, job.gather = job.watch, lambda value: [value]
+peer._listen = lambda folder: None  # a heart only
+peer._count = lambda: None
 (folder / ".processes").mkdir()
-peer._watch.start(folder / ".processes")
+peer.start(folder / ".processes")
 
 
 def steps(*seconds, rows=8):
     for step, time_of_it in enumerate(seconds):
-        with alone.step_within(rows, f"step {step}"):
+        with alone.step(rows, f"step {step}"):
             time.sleep(time_of_it)
         alone.step_took(rows, time_of_it)
 
@@ -299,7 +299,7 @@ def waits(seconds):
         time.sleep(seconds)
 
 
-with alone.watched(folder), alone.moving(), peer.moving():
+with job.watched(folder), alone.moving(), peer.moving():
     time.sleep(0.5)
     CASE
 print("done")
@@ -321,7 +321,7 @@ print("done")
         ("for _ in range(9): time.sleep(0.4); steps(0.01)", None),
         ("with alone.long('a save', 1): time.sleep(60)", "a save was not done after 1 s"),
         ("with alone.long('a save', 1):\n        for _ in range(9): time.sleep(.3); alone.moved()", None),
-        ("peer._watch.over.set(); steps(60)", "process 1 of 2 has been silent for 3 s"),
+        ("peer.over.set(); steps(60)", "process 1 of 2 has been silent for 3 s"),
     ],
 )
 def test_a_process_that_does_not_move_ends_itself(tmp_path, case, words):
