@@ -71,6 +71,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     from smollm_jax.lookup import lookup_of
     from smollm_jax.loss import summed_nll, targets_of
     from smollm_jax.model import SmolLM, init_params
+    from smollm_jax.products import product_of
     from smollm_jax.residuals import keep_of
     from smollm_jax.sharding import BATCH_AXES
 
@@ -78,8 +79,8 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     params = init_params(config.model, work.seed)
     lookup = lookup_of(whole.mesh, rows=BATCH_AXES)
     attention = kernel_of(whole.attention, whole.mesh, rows=BATCH_AXES, heads="tensor")
-    how = {"unroll": config.compute.unroll, "attention": attention, "keep": keep_of(whole.mesh, dtype)}
-    model = SmolLM.from_params(config.model, params, dtype=dtype, **how)
+    by_device = {"product": product_of(whole.mesh), "keep": keep_of(whole.mesh, dtype), "attention": attention}
+    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=config.compute.unroll, **by_device)
     tokens, segment_ids = map(jnp.asarray, work.rows())
     targets, valid = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
@@ -89,8 +90,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
         return lookup(embedding_VD, tokens_BT).astype(dtype)
 
     def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
-        x_BTD, head_VD = model.final_norm(x_BTD), head_VD.astype(dtype)
-        return summed_nll(x_BTD, head_VD, targets, valid, config.compute.loss_chunk)
+        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, config.compute.loss_chunk)
 
     return {
         "embedding": with_gradients(embed, x_BTD, params["embedding"], given=(tokens[:, :-1],)),
@@ -127,12 +127,12 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll, keep=model.keep)
     return {
         "attention: projections and rope": over_layers(
-            blocks.attention, lambda attention, x: x + attention(x, rope, joined)
+            blocks.attention, lambda attention, x: x + attention(x, rope, joined, model.product)
         ),
         "attention: scores to values": with_gradients(
             attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH, given=(segment_ids_BT,)
         ),
-        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x)),
+        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x, model.product)),
         "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
     }
 

@@ -1,8 +1,8 @@
 """Where the device's time goes in the step as it really runs: `python -m benchmarks.profile`.
 
-A profile of whole steps, each operation put down to the code that asked for it: XLA keeps the lines of Python
-that an operation comes from, through differentiation and fusion, and the nearest function with a name below
-decides. A fusion counts as what its last operation is. On a GPU or TPU times are the device's own; on a CPU
+A profile of whole steps, each operation put down to the part of the model that asked for it: the model gives its
+parts scopes (`jax.named_scope`), which XLA keeps through differentiation and fusion, and the innermost decides. A
+fusion counts as what its last operation is. On a GPU or TPU times are the device's own; on a CPU
 they are summed over threads, so that shares alone mean something.
 """
 
@@ -23,28 +23,21 @@ from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
 from smollm_jax.config import ComputeConfig, require
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
-# the first that the end of a file's name and the beginning of a function's fit, from the inside out
-HOMES = (
-    ("loss.py", "", "head and loss"),
-    ("attention.py", "", "attention: scores to values"),
-    ("lookup.py", "", "embedding"),
-    ("model.py", "SmolLM._embed", "embedding"),
-    ("model.py", "RMSNorm", "norms"),
-    ("model.py", "MLP", "feed-forward"),
-    ("model.py", "Attention", "attention: projections and rope"),
-    ("model.py", "rotate", "attention: projections and rope"),
-    ("model.py", "rope_angles", "attention: projections and rope"),
-    ("model.py", "Block", "residuals"),
-    ("step.py", "make_step.<locals>.step.<locals>.update", "optimizer"),
-    ("", "tree_norm", "optimizer"),
-    ("model.py", "SmolLM.features", "scan over layers"),
-    ("step.py", "make_step", "optimizer"),
-)
+PARTS = {
+    "embedding": "embedding",
+    "layers": "scan over layers",
+    "norm": "norms",
+    "projections": "attention: projections and rope",
+    "scores": "attention: scores to values",
+    "feed_forward": "feed-forward",
+    "head": "head and loss",
+    "optimizer": "optimizer",
+}
 UNKNOWN = ("", "not in the program")
 # their time is that of what they hold
 CONTAINERS = ("while", "conditional", "call", "async-start", "async-done")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
-FRAME_OF = re.compile(r"stack_frame_id=(\d+)")
+SCOPES_OF = re.compile(r'op_name="([^"]*)"')
 
 
 def profile(
@@ -140,62 +133,18 @@ def _events(data: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def read_operations(text: str) -> dict[str, tuple[str, str]]:
     """Of each operation in a compiled program its kind, and the part of the model that asked for it."""
-    frames = _frames(text)
     operations = {}
     for line in text.splitlines():
         if found := INSTRUCTION.match(line):
-            frame = FRAME_OF.search(line)
-            chain = frames(int(frame[1])) if frame else []
-            operations[found[1]] = (found[2], part_of(chain))
+            scopes = SCOPES_OF.search(line)
+            operations[found[1]] = (found[2], part_of(scopes[1]) if scopes else NOBODYS)
     return operations
 
 
-def part_of(chain: list[tuple[str, str]]) -> str:
-    """The part that the nearest file and function of `chain` belong to, from the inside out."""
-    if not chain:
-        return NOBODYS
-    for file, function in chain:
-        for name, beginning, part in HOMES:
-            if file.endswith(name) and function.startswith(beginning):
-                return part
-    return REST
-
-
-def _frames(text: str) -> Any:
-    """How to look up the files and functions of a stack frame, from the inside out."""
-    files, functions = (
-        {int(i): name for i, name in re.findall(r'^(\d+) "(.*)"$', _table(text, title), re.M)}
-        for title in ("FileNames", "FunctionNames")
-    )
-    places = {
-        int(i): (files[int(file)], functions[int(function)])
-        for i, file, function in re.findall(
-            r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", _table(text, "FileLocations"), re.M
-        )
-    }
-    frames = {
-        int(i): (places[int(place)], int(parent))
-        for i, place, parent in re.findall(
-            r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", _table(text, "StackFrames"), re.M
-        )
-    }
-    none = frames[1][1] if 1 in frames else 0  # XLA counts parents from 1, and the first frame has none
-
-    def chain(frame: int) -> list[tuple[str, str]]:
-        found = []
-        while frame in frames:
-            place, parent = frames[frame]
-            found.append(place)
-            frame = parent - none
-        return found
-
-    return chain
-
-
-def _table(text: str, title: str) -> str:
-    """The lines below `title`, up to an empty one."""
-    found = re.search(rf"^{title}\n((?:\d+ .*\n)*)", text, re.M)
-    return found[1] if found else ""
+def part_of(scopes: str) -> str:
+    """The part of the innermost scope in such as `jit(step)/transpose(jvp(layers))/while/body/norm/mul`."""
+    names = [name for name in re.findall(r"\w+", scopes) if name in PARTS]
+    return PARTS[names[-1]] if names else REST
 
 
 def by_part(seconds: Counter[str], operations: dict[str, tuple[str, str]], steps: int) -> list[Row]:

@@ -5,7 +5,7 @@
     smollm_jax.save_hf(model, "folder")
 
 The map, in the order of imports. Settings: config, config_file, arguments. Mathematics: attention,
-fused_attention, residuals, lookup, model, loss, ledger, step. Devices: hardware, sharding; stop, watch,
+fused_attention, products, residuals, lookup, model, loss, ledger, step. Devices: hardware, sharding; stop, watch,
 processes, launchers. Documents to batches: tokenizer, python_docs, rows, remote, sources, windows, packing,
 ahead, heldout, data. What is kept: run_folder, inventory, array_files, checkpoint. Generation: sampling,
 decoder, generation, completion, torch_engine. Hugging Face: layout, hf_folder, convert, card, hub, loading,

@@ -29,8 +29,10 @@ def summed_nll(
 ) -> jax.Array:
     """Negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
 
-    `x_BTD` and `head_VD` come in the compute dtype; about `chunk_tokens` tokens are looked at together.
+    `x_BTD` comes in the compute dtype, `head_VD` as it is kept, so that its gradient is not rounded; about
+    `chunk_tokens` tokens are looked at together.
     """
+    head_VD = head_VD.astype(x_BTD.dtype)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         nll, _ = _chunk_nll(head_VD, *chunk)
@@ -40,22 +42,24 @@ def summed_nll(
 
 
 def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens):
+    kept_dtype, head_VD = head_VD.dtype, head_VD.astype(x_BTD.dtype)
+
     def add(carry, chunk):
         total, dhead_VD = carry
         x_BCD, targets_BC, valid_BC = chunk
         nll, probabilities_BCV = _chunk_nll(head_VD, x_BCD, targets_BC, valid_BC)
         is_target_BCV = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
         dlogits_BCV = ((probabilities_BCV - is_target_BCV) * valid_BC[..., None]).astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD)
-        # f32: thousands of chunks add up in this sum
+        # an f32 result is the faster product on a CPU, and thousands of chunks add up in the other sum
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
-        return (total + nll, dhead_VD), dx_BCD
+        return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
 
     start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
     (total, dhead_VD), dx = jax.lax.scan(add, start, _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))
     B, T, D = x_BTD.shape
     dx_BTD = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return total, (dx_BTD, dhead_VD.astype(head_VD.dtype))
+    return total, (dx_BTD, dhead_VD.astype(kept_dtype))
 
 
 def _backward(chunk_tokens, gradients, cotangent):

@@ -3,8 +3,8 @@
 NNX declares and initialises the parameters; the layers are stacked on their first dim and run by
 `jax.lax.scan`, so that thirty of them compile like one. Everything below is pure: a `SmolLM` is built,
 split into a plain dict of arrays (`params_of`) and put together again (`SmolLM.from_params`) inside jit.
-This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows, the lookup
-of tokens and the keeping of residuals are functions it is given, the plain ones of their files if none.
+This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows, the lookup of
+tokens, the products with weights and the keeping of residuals are functions it is given, the plain ones if none.
 
 Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
 V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
@@ -24,6 +24,7 @@ from flax import nnx
 from smollm_jax.attention import Kernel, packed_attention
 from smollm_jax.config import ModelConfig, require
 from smollm_jax.lookup import Lookup, plain_lookup
+from smollm_jax.products import PRODUCT, Product, plain_product
 from smollm_jax.residuals import Keep, Layer, as_they_are
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.hidden_size))
         self.epsilon = config.rms_norm_eps
 
+    @jax.named_scope("norm")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         @cheap
         def norm(x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
@@ -90,13 +92,13 @@ class Attention(nnx.Module):
         self.q, self.k, self.v = init(D, N, H), init(D, K, H), init(D, K, H)
         self.o = init(N, H, D)
 
-    def __call__(self, x_BTD, rope, core: Callable) -> jax.Array:
+    @jax.named_scope("projections")
+    def __call__(self, x_BTD, rope, core: Callable, product: Product) -> jax.Array:
         """`core(q, k, v)` is the attention proper: over the row in training, over a cache in decoding."""
-        dtype = x_BTD.dtype
-        q_BTNH = rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...].astype(dtype)), rope)
-        k_BTKH = rotate(jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...].astype(dtype)), rope)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...].astype(dtype))
-        return jnp.einsum("BTNH,NHD->BTD", core(q_BTNH, k_BTKH, v_BTKH), self.o[...].astype(dtype))
+        q_BTNH = rotate(product("BTD,DNH->BTNH", x_BTD, self.q[...]), rope)
+        k_BTKH = rotate(product("BTD,DKH->BTKH", x_BTD, self.k[...]), rope)
+        v_BTKH = product("BTD,DKH->BTKH", x_BTD, self.v[...])
+        return product("BTNH,NHD->BTD", core(q_BTNH, k_BTKH, v_BTKH), self.o[...])
 
 
 class MLP(nnx.Module):
@@ -107,10 +109,15 @@ class MLP(nnx.Module):
         init = partial(_normal, rngs, config.initializer_range)
         self.gate, self.up, self.down = init(D, F), init(D, F), init(F, D)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate, up, down = (p[...].astype(x_BTD.dtype) for p in (self.gate, self.up, self.down))
-        gated = cheap(lambda gate_BTF, up_BTF, down: (jax.nn.silu(gate_BTF) * up_BTF) @ down)
-        return gated(x_BTD @ gate, x_BTD @ up, down)
+    @jax.named_scope("feed_forward")
+    def __call__(self, x_BTD: jax.Array, product: Product) -> jax.Array:
+        gate_BTF, up_BTF = (product("BTD,DF->BTF", x_BTD, weights[...]) for weights in (self.gate, self.up))
+
+        @cheap
+        def gated(gate_BTF: jax.Array, up_BTF: jax.Array, down: jax.Array) -> jax.Array:
+            return product("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down)
+
+        return gated(gate_BTF, up_BTF, self.down[...])
 
 
 class Block(nnx.Module):
@@ -122,9 +129,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTD, rope, core: Callable) -> jax.Array:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, core)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def __call__(self, x_BTD, rope, core: Callable, product: Product) -> jax.Array:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, core, product)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD), product)
 
 
 class SmolLM(nnx.Module):
@@ -133,7 +140,7 @@ class SmolLM(nnx.Module):
     `remat` says what the backward pass computes again: "none" (what is cheap), "dots" (all but matrix products),
     "full".
     `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
-    `keep(layer)` a layer that keeps its residuals in another form.
+    `product(letters, x, weights)` that with weights, `keep(layer)` a layer that keeps residuals in another form.
     """
 
     def __init__(
@@ -147,9 +154,10 @@ class SmolLM(nnx.Module):
         attention: Kernel = packed_attention,
         lookup: Lookup = plain_lookup,
         keep: Keep = as_they_are,
+        product: Product = plain_product,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
-        self.attention, self.lookup, self.keep = attention, lookup, keep
+        self.attention, self.lookup, self.keep, self.product = attention, lookup, keep, product
         self.embedding = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = RMSNorm(config)
@@ -177,16 +185,18 @@ class SmolLM(nnx.Module):
         rope = self._rope(positions_of(segment_ids_BT))
         graphdef, stacked = nnx.split(self.blocks)
 
+        @jax.named_scope("scores")
         def core(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
             return self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
-            return nnx.merge(graphdef, weights)(x_BTD, rope, core)
+            return nnx.merge(graphdef, weights)(x_BTD, rope, core, self.product)
 
-        apply = self.keep(_rematerialise(layer, self.remat))
-        x_BTD, _ = jax.lax.scan(
-            lambda x, weights: (apply(x, weights), None), self._embed(tokens_BT), stacked, unroll=self.unroll
-        )
+        apply, x_BTD = self.keep(_rematerialise(layer, self.remat)), self._embed(tokens_BT)
+        with jax.named_scope("layers"):
+            x_BTD, _ = jax.lax.scan(
+                lambda x, weights: (apply(x, weights), None), x_BTD, stacked, unroll=self.unroll
+            )
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -204,6 +214,7 @@ class SmolLM(nnx.Module):
 
         return Decoder(self)
 
+    @jax.named_scope("embedding")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return self.lookup(self.embedding[...], tokens_BT).astype(self.dtype)
 
@@ -238,7 +249,7 @@ def _rematerialise(layer: Layer, remat: Policy) -> Layer:
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[remat]
+    policy = {"dots": policies.save_only_these_names(PRODUCT), "full": policies.nothing_saveable}[remat]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

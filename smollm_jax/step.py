@@ -21,6 +21,7 @@ from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
 from smollm_jax.loss import summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
+from smollm_jax.products import product_of
 from smollm_jax.residuals import keep_of
 from smollm_jax.sharding import (
     BATCH_AXES,
@@ -100,6 +101,7 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
         "dtype": dtype,
         "attention": kernel_of(name, mesh, rows=BATCH_AXES, heads="tensor"),
         "lookup": lookup_of(mesh, rows=BATCH_AXES),
+        "product": product_of(mesh),
         "keep": keep_of(mesh, dtype),
     }
 
@@ -107,7 +109,8 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
         model = SmolLM.from_params(config.model, params, remat=remat, unroll=config.compute.unroll, **by_device)
         targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
-        return summed_over(mesh)(x_BTD, model.head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
+        with jax.named_scope("head"):
+            return summed_over(mesh)(x_BTD, model.head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
 
     return nll
 
@@ -118,16 +121,13 @@ def summed_over(mesh: Mesh | None) -> Callable[..., jax.Array]:
     The devices of `tensor`, which have the same rows, take a part of each.
     """
 
-    def whole(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
-        return summed_nll(x_BTD, head_VD.astype(x_BTD.dtype), targets_BT, valid_BT, chunk_tokens)
-
     if mesh is None or mesh.size == 1:
-        return whole
+        return summed_nll
 
     def everywhere(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
         def here(x_BTD, head_VD, targets_BT, valid_BT) -> jax.Array:
             # and with it, going back, the head's gradient, in f32
-            return jax.lax.psum(whole(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens), MESH_AXES)
+            return jax.lax.psum(summed_nll(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens), MESH_AXES)
 
         pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape["tensor"])]
         arrays = jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad)
@@ -176,14 +176,16 @@ def make_step(
         nll, grads = gradients(params, tokens, segment_ids)
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])
         scale = 1.0 / jnp.maximum(targets, 1)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        norm, learning_rate = optax.tree.norm(grads), schedule(state["step"])
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            norm, learning_rate = optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
         cast, counts = None, jnp.bool(True)
         if votes is not None:
             cast = jnp.stack([jnp.sum(votes == kind) for kind in (GO, STOP, ENDED, VOID)])
             counts = (cast[VOID] == 0) & ((cast[GO] > 0) | (targets > 0))
 
+        @jax.named_scope("optimizer")
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state

@@ -133,17 +133,18 @@ def test_the_time_of_a_loop_is_that_of_what_it_holds():
     ]
 
 
-def test_an_operation_belongs_to_the_nearest_function_that_has_a_part():
-    from benchmarks.profile import part_of
+def test_an_operation_belongs_to_its_innermost_scope():
+    from benchmarks.profile import part_of, read_operations
 
-    around = [("smollm_jax/model.py", "Block.__call__"), ("smollm_jax/step.py", "make_step.<locals>.step")]
-    assert part_of([("smollm_jax/model.py", "MLP.__call__"), *around]) == "feed-forward"
-    assert (
-        part_of([("jax/_src/nn/functions.py", "silu"), ("smollm_jax/model.py", "MLP.__call__")]) == "feed-forward"
-    )
-    assert part_of(around) == "residuals"
-    assert part_of([("elsewhere.py", "f")]) == "rest"
-    assert part_of([]) == "XLA's own: copies, fills"
+    layer = "jit(step)/transpose(jvp(layers))/while/body/closed_call"
+    assert part_of(f"{layer}/feed_forward/BTD,DF->BTF/dot_general") == "feed-forward"
+    assert part_of(f"{layer}/checkpoint/rematted_computation/transpose(jvp(norm))/mul") == "norms"
+    assert part_of(f"{layer}/projections/scores/add") == "attention: scores to values"
+    assert part_of(f"{layer}/add") == "scan over layers"
+    assert part_of("jit(step)/mul") == "rest"
+    program = f'  %dot.2 = f32[4,4]{{1,0}} dot(%a, %b), metadata={{op_name="{layer}/norm/dot_general"}}\n'
+    program += "  ROOT %copy.3 = f32[4,4]{1,0} copy(%dot.2)"
+    assert read_operations(program) == {"dot.2": ("dot", "norms"), "copy.3": ("copy", "XLA's own: copies, fills")}
 
 
 def test_the_flops_of_the_parts_are_those_of_the_whole():

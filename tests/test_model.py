@@ -1,5 +1,7 @@
 """The model against Hugging Face's Llama, and against each fault that other replicas have had."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from smollm_jax.model import (
     rope_angles,
     rotate,
 )
+from smollm_jax.products import plain_product, product_of, wide_product
 from smollm_jax.residuals import as_bits, as_they_are
 
 TINY = ModelConfig(
@@ -209,6 +212,43 @@ def test_remat_and_unroll_do_not_change_gradients(remat, unroll):
         jax.tree.leaves(gradient(remat=remat, unroll=unroll)), jax.tree.leaves(gradient()), strict=True
     ):
         np.testing.assert_allclose(ours, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("letters", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF"])
+def test_a_wide_product_and_its_gradients_are_rounded_once_at_most(letters):
+    sizes = dict(zip("BTDFNH", (2, 64, 96, 80, 4, 24), strict=True))
+    of_x, of_weights, of_y = letters.replace("->", ",").split(",")
+    x, weights, dy = (
+        jax.random.normal(jax.random.key(i), [sizes[letter] for letter in of])
+        for i, of in enumerate((of_x, of_weights, of_y))
+    )
+
+    def outcome(product, x, weights, dy):
+        y, pull = jax.vjp(lambda x, weights: product(letters, x, weights), x, weights)
+        return y, *pull(dy)
+
+    for wide, plain in zip(
+        outcome(wide_product, x, weights, dy), outcome(plain_product, x, weights, dy), strict=True
+    ):
+        assert wide.dtype == plain.dtype == jnp.float32
+        np.testing.assert_allclose(wide, plain, atol=1e-4)
+
+    short = [array.astype(jnp.bfloat16) for array in (x, weights, dy)]
+    exact = outcome(plain_product, *(array.astype(jnp.float32) for array in short))
+    y, dx, dweights = outcome(wide_product, short[0], weights, short[2])
+    for wide, true in ((y, exact[0]), (dx, exact[1])):
+        assert wide.dtype == jnp.bfloat16
+        np.testing.assert_allclose(wide.astype(jnp.float32), true, rtol=2**-8, atol=1e-4)
+    assert dweights.dtype == jnp.float32
+    np.testing.assert_allclose(dweights, exact[2], atol=1e-4)
+
+
+def test_only_a_cpu_multiplies_wide():
+    def mesh_of(platform):
+        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+
+    assert product_of(mesh_of("cpu")) is wide_product
+    assert product_of(mesh_of("gpu")) is product_of(mesh_of("tpu")) is product_of(None) is plain_product
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

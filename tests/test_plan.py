@@ -22,6 +22,7 @@ from smollm_jax.hardware import CHIPS
 from smollm_jax.model import SmolLM, init_params
 from smollm_jax.plan import POLICIES, find_remedy, make_plan, needed_by, plan_of, text_of
 from smollm_jax.plan_report import as_dict, table
+from smollm_jax.products import plain_product, wide_product
 from smollm_jax.roofline import Estimate, executed_flops_per_token, kept_bytes
 from smollm_jax.target import target_of
 
@@ -304,14 +305,16 @@ def test_what_is_computed_again_is_not_kept_and_costs_flops():
     assert flops[0] == config.model.flops_per_token(2_048)
 
 
+@pytest.mark.parametrize("product", [plain_product, wide_product])
 @pytest.mark.parametrize("remat", POLICIES)
-def test_what_is_kept_is_what_the_model_keeps(remat):
+def test_what_is_kept_is_what_the_model_keeps(remat, product):
     """But for the numbers of the fused kernels' softmaxes: attention is the plain one here."""
     config, rows = MODELS["quickstart"], jnp.zeros((2, 64), jnp.int32)
 
     def residuals(params):
         def features(params):
-            return SmolLM.from_params(config, params, dtype=jnp.bfloat16, remat=remat).features(rows)
+            how = {"dtype": jnp.bfloat16, "remat": remat, "product": product}
+            return SmolLM.from_params(config, params, **how).features(rows)
 
         return jax.vjp(features, params)[1]
 

@@ -105,6 +105,18 @@ def test_the_logits_never_exist_whole():
     assert temporary < shape["B"] * shape["T"] * shape["V"] * 4 / 4
 
 
+def test_the_gradient_of_the_head_is_not_rounded_to_the_compute_dtype():
+    x = jax.random.normal(jax.random.key(0), (2, 9, 16)).astype(jnp.bfloat16)
+    head, targets = jax.random.normal(jax.random.key(1), (53, 16)), jnp.arange(18).reshape(2, 9)
+    valid = jnp.ones((2, 9), bool)
+    dx, dhead = jax.grad(lambda x, head: summed_nll(x, head, targets, valid, 1024), argnums=(0, 1))(x, head)
+    assert (dx.dtype, dhead.dtype) == (jnp.bfloat16, jnp.float32)
+    assert jnp.any(dhead != dhead.astype(jnp.bfloat16).astype(jnp.float32))
+    assert summed_nll(x, head, targets, valid, 1024) == summed_nll(
+        x, head.astype(jnp.bfloat16), targets, valid, 1024
+    )
+
+
 def test_the_loss_is_summed_nll_over_the_targets_of_the_whole_step():
     tokens, segment_ids = batch_of(4, 12)
     state, metrics = run_steps(config_of(), [(tokens, segment_ids)])
