@@ -1,9 +1,9 @@
 """Where the device's time goes in the step as it really runs: `python -m benchmarks.profile`.
 
-A profile of whole steps, each operation put down to the part of the model that asked for it: the model gives its
-parts scopes (`jax.named_scope`), which XLA keeps through differentiation and fusion, and the innermost decides. A
-fusion counts as what its last operation is. On a GPU or TPU times are the device's own; on a CPU
-they are summed over threads, so that shares alone mean something.
+A profile of whole steps, each operation put down to the part of the model that asked for it: the parts have scopes
+(`jax.named_scope`), which XLA keeps through differentiation and fusion, and the innermost decides. A fusion counts
+as what its last operation is. On a GPU or TPU times are the device's own; on a CPU they are summed over threads,
+so that shares alone mean something.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from smollm_jax.config import ComputeConfig, require
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 PARTS = {
     "embedding": "embedding",
-    "layers": "scan over layers",
+    "layers": "scan over layers, residuals",
     "norm": "norms",
     "projections": "attention: projections and rope",
     "scores": "attention: scores to values",
@@ -37,7 +37,7 @@ UNKNOWN = ("", "not in the program")
 # their time is that of what they hold
 CONTAINERS = ("while", "conditional", "call", "async-start", "async-done")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
-SCOPES_OF = re.compile(r'op_name="([^"]*)"')
+SCOPES_OF = re.compile(r'op_name="([^"\[]*)"')  # with a bracket it names a parameter, as copies of one do
 
 
 def profile(

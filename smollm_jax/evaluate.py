@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smollm_jax.config import Config, DataConfig, require
+from smollm_jax.config import ComputeConfig, Config, DataConfig, require
 from smollm_jax.data import Batch, check_vocab, plain_batches
 from smollm_jax.hardware import use_precision_of
 from smollm_jax.loading import is_run, load_for_inference, read_run
+from smollm_jax.sharding import make_mesh
 from smollm_jax.step import make_nll
 
 
@@ -87,9 +88,10 @@ def evaluate_model(
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
-    config = Config(model=model, data=settings)
+    config = Config(model=model, data=settings, compute=ComputeConfig(attention="plain"))
     use_precision_of(jnp.dtype(dtype))
-    nll = jax.jit(make_nll(config, dtype=jnp.dtype(dtype), remat="none"))
+    mesh = make_mesh(config, jax.devices()[:1])
+    nll = jax.jit(make_nll(config, mesh, dtype=jnp.dtype(dtype), remat="none"))
     batches = islice(plain_batches(settings, tokenizer, batch_size), max_batches)
     result = score(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
     assert result is not None

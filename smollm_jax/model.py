@@ -137,8 +137,8 @@ class Block(nnx.Module):
 class SmolLM(nnx.Module):
     """The language model; `dtype` is that of the computation, the parameters are f32.
 
-    `remat` says what the backward pass computes again: "none" (what is cheap), "dots" (all but matrix products),
-    "full".
+    `remat` says what the backward pass computes again: "none" (what is cheap), "dots" (all but the products with
+    weights), "full".
     `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
     `product(letters, x, weights)` that with weights, `keep(layer)` a layer that keeps residuals in another form.
     """
@@ -218,6 +218,7 @@ class SmolLM(nnx.Module):
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         return self.lookup(self.embedding[...], tokens_BT).astype(self.dtype)
 
+    @jax.named_scope("projections")
     def _rope(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 Product = Callable[[str, jax.Array, jax.Array], jax.Array]
-"""`product(letters, x, weights)` is their `einsum` in the dtype of x, whatever that of the weights."""
+"""`product(letters, x, weights)` is their `einsum` in the dtype of x; the weights are float32."""
 
 PRODUCT = "product"  # what remat's policies know the result of one by
 
@@ -26,8 +26,11 @@ def plain_product(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def product_of(mesh: Mesh | None) -> Product:
-    """The product for the devices of `mesh`."""
+    """The product for the devices of `mesh`; the plain one for none."""
     return wide_product if mesh is not None and mesh.devices.flat[0].platform == "cpu" else plain_product
+
+
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def wide_product(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -56,5 +59,3 @@ def _backward(letters: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) ->
 
 
 _wide.defvjp(_forward, _backward)
-
-_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -107,9 +107,9 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
         model = SmolLM.from_params(config.model, params, remat=remat, unroll=config.compute.unroll, **by_device)
-        targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
         with jax.named_scope("head"):
+            targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
             return summed_over(mesh)(x_BTD, model.head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
 
     return nll
@@ -162,7 +162,9 @@ def make_step(
             return value_and_grad(params, tokens, segment_ids)
 
         def add(total, micro):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *micro)), None
+            found = value_and_grad(params, *micro)
+            with jax.named_scope("optimizer"):
+                return jax.tree.map(jnp.add, total, found), None
 
         # every A-th row goes together, so that each device keeps its own rows
         micros = tuple(x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for x in (tokens, segment_ids))

@@ -140,11 +140,13 @@ def test_an_operation_belongs_to_its_innermost_scope():
     assert part_of(f"{layer}/feed_forward/BTD,DF->BTF/dot_general") == "feed-forward"
     assert part_of(f"{layer}/checkpoint/rematted_computation/transpose(jvp(norm))/mul") == "norms"
     assert part_of(f"{layer}/projections/scores/add") == "attention: scores to values"
-    assert part_of(f"{layer}/add") == "scan over layers"
+    assert part_of(f"{layer}/add") == "scan over layers, residuals"
     assert part_of("jit(step)/mul") == "rest"
     program = f'  %dot.2 = f32[4,4]{{1,0}} dot(%a, %b), metadata={{op_name="{layer}/norm/dot_general"}}\n'
-    program += "  ROOT %copy.3 = f32[4,4]{1,0} copy(%dot.2)"
-    assert read_operations(program) == {"dot.2": ("dot", "norms"), "copy.3": ("copy", "XLA's own: copies, fills")}
+    program += "  %copy.3 = f32[4,4]{1,0} copy(%dot.2), metadata={op_name=\"state['params']['head']\"}\n"
+    program += "  ROOT %copy.4 = f32[4,4]{1,0} copy(%copy.3)"
+    own = ("copy", "XLA's own: copies, fills")
+    assert read_operations(program) == {"dot.2": ("dot", "norms"), "copy.3": own, "copy.4": own}
 
 
 def test_the_flops_of_the_parts_are_those_of_the_whole():

@@ -251,14 +251,16 @@ def test_only_a_cpu_multiplies_wide():
     assert product_of(mesh_of("gpu")) is product_of(mesh_of("tpu")) is product_of(None) is plain_product
 
 
+@pytest.mark.parametrize("product", [plain_product, wide_product])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_residuals_kept_as_bits_give_the_same_gradients(remat):
+def test_residuals_kept_as_bits_give_the_same_gradients(remat, product):
     params, tokens = init_params(TINY, 0), tokens_of(TINY, 2, 11)
     segment_ids = jnp.asarray([[1] * 4 + [2] * 7, [1] * 11])
 
     def compiled(keep):
         def loss(p):
-            model = SmolLM.from_params(TINY, p, dtype=jnp.bfloat16, remat=remat, keep=keep)
+            how = {"dtype": jnp.bfloat16, "remat": remat, "keep": keep, "product": product}
+            model = SmolLM.from_params(TINY, p, **how)
             return jnp.square(model(tokens, segment_ids)).mean()
 
         return jax.jit(jax.value_and_grad(loss)).lower(params).compile()

@@ -22,6 +22,7 @@ from smollm_jax.step import (
     compile_steps,
     init_state,
     learning_rate_schedule,
+    make_nll,
     make_optimizer,
     make_step,
 )
@@ -309,6 +310,27 @@ def test_a_cpu_stacks_the_bits_of_bf16(dtype, stacks):
     config = config_of()
     program = compile_step(config, make_mesh(config), 4, dtype=dtype, remat="none").as_text()
     assert (f"u16[{config.model.num_layers}," in program) == stacks
+
+
+def test_a_cpu_multiplies_bf16_with_results_in_f32():
+    """What is multiplied with weights and head, forward and backward; attention has arrays of five dims."""
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield *(var.aval for var in equation.invars), equation.outvars[0].aval
+            for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
+
+    config, rows = config_of(), jnp.ones((4, 13), jnp.int32)
+    nll = make_nll(config, make_mesh(config), dtype=jnp.bfloat16, remat="none")
+    gradient = jax.make_jaxpr(jax.grad(nll))(init_params(config.model, 0), rows, rows)
+    found = [arrays for arrays in products(gradient) if arrays[0].ndim < 5 and arrays[1].ndim < 5]
+    assert len(found) >= 3 * len("q k v o gate up down head".split())
+    assert {tuple(str(array.dtype) for array in arrays) for arrays in found} == {
+        ("bfloat16", "bfloat16", "float32")
+    }
 
 
 def test_remat_auto_takes_the_first_policy_that_fits():
