@@ -122,7 +122,7 @@ class ComputeConfig:
     dtype: Dtype = "auto"
     """Compute dtype over float32 parameters; auto: float32 on a CPU, bfloat16 on GPU and TPU."""
     remat: Remat = "auto"
-    """What the backward pass computes again: what is cheap, all but products of weights, all; auto: by memory."""
+    """What the backward pass recomputes: what is cheap, all but products with weights, all; auto: by memory."""
     attention: AttentionName = "auto"
     """Kernel: plain, splash (TPU), pallas or cudnn (GPU); auto: the best that agrees with plain at the start."""
     coordinator: str | None = None

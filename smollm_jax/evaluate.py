@@ -88,6 +88,7 @@ def evaluate_model(
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
+    # plain: no kernel is checked here as a run checks its own
     config = Config(model=model, data=settings, compute=ComputeConfig(attention="plain"))
     use_precision_of(jnp.dtype(dtype))
     mesh = make_mesh(config, jax.devices()[:1])

@@ -50,7 +50,7 @@ def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens):
         nll, probabilities_BCV = _chunk_nll(head_VD, x_BCD, targets_BC, valid_BC)
         is_target_BCV = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
         dlogits_BCV = ((probabilities_BCV - is_target_BCV) * valid_BC[..., None]).astype(x_BCD.dtype)
-        # f32: the faster product on a CPU, and little to turn round elsewhere; in the other sum chunks add up
+        # f32 results: the faster products on a CPU; elsewhere for dhead, in which the chunks add up
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
         return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
