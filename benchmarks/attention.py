@@ -25,7 +25,7 @@ def kernel(work: Work, name: AttentionName) -> Ready:
     import jax.numpy as jnp
 
     from benchmarks.breakdown import with_gradients
-    from smollm_jax.attention import choose, disagreement, kernel_of
+    from smollm_jax.attention import choose, disagreement, kernel_of, starts_of
     from smollm_jax.config import require
     from smollm_jax.hardware import use_precision_of
 
@@ -34,15 +34,15 @@ def kernel(work: Work, name: AttentionName) -> Ready:
     choose(name, device, dtype)  # raises where it cannot run
     wrong = disagreement(kernel_of(name), work.config.model, dtype)
     require(not wrong, f"{name} is not timed, it is wrong: {wrong}")
-    segment_ids_BT = jnp.asarray(work.rows()[1][:, :-1])
+    start_BT = starts_of(jnp.asarray(work.rows()[1][:, :-1]))
     heads = _head_counts(work.config.model)
-    shape, size = segment_ids_BT.shape, work.config.model.head_dim
+    shape, size = start_BT.shape, work.config.model.head_dim
     keys = jax.random.split(jax.random.key(work.seed), len(heads))
     q, k, v, do = (
         jax.random.normal(key, (*shape, n, size)).astype(dtype) for key, n in zip(keys, heads, strict=True)
     )
     began = time.perf_counter()
-    program = with_gradients(kernel_of(name), do, q, k, v, given=(segment_ids_BT,))
+    program = with_gradients(kernel_of(name), do, q, k, v, given=(start_BT,))
     facts = {"compile": time.perf_counter() - began, "device": kind_of(device)}
 
     def run() -> dict[str, float]:

@@ -69,7 +69,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
 
     from smollm_jax.attention import kernel_of
     from smollm_jax.lookup import lookup_of
-    from smollm_jax.loss import summed_nll, targets_of
+    from smollm_jax.loss import score_of, summed_nll, targets_of
     from smollm_jax.model import SmolLM, init_params
     from smollm_jax.products import product_of
     from smollm_jax.residuals import keep_of
@@ -79,8 +79,15 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     params = init_params(config.model, work.seed)
     lookup = lookup_of(whole.mesh, rows=BATCH_AXES)
     attention = kernel_of(whole.attention, whole.mesh, rows=BATCH_AXES, heads="tensor")
-    by_device = {"product": product_of(whole.mesh), "keep": keep_of(whole.mesh, dtype), "attention": attention}
-    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=config.compute.unroll, **by_device)
+    platform = whole.mesh.devices.flat[0].platform
+    by_device: dict[str, Any] = {
+        "product": product_of(whole.mesh),
+        "keep": keep_of(whole.mesh, dtype),
+        "attention": attention,
+        "unroll": config.compute.unroll_on(platform, config.model.num_layers, whole.remat),
+    }
+    chunk_tokens, score = config.compute.loss_chunk_on(platform), score_of(whole.attention)
+    model = SmolLM.from_params(config.model, params, dtype=dtype, **by_device)
     tokens, segment_ids = map(jnp.asarray, work.rows())
     targets, valid = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
@@ -90,7 +97,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
         return lookup(embedding_VD, tokens_BT).astype(dtype)
 
     def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
-        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, config.compute.loss_chunk)
+        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, chunk_tokens, score)
 
     return {
         "embedding": with_gradients(embed, x_BTD, params["embedding"], given=(tokens[:, :-1],)),
@@ -105,18 +112,20 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.model import positions_of, rope_angles
+    from smollm_jax.attention import starts_of
+    from smollm_jax.model import rope_angles
 
-    blocks, config = model.blocks, model.config
-    rope = rope_angles(positions_of(segment_ids_BT), head_dim=config.head_dim, theta=config.rope_theta)
+    blocks, config, start_BT = model.blocks, model.config, starts_of(segment_ids_BT)
+    positions_BT = jnp.arange(start_BT.shape[1]) - start_BT
+    rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
 
     def joined(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         """In place of attention, so that only the projections are timed."""
         return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, config.num_heads // config.num_kv_heads, axis=2)
 
-    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
         def layer(x_BTNH: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return x_BTNH + model.attention(x_BTNH, k_BTKH, v_BTKH, segment_ids_BT), None
+            return x_BTNH + model.attention(x_BTNH, k_BTKH, v_BTKH, start_BT), None
 
         return jax.lax.scan(layer, q_BTNH, length=config.num_layers, unroll=model.unroll)[0]
 
@@ -129,9 +138,7 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
         "attention: projections and rope": over_layers(
             blocks.attention, lambda attention, x: x + attention(x, rope, joined, model.product)
         ),
-        "attention: scores to values": with_gradients(
-            attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH, given=(segment_ids_BT,)
-        ),
+        "attention: scores to values": with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH, given=(start_BT,)),
         "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x, model.product)),
         "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
     }

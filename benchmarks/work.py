@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from smollm_jax.config import MODELS, RECIPES, ComputeConfig, Config, DataConfig, ModelConfig, RunConfig
+from smollm_jax.config import (
+    MODELS,
+    RECIPES,
+    AttentionName,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+)
 
 Preset = Literal["135M", "360M", "1.7B", "quickstart"]
 Dtype = Literal["float32", "bfloat16"]
@@ -83,7 +92,7 @@ class OurStep:
     program: Any
     mesh: Any
     remat: str
-    attention: str
+    attention: AttentionName
     compile_seconds: float
 
     @property
@@ -96,8 +105,8 @@ def our_step(work: Work) -> OurStep:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.attention import choose_checked
     from smollm_jax.hardware import memory_bytes, use_precision_of
+    from smollm_jax.kernels import choose_checked
     from smollm_jax.sharding import make_mesh, on_devices, padded_rows
     from smollm_jax.step import compile_steps, init_state
 

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from smollm_jax.config import AttentionName, ModelConfig, require
+from smollm_jax.hardware import TRITON_CAPABILITY
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)` gives o_BTNH, causal inside each segment."""
+"""`kernel(q_BTNH, k_BTKH, v_BTKH, start_BT)` gives o_BTNH, causal inside each document; `start_BT` as `starts_of`
+gives it."""
 
 # Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
 # of a long row never exist whole. The backward pass computes them again: kept, they would be most of its memory.
@@ -38,25 +40,29 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: ja
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def packed_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
-    """Causal attention inside each segment of packed rows: (B, T, N, H)."""
+def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
+    """Where the document of each token begins in its row: (B, T) int32. Padding, segment 0, counts as one."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    return jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+
+
+def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
+    """Causal attention inside each document of packed rows: (B, T, N, H)."""
     T = q_BTNH.shape[1]
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, T)
         causal_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        same_BTS = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
+        same_BTS = start_BT[:, start:end, None] == start_BT[:, None, :end]
         mask_BTS = causal_TS & same_BTS
         blocks.append(jax.checkpoint(attend)(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 PLATFORM = {"splash": "tpu", "pallas": "gpu", "cudnn": "gpu"}
-# Triton, which the Pallas kernel is compiled by, begins with Ampere; cuDNN keeps packed documents apart from
-# Hopper on (jax._src.cudnn.fused_attention_stablehlo)
-CAPABILITY = {"pallas": 8.0, "cudnn": 9.0}
+# cuDNN keeps packed documents apart from Hopper on (jax._src.cudnn.fused_attention_stablehlo)
+CAPABILITY = {"pallas": TRITON_CAPABILITY, "cudnn": 9.0}
 # Of the largest entry. Rounding alone was seen to give 0.005 and 0.000001, a leak between documents 1
 TOLERANCE = {"bfloat16": 0.02, "float32": 0.0001}
 
@@ -105,7 +111,7 @@ def kernel_of(name: str, mesh: Mesh | None = None, *, rows: Any = None, heads: A
 def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int = 0) -> str:
     """In words how `kernel` differs from the plain form on a small packed example, or fails; "" if it agrees.
 
-    Values and gradients, three documents and padding, at the model's own heads.
+    Values and gradients, four documents a row, at the model's own heads.
     """
     T, H = 256, config.head_dim
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -113,10 +119,10 @@ def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int =
     q, k, v, do = (jax.random.normal(key, (2, T, n, H)).astype(dtype) for key, n in zip(keys, heads, strict=True))
     ends_2E = jnp.array([[70, 71, 200], [128, 250, 256]])
     index_2T1 = jnp.broadcast_to(jnp.arange(T)[:, None], (2, T, 1))
-    segment_ids = (1 + jnp.sum(index_2T1 >= ends_2E[:, None], axis=-1)) % 4  # the last is padding, 0
+    start_2T = starts_of(jnp.sum(index_2T1 >= ends_2E[:, None], axis=-1))
 
     def outcome(attention: Kernel, *qkv: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segment_ids), *qkv)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, start_2T), *qkv)
         return out, *pull(do.astype(out.dtype))
 
     try:
@@ -130,20 +136,3 @@ def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int =
         if not gap <= TOLERANCE[jnp.dtype(dtype).name]:
             return f"{name} differs from the plain form's by {gap:.2%} of its largest"
     return ""
-
-
-def choose_checked(
-    asked: AttentionName, mesh: Mesh, config: ModelConfig, dtype: Any
-) -> tuple[AttentionName, list[str]]:
-    """`choose`, then the kernel held against the plain form on the device at hand; with notes for the user.
-
-    Where they disagree, "auto" comes to the plain form; a name asked for raises `ValueError`.
-    """
-    name, note = choose(asked, mesh.devices.flat[0], dtype)
-    if name == "plain":
-        return name, [note] if note else []
-    wrong = disagreement(kernel_of(name), config, dtype)
-    require(not wrong or asked == "auto", f"attention={name} failed its check: {wrong}; give plain or auto")
-    if wrong:
-        return "plain", [f"attention   plain: {name} failed its check, {wrong}"]
-    return name, [f"attention   {name}, checked against the plain form"]

@@ -129,10 +129,10 @@ class ComputeConfig:
     """HOST:PORT of the first process, where no launcher tells; each process is then given its number too."""
     num_processes: int | None = None
     process_id: int | None = None
-    unroll: int = 1
-    """Layers a turn of the scan over layers."""
-    loss_chunk: int = 1_024
-    """Tokens whose logits exist at one time."""
+    unroll: int = 0
+    """Layers a turn of the scan over layers; 0: all on a GPU that computes no layer again, else 1."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at one time; 0: 8,192 on a GPU, else 1,024."""
     grad_accum: int = 1
     """Micro-batches a step; the batch is split, the result is that of the whole."""
     compilation_cache_dir: str = "~/.cache/smollm_jax"
@@ -140,8 +140,11 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        for name in ("unroll", "loss_chunk", "grad_accum"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("unroll", "loss_chunk"):
+            require(
+                getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 1, or 0 for the default"
+            )
+        require(self.grad_accum > 0, f"grad_accum={self.grad_accum} must be at least 1")
         job = (self.coordinator, self.num_processes, self.process_id)
         require(
             all(x is None for x in job) or None not in job,
@@ -155,6 +158,14 @@ class ComputeConfig:
                 f"process_id={self.process_id} must lie in 0 to {self.num_processes - 1}, below num_processes",
             )
         self.mesh_sizes  # noqa: B018 - a mistake in it is to surface here
+
+    def unroll_on(self, platform: str, layers: int, remat: str) -> int:
+        """`unroll` on the devices of a platform: a loop on a GPU copies all that is kept for the way back."""
+        return self.unroll or (layers if platform == "gpu" and remat == "none" else 1)
+
+    def loss_chunk_on(self, platform: str) -> int:
+        """`loss_chunk` on the devices of a platform: the fewer, the more often a GPU reads and writes all sums."""
+        return self.loss_chunk or (8_192 if platform == "gpu" else 1_024)
 
     @property
     def mesh_sizes(self) -> dict[str, int]:

@@ -1,9 +1,9 @@
-"""The doors to the fused attention kernels that come with JAX: all three take what `packed_attention` takes.
+"""The doors to the fused attention kernels: all three take what `packed_attention` takes.
 
-splash, for TPU; pallas, for GPUs from Ampere on, written in Pallas and compiled by Triton; cudnn, NVIDIA's
-own, for Hopper and later. The first two get rows padded to whole blocks, the padding a segment of its own that
-lies behind every token. Held to the plain form by tests that interpret them on a CPU and compile them for
-TPU; no GPU has run the latter two yet. Attention.py chooses among them. The letters are those of model.py.
+splash, for TPU, comes with JAX; pallas, for GPUs from Ampere on, is ours (gpu_attention.py); cudnn, for Hopper and
+later, is NVIDIA's own. The first two get rows padded to whole blocks, the padding a document of its own that lies
+behind every token. Held to the plain form by tests that interpret them on a CPU and compile them for TPU, and on
+the device at the start of a run. Attention.py chooses among them. The letters are those of model.py.
 """
 
 from __future__ import annotations
@@ -12,30 +12,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
+from smollm_jax import gpu_attention
 from smollm_jax.attention import Kernel, packed_attention
-
-PADDING = -1  # a segment id that no packed row has
 
 LANES = 128  # of a TPU's vector registers: the kernel's blocks are multiples of it
 LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a v5e core has for a kernel
-
-# Queries and keys a Triton program holds at a time: forward, backward
-PALLAS_BLOCK, PALLAS_BACKWARD_BLOCK = 128, 64
 
 CUDNN_DOCUMENTS = 32  # a row; cuDNN keeps a row's softmax statistics once for each, for the backward pass
 
 
 def splash(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, interpret: bool = False
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """JAX's flash attention for TPU, which leaves out the blocks above the diagonal (Dao 2023)."""
     T, N, H = q_BTNH.shape[1:]
-    q, k, v, segment_ids_BT = _padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, segment_ids_BT)
+    q, k, v, start_BT = _padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, start_BT)
     length = q.shape[1]
     block = max(size for size in range(LANES, LARGEST_SPLASH_BLOCK + 1, LANES) if length % size == 0)
     kernel = splash_kernel.make_splash_mha(
@@ -49,39 +44,27 @@ def splash(
         interpret=interpret,
     )  # fmt: skip
 
-    def of_row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
-        return kernel(q_NTH, k_KTH, v_KTH, splash_kernel.SegmentIds(segment_ids_T, segment_ids_T))
+    def of_row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, start_T: jax.Array) -> jax.Array:
+        return kernel(q_NTH, k_KTH, v_KTH, splash_kernel.SegmentIds(start_T, start_T))
 
     q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    o_BNTH = jax.vmap(of_row)(q_BNTH, k_BKTH, v_BKTH, segment_ids_BT)
+    o_BNTH = jax.vmap(of_row)(q_BNTH, k_BKTH, v_BKTH, start_BT)
     return jnp.swapaxes(o_BNTH, 1, 2)[:, :T]
 
 
 def pallas(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, interpret: bool = False
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """JAX's flash attention for GPU; it knows no groups, so keys and values are repeated to N heads."""
-    T, N, H = q_BTNH.shape[1:]
-    q, k, v, segment_ids_BT = _padded(PALLAS_BLOCK, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    forward, backward = PALLAS_BLOCK, PALLAS_BACKWARD_BLOCK
-    o_BTNH = pallas_gpu.mha(
-        q,
-        _repeated(k, N),
-        _repeated(v, N),
-        segment_ids_BT,
-        sm_scale=H**-0.5,
-        causal=True,
-        block_sizes=pallas_gpu.BlockSizes(
-            block_q=forward, block_k=backward,
-            block_q_dkv=backward, block_kv_dkv=backward, block_q_dq=backward, block_kv_dq=backward,
-        ),
-        interpret=interpret,
-    )  # fmt: skip
-    return o_BTNH[:, :T]
+    """Ours, which goes no further than the documents do."""
+    T = q_BTNH.shape[1]
+    return gpu_attention.attention(*_padded(gpu_attention.BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[
+        :, :T
+    ]
 
 
-def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """cuDNN's flash attention; no device has run this yet, so `auto` does not choose it.
+def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
+    """cuDNN's flash attention, which `auto` does not choose: ours is faster, gives the same bits each time, and
+    needs no memory for documents that are not there (benchmarks/RESULTS.md).
 
     It is told where documents begin and how long they are, for so many of them; a batch with a row of more
     goes the plain way. Keys and values are repeated to N heads: JAX gives cuDNN their offsets in steps of N
@@ -90,7 +73,7 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_B
     from jax._src.cudnn import fused_attention_stablehlo as cudnn_kernel  # jax.nn's door knows no packed rows
 
     N, H = q_BTNH.shape[2:]
-    lengths_BM, offsets_BM1, fits = documents_of(segment_ids_BT, min(CUDNN_DOCUMENTS, segment_ids_BT.shape[1]))
+    lengths_BM, offsets_BM1, fits = documents_of(start_BT, min(CUDNN_DOCUMENTS, start_BT.shape[1]))
 
     def fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         return cudnn_kernel.dot_product_attention(
@@ -107,19 +90,19 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_B
 
     @jax.checkpoint  # else both ways keep for the backward pass what either does
     def plain(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return packed_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return packed_attention(q_BTNH, k_BTKH, v_BTKH, start_BT)
 
     return jax.lax.cond(fits, fused, plain, q_BTNH, k_BTKH, v_BTKH)
 
 
-def documents_of(segment_ids_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Length and beginning of each segment of a row, and whether `most` = M are enough for every row.
+def documents_of(start_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Length and beginning of each document of a row, and whether `most` = M are enough for every row.
 
     Lengths (B, M) and beginnings (B, M+1) are int32 and end in -1, as `dot_product_attention` of
-    jax._src.cudnn.fused_attention_stablehlo asks. Padding, segment 0, counts as a document.
+    jax._src.cudnn.fused_attention_stablehlo asks.
     """
-    T = segment_ids_BT.shape[1]
-    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    T = start_BT.shape[1]
+    begins_BT = start_BT == jnp.arange(T)
     begin_of = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=most + 1, fill_value=T)[0])
     begin_BM1 = begin_of(begins_BT).astype(jnp.int32)  # T behind the last
     lengths_BM = jnp.diff(begin_BM1, axis=1)
@@ -138,7 +121,7 @@ def over(mesh: Mesh | None, kernel: Kernel, *, rows: Any = None, heads: Any = No
     if mesh is None or mesh.size == 1:
         return kernel
 
-    def divided(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    def divided(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
         divides = heads is not None and k_BTKH.shape[2] % mesh.shape[heads] == 0
         of_heads, of_rows = PartitionSpec(rows, None, heads if divides else None), PartitionSpec(rows)
         return jax.shard_map(
@@ -147,17 +130,18 @@ def over(mesh: Mesh | None, kernel: Kernel, *, rows: Any = None, heads: Any = No
             in_specs=(of_heads, of_heads, of_heads, of_rows),
             out_specs=of_heads,
             check_vma=False,  # the kernels do not say over which axes their results vary
-        )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        )(q_BTNH, k_BTKH, v_BTKH, start_BT)
 
     return divided
 
 
 def _padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, segment ids last, with T made a multiple of `multiple`."""
-    missing = -arrays[0].shape[1] % multiple
-    *qkv, segment_ids_BT = arrays
+    """The arrays, `start_BT` last, with T made a multiple of `multiple` by a document of its own."""
+    T = arrays[0].shape[1]
+    missing = -T % multiple
+    *qkv, start_BT = arrays
     padded = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in qkv)
-    return *padded, jnp.pad(segment_ids_BT, ((0, 0), (0, missing)), constant_values=PADDING)
+    return *padded, jnp.pad(start_BT, ((0, 0), (0, missing)), constant_values=T)
 
 
 def _repeated(x_BTKH: jax.Array, N: int) -> jax.Array:

@@ -96,6 +96,7 @@ CHIPS = {
         interconnect_bytes_per_second=450e9,
     ),
 }
+TRITON_CAPABILITY = 8.0  # Ampere: what the GPU kernels are compiled by begins with it
 MEMORY_SHARE = 0.9  # of what the device has; the rest is left to the runtime and the evaluation
 # On a CPU a run's process lives in the same memory: libraries and compiler; of each parameter, a save's copy of
 # the state (12 bytes), and what the writer makes of the moments (8). Three runs of 135M, with steps of 3.3, 7.2

@@ -8,10 +8,18 @@ Returns sums, never means: only the caller knows the targets of the whole step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from smollm_jax.config import AttentionName
+
+Score = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+"""`score(logits_BCV, targets_BC, valid_BC, dtype)` gives the sum of the negative log-likelihoods and its gradient
+to the logits, in `dtype`."""
 
 
 def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -23,33 +31,84 @@ def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.A
     return tokens_BT1[:, 1:], (before == after) & (after != 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def summed_nll(
-    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array, chunk_tokens: int
+# Of the loss as a whole, and of the largest gradients, which are near 1
+TOLERANCE = {"bfloat16": 0.005, "float32": 0.00001}
+
+
+def plain_score(
+    logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, valid_BC)
+    probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
+    is_target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1], dtype=jnp.float32)
+    return nll, ((probabilities_BCV - is_target_BCV) * valid_BC[..., None]).astype(dtype)
+
+
+def gpu_score(
+    logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    from smollm_jax import gpu_loss
+
+    logits_MV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
+    nll_M, dlogits_MV = gpu_loss.score(logits_MV, targets_BC.reshape(-1), valid_BC.reshape(-1), dtype)
+    return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
+
+
+def score_of(attention: AttentionName) -> Score:
+    """The score that goes with a kernel of attention: a GPU's own with a GPU's own."""
+    return gpu_score if attention in {"pallas", "cudnn"} else plain_score
+
+
+def disagreement(score: Score, words: int, dtype: Any, *, seed: int = 0) -> str:
+    """In words how `score` differs from the plain form on a few tokens, or fails; "" if it agrees."""
+    logits_key, targets_key = jax.random.split(jax.random.key(seed))
+    logits_BCV = 4 * jax.random.normal(logits_key, (2, 16, words))
+    targets_BC = jax.random.randint(targets_key, (2, 16), 0, words)
+    valid_BC = jnp.arange(16) % 3 > jnp.arange(2)[:, None] - 1
+    try:
+        nll, d_BCV = jax.jit(lambda logits, targets, valid: score(logits, targets, valid, dtype))(
+            logits_BCV, targets_BC, valid_BC
+        )
+    except Exception as error:  # whatever a compiler may raise: better a slow run than none
+        return f"the loss does not run here: {type(error).__name__}, " + " ".join(str(error).split())[:200]
+    exact, exact_BCV = plain_score(logits_BCV, targets_BC, valid_BC, jnp.float32)
+    if not abs(nll / exact - 1) <= TOLERANCE["float32"]:
+        return f"the loss differs from the plain form's by {abs(nll / exact - 1):.2%}"
+    gap = float(jnp.max(jnp.abs(d_BCV - exact_BCV)))
+    return "" if gap <= TOLERANCE[jnp.dtype(dtype).name] else f"the loss's gradient differs by {gap:.2%}"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    valid_BT: jax.Array,
+    chunk_tokens: int,
+    score: Score = plain_score,
 ) -> jax.Array:
     """Negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
 
     `x_BTD` comes in the compute dtype, `head_VD` as it is kept, so that its gradient is not rounded; about
-    `chunk_tokens` tokens are looked at together.
+    `chunk_tokens` tokens are looked at together, and where a gradient is wanted by `score`.
     """
+    del score
     head_VD = head_VD.astype(x_BTD.dtype)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        nll, _ = _chunk_nll(head_VD, *chunk)
-        return total + nll, None
+        x_BCD, targets_BC, valid_BC = chunk
+        return total + _chunk_nll(_logits(head_VD, x_BCD), targets_BC, valid_BC)[0], None
 
     return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))[0]
 
 
-def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens):
+def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, score):  # noqa: PLR0917
     kept_dtype, head_VD = head_VD.dtype, head_VD.astype(x_BTD.dtype)
 
     def add(carry, chunk):
         total, dhead_VD = carry
         x_BCD, targets_BC, valid_BC = chunk
-        nll, probabilities_BCV = _chunk_nll(head_VD, x_BCD, targets_BC, valid_BC)
-        is_target_BCV = jax.nn.one_hot(targets_BC, head_VD.shape[0], dtype=jnp.float32)
-        dlogits_BCV = ((probabilities_BCV - is_target_BCV) * valid_BC[..., None]).astype(x_BCD.dtype)
+        nll, dlogits_BCV = score(_logits(head_VD, x_BCD), targets_BC, valid_BC, x_BCD.dtype)
         # f32 results: the faster products on a CPU; elsewhere for dhead, in which the chunks add up
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
@@ -62,8 +121,8 @@ def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens):
     return total, (dx_BTD, dhead_VD.astype(kept_dtype))
 
 
-def _backward(chunk_tokens, gradients, cotangent):
-    del chunk_tokens
+def _backward(chunk_tokens, score, gradients, cotangent):
+    del chunk_tokens, score
     dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangent).astype(x.dtype) for x in gradients)
     return dx_BTD, dhead_VD, None, None
 
@@ -71,12 +130,15 @@ def _backward(chunk_tokens, gradients, cotangent):
 summed_nll.defvjp(_forward, _backward)
 
 
-def _chunk_nll(head_VD, x_BCD, targets_BC, valid_BC):
-    logits_BCV = jnp.einsum("BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32)
+def _logits(head_VD: jax.Array, x_BCD: jax.Array) -> jax.Array:
+    return jnp.einsum("BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum, and the logarithm of each token's sum of exponentials."""
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
-    return jnp.sum(jnp.where(valid_BC, log_z_BC - target_BC, 0.0)), probabilities_BCV
+    return jnp.sum(jnp.where(valid_BC, log_z_BC - target_BC, 0.0)), log_z_BC
 
 
 def _chunks(chunk_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smollm_jax.attention import Kernel, packed_attention
+from smollm_jax.attention import Kernel, packed_attention, starts_of
 from smollm_jax.config import ModelConfig, require
 from smollm_jax.lookup import Lookup, plain_lookup
 from smollm_jax.products import PRODUCT, Product, plain_product
@@ -37,14 +37,6 @@ cheap = partial(jax.checkpoint, prevent_cse=False)
 
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
-
-
-def positions_of(segment_ids_BT: jax.Array) -> jax.Array:
-    """Position of each token in its own document: (B, T) int32, 0 where a segment begins."""
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
-    start_BT = jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
-    return index_T - start_BT
 
 
 def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +131,7 @@ class SmolLM(nnx.Module):
 
     `remat` says what the backward pass computes again: "none" (what is cheap), "dots" (all but the products with
     weights), "full".
-    `attention(q, k, v, segment_ids)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
+    `attention(q, k, v, start)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
     `product(letters, x, weights)` that with weights, `keep(layer)` a layer that keeps residuals in another form.
     """
 
@@ -182,17 +174,20 @@ class SmolLM(nnx.Module):
         """Final normed hidden states (B, T, D) of rows whose documents `segment_ids_BT` keeps apart."""
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
-        rope = self._rope(positions_of(segment_ids_BT))
+        start_BT = starts_of(segment_ids_BT)
+        rope = self._rope(jnp.arange(start_BT.shape[1]) - start_BT)
         graphdef, stacked = nnx.split(self.blocks)
 
         @jax.named_scope("scores")
         def core(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-            return self.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+            return self.attention(q_BTNH, k_BTKH, v_BTKH, start_BT)
 
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
             return nnx.merge(graphdef, weights)(x_BTD, rope, core, self.product)
 
-        apply, x_BTD = self.keep(_rematerialise(layer, self.remat)), self._embed(tokens_BT)
+        in_a_loop = self.unroll < self.config.num_layers
+        apply = self.keep(_rematerialise(layer, self.remat, in_a_loop=in_a_loop))
+        x_BTD = self._embed(tokens_BT)
         with jax.named_scope("layers"):
             x_BTD, _ = jax.lax.scan(
                 lambda x, weights: (apply(x, weights), None), x_BTD, stacked, unroll=self.unroll
@@ -246,12 +241,13 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return create(rngs)
 
 
-def _rematerialise(layer: Layer, remat: Policy) -> Layer:
+def _rematerialise(layer: Layer, remat: Policy, *, in_a_loop: bool) -> Layer:
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
     policy = {"dots": policies.save_only_these_names(PRODUCT), "full": policies.nothing_saveable}[remat]
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    # only where all layers stand in one program can XLA see that what is computed again was there before
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_a_loop)
 
 
 def _check_same_leaves(expected: Params, params: Params) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from smollm_jax.attention import choose_checked
 from smollm_jax.checkpoint import Checkpoints
 from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict
@@ -29,6 +28,7 @@ from smollm_jax.generation import Generator
 from smollm_jax.hardware import compute_dtype, memory_bytes, use_precision_of
 from smollm_jax.introduction import introduce
 from smollm_jax.inventory import Found
+from smollm_jax.kernels import choose_checked
 from smollm_jax.model import Policy
 from smollm_jax.origin import Origin, find_origin
 from smollm_jax.processes import Processes

@@ -19,7 +19,7 @@ from smollm_jax.attention import choose, kernel_of
 from smollm_jax.config import MESH_AXES, Config, OptimizerConfig, require
 from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
-from smollm_jax.loss import summed_nll, targets_of
+from smollm_jax.loss import Score, plain_score, score_of, summed_nll, targets_of
 from smollm_jax.model import Policy, SmolLM, init_params
 from smollm_jax.products import product_of
 from smollm_jax.residuals import keep_of
@@ -94,10 +94,12 @@ def _state_of(config: Config, params: Any) -> State:
     return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
 
 
-def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy) -> Callable:
+def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, unroll: int = 1) -> Callable:
     """`nll(params, tokens_BT1, segment_ids_BT1)`: nats summed over the targets of the rows, f32."""
     name = choose(config.compute.attention, mesh.devices.flat[0], dtype)[0] if mesh is not None else "plain"
+    chunk_tokens = config.compute.loss_chunk_on(platform_of(mesh))
     by_device = {
+        "unroll": unroll,
         "dtype": dtype,
         "attention": kernel_of(name, mesh, rows=BATCH_AXES, heads="tensor"),
         "lookup": lookup_of(mesh, rows=BATCH_AXES),
@@ -106,28 +108,35 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
     }
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
-        model = SmolLM.from_params(config.model, params, remat=remat, unroll=config.compute.unroll, **by_device)
+        model = SmolLM.from_params(config.model, params, remat=remat, **by_device)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
         with jax.named_scope("head"):
             targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            return summed_over(mesh)(x_BTD, model.head_VD, targets_BT, valid_BT, config.compute.loss_chunk)
+            return summed_over(mesh, score_of(name))(x_BTD, model.head_VD, targets_BT, valid_BT, chunk_tokens)
 
     return nll
 
 
-def summed_over(mesh: Mesh | None) -> Callable[..., jax.Array]:
+def platform_of(mesh: Mesh | None) -> str:
+    return "cpu" if mesh is None else mesh.devices.flat[0].platform
+
+
+def summed_over(mesh: Mesh | None, score: Score = plain_score) -> Callable[..., jax.Array]:
     """`summed_nll` over the tokens of all devices: each goes through its own with the whole head, and the sums
     are added up once, at the end, where the partitioner would add up the head's gradient after every chunk.
     The devices of `tensor`, which have the same rows, take a part of each.
     """
 
+    def summed(*arguments: Any) -> jax.Array:
+        return summed_nll(*arguments, score)
+
     if mesh is None or mesh.size == 1:
-        return summed_nll
+        return summed
 
     def everywhere(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
         def here(x_BTD, head_VD, targets_BT, valid_BT) -> jax.Array:
             # and with it, going back, the head's gradient, in f32
-            return jax.lax.psum(summed_nll(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens), MESH_AXES)
+            return jax.lax.psum(summed(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens), MESH_AXES)
 
         pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape["tensor"])]
         arrays = jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad)
@@ -153,7 +162,8 @@ def make_step(
     were of each kind. Where one is `VOID`, or none is `GO` and no row has a target, the data having ended, the
     step counts for nothing.
     """
-    value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat))
+    unroll = config.compute.unroll_on(platform_of(mesh), config.model.num_layers, remat)
+    value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll))
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
     accumulate = config.compute.grad_accum
 

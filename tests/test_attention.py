@@ -17,8 +17,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from smollm_jax import fused_attention
-from smollm_jax.attention import choose, choose_checked, disagreement, packed_attention
+from smollm_jax.attention import choose, disagreement, packed_attention, starts_of
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.kernels import choose_checked
 from smollm_jax.step import compile_step, init_state, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
@@ -33,12 +34,12 @@ def random_rows(seed, *, rows=2, length=256, heads=(9, 3), head_dim=64, dtype=jn
     segment_ids = 1 + np.cumsum(begins, axis=1).astype(np.int32)
     for row, padding in enumerate(rng.integers(0, length // 3, rows)):
         segment_ids[row, length - padding :] = 0
-    return *arrays, jnp.asarray(segment_ids)
+    return *arrays, starts_of(jnp.asarray(segment_ids))
 
 
 def outcome(kernel, *rows):
-    q, k, v, do, segment_ids = rows
-    out, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, segment_ids), q, k, v)
+    q, k, v, do, start = rows
+    out, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, start), q, k, v)
     return out, *pull(do)
 
 
@@ -53,6 +54,7 @@ def interpreted(name):
     [
         (0, {"length": 256}),
         (1, {"length": 384}),
+        (5, {"length": 700, "rows": 3}),
         (2, {"length": 100, "rows": 1}),
         (3, {"length": 129, "heads": (4, 2)}),
         (4, {"length": 128, "heads": (3, 3), "head_dim": 32}),
@@ -74,7 +76,7 @@ def test_documents_and_the_future_have_exactly_no_influence(name):
     kernel, at = interpreted(name), 80  # of the second document, 50 to 109
 
     def output_at(k, v):
-        return jnp.sum(kernel(q, k, v, segment_ids)[0, at])
+        return jnp.sum(kernel(q, k, v, starts_of(segment_ids))[0, at])
 
     for gradient in jax.grad(output_at, argnums=(0, 1))(k, v):
         reach_T = np.abs(np.asarray(gradient)).sum(axis=(0, 2, 3))
@@ -132,11 +134,11 @@ def test_a_name_that_cannot_run_is_refused_in_one_line(name, at, why):
 def test_the_check_at_the_start_finds_a_leak_a_wrong_gradient_and_a_kernel_that_does_not_run():
     config = MODELS["quickstart"]
 
-    def leaky(q, k, v, segment_ids):
-        return packed_attention(q, k, v, jnp.ones_like(segment_ids))
+    def leaky(q, k, v, start):
+        return packed_attention(q, k, v, jnp.zeros_like(start))
 
-    def without_dk(q, k, v, segment_ids):
-        return packed_attention(q, jax.lax.stop_gradient(k), v, segment_ids)
+    def without_dk(q, k, v, start):
+        return packed_attention(q, jax.lax.stop_gradient(k), v, start)
 
     assert disagreement(packed_attention, config, jnp.bfloat16) == ""
     assert "the output differs" in disagreement(leaky, config, jnp.bfloat16)
@@ -190,26 +192,27 @@ def test_the_pallas_kernel_lowers_for_cuda(length):
     traced = jax.jit(partial(outcome, fused_attention.pallas)).trace(*rows)
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("@__gpu$xla.gpu.triton") == 3
-    assert "mha_forward" in program
-    assert "mha_backward" in program
+    assert "attention_forward" in program
+    assert "attention_backward" in program
     assert f"{length}x{length}x" not in program
 
 
 def test_documents_are_told_to_cudnn_where_they_lie():
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [4, 5, 5, 5, 5, 5, 5, 5]])
-    lengths, offsets, fits = fused_attention.documents_of(segment_ids, 4)
+    start = starts_of(segment_ids)
+    lengths, offsets, fits = fused_attention.documents_of(start, 4)
     assert lengths.tolist() == [[3, 2, 1, 2], [1, 7, -1, -1]]
     assert offsets.tolist() == [[0, 3, 5, 6, -1], [0, 1, -1, -1, -1]]
     assert fits
-    assert not fused_attention.documents_of(segment_ids, 3)[2]
+    assert not fused_attention.documents_of(start, 3)[2]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cudnn_would_read_each_document_and_nothing_else(seed):
     """What JAX hands to cuDNN, read as cuDNN's documentation of ragged tensors has it: segment i is so many
     tokens from element `offset[i]` of the batch laid flat."""
-    q, k, v, _, segment_ids = random_rows(seed, length=64, heads=(3, 3), head_dim=8)
-    lengths, offsets, fits = fused_attention.documents_of(segment_ids, 64)
+    q, k, v, _, start_BT = random_rows(seed, length=64, heads=(3, 3), head_dim=8)
+    lengths, offsets, fits = fused_attention.documents_of(start_BT, 64)
     assert fits
     lengths, _, offsets, _ = cudnn_kernel._fix_seqlen_offsets(lengths, lengths, offsets, offsets, q, k)
     flat, starts = [np.asarray(x).reshape(-1) for x in (q, k, v)], np.asarray(offsets).reshape(-1)
@@ -219,7 +222,7 @@ def test_cudnn_would_read_each_document_and_nothing_else(seed):
         document = [jnp.asarray(x[start:end].reshape(1, length, 3, 8)) for x in flat]
         if length:
             out[start:end] = np.asarray(packed_attention(*document, jnp.ones((1, length)))).reshape(-1)
-    np.testing.assert_allclose(out.reshape(q.shape), packed_attention(q, k, v, segment_ids), atol=1e-5)
+    np.testing.assert_allclose(out.reshape(q.shape), packed_attention(q, k, v, start_BT), atol=1e-5)
 
 
 def test_the_cudnn_kernel_lowers_for_cuda(monkeypatch):
@@ -279,8 +282,8 @@ def test_the_train_step_lowers_for_a_gpu_with_the_kernel_in_it():
     state = jax.eval_shape(partial(init_state, config, mesh_of(jax.devices())))
     rows = jax.ShapeDtypeStruct((4, config.data.seq_len + 1), jnp.int32)
     program = jax.jit(step).trace(state, rows, rows).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mha_forward" in program
-    assert "mha_backward" in program
+    assert "attention_forward" in program
+    assert "attention_backward" in program
     unique = re.findall(r"scatter.*?unique_indices = (\w+)", program, re.DOTALL)
     assert unique
     assert set(unique) == {"true"}

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smollm_jax.attention import QUERY_BLOCK
+from smollm_jax.attention import QUERY_BLOCK, starts_of
 from smollm_jax.config import MODELS, ModelConfig
 from smollm_jax.model import (
     SmolLM,
     init_params,
     params_of,
-    positions_of,
     rope_angles,
     rotate,
 )
@@ -184,10 +183,9 @@ def test_heads_share_positions_and_differ_only_by_their_weights():
     np.testing.assert_allclose(SmolLM.from_params(TINY, params)(tokens), straight, atol=1e-5)
 
 
-def test_positions_restart_in_each_document():
+def test_documents_begin_where_the_segment_changes():
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [4, 4, 5, 5, 5, 5, 5, 6]])
-    expected = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 0, 1, 2, 3, 4, 0]]
-    assert positions_of(segment_ids).tolist() == expected
+    assert starts_of(segment_ids).tolist() == [[0, 0, 0, 3, 3, 5, 6, 6], [0, 0, 2, 2, 2, 2, 2, 7]]
 
 
 @pytest.mark.parametrize("lengths", [(3, 1, 8), (5, 7), (QUERY_BLOCK - 2, 9, 60)])

@@ -1,0 +1,79 @@
+"""A chunk's loss and the gradient of its logits in one kernel, for GPUs from Ampere on.
+
+Logits are the largest thing a step has in memory. XLA reads them three times: for each token's greatest, for the
+sum of the exponentials, and for the gradient. Here a program has a token: it reads that token's logits for
+greatest and sum together (Milakov & Gimelshein 2018), and while they are still in the cache once more for the
+gradient. The letters are those of model.py; a chunk has M tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+# Words at a time, and warps: few programs at a time on a multiprocessor, so that their logits fit the cache
+WORDS, WARPS = 4_096, 16
+LOWEST = -1e30
+LOG2_E = math.log2(math.e)  # a GPU's own exponential is that to base 2
+
+
+def score(
+    logits_MV: jax.Array, targets_M: jax.Array, valid_M: jax.Array, dtype: Any, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihoods (M,) in nats of f32 logits, 0 where not valid, and the gradient of their sum to the
+    logits, (M, V) in `dtype`.
+    """
+    M, V = logits_MV.shape
+    words = pl.BlockSpec((None, pl.cdiv(V, WORDS) * WORDS), lambda m: (m, 0))
+    tokens = pl.BlockSpec((M,), lambda _: (0,))
+    nll_M, dlogits_MV = pl.pallas_call(
+        partial(_kernel, V=V),
+        grid=(M,),
+        in_specs=[words, tokens, tokens],
+        out_specs=[tokens, words],
+        out_shape=[jax.ShapeDtypeStruct((M,), jnp.float32), jax.ShapeDtypeStruct((M, V), dtype)],
+        compiler_params=plt.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        name="loss",
+    )(logits_MV, targets_M, valid_M.astype(jnp.float32))
+    return nll_M, dlogits_MV
+
+
+def _kernel(logits_ref, targets_ref, valid_ref, nll_ref, dlogits_ref, *, V: int):
+    token = pl.program_id(0)
+    target, valid, turns = targets_ref[token], valid_ref[token], pl.cdiv(V, WORDS)
+
+    def of_turn(j):
+        words = pl.ds(j * WORDS, WORDS)
+        word_W = j * WORDS + jnp.arange(WORDS)
+        return words, word_W, plt.load(logits_ref.at[words], mask=word_W < V, other=LOWEST)
+
+    def look(j, carry):
+        best_W, sum_W = carry
+        *_, logit_W = of_turn(j)
+        new_W = jnp.maximum(best_W, logit_W)
+        return new_W, sum_W * _exp(best_W - new_W) + _exp(logit_W - new_W)
+
+    start = jnp.full(WORDS, LOWEST, jnp.float32), jnp.zeros(WORDS, jnp.float32)
+    best_W, sum_W = jax.lax.fori_loop(0, turns, look, start)
+    best = jnp.max(best_W)
+    total = jnp.sum(sum_W * _exp(best_W - best))
+    # the greatest is taken off first: beside a large one the logarithm would lose its digits
+    nll_ref[token] = valid * (best - logits_ref[target] + jnp.log2(total) / LOG2_E)
+
+    def write(j, _):
+        words, word_W, logit_W = of_turn(j)
+        d_W = valid * (_exp(logit_W - best) / total - (word_W == target).astype(jnp.float32))
+        plt.store(dlogits_ref.at[words], d_W.astype(dlogits_ref.dtype), mask=word_W < V)
+
+    jax.lax.fori_loop(0, turns, write, None)
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    return jnp.exp2(x * LOG2_E)
