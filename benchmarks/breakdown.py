@@ -68,6 +68,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     import jax.numpy as jnp
 
     from smollm_jax.attention import kernel_of
+    from smollm_jax.kernels import joined_of
     from smollm_jax.lookup import lookup_of
     from smollm_jax.loss import score_of, summed_nll, targets_of
     from smollm_jax.model import SmolLM, init_params
@@ -84,6 +85,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
         "product": product_of(whole.mesh),
         "keep": keep_of(whole.mesh, dtype),
         "attention": attention,
+        "joined": joined_of(whole.attention, whole.mesh),
         "unroll": config.compute.unroll_on(platform, config.model.num_layers, whole.remat),
     }
     chunk_tokens, score = config.compute.loss_chunk_on(platform), score_of(whole.attention)
@@ -119,7 +121,7 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     positions_BT = jnp.arange(start_BT.shape[1]) - start_BT
     rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
 
-    def joined(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+    def mixed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
         """In place of attention, so that only the projections are timed."""
         return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, config.num_heads // config.num_kv_heads, axis=2)
 
@@ -136,10 +138,10 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll, keep=model.keep)
     return {
         "attention: projections and rope": over_layers(
-            blocks.attention, lambda attention, x: x + attention(x, rope, joined, model.product)
+            blocks.attention, lambda attention, x: x + attention(x, rope, mixed, model.product, model.joined)
         ),
         "attention: scores to values": with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH, given=(start_BT,)),
-        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x, model.product)),
+        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x, model.product, model.joined)),
         "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
     }
 

@@ -1,16 +1,29 @@
 """The kernels of a run, held against the plain forms on the device at hand before its first step.
 
-Those of a device stand and fall together: where attention is the plain one, so is the loss.
+Those of a device stand and fall together: where attention is the plain one, so are the loss and the layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
 from smollm_jax import attention, loss
 from smollm_jax.config import AttentionName, ModelConfig, require
+from smollm_jax.sharding import BATCH_AXES
+
+if TYPE_CHECKING:
+    from smollm_jax.gpu_layer import Joined
+
+
+def joined_of(name: AttentionName, mesh: Mesh | None) -> Joined | None:
+    """What goes with the attention called `name`: on GPUs matrices side by side, unless devices divide them."""
+    if attention.PLATFORM.get(name) != "gpu" or (mesh is not None and mesh.size > 1 and mesh.shape["tensor"] > 1):
+        return None
+    from smollm_jax.gpu_layer import joined
+
+    return joined(mesh, rows=BATCH_AXES)
 
 
 def choose_checked(
@@ -24,9 +37,11 @@ def choose_checked(
     if name == "plain":
         return name, [note] if note else []
     wrong = attention.disagreement(attention.kernel_of(name), config, dtype)
-    score = loss.score_of(name)
-    if not wrong and score is not loss.plain_score:
-        wrong = loss.disagreement(score, config.vocab_size, dtype)
+    if not wrong and attention.PLATFORM[name] == "gpu":
+        from smollm_jax import gpu_layer
+
+        wrong = loss.disagreement(loss.score_of(name), config.vocab_size, dtype)
+        wrong = wrong or gpu_layer.disagreement(gpu_layer.joined(), config, dtype)
     require(not wrong or asked == "auto", f"attention={name} failed its check: {wrong}; give plain or auto")
     if wrong:
         return "plain", [f"attention   plain: {name} failed its check, {wrong}"]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from smollm_jax.attention import PLATFORM
 from smollm_jax.config import AttentionName
 
 Score = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
@@ -56,7 +57,7 @@ def gpu_score(
 
 def score_of(attention: AttentionName) -> Score:
     """The score that goes with a kernel of attention: a GPU's own with a GPU's own."""
-    return gpu_score if attention in {"pallas", "cudnn"} else plain_score
+    return gpu_score if PLATFORM.get(attention) == "gpu" else plain_score
 
 
 def disagreement(score: Score, words: int, dtype: Any, *, seed: int = 0) -> str:

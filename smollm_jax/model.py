@@ -29,6 +29,7 @@ from smollm_jax.residuals import Keep, Layer, as_they_are
 
 if TYPE_CHECKING:
     from smollm_jax.decoder import Decoder
+    from smollm_jax.gpu_layer import Joined
 
 # What costs next to nothing to compute is computed again for the backward pass, whatever `remat` says: kept, it
 # would be most of what a layer keeps. A scan over the layers keeps XLA from merging the two computations; where
@@ -85,11 +86,14 @@ class Attention(nnx.Module):
         self.o = init(N, H, D)
 
     @jax.named_scope("projections")
-    def __call__(self, x_BTD, rope, core: Callable, product: Product) -> jax.Array:
+    def __call__(self, x_BTD, rope, core: Callable, product: Product, joined: Joined | None) -> jax.Array:
         """`core(q, k, v)` is the attention proper: over the row in training, over a cache in decoding."""
-        q_BTNH = rotate(product("BTD,DNH->BTNH", x_BTD, self.q[...]), rope)
-        k_BTKH = rotate(product("BTD,DKH->BTKH", x_BTD, self.k[...]), rope)
-        v_BTKH = product("BTD,DKH->BTKH", x_BTD, self.v[...])
+        if joined:
+            q_BTNH, k_BTKH, v_BTKH = joined.heads(x_BTD, self.q[...], self.k[...], self.v[...], rope)
+        else:
+            q_BTNH = rotate(product("BTD,DNH->BTNH", x_BTD, self.q[...]), rope)
+            k_BTKH = rotate(product("BTD,DKH->BTKH", x_BTD, self.k[...]), rope)
+            v_BTKH = product("BTD,DKH->BTKH", x_BTD, self.v[...])
         return product("BTNH,NHD->BTD", core(q_BTNH, k_BTKH, v_BTKH), self.o[...])
 
 
@@ -102,7 +106,9 @@ class MLP(nnx.Module):
         self.gate, self.up, self.down = init(D, F), init(D, F), init(F, D)
 
     @jax.named_scope("feed_forward")
-    def __call__(self, x_BTD: jax.Array, product: Product) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, product: Product, joined: Joined | None) -> jax.Array:
+        if joined:
+            return joined.feed_forward(x_BTD, self.gate[...], self.up[...], self.down[...])
         gate_BTF, up_BTF = (product("BTD,DF->BTF", x_BTD, weights[...]) for weights in (self.gate, self.up))
 
         @cheap
@@ -121,9 +127,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTD, rope, core: Callable, product: Product) -> jax.Array:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, core, product)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), product)
+    def __call__(self, x_BTD, rope, core: Callable, product: Product, joined: Joined | None) -> jax.Array:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, core, product, joined)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD), product, joined)
 
 
 class SmolLM(nnx.Module):
@@ -132,7 +138,8 @@ class SmolLM(nnx.Module):
     `remat` says what the backward pass computes again: "none" (what is cheap), "dots" (all but the products with
     weights), "full".
     `attention(q, k, v, start)` is that over packed rows, `lookup(embedding, tokens)` that of tokens,
-    `product(letters, x, weights)` that with weights, `keep(layer)` a layer that keeps residuals in another form.
+    `product(letters, x, weights)` that with weights, `keep(layer)` a layer that keeps residuals in another form,
+    `joined` what a layer does with matrices side by side, None: with each alone.
     """
 
     def __init__(
@@ -147,9 +154,11 @@ class SmolLM(nnx.Module):
         lookup: Lookup = plain_lookup,
         keep: Keep = as_they_are,
         product: Product = plain_product,
+        joined: Joined | None = None,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll
         self.attention, self.lookup, self.keep, self.product = attention, lookup, keep, product
+        self.joined = joined
         self.embedding = _normal(rngs, config.initializer_range, config.vocab_size, config.hidden_size)
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = RMSNorm(config)
@@ -183,7 +192,7 @@ class SmolLM(nnx.Module):
             return self.attention(q_BTNH, k_BTKH, v_BTKH, start_BT)
 
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
-            return nnx.merge(graphdef, weights)(x_BTD, rope, core, self.product)
+            return nnx.merge(graphdef, weights)(x_BTD, rope, core, self.product, self.joined)
 
         in_a_loop = self.unroll < self.config.num_layers
         apply = self.keep(_rematerialise(layer, self.remat, in_a_loop=in_a_loop))

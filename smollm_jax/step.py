@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from smollm_jax.attention import choose, kernel_of
 from smollm_jax.config import MESH_AXES, Config, OptimizerConfig, require
+from smollm_jax.kernels import joined_of
 from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
 from smollm_jax.loss import Score, plain_score, score_of, summed_nll, targets_of
@@ -104,6 +105,7 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
         "attention": kernel_of(name, mesh, rows=BATCH_AXES, heads="tensor"),
         "lookup": lookup_of(mesh, rows=BATCH_AXES),
         "product": product_of(mesh),
+        "joined": joined_of(name, mesh),
         "keep": keep_of(mesh, dtype),
     }
 

@@ -282,8 +282,10 @@ def test_the_train_step_lowers_for_a_gpu_with_the_kernel_in_it():
     state = jax.eval_shape(partial(init_state, config, mesh_of(jax.devices())))
     rows = jax.ShapeDtypeStruct((4, config.data.seq_len + 1), jnp.int32)
     program = jax.jit(step).trace(state, rows, rows).lower(lowering_platforms=("cuda",)).as_text()
-    assert "attention_forward" in program
-    assert "attention_backward" in program
+    # the loss; in each layer attention, again for the way back, there twice, and heads and feed-forward
+    assert program.count("@__gpu$xla.gpu.triton") == 7
+    for name in ("attention_forward", "attention_backward", "loss", "heads_backward", "gated_backward"):
+        assert name in program
     unique = re.findall(r"scatter.*?unique_indices = (\w+)", program, re.DOTALL)
     assert unique
     assert set(unique) == {"true"}
