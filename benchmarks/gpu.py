@@ -48,9 +48,9 @@ PARTS = (
         for size in (32, 64)
     ),
     Part(
-        "train, cudnn and larger chunks, ours alone",
+        "train, cuDNN's attention, ours alone",
         "benchmarks.train --batch-sizes 32 --seq-len 2048 --documents 4 --dtypes bfloat16 --peers --steps 5 "
-        "--rounds 3 --compute.attention cudnn --compute.loss-chunk 8192",
+        "--rounds 3 --compute.attention cudnn",
         90,
     ),
     Part("limits", "benchmarks.limits --tokens 65536 --dtypes bfloat16 --rounds 3", 40),
