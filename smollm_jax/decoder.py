@@ -3,17 +3,20 @@
 Layers are apart, since XLA reads leaves of their own faster than slices of a stack, with query, key and value
 in one matrix and gate and up in one. How a matrix lies in memory is `Matrix`'s alone to know: the layout that
 is fastest for a single row differs between bf16 on a CPU and all else. Tests hold it to the logits of `SmolLM`.
+On a GPU a few rows of one token each go through kernels of our own (gpu_decode.py).
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smollm_jax.attention import QUERY_BLOCK, attend
+from smollm_jax.attention import QUERY_BLOCK, attend, choose
 from smollm_jax.config import ModelConfig
 from smollm_jax.model import RMSNorm, SmolLM, rope_angles, rotate
 
@@ -76,11 +79,17 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The weights of a `SmolLM` for decoding in its compute dtype; `dtype` is that of activations and cache."""
+    """The weights of a `SmolLM` for decoding in its compute dtype; `dtype` is that of activations and cache.
 
-    def __init__(self, model: SmolLM):
+    `kernels` says whether steps of one token use those of gpu_decode.py; if None, where they are for the device
+    and agree with the plain form on it.
+    """
+
+    def __init__(self, model: SmolLM, *, kernels: bool | None = None, interpret: bool = False):
+        self.kernels = _wants_kernels(model) if kernels is None else kernels
+        self.interpret = interpret
         # XLA:CPU has no fast product of bf16 weights with one vector, so there we write our own
-        streamed = model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+        streamed = not self.kernels and model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
         # and it turns f32 to bf16 and back one number at a time: only the weights gain by being short
         self.config, self.dtype = model.config, jnp.dtype(jnp.float32) if streamed else model.dtype
         stacked = nnx.to_pure_dict(nnx.state(model.blocks, nnx.Param))
@@ -112,6 +121,8 @@ class Decoder(nnx.Module):
         config = self.config
         rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
         x_BTD, grown = self.embedding[...][tokens_BT], []
+        if self._uses_kernels(*tokens_BT.shape):
+            return self._step(x_BTD, rope, positions_BT, cache)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             q_BTNH, k_BTKH, v_BTKH = self._heads(layer, layer.attention_norm(x_BTD))
             k_BKSH, v_BKSH = _write(layer_cache, rotate(k_BTKH, rope), v_BTKH, positions_BT)
@@ -126,11 +137,54 @@ class Decoder(nnx.Module):
         """f32 logits (..., V) of features (..., D)."""
         return self.head(x_BTD, jnp.float32)
 
+    def _uses_kernels(self, B: int, T: int) -> bool:
+        if not self.kernels or T > 1:
+            return False
+        from smollm_jax import gpu_decode
+
+        return B <= gpu_decode.MOST_ROWS
+
+    def _step(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions_BT: jax.Array,
+        cache: tuple[LayerCache, ...],
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """`features` of one token a row, by the kernels."""
+        from smollm_jax.gpu_decode import layer_step
+
+        cos_BH, sin_BH = (part_BT1H[:, 0, 0] for part_BT1H in rope)
+        x_BD, position_B, grown = x_BTD[:, 0], positions_BT[:, 0].astype(jnp.int32), []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x_BD, new = layer_step(
+                x_BD, (cos_BH, sin_BH), position_B, layer_cache, layer, interpret=self.interpret
+            )
+            grown.append(new)
+        return self.final_norm(x_BD[:, None]), tuple(grown)
+
     def _heads(self, layer: DecoderLayer, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         B, T, _ = x_BTD.shape
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads = layer.qkv(x_BTD).reshape(B, T, N + 2 * K, H)
         return heads[:, :, :N], heads[:, :, N : N + K], heads[:, :, N + K :]
+
+
+def _wants_kernels(model: SmolLM) -> bool:
+    # nothing can be tried while a program is being traced
+    traced = isinstance(model.embedding[...], jax.core.Tracer)
+    fits = not traced and choose("auto", jax.devices()[0], model.dtype)[0] == "pallas"
+    return fits and _kernels_agree(model.config, model.dtype)
+
+
+@functools.cache
+def _kernels_agree(config: ModelConfig, dtype: Any) -> bool:
+    from smollm_jax import gpu_decode
+
+    wrong = gpu_decode.disagreement(config, dtype)
+    if wrong:
+        print(f"decoding    plain: the kernels failed their check, {wrong}", file=sys.stderr)
+    return not wrong
 
 
 def _stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
