@@ -31,13 +31,13 @@ from smollm_jax.model import SmolLM, params_of
 if TYPE_CHECKING:
     from smollm_jax.decoder import DecoderLayer, LayerCache
 
-# Outputs of a program, and its warps; inputs at a time and keys at a time are powers of two
-QKV_OUTPUTS, QKV_WARPS = 8, 4
-O_OUTPUTS, O_WARPS = 8, 4
+# Outputs of a program, and its warps: the fastest of those tried on an H200 (benchmarks/RESULTS.md). Inputs at a time and keys at a time are powers of two
+QKV_OUTPUTS, QKV_WARPS = 4, 4
+O_OUTPUTS, O_WARPS = 4, 4
 GATED_OUTPUTS, GATED_WARPS = 8, 4
-DOWN_OUTPUTS, DOWN_WARPS = 8, 4
+DOWN_OUTPUTS, DOWN_WARPS = 4, 4
 INPUTS = 2_048
-KEYS, ATTENTION_WARPS, ATTENTION_STAGES = 128, 4, 2
+KEYS, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
 MOST_ROWS = 4  # a program multiplies its weights with each row in turn
 MASKED = -1e30
 LOG2_E = math.log2(math.e)
