@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import statistics
 import sys
 import traceback
 from collections.abc import Callable
@@ -79,8 +80,16 @@ def compare(sides: dict[str, Callable[[], Ready]], *, rounds: int, alone: bool =
     for _ in range(1 if on_accelerator() else TURNS_ALONE):
         for name, make in sides.items():
             found, before = _in_turn({name: make}, rounds)[name], outcomes.get(name)
+            _show(name, found)  # a lease may end before the table comes
             outcomes[name] = _joined(before, found) if before else found
     return outcomes
+
+
+def _show(name: str, outcome: Outcome) -> None:
+    rounds = outcome.rounds or [{}]
+    medians = {what: statistics.median(outcome.of(what)) for what in rounds[0]}
+    seconds = ", ".join(f"{what} {value:.4g} s" for what, value in medians.items())
+    print(f"{name}: {outcome.failed or seconds}", file=sys.stderr, flush=True)
 
 
 def _joined(before: Outcome, found: Outcome) -> Outcome:

@@ -31,7 +31,8 @@ from smollm_jax.model import SmolLM, params_of
 if TYPE_CHECKING:
     from smollm_jax.decoder import DecoderLayer, LayerCache
 
-# Outputs of a program, and its warps: the fastest of those tried on an H200 (benchmarks/RESULTS.md). Inputs at a time and keys at a time are powers of two
+# Outputs of a program, and its warps: the fastest of those tried on an H200 (benchmarks/RESULTS.md); inputs at a
+# time and keys at a time are powers of two
 QKV_OUTPUTS, QKV_WARPS = 4, 4
 O_OUTPUTS, O_WARPS = 4, 4
 GATED_OUTPUTS, GATED_WARPS = 8, 4
