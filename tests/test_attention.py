@@ -21,6 +21,7 @@ from smollm_jax.attention import choose, disagreement, packed_attention, starts_
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.kernels import choose_checked
 from smollm_jax.step import compile_step, init_state, make_step
+from tests.lowering import KERNEL, lowered_for_cuda
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
@@ -189,9 +190,8 @@ def test_with_eight_devices():
 @pytest.mark.parametrize("length", [200, 2_048])
 def test_the_pallas_kernel_lowers_for_cuda(length):
     rows = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in random_rows(0, length=length, dtype=jnp.bfloat16)]
-    traced = jax.jit(partial(outcome, fused_attention.pallas)).trace(*rows)
-    program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("@__gpu$xla.gpu.triton") == 3
+    program = lowered_for_cuda(jax.jit(partial(outcome, fused_attention.pallas)), *rows)
+    assert program.count(KERNEL) == 3
     assert "attention_forward" in program
     assert "attention_backward" in program
     assert f"{length}x{length}x" not in program
@@ -281,9 +281,9 @@ def test_the_train_step_lowers_for_a_gpu_with_the_kernel_in_it():
     step = make_step(config, gpu, dtype=jnp.dtype(jnp.bfloat16), remat="full")
     state = jax.eval_shape(partial(init_state, config, mesh_of(jax.devices())))
     rows = jax.ShapeDtypeStruct((4, config.data.seq_len + 1), jnp.int32)
-    program = jax.jit(step).trace(state, rows, rows).lower(lowering_platforms=("cuda",)).as_text()
+    program = lowered_for_cuda(jax.jit(step), state, rows, rows)
     # the loss; in each layer attention, again for the way back, there twice, and heads and feed-forward
-    assert program.count("@__gpu$xla.gpu.triton") == 7
+    assert program.count(KERNEL) == 7
     for name in ("attention_forward", "attention_backward", "loss", "heads_backward", "gated_backward"):
         assert name in program
     unique = re.findall(r"scatter.*?unique_indices = (\w+)", program, re.DOTALL)

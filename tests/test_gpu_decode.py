@@ -1,6 +1,5 @@
 """The decoder's kernels for GPUs against its plain form, interpreted on a CPU, and lowered for their device."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +15,7 @@ from smollm_jax.config import MODELS, ModelConfig
 from smollm_jax.decoder import Decoder, Matrix
 from smollm_jax.generation import Generator, Sampling
 from smollm_jax.model import RMSNorm, SmolLM, init_params, rope_angles, rotate
+from tests.lowering import KERNEL, lowered_for_cuda
 
 TINY = ModelConfig(
     vocab_size=61, hidden_size=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=50,
@@ -218,17 +218,6 @@ def test_a_row_that_goes_on_past_the_end_of_the_cache_does_no_harm(monkeypatch):
     assert ours.generate(prompts[:1], sampling) == expected[:1]
 
 
-def lowered_for_cuda(jitted, *given):
-    """From jax 0.11 on the lowering asks what GPU it is for."""
-    describe = getattr(jax.sharding, "AbstractDevice", None)
-    where = nullcontext()
-    if describe is not None:
-        gpu = describe(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
-        where = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=gpu))
-    with where:
-        return jitted.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
@@ -241,7 +230,7 @@ def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
     features = jax.jit(lambda state, *given: nnx.merge(graphdef, state).features(*given))
     program = lowered_for_cuda(features, state, number, number, cache)
     kernels = config.num_layers * (rows <= gpu_decode.MOST_ROWS)
-    assert program.count("@__gpu$xla.gpu.triton") == 5 * kernels
+    assert program.count(KERNEL) == 5 * kernels
     for kernel in ("qkv", "attention", "o", "gated", "down"):
         assert program.count(f'name = "decode_{kernel}"') == kernels
 

@@ -17,6 +17,7 @@ from smollm_jax.config import MODELS
 from smollm_jax.gpu_layer import Joined, disagreement, joined
 from smollm_jax.kernels import joined_of
 from smollm_jax.model import SmolLM, init_params
+from tests.lowering import KERNEL, lowered_for_cuda
 
 TINY = replace(MODELS["quickstart"], num_layers=2, vocab_size=100)
 
@@ -92,8 +93,8 @@ def test_the_kernels_lower_for_cuda():
         out = ours.feed_forward(x, *(block["mlp"][name] for name in ("gate", "up", "down")))
         return sum(jnp.sum(jnp.square(each.astype(jnp.float32))) for each in (q, k, v, out))
 
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, block, angle, angle)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton") == 2
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    assert lowered_for_cuda(gradients, x, block, angle, angle).count(KERNEL) == 2
 
 
 def _blocks(config):

@@ -9,6 +9,7 @@ import pytest
 
 from smollm_jax import attention, gpu_loss, kernels, loss
 from smollm_jax.config import MODELS
+from tests.lowering import KERNEL, lowered_for_cuda
 
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 
@@ -76,8 +77,8 @@ def test_the_sum_over_chunks_and_both_gradients_are_the_plain_ones():
 def test_the_kernel_lowers_for_cuda(words):
     shapes = [(64, words), (64,), (64,)]
     arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.int32, bool), strict=True)]
-    traced = jax.jit(lambda *given: gpu_loss.score(*given, jnp.bfloat16)).trace(*arguments)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton") == 1
+    score = jax.jit(lambda *given: gpu_loss.score(*given, jnp.bfloat16))
+    assert lowered_for_cuda(score, *arguments).count(KERNEL) == 1
 
 
 def test_the_check_at_the_start_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run():
