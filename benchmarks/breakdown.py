@@ -67,7 +67,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.attention import kernel_of
+    from smollm_jax.attention import is_of_gpu, kernel_of
     from smollm_jax.kernels import joined_of
     from smollm_jax.lookup import lookup_of
     from smollm_jax.loss import score_of, summed_nll, targets_of
@@ -80,15 +80,15 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     params = init_params(config.model, work.seed)
     lookup = lookup_of(whole.mesh, rows=BATCH_AXES)
     attention = kernel_of(whole.attention, whole.mesh, rows=BATCH_AXES, heads="tensor")
-    platform = whole.mesh.devices.flat[0].platform
+    on_gpu = is_of_gpu(whole.attention)
     by_device: dict[str, Any] = {
         "product": product_of(whole.mesh),
         "keep": keep_of(whole.mesh, dtype),
         "attention": attention,
         "joined": joined_of(whole.attention, whole.mesh),
-        "unroll": config.compute.unroll_on(platform, config.model.num_layers, whole.remat),
+        "unroll": config.compute.unroll_for(whole.remat, config.model.num_layers, on_gpu=on_gpu),
     }
-    chunk_tokens, score = config.compute.loss_chunk_on(platform), score_of(whole.attention)
+    chunk_tokens, score = config.compute.loss_chunk_for(whole.remat, on_gpu=on_gpu), score_of(whole.attention)
     model = SmolLM.from_params(config.model, params, dtype=dtype, **by_device)
     tokens, segment_ids = map(jnp.asarray, work.rows())
     targets, valid = targets_of(tokens, segment_ids)

@@ -61,6 +61,13 @@ def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, st
 
 
 PLATFORM = {"splash": "tpu", "pallas": "gpu", "cudnn": "gpu"}
+
+
+def is_of_gpu(name: AttentionName) -> bool:
+    """Whether the kernel is a GPU's, which brings those of the loss and the layers with it."""
+    return PLATFORM.get(name) == "gpu"
+
+
 # cuDNN keeps packed documents apart from Hopper on (jax._src.cudnn.fused_attention_stablehlo)
 CAPABILITY = {"pallas": TRITON_CAPABILITY, "cudnn": 9.0}
 # Of the largest entry. Rounding alone was seen to give 0.005 and 0.000001, a leak between documents 1

@@ -130,9 +130,9 @@ class ComputeConfig:
     num_processes: int | None = None
     process_id: int | None = None
     unroll: int = 0
-    """Layers a turn of the scan over layers; 0: all on a GPU that computes no layer again, else 1."""
+    """Layers a turn of the scan over layers; 0: all on a GPU with its kernels and remat none, else 1."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at one time; 0: 8,192 on a GPU, else 1,024."""
+    """Tokens whose logits exist at one time; 0: 1,024, on a GPU with its kernels 8,192 unless remat is full."""
     grad_accum: int = 1
     """Micro-batches a step; the batch is split, the result is that of the whole."""
     compilation_cache_dir: str = "~/.cache/smollm_jax"
@@ -159,13 +159,15 @@ class ComputeConfig:
             )
         self.mesh_sizes  # noqa: B018 - a mistake in it is to surface here
 
-    def unroll_on(self, platform: str, layers: int, remat: str) -> int:
-        """`unroll` on the devices of a platform: a loop on a GPU copies all that is kept for the way back."""
-        return self.unroll or (layers if platform == "gpu" and remat == "none" else 1)
+    def unroll_for(self, remat: str, layers: int, *, on_gpu: bool) -> int:
+        """`unroll`, where `on_gpu` says that a GPU runs with its kernels: its loop copies all that is kept."""
+        return self.unroll or (layers if on_gpu and remat == "none" else 1)
 
-    def loss_chunk_on(self, platform: str) -> int:
-        """`loss_chunk` on the devices of a platform: the fewer, the more often a GPU reads and writes all sums."""
-        return self.loss_chunk or (8_192 if platform == "gpu" else 1_024)
+    def loss_chunk_for(self, remat: str, *, on_gpu: bool) -> int:
+        """`loss_chunk`: the fewer tokens, the more often a GPU reads and writes the head's gradient; where even
+        layers are computed again, memory is what counts.
+        """
+        return self.loss_chunk or (8_192 if on_gpu and remat != "full" else 1_024)
 
     @property
     def mesh_sizes(self) -> dict[str, int]:

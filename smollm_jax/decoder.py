@@ -171,17 +171,21 @@ class Decoder(nnx.Module):
 
 
 def _wants_kernels(model: SmolLM) -> bool:
-    # nothing can be tried while a program is being traced
-    traced = isinstance(model.embedding[...], jax.core.Tracer)
-    fits = not traced and choose("auto", jax.devices()[0], model.dtype)[0] == "pallas"
-    return fits and _kernels_agree(model.config, model.dtype)
+    embedding_VD = model.embedding[...]
+    if isinstance(embedding_VD, jax.core.Tracer):  # nothing can be tried while a program is being traced
+        return False
+    # the device that has the weights: on a machine with a GPU it may be the CPU
+    places = embedding_VD.devices() if isinstance(embedding_VD, jax.Array) else jax.devices()[:1]
+    device = min(places, key=lambda device: device.id)
+    return choose("auto", device, model.dtype)[0] == "pallas" and _kernels_agree(model.config, model.dtype, device)
 
 
 @functools.cache
-def _kernels_agree(config: ModelConfig, dtype: Any) -> bool:
+def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
     from smollm_jax import gpu_decode
 
-    wrong = gpu_decode.disagreement(config, dtype)
+    with jax.default_device(device):
+        wrong = gpu_decode.disagreement(config, dtype)
     if wrong:
         print(f"decoding    plain: the kernels failed their check, {wrong}", file=sys.stderr)
     return not wrong

@@ -61,7 +61,7 @@ def sample(run: Run) -> list[tuple[str, str]]:
         return []
     model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
     if run.generator is None:
-        run.generator = Generator(model)
+        run.generator = Generator(model, kernels=run.kernels)
     else:
         run.generator.load(model)
     sampling = Sampling(

@@ -16,7 +16,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax import gpu_attention
 from smollm_jax.attention import Kernel, packed_attention
 
 LANES = 128  # of a TPU's vector registers: the kernel's blocks are multiples of it
@@ -56,6 +55,8 @@ def pallas(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """Ours, which goes no further than the documents do."""
+    from smollm_jax import gpu_attention  # TPUs do without what it needs
+
     T = q_BTNH.shape[1]
     return gpu_attention.attention(*_padded(gpu_attention.BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[
         :, :T

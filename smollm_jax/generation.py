@@ -36,9 +36,13 @@ class Rows(NamedTuple):
 
 
 class Generator:
-    """A model made ready to generate, in its compute dtype; `context` tokens at most, prompt included."""
+    """A model made ready to generate, in its compute dtype; `context` tokens at most, prompt included.
 
-    def __init__(self, model: SmolLM, *, context: int | None = None):
+    `kernels` is that of `Decoder`.
+    """
+
+    def __init__(self, model: SmolLM, *, context: int | None = None, kernels: bool | None = None):
+        self._kernels = kernels
         self.config = model.config
         longest = model.config.max_seq_len
         require(context is None or context > 1, f"context={context} must hold a prompt and a token")
@@ -50,7 +54,7 @@ class Generator:
 
     def load(self, model: SmolLM) -> None:
         """Take the weights of `model`, which must be of the same architecture: nothing compiles again."""
-        self._graphdef, state = nnx.split(Decoder(model))
+        self._graphdef, state = nnx.split(Decoder(model, kernels=self._kernels))
         # plain leaves: walking an NNX state costs the host a millisecond a call
         self._weights, self._structure = jax.tree.flatten(state)
 

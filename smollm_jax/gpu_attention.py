@@ -108,8 +108,7 @@ class _Specs:
         self.blocks_of_row = pl.BlockSpec((None, T // BLOCK), lambda b, _, __: (b, 0))
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, start_ref, *outs, scale: float):
-    o_ref, lse_ref = outs
+def _forward_kernel(q_ref, k_ref, v_ref, start_ref, o_ref, lse_ref, *, scale: float):
     first, q_XH, start_X, bounds = _of_queries(q_ref, start_ref)
 
     def look(masked: bool, j, carry):

@@ -192,7 +192,7 @@ def _gated_backward(where, kept, dout_BTD):
     y_BTE, down_FD = kept
     da_BTF = jnp.einsum("BTD,FD->BTF", dout_BTD, down_FD)
     dy_BTE, a_BTF = where.run(_gated_gradient, y_BTE, da_BTF)
-    return dy_BTE, jnp.einsum("BTF,BTD->FD", a_BTF, dout_BTD, preferred_element_type=jnp.float32)
+    return dy_BTE, jnp.einsum("BTF,BTD->FD", a_BTF, dout_BTD).astype(jnp.float32)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def joined_of(name: AttentionName, mesh: Mesh | None) -> Joined | None:
     """What goes with the attention called `name`: on GPUs matrices side by side, unless devices divide them."""
-    if attention.PLATFORM.get(name) != "gpu" or (mesh is not None and mesh.size > 1 and mesh.shape["tensor"] > 1):
+    if not attention.is_of_gpu(name) or (mesh is not None and mesh.size > 1 and mesh.shape["tensor"] > 1):
         return None
     from smollm_jax.gpu_layer import joined
 
@@ -37,7 +37,7 @@ def choose_checked(
     if name == "plain":
         return name, [note] if note else []
     wrong = attention.disagreement(attention.kernel_of(name), config, dtype)
-    if not wrong and attention.PLATFORM[name] == "gpu":
+    if not wrong and attention.is_of_gpu(name):
         from smollm_jax import gpu_layer
 
         wrong = loss.disagreement(loss.score_of(name), config.vocab_size, dtype)

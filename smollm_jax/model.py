@@ -1,8 +1,9 @@
 """SmolLM2: a Llama-style decoder with grouped-query attention, in Flax NNX.
 
 NNX declares and initialises the parameters; the layers are stacked on their first dim and run by
-`jax.lax.scan`, so that thirty of them compile like one. Everything below is pure: a `SmolLM` is built,
-split into a plain dict of arrays (`params_of`) and put together again (`SmolLM.from_params`) inside jit.
+`jax.lax.scan`, so that thirty of them compile like one, or written out one after the other (`unroll`). Everything
+below is pure: a `SmolLM` is built, split into a plain dict of arrays (`params_of`) and put together again
+(`SmolLM.from_params`) inside jit.
 This file knows no mesh, no loss, no tokenizer and no Hugging Face name; attention over packed rows, the lookup of
 tokens, the products with weights and the keeping of residuals are functions it is given, the plain ones if none.
 

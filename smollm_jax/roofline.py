@@ -129,7 +129,7 @@ def memory_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: int, *
     one_layer = kept_bytes(model, "none") if remat != "none" else 0
     of_token = (kept_bytes(model, remat) * model.num_layers + one_layer) * dtype_bytes / 2
     kept = tokens * of_token / mesh.shape["tensor"]
-    together = min(config.compute.loss_chunk_on(mesh.devices.flat[0].platform), tokens)
+    together = min(config.compute.loss_chunk_for(remat, on_gpu=mesh.devices.flat[0].platform == "gpu"), tokens)
     chunk = together * model.vocab_size * 10 + model.vocab_size * model.hidden_size * 4
     return int(parameters * (STATE_BYTES + 4 + dtype_bytes) + kept + chunk)
 

@@ -94,6 +94,8 @@ class Run:
     computed: dict[str, Any] = field(default_factory=dict)
     """Dtype, platform and number of devices, kept in each checkpoint."""
     processes: Processes = field(default_factory=Processes)
+    kernels: bool | None = None
+    """False where samples do without kernels, as the steps do."""
     generator: Generator | None = None
     """Of the samples, once there were some."""
 
@@ -175,6 +177,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     run = Run(
         config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state, report,
         progress, start, start, start, evaluated, records.ledgers, computed, processes,
+        kernels=False if chosen.compute.attention == "plain" else None,
     )  # fmt: skip
     checkpoints.newest = start
     # one of several cannot leave by itself

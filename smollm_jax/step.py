@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.attention import choose, kernel_of
-from smollm_jax.config import MESH_AXES, Config, OptimizerConfig, require
+from smollm_jax.attention import choose, is_of_gpu, kernel_of
+from smollm_jax.config import MESH_AXES, AttentionName, Config, OptimizerConfig, require
 from smollm_jax.kernels import joined_of
 from smollm_jax.ledger import batch_hash
 from smollm_jax.lookup import lookup_of
@@ -97,8 +97,8 @@ def _state_of(config: Config, params: Any) -> State:
 
 def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, unroll: int = 1) -> Callable:
     """`nll(params, tokens_BT1, segment_ids_BT1)`: nats summed over the targets of the rows, f32."""
-    name = choose(config.compute.attention, mesh.devices.flat[0], dtype)[0] if mesh is not None else "plain"
-    chunk_tokens = config.compute.loss_chunk_on(platform_of(mesh))
+    name = attention_of(config, mesh, dtype)
+    chunk_tokens = config.compute.loss_chunk_for(remat, on_gpu=is_of_gpu(name))
     by_device = {
         "unroll": unroll,
         "dtype": dtype,
@@ -119,8 +119,8 @@ def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Pol
     return nll
 
 
-def platform_of(mesh: Mesh | None) -> str:
-    return "cpu" if mesh is None else mesh.devices.flat[0].platform
+def attention_of(config: Config, mesh: Mesh | None, dtype: Any) -> AttentionName:
+    return "plain" if mesh is None else choose(config.compute.attention, mesh.devices.flat[0], dtype)[0]
 
 
 def summed_over(mesh: Mesh | None, score: Score = plain_score) -> Callable[..., jax.Array]:
@@ -164,7 +164,8 @@ def make_step(
     were of each kind. Where one is `VOID`, or none is `GO` and no row has a target, the data having ended, the
     step counts for nothing.
     """
-    unroll = config.compute.unroll_on(platform_of(mesh), config.model.num_layers, remat)
+    on_gpu = is_of_gpu(attention_of(config, mesh, dtype))
+    unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=on_gpu)
     value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll))
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
     accumulate = config.compute.grad_accum

@@ -15,13 +15,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_kernel
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+from lowering import KERNEL, lowered_for_cuda
 
 from smollm_jax import fused_attention
 from smollm_jax.attention import choose, disagreement, packed_attention, starts_of
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.kernels import choose_checked
 from smollm_jax.step import compile_step, init_state, make_step
-from tests.lowering import KERNEL, lowered_for_cuda
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
@@ -177,8 +177,8 @@ def test_a_kernel_divided_among_gpus_lowers_for_cuda():
         pytest.skip("too few devices; the test below has eight")
     mesh = mesh_of(jax.devices(), data=4)
     kernel = fused_attention.over(mesh, fused_attention.pallas, rows="data", heads="tensor")
-    traced = jax.jit(partial(outcome, kernel)).trace(*random_rows(0, rows=4, dtype=jnp.bfloat16))
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton") == 3
+    rows = random_rows(0, rows=4, dtype=jnp.bfloat16)
+    assert lowered_for_cuda(jax.jit(partial(outcome, kernel)), *rows).count(KERNEL) == 3
 
 
 def test_with_eight_devices():
@@ -275,15 +275,23 @@ def test_the_train_step_compiled_for_a_tpu_has_the_kernel_and_no_scores(sizes, a
     assert (scores is not None) == (attention == "plain")
 
 
-def test_the_train_step_lowers_for_a_gpu_with_the_kernel_in_it():
+@pytest.mark.parametrize(
+    ("remat", "kernels", "loops"),
+    [
+        # the loss; of a layer attention there, back twice, heads and feed-forward; a loop over the loss's tokens
+        ("none", 6, 1),
+        # attention again on the way back; a loop over layers there and one back
+        ("full", 7, 3),
+    ],
+)
+def test_the_train_step_lowers_for_a_gpu_with_the_kernels_in_it(remat, kernels, loops):
     config = train_config()
     gpu = SimpleNamespace(devices=np.array([H100]), size=1)
-    step = make_step(config, gpu, dtype=jnp.dtype(jnp.bfloat16), remat="full")
+    step = make_step(config, gpu, dtype=jnp.dtype(jnp.bfloat16), remat=remat)
     state = jax.eval_shape(partial(init_state, config, mesh_of(jax.devices())))
     rows = jax.ShapeDtypeStruct((4, config.data.seq_len + 1), jnp.int32)
     program = lowered_for_cuda(jax.jit(step), state, rows, rows)
-    # the loss; in each layer attention, again for the way back, there twice, and heads and feed-forward
-    assert program.count(KERNEL) == 7
+    assert (program.count(KERNEL), program.count("stablehlo.while")) == (kernels, loops)
     for name in ("attention_forward", "attention_backward", "loss", "heads_backward", "gated_backward"):
         assert name in program
     unique = re.findall(r"scatter.*?unique_indices = (\w+)", program, re.DOTALL)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import smollm_jax
 from smollm_jax.arguments import parse
-from smollm_jax.config import MODELS, Config, ModelConfig, RunConfig, parse_phases
+from smollm_jax.config import MODELS, ComputeConfig, Config, ModelConfig, RunConfig, parse_phases
 from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.resume import check_settings, keep_records
 
@@ -220,6 +220,20 @@ def test_flops_of_a_token_are_the_counted_products():
     products = 6 * 134_515_008
     assert config.flops_per_token(2_048) == products + 6 * 30 * 2_048 * 576
     assert config.flops_per_token(2_048) == pytest.approx(1.019e9, rel=1e-3)
+
+
+def test_layers_and_tokens_at_a_time_go_by_device_and_remat_unless_they_are_given():
+    auto, given = ComputeConfig(), ComputeConfig(unroll=3, loss_chunk=100)
+    for remat, on_gpu, layers, tokens in [
+        ("none", True, 30, 8_192),
+        ("dots", True, 1, 8_192),
+        ("full", True, 1, 1_024),
+        ("none", False, 1, 1_024),
+    ]:
+        assert auto.unroll_for(remat, 30, on_gpu=on_gpu) == layers
+        assert auto.loss_chunk_for(remat, on_gpu=on_gpu) == tokens
+        assert given.unroll_for(remat, 30, on_gpu=on_gpu) == 3
+        assert given.loss_chunk_for(remat, on_gpu=on_gpu) == 100
 
 
 def test_the_map_names_every_room():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
+from lowering import KERNEL, lowered_for_cuda
 
 from smollm_jax import decoder, generation, gpu_decode
 from smollm_jax.config import MODELS, ModelConfig
 from smollm_jax.decoder import Decoder, Matrix
 from smollm_jax.generation import Generator, Sampling
 from smollm_jax.model import RMSNorm, SmolLM, init_params, rope_angles, rotate
-from tests.lowering import KERNEL, lowered_for_cuda
 
 TINY = ModelConfig(
     vocab_size=61, hidden_size=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=50,
@@ -27,7 +28,8 @@ CLOSE = {"float32": 2e-6, "bfloat16": 0.01}
 
 
 class Interpreted(Decoder):
-    def __init__(self, model):
+    def __init__(self, model, *, kernels=None):
+        assert kernels is None
         super().__init__(model, kernels=True, interpret=True)
 
 
@@ -294,6 +296,21 @@ def test_a_decoder_made_inside_a_traced_program_tries_nothing(capsys):
     made = nnx.eval_shape(lambda: Decoder(SmolLM(TINY, rngs=nnx.Rngs(0))))
     assert not made.kernels
     assert capsys.readouterr().err == ""
+
+
+def test_the_device_is_the_one_that_has_the_weights(monkeypatch):
+    """A model on the CPU of a machine with a GPU."""
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    model = SmolLM.from_params(TINY, init_params(TINY, 1), dtype=jnp.bfloat16)
+    monkeypatch.setattr(gpu_decode, "disagreement", lambda *_: "")
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    assert not Decoder(model).kernels
+
+
+def test_a_generator_does_without_kernels_where_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(decoder, "_wants_kernels", lambda _: True)
+    model = SmolLM.from_params(TINY, init_params(TINY, 1))
+    assert Generator(model, kernels=False).generate([[1, 2]], Sampling(max_new_tokens=3))[0]
 
 
 def test_on_a_cpu_a_decoder_tries_no_kernels(capsys):

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from lowering import KERNEL, lowered_for_cuda
 
 from smollm_jax import gpu_layer
 from smollm_jax.config import MODELS
 from smollm_jax.gpu_layer import Joined, disagreement, joined
 from smollm_jax.kernels import joined_of
 from smollm_jax.model import SmolLM, init_params
-from tests.lowering import KERNEL, lowered_for_cuda
 
 TINY = replace(MODELS["quickstart"], num_layers=2, vocab_size=100)
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import KERNEL, lowered_for_cuda
 
-from smollm_jax import attention, gpu_loss, kernels, loss
+from smollm_jax import attention, gpu_layer, gpu_loss, kernels, loss
 from smollm_jax.config import MODELS
-from tests.lowering import KERNEL, lowered_for_cuda
 
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 
@@ -97,7 +97,7 @@ def test_the_check_at_the_start_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel
         assert "the loss does not run here: ValueError" in loss.disagreement(loss.gpu_score, 5_000, dtype)
 
 
-def test_a_loss_that_fails_its_check_takes_attention_with_it_to_the_plain_form(monkeypatch):
+def test_a_loss_or_a_layer_that_fails_its_check_takes_attention_with_it_to_the_plain_form(monkeypatch):
     """On this CPU, where the kernel for GPUs does not run, by a mesh that says it is one."""
     mesh = SimpleNamespace(devices=np.array([H100]))
     monkeypatch.setattr(attention, "disagreement", lambda *_: "")
@@ -107,4 +107,8 @@ def test_a_loss_that_fails_its_check_takes_attention_with_it_to_the_plain_form(m
     with pytest.raises(ValueError, match="attention=pallas failed its check: the loss does not run here"):
         kernels.choose_checked("pallas", mesh, MODELS["quickstart"], jnp.bfloat16)
     monkeypatch.setattr(loss, "gpu_score", interpreted)
+    name, notes = kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)
+    assert name == "plain"
+    assert notes[0].startswith("attention   plain: pallas failed its check, a layer does not run here")
+    monkeypatch.setattr(gpu_layer, "disagreement", lambda *_: "")
     assert kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)[0] == "pallas"
