@@ -40,7 +40,7 @@ TRAIN = (
     "benchmarks.train --batch-sizes {size} --seq-len 2048 --documents 4 --dtypes bfloat16 --peers compile "
     "--steps 5 --rounds 5"
 )
-# In the order of their worth: what comes last is what a short lease goes without. The limits leave room for a fresh
+# In the order of their worth: what comes last is what a short lease goes without. Limits leave room for a fresh
 # machine, which reads PyTorch and XLA for the first time
 PARTS = (
     Part("train, 32 rows", TRAIN.format(size=32), 240),
