@@ -25,7 +25,8 @@ from smollm_jax.config import ModelConfig
 from smollm_jax.model import Block, rope_angles
 from smollm_jax.products import plain_product
 
-# Of the feed-forward: numbers of one token that a program has; of the heads: tokens. The fastest on an H200
+# Of the feed-forward: numbers of one token that a program has; of the heads: tokens. On an H200 others were within
+# 4 % of them, or slower
 NUMBERS, TOKENS, WARPS = 1_024, 64, 4
 
 
