@@ -180,13 +180,16 @@ def with_gradients(
 
 def _optimizer(config: Config, params: Any) -> Program:
     import jax
+    import jax.numpy as jnp
+    import optax
 
     from smollm_jax.step import make_optimizer
 
     optimizer = make_optimizer(config.optimizer)
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        found = {"scale": jnp.float32(1), "norm": optax.tree.norm(grads)}
+        updates, opt_state = optimizer.update(grads, opt_state, params, **found)
         rate = config.optimizer.learning_rate
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state
 

@@ -47,11 +47,12 @@ def _wide(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _forward(letters: str, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     short = weights.astype(x.dtype)
-    return _einsum(letters, x, short).astype(x.dtype), (x, short)
+    return _einsum(letters, x, short).astype(x.dtype), (x, weights)
 
 
 def _backward(letters: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, short = kept
+    x, weights = kept
+    short = weights.astype(x.dtype)
     operands, of_y = letters.split("->")
     of_x, of_weights = operands.split(",")
     dx = _einsum(f"{of_y},{of_weights}->{of_x}", dy, short)

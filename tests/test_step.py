@@ -177,7 +177,8 @@ def test_adamw_updates_equal_those_of_torch():
 def test_norms_do_not_decay():
     params = init_params(TINY, 0)
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.9))
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params, scale=1.0, norm=jnp.float32(0))
     np.testing.assert_array_equal(updates["final_norm"]["scale"], 0)
     np.testing.assert_array_equal(updates["blocks"]["mlp_norm"]["scale"], 0)
     np.testing.assert_allclose(updates["embedding"], 0.9 * params["embedding"], rtol=1e-6)
