@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import Row, as_command, finish
 from benchmarks.work import Dtype, Preset
+from smollm_jax.config import MODELS, require
 from smollm_jax.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +32,7 @@ def curve(
     learning_rate: float = 6e-4,
     seed: int = 0,
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32"),
-    tokenizer: str = "train:8192",
+    tokenizer: str | None = None,
     out: str | None = None,
     flags: tuple[str, ...] = (),
 ) -> int:
@@ -45,10 +46,12 @@ def curve(
         learning_rate: Peak.
         seed: Of all runs but the last, which has the one after it.
         dtypes: Compute dtypes; the last is the reference, what the others are compared with.
-        tokenizer: train:VOCAB or a folder.
+        tokenizer: train:VOCAB or a folder; default: trained, of as many entries as the model has, 8,192 at most.
         out: Folder to keep the run folders in; default: a temporary one.
         flags: More flags for train_jax.py, each a word.
     """
+    if tokenizer is None:
+        tokenizer = f"train:{min(8_192, MODELS[preset].vocab_size)}"
     settings = ["--recipe", "quickstart"] if preset == "quickstart" else ["--preset", preset]
     settings += ["--data", "builtin:python-docs", "--tokenizer", tokenizer, "--phases", f"{steps}x{batch_size}"]
     settings += ["--seq-len", str(seq_len), "--learning-rate", str(learning_rate), "--log-every", "1"]
@@ -60,13 +63,14 @@ def curve(
         for name, (dtype, its_seed) in runs.items():
             run_dir = Path(out or scratch) / name.replace(" ", "-")
             command = [sys.executable, str(ROOT / "train_jax.py"), "--new-run", "--run-dir", str(run_dir)]
-            subprocess.run(
+            code = subprocess.run(
                 [*command, "--dtype", dtype, "--seed", str(its_seed), *settings],
                 cwd=ROOT,
-                check=True,
+                check=False,
                 stdout=sys.stderr,
                 env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            )
+            ).returncode
+            require(code == 0, f"the run {name} ended with exit code {code}; what it said stands above")
             metrics[name] = read_metrics(run_dir)
     finish(
         f"curve, {preset}, {steps} steps of {batch_size} x {seq_len}",

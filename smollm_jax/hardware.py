@@ -143,6 +143,11 @@ def use_precision_of(dtype: Any) -> None:
     jax.config.update("jax_default_matmul_precision", "highest" if dtype.name == "float32" else None)
 
 
+def refusal(error: Exception) -> str:
+    """What a compiler or driver said of a program that does not run on the device, in a line."""
+    return f"{type(error).__name__}, " + " ".join(str(error).split())[:200]
+
+
 def _machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
