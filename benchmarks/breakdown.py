@@ -188,8 +188,8 @@ def _optimizer(config: Config, params: Any) -> Program:
     optimizer = make_optimizer(config.optimizer)
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
-        found = {"scale": jnp.float32(1), "norm": optax.tree.norm(grads)}
-        updates, opt_state = optimizer.update(grads, opt_state, params, **found)
+        scale_and_norm = {"scale": jnp.float32(1), "norm": optax.tree.norm(grads)}
+        updates, opt_state = optimizer.update(grads, opt_state, params, **scale_and_norm)
         rate = config.optimizer.learning_rate
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state
 

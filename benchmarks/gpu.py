@@ -44,7 +44,7 @@ TRAIN = (
 # machine, which reads PyTorch and XLA for the first time
 PARTS = (
     Part("train, 32 rows", TRAIN.format(size=32), 240),
-    Part("curve", "benchmarks.curve --steps 200 --batch-size 8 --out {out}/runs", 300),
+    Part("curve", "benchmarks.curve --steps 200 --batch-size 8 --out {out}/runs", 360),
     Part(
         "verify-resume",
         "smollm_jax verify-resume --recipe quickstart --dtype bfloat16 --verify-steps 100 --eval-documents 20",

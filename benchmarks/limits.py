@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.measure import Row, as_command, finish, spread
 from benchmarks.sides import Outcome, Ready, compare
 from benchmarks.work import Dtype, Preset
-from smollm_jax.config import MODELS
+from smollm_jax.config import MODELS, require
 
 READ_BYTES = 512 * 2**20
 PRODUCTS = ("X @ W", "G @ W.T", "X.T @ G")
@@ -109,6 +109,7 @@ def limits(
         dtypes: Of the operands.
         rounds: Rounds counted.
     """
+    require(tokens % 2 == 0, f"--tokens {tokens} must be even")
     model = MODELS[preset]
     shape = tokens, model.hidden_size, 2 * model.intermediate_size
     sides: dict[str, Callable[[], Ready]] = {}

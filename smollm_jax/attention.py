@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from smollm_jax.config import AttentionName, ModelConfig, require
-from smollm_jax.hardware import TRITON_CAPABILITY, refusal
+from smollm_jax.hardware import TRITON_CAPABILITY, said_by
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """`kernel(q_BTNH, k_BTKH, v_BTKH, start_BT)` gives o_BTNH, causal inside each document; `start_BT` as `starts_of`
@@ -135,7 +135,7 @@ def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int =
     try:
         ours = jax.jit(partial(outcome, kernel))(q, k, v)
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
-        return f"it does not run here: {refusal(error)}"
+        return f"it does not run here: {said_by(error)}"
     with jax.default_matmul_precision("highest"):  # else a GPU or TPU rounds the operands of f32 products down
         exact = jax.jit(partial(outcome, packed_attention))(*(x.astype(jnp.float32) for x in (q, k, v)))
     for name, a, b in zip(("the output", "dq", "dk", "dv"), ours, exact, strict=True):

@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plt
 
 from smollm_jax.attention import TOLERANCE
 from smollm_jax.config import ModelConfig
-from smollm_jax.hardware import refusal
+from smollm_jax.hardware import said_by
 from smollm_jax.model import SmolLM, params_of
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def disagreement(config: ModelConfig, dtype: Any, *, interpret: bool = False, se
     try:
         return _disagreement(replace(config, num_layers=1, vocab_size=8), dtype, interpret, seed)
     except Exception as error:  # whatever a compiler may raise: better slow text than none
-        return f"they do not run here: {refusal(error)}"
+        return f"they do not run here: {said_by(error)}"
 
 
 def _disagreement(config: ModelConfig, dtype: Any, interpret: bool, seed: int) -> str:

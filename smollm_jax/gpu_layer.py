@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from smollm_jax.attention import TOLERANCE
 from smollm_jax.config import ModelConfig
-from smollm_jax.hardware import refusal
+from smollm_jax.hardware import said_by
 from smollm_jax.model import Block, rope_angles
 from smollm_jax.products import plain_product
 
@@ -101,7 +101,7 @@ def disagreement(ours: Joined, config: ModelConfig, dtype: Any, *, seed: int = 0
     try:
         found = jax.jit(partial(outcome, ours))(x_BTD.astype(dtype))
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
-        return f"a layer does not run here: {refusal(error)}"
+        return f"a layer does not run here: {said_by(error)}"
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(partial(outcome, None))(x_BTD)
     for a, b in zip(found, exact, strict=True):

@@ -143,7 +143,7 @@ def use_precision_of(dtype: Any) -> None:
     jax.config.update("jax_default_matmul_precision", "highest" if dtype.name == "float32" else None)
 
 
-def refusal(error: Exception) -> str:
+def said_by(error: Exception) -> str:
     """What a compiler or driver said of a program that does not run on the device, in a line."""
     return f"{type(error).__name__}, " + " ".join(str(error).split())[:200]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from smollm_jax.attention import is_of_gpu
 from smollm_jax.config import AttentionName
-from smollm_jax.hardware import refusal
+from smollm_jax.hardware import said_by
 
 Score = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
 """`score(logits_BCV, targets_BC, valid_BC, dtype)` gives the sum of the negative log-likelihoods and its gradient
@@ -72,7 +72,7 @@ def disagreement(score: Score, words: int, dtype: Any, *, seed: int = 0) -> str:
             logits_BCV, targets_BC, valid_BC
         )
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
-        return f"the loss does not run here: {refusal(error)}"
+        return f"the loss does not run here: {said_by(error)}"
     exact, exact_BCV = plain_score(logits_BCV, targets_BC, valid_BC, jnp.float32)
     if not abs(nll / exact - 1) <= TOLERANCE["float32"]:
         return f"the loss differs from the plain form's by {abs(nll / exact - 1):.2%}"

@@ -46,8 +46,9 @@ def _wide(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _forward(letters: str, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    short = weights.astype(x.dtype)
-    return _einsum(letters, x, short).astype(x.dtype), (x, weights)
+    y = _einsum(letters, x, weights.astype(x.dtype)).astype(x.dtype)
+    # not their copy in the dtype of x: the weights are there anyway, and copies of all layers would be stacked
+    return y, (x, weights)
 
 
 def _backward(letters: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -80,12 +80,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
 
 
 def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """A clip by global norm (Pascanu et al. 2012) that does not go over all gradients once more to scale them and
-    to learn their norm, as optax's would.
+    """Make sums a mean and clip it by global norm (Pascanu et al. 2012), in the pass that uses them: optax's clip
+    goes over all gradients once more for a norm that is known here. It has the state of optax's: none.
     """
 
     def update(
-        grads: Any, state: Any, params: Any = None, *, scale: jax.Array, norm: jax.Array
+        grads: Any, state: Any, params: Any = None, *, scale: jax.Array, norm: jax.Array, **_: Any
     ) -> tuple[Any, Any]:
         del params
         factor = scale * jnp.minimum(1.0, max_norm / norm)

@@ -174,6 +174,25 @@ def test_adamw_updates_equal_those_of_torch():
         np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
 
 
+@pytest.mark.parametrize("length", [0.0, 0.3, 7.0])
+def test_the_optimizer_given_sums_and_their_norm_is_that_of_optax_given_means(length):
+    params, clip_norm, targets = init_params(TINY, 0), 0.5, 20
+    means = jax.tree.map(lambda p: p * (length / optax.tree.norm(params)), params)
+    sums = jax.tree.map(lambda g: g * targets, means)
+    optax_adamw = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(0.9, 0.95, 1e-8),
+        optax.add_decayed_weights(0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree)),
+    )
+    ours = make_optimizer(OptimizerConfig(clip_norm=clip_norm, weight_decay=0.1))
+    given = {"scale": jnp.float32(1 / targets), "norm": jnp.float32(length)}
+    _, state = ours.update(sums, ours.init(params), params, **given)
+    _, expected = optax_adamw.update(means, optax_adamw.init(params), params)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)  # checkpoints hold it
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-12)
+
+
 def test_norms_do_not_decay():
     params = init_params(TINY, 0)
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.9))
@@ -311,6 +330,15 @@ def test_a_cpu_stacks_the_bits_of_bf16(dtype, stacks):
     config = config_of()
     program = compile_step(config, make_mesh(config), 4, dtype=dtype, remat="none").as_text()
     assert (f"u16[{config.model.num_layers}," in program) == stacks
+
+
+def test_a_cpu_does_not_stack_short_copies_of_weights():
+    config = config_of()
+    program = compile_step(config, make_mesh(config), 4, dtype=jnp.bfloat16, remat="none").as_text()
+    L, D, F = TINY.num_layers, TINY.hidden_size, TINY.intermediate_size
+    assert f"f32[{L},{D},{F}]" in program
+    assert f"u16[{L},{D},{F}]" not in program
+    assert f"bf16[{L},{D},{F}]" not in program
 
 
 def test_a_cpu_multiplies_bf16_with_results_in_f32():
