@@ -95,6 +95,10 @@ def _at_the_end(lines: list[Row], name: str) -> float | None:
     return next((line[name] for line in reversed(lines) if name in line), None)
 
 
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
 def _losses(metrics: dict[str, list[Row]], steps: int) -> list[Row]:
     """The losses at every tenth of the way."""
     losses = {name: _by_step(lines) for name, lines in metrics.items()}
@@ -109,7 +113,7 @@ def _run(name: str, lines: list[Row], reference: list[Row]) -> Row:
     seconds = sum(line["step_seconds"] for line in later)
     ours, theirs = _by_step(lines), _by_step(reference)
     gaps = [abs(ours[step] - theirs[step]) for step in ours.keys() & theirs.keys()]
-    held_out, reference_held_out = _at_the_end(lines, "eval_loss"), _at_the_end(reference, "eval_loss")
+    held_out = _at_the_end(lines, "eval_loss")
     return {
         "run": name,
         "tokens/s": sum(line["tokens_per_second"] * line["step_seconds"] for line in later) / seconds,
@@ -117,7 +121,7 @@ def _run(name: str, lines: list[Row], reference: list[Row]) -> Row:
         "data wait, share": sum(line["data_wait_seconds"] for line in later) / seconds,
         "held-out loss": held_out,
         "bits per byte": _at_the_end(lines, "eval_bits_per_byte"),
-        "held-out gap": held_out - reference_held_out if held_out and reference_held_out else None,
+        "held-out gap": _difference(held_out, _at_the_end(reference, "eval_loss")),
         "mean gap a step": statistics.mean(gaps),
         "largest gap": max(gaps),
     }
