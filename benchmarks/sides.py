@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import traceback
@@ -44,6 +45,8 @@ class Outcome:
     rounds: list[Seconds] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     peak_bytes: int | None = None
+    processor: dict[str, float] = field(default_factory=dict)
+    """What a round takes of the host, on average: seconds of threads, of the system for them, and page faults."""
     failed: str | None = None
 
     def of(self, name: str) -> list[float]:
@@ -111,7 +114,9 @@ def _in_turn(makes: dict[str, Callable[[], Ready]], rounds: int) -> dict[str, Ou
                 if seconds is not None and round_ >= 0:
                     side.outcome.rounds.append(seconds)
         for side in sides.values():
-            side.outcome.peak_bytes = side.ask("peak")
+            if (told := side.ask("used")) is not None:
+                side.outcome.peak_bytes, used = told
+                side.outcome.processor = {name: value / rounds for name, value in used.items()}
     finally:
         for side in sides.values():
             side.end()
@@ -161,15 +166,16 @@ def _serve(connection: Connection, make: Callable[[], Ready]) -> None:
     try:
         ready = make()
         connection.send((True, ready.facts))
-        warm = False
+        warm: dict[str, float] = {}
         for order in iter(lambda: _received(connection), None):
-            if order == "peak":
-                connection.send((True, ready.device_peak_bytes() or resident("VmHWM")))
+            if order == "used":
+                used = {name: value - warm[name] for name, value in _processor_so_far().items()}
+                connection.send((True, (ready.device_peak_bytes() or resident("VmHWM"), used)))
                 continue
             answer = ready.run()
             if not warm:
                 _forget_resident_peak()
-                warm = True
+                warm = _processor_so_far()
             connection.send((True, answer))
     except Exception as error:
         if not isinstance(error, ValueError | ImportError):  # those say it all in a line
@@ -189,6 +195,11 @@ def _reason(error: Exception) -> str:
     if any(words in text for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
         return "out of memory"
     return text[:200] if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:200]}"
+
+
+def _processor_so_far() -> dict[str, float]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"threads, s": used.ru_utime, "system, s": used.ru_stime, "page faults": used.ru_minflt}
 
 
 def _forget_resident_peak() -> None:

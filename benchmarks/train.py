@@ -154,6 +154,7 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: Work, alone: boo
         "GFLOP/s": flops / 1e9,
         "MFU": None,
         "compile, s": outcome.facts["first step"] - statistics.median(seconds) / work.steps,
+        **{f"{name} a step": value / work.steps for name, value in outcome.processor.items()},
         "peak GiB": gib(outcome.peak_bytes),
         "planned GiB": outcome.facts.get("planned GiB"),
         "remat": outcome.facts.get("remat"),

@@ -43,6 +43,9 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
     for row in found["rows"]:
         assert positive(row["tokens/s"])
         assert min(row["compile, s"], row["peak GiB"], row["planned GiB"], row["first loss"]) > 0
+        assert row["threads, s a step"] > 0
+        assert row["system, s a step"] >= 0
+        assert row["page faults a step"] >= 0
         assert row["MFU"] is None  # of a CPU no peak is known
     best = max(row["tokens/s"]["median"] for row in found["rows"])
     assert [row["tokens/s"] for row in found["summary"]] == [best]
