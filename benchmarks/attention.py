@@ -25,9 +25,10 @@ def kernel(work: Work, name: AttentionName) -> Ready:
     import jax.numpy as jnp
 
     from benchmarks.breakdown import with_gradients
-    from smollm_jax.attention import choose, disagreement, kernel_of, starts_of
+    from smollm_jax.attention import choose, disagreement, kernel_of
     from smollm_jax.config import require
     from smollm_jax.hardware import use_precision_of
+    from smollm_jax.plain_attention import starts_of
 
     dtype, device = jnp.dtype(work.dtype), jax.devices()[0]
     use_precision_of(dtype)

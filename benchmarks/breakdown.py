@@ -114,8 +114,8 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.attention import starts_of
     from smollm_jax.model import rope_angles
+    from smollm_jax.plain_attention import starts_of
 
     blocks, config, start_BT = model.blocks, model.config, starts_of(segment_ids_BT)
     positions_BT = jnp.arange(start_BT.shape[1]) - start_BT

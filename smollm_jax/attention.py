@@ -1,8 +1,8 @@
-"""Attention over packed rows: the plain form, and which kernel takes its place on which device.
+"""Which attention over packed rows is for which device, and whether it agrees there with the plain one.
 
-The plain form is the reference, and what a CPU runs. The fused kernels (fused_attention.py) give the same
-up to rounding, without the scores ever being in memory. The choice goes by the devices of the mesh, not by
-what JAX finds on this machine, so that a program compiled ahead of time for another one gets its kernel.
+The plain form (plain_attention.py) is the reference, and what a CPU runs. The fused kernels (fused_attention.py)
+give the same up to rounding, without the scores ever being in memory. The choice goes by the devices of the mesh,
+not by what JAX finds on this machine, so that a program compiled ahead of time for another one gets its kernel.
 The letters are those of model.py.
 """
 
@@ -18,47 +18,11 @@ from jax.sharding import Mesh
 
 from smollm_jax.config import AttentionName, ModelConfig, require
 from smollm_jax.hardware import TRITON_CAPABILITY, said_by
+from smollm_jax.plain_attention import packed_attention, starts_of
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """`kernel(q_BTNH, k_BTKH, v_BTKH, start_BT)` gives o_BTNH, causal inside each document; `start_BT` as `starts_of`
 gives it."""
-
-# Attention goes over blocks of so many queries, each against the keys up to its end, so that the scores
-# of a long row never exist whole. The backward pass computes them again: kept, they would be most of its memory.
-QUERY_BLOCK = 512
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention of N query heads over K key/value heads where `mask_BTS` is true: (B, T, N, H)."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    # scores and softmax in f32: differences of large scores decide
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
-
-
-def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
-    """Where the document of each token begins in its row: (B, T) int32. Padding, segment 0, counts as one."""
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
-    return jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
-
-
-def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
-    """Causal attention inside each document of packed rows: (B, T, N, H)."""
-    T = q_BTNH.shape[1]
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        causal_TS = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        same_BTS = start_BT[:, start:end, None] == start_BT[:, None, :end]
-        mask_BTS = causal_TS & same_BTS
-        blocks.append(jax.checkpoint(attend)(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
-
 
 PLATFORM = {"splash": "tpu", "pallas": "gpu", "cudnn": "gpu"}
 

@@ -16,14 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smollm_jax.attention import QUERY_BLOCK, attend, choose
+from smollm_jax.attention import choose
 from smollm_jax.config import ModelConfig
 from smollm_jax.model import RMSNorm, SmolLM, rope_angles, rotate
+from smollm_jax.plain_attention import MASKED
 
 # Measured on two cores (Zen 5): 3, 8 and 12 rows of weights read at a time are slower than 6, and partial sums
 # for more outputs than these, 0.6 MB of them, leave the cache of a core before they are added up.
 STREAM_ROWS = 6
 STREAM_OUTPUTS = 1536
+QUERY_BLOCK = 512  # of a long prompt
 
 LayerCache = tuple[jax.Array, jax.Array]  # k_BKSH, v_BKSH: heads first, as the products with them read it
 
@@ -215,8 +217,20 @@ def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, posit
     for start in range(0, q_BTNH.shape[1], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
         mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, block, None]
-        blocks.append(attend(q_BTNH[:, block], k_BSKH, v_BSKH, mask_BTS))
+        blocks.append(_attend(q_BTNH[:, block], k_BSKH, v_BSKH, mask_BTS))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax attention of N query heads over K key/value heads where `mask_BTS` is true: (B, T, N, H)."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    # scores and softmax in f32: differences of large scores decide
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, MASKED)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
 def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> LayerCache:

@@ -16,7 +16,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.attention import Kernel, packed_attention
+from smollm_jax.attention import Kernel
+from smollm_jax.plain_attention import packed_attention
 
 LANES = 128  # of a TPU's vector registers: the kernel's blocks are multiples of it
 LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a v5e core has for a kernel

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from smollm_jax.plain_attention import MASKED
+
 # As many queries as keys, warps of a program, and loads under way at a time: for heads 64 wide nothing else that
 # was tried on an H200 is faster by more than 2 % (benchmarks/RESULTS.md)
 BLOCK, WARPS, STAGES = 64, 4, 3
-MASKED = -1e30
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

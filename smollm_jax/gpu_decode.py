@@ -28,6 +28,7 @@ from smollm_jax.attention import TOLERANCE
 from smollm_jax.config import ModelConfig
 from smollm_jax.hardware import said_by
 from smollm_jax.model import SmolLM, params_of
+from smollm_jax.plain_attention import MASKED
 
 if TYPE_CHECKING:
     from smollm_jax.decoder import DecoderLayer, LayerCache
@@ -41,7 +42,6 @@ DOWN_OUTPUTS, DOWN_WARPS = 4, 4
 INPUTS = 2_048
 KEYS, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
 MOST_ROWS = 4  # a program multiplies its weights with each row in turn
-MASKED = -1e30
 LOG2_E = math.log2(math.e)
 
 

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smollm_jax.attention import Kernel, packed_attention, starts_of
+from smollm_jax.attention import Kernel
 from smollm_jax.config import ModelConfig, require
 from smollm_jax.lookup import Lookup, plain_lookup
+from smollm_jax.plain_attention import packed_attention, starts_of
 from smollm_jax.products import PRODUCT, Product, plain_product
 from smollm_jax.residuals import Keep, Layer, as_they_are
 

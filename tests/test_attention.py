@@ -18,9 +18,10 @@ from jax.sharding import AxisType, Mesh
 from lowering import KERNEL, lowered_for_cuda
 
 from smollm_jax import fused_attention
-from smollm_jax.attention import choose, disagreement, packed_attention, starts_of
+from smollm_jax.attention import choose, disagreement
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.kernels import choose_checked
+from smollm_jax.plain_attention import MOST_BLOCKS, SMALLEST_BLOCK, packed_attention, starts_of
 from smollm_jax.step import compile_step, init_state, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
@@ -33,7 +34,7 @@ def random_rows(seed, *, rows=2, length=256, heads=(9, 3), head_dim=64, dtype=jn
     arrays = [jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in (N, K, K, N)]
     begins = rng.random((rows, length)) < rng.choice([0.005, 0.05, 0.5])
     segment_ids = 1 + np.cumsum(begins, axis=1).astype(np.int32)
-    for row, padding in enumerate(rng.integers(0, length // 3, rows)):
+    for row, padding in enumerate(rng.integers(0, -(-length // 3), rows)):
         segment_ids[row, length - padding :] = 0
     return *arrays, starts_of(jnp.asarray(segment_ids))
 
@@ -46,6 +47,27 @@ def outcome(kernel, *rows):
 
 def interpreted(name):
     return partial(fused_attention.KERNELS[name], interpret=True)
+
+
+def textbook(q_BTNH, k_BTKH, v_BTKH, start_BT):
+    """Softmax attention as the formula has it, all scores at once; its gradient is JAX's own."""
+    T, N, H = q_BTNH.shape[1:]
+    k_BTNH, v_BTNH = (jnp.repeat(x, N // k_BTKH.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / H**0.5
+    own_BTS = (start_BT[:, :, None] == start_BT[:, None]) & jnp.tril(jnp.ones((T, T), bool))
+    weights_BNTS = jax.nn.softmax(jnp.where(own_BTS[:, None], scores_BNTS, -jnp.inf))
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BTNH)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [1, 100, SMALLEST_BLOCK + 1, MOST_BLOCKS * SMALLEST_BLOCK + 70])
+def test_the_plain_form_is_the_textbook_s(dtype, length):
+    q, k, v, do, start = random_rows(length, length=length, dtype=dtype)
+    ours = jax.jit(partial(outcome, packed_attention))(q, k, v, do, start)
+    exact = outcome(textbook, *(x.astype(jnp.float32) for x in (q, k, v, do)), start)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=TOLERANCE[dtype] * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("name", ["splash", "pallas"])
@@ -222,7 +244,7 @@ def test_cudnn_would_read_each_document_and_nothing_else(seed):
         end = start + length * 3 * 8
         document = [jnp.asarray(x[start:end].reshape(1, length, 3, 8)) for x in flat]
         if length:
-            out[start:end] = np.asarray(packed_attention(*document, jnp.ones((1, length)))).reshape(-1)
+            out[start:end] = np.asarray(packed_attention(*document, jnp.zeros((1, length)))).reshape(-1)
     np.testing.assert_allclose(out.reshape(q.shape), packed_attention(q, k, v, start_BT), atol=1e-5)
 
 

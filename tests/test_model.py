@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smollm_jax.attention import QUERY_BLOCK, starts_of
 from smollm_jax.config import MODELS, ModelConfig
 from smollm_jax.model import (
     SmolLM,
@@ -18,6 +17,7 @@ from smollm_jax.model import (
     rope_angles,
     rotate,
 )
+from smollm_jax.plain_attention import MOST_BLOCKS, SMALLEST_BLOCK, starts_of
 from smollm_jax.products import plain_product, product_of, wide_product
 from smollm_jax.residuals import as_bits, as_they_are
 
@@ -103,7 +103,7 @@ def test_logits_equal_hugging_face_on_odd_shapes(heads, kv_heads, theta):
     params = scattered(config)
     llama, model = llama_with(params, config), SmolLM.from_params(config, params)
     forward = jax.jit(model)
-    for length in (1, 2, 37, QUERY_BLOCK, 600):
+    for length in (1, 2, 37, SMALLEST_BLOCK, MOST_BLOCKS * SMALLEST_BLOCK + 5):
         tokens = tokens_of(config, 2, length)
         with torch.no_grad():
             expected = llama(torch.tensor(tokens).long()).logits.numpy()
@@ -188,7 +188,7 @@ def test_documents_begin_where_the_segment_changes():
     assert starts_of(segment_ids).tolist() == [[0, 0, 0, 3, 3, 5, 6, 6], [0, 0, 2, 2, 2, 2, 2, 7]]
 
 
-@pytest.mark.parametrize("lengths", [(3, 1, 8), (5, 7), (QUERY_BLOCK - 2, 9, 60)])
+@pytest.mark.parametrize("lengths", [(3, 1, 8), (5, 7), (SMALLEST_BLOCK - 2, 9, 60)])
 def test_a_packed_row_equals_its_documents_run_alone(lengths):
     model = SmolLM.from_params(TINY, scattered(TINY))
     documents = [tokens_of(TINY, 1, n, seed=n) for n in lengths]

@@ -1,0 +1,107 @@
+"""Attention over packed rows in plain JAX: the reference for the fused kernels, and what a CPU runs.
+
+It goes over blocks of queries, each against the keys up to its end, so that the scores of a long row never exist
+whole; the backward pass computes them again. The gradient is written out (that of FlashAttention, Dao 2023), and
+each product stands so that none of its sides has the scores transposed, which XLA:CPU does one number at a time:
+that, and the smaller blocks, make it 1.3 to 2 times as fast there as what JAX derives. All of it is in float32:
+differences of large scores decide, and rounding them to bfloat16 takes a CPU longer than its faster product wins.
+The letters are those of model.py; G is the query heads that share a key/value head.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# More blocks leave out more of what lies above the diagonal, and are more for XLA to compile.
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 8
+MASKED = -1e30
+
+
+def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
+    """Where the document of each token begins in its row: (B, T) int32. Padding, segment 0, counts as one."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    return jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+
+
+@jax.custom_vjp
+def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
+    """Causal attention inside each document of packed rows: (B, T, N, H); `start_BT` as `starts_of` gives it."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
+
+
+def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array):
+    K = k_BTKH.shape[2]
+    q_BKGTH, k_BKSH, v_BKSH = _by_group(q_BTNH, K), _heads_first(k_BTKH), _heads_first(v_BTKH)
+    outs, logs = [], []
+    for rows in _blocks(q_BTNH.shape[1]):
+        seen = slice(0, rows.stop)
+        scores_BKGTS = _scores(q_BKGTH[:, :, :, rows], k_BKSH[:, :, seen], start_BT[:, rows])
+        best_BKGT = jnp.max(scores_BKGTS, axis=-1)
+        weights_BKGTS = jnp.exp(scores_BKGTS - best_BKGT[..., None])
+        sum_BKGT = jnp.sum(weights_BKGTS, axis=-1)
+        outs.append(_dot(weights_BKGTS, v_BKSH[:, :, seen], (4,), (2,)) / sum_BKGT[..., None])
+        logs.append(best_BKGT + jnp.log(sum_BKGT))
+    o_BTNH = _by_head(jnp.concatenate(outs, axis=3)).astype(q_BTNH.dtype)
+    return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, jnp.concatenate(logs, axis=3))
+
+
+def _backward(kept: tuple[jax.Array, ...], do_BTNH: jax.Array):
+    q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, log_BKGT = kept
+    T, K, H = *k_BTKH.shape[1:3], q_BTNH.shape[3]
+    q_BKGTH, do_BKGTH, o_BKGTH = (_by_group(x_BTNH, K) for x_BTNH in (q_BTNH, do_BTNH, o_BTNH))
+    k_BKSH, v_BKSH = _heads_first(k_BTKH), _heads_first(v_BTKH)
+    along_BKGT = jnp.sum(do_BKGTH * o_BKGTH, axis=-1)
+    dq, dk_BKHS, dv_BKHS = [], jnp.zeros(()), jnp.zeros(())
+    for rows in _blocks(T):
+        seen = slice(0, rows.stop)
+        q, do = q_BKGTH[:, :, :, rows], do_BKGTH[:, :, :, rows]
+        scores_BKGTS = _scores(q, k_BKSH[:, :, seen], start_BT[:, rows])
+        weights_BKGTS = jnp.exp(scores_BKGTS - log_BKGT[..., rows, None])
+        dweights_BKGTS = _dot(do, v_BKSH[:, :, seen], (4,), (3,))
+        dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - along_BKGT[..., rows, None]) * H**-0.5
+        dq.append(_dot(dscores_BKGTS, k_BKSH[:, :, seen], (4,), (2,)))
+        behind = ((0, 0), (0, 0), (0, 0), (0, T - rows.stop))
+        dk_BKHS += jnp.pad(_dot(q, dscores_BKGTS, (2, 3), (2, 3)), behind)
+        dv_BKHS += jnp.pad(_dot(do, weights_BKGTS, (2, 3), (2, 3)), behind)
+    dq_BTNH = _by_head(jnp.concatenate(dq, axis=3)).astype(q_BTNH.dtype)
+    dk_BTKH, dv_BTKH = (d_BKHS.transpose(0, 3, 1, 2).astype(k_BTKH.dtype) for d_BKHS in (dk_BKHS, dv_BKHS))
+    return dq_BTNH, dk_BTKH, dv_BTKH, None
+
+
+packed_attention.defvjp(_forward, _backward)
+
+
+def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, start_BT: jax.Array) -> jax.Array:
+    """Of the queries that stand last among the keys; `MASKED` outside of a query's own document, and after it."""
+    T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
+    index_S = jnp.arange(S)
+    own_BTS = (index_S >= start_BT[..., None]) & (index_S <= index_S[S - T :, None])
+    scores_BKGTS = _dot(q_BKGTH, k_BKSH, (4,), (3,)) * q_BKGTH.shape[-1] ** -0.5
+    return jnp.where(own_BTS[:, None, None], scores_BKGTS, MASKED)
+
+
+def _dot(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> jax.Array:
+    """The product over these dims for each row and key/value head, dims of `a` before those of `b`: an einsum
+    may have them the other way around and turn the result."""
+    return jax.lax.dot_general(a, b, ((of_a, of_b), ((0, 1), (0, 1))))
+
+
+def _blocks(T: int) -> list[slice]:
+    size = max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS))
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def _by_group(x_BTNH: jax.Array, K: int) -> jax.Array:
+    B, T, N, H = x_BTNH.shape
+    return _heads_first(x_BTNH).reshape(B, K, N // K, T, H)
+
+
+def _by_head(x_BKGTH: jax.Array) -> jax.Array:
+    B, K, G, T, H = x_BKGTH.shape
+    return x_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2)
+
+
+def _heads_first(x_BTNH: jax.Array) -> jax.Array:
+    return x_BTNH.swapaxes(1, 2).astype(jnp.float32)
