@@ -7,6 +7,7 @@ The same command again resumes. Exit codes: 0 finished; 2 a mistake in the argum
 import sys
 
 from smollm_jax.arguments import guarded, parse
+from smollm_jax.huge_pages import restart_with_huge_pages
 from smollm_jax.stop import StopRequest, leave
 
 
@@ -18,5 +19,6 @@ def main(stop: StopRequest) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     with StopRequest() as request:
         leave(guarded(lambda: main(request)))

@@ -21,6 +21,7 @@ from benchmarks.measure import Row, as_command, finish
 from benchmarks.sides import on_accelerator
 from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
 from smollm_jax.config import ComputeConfig, require
+from smollm_jax.huge_pages import restart_with_huge_pages
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 PARTS = {
@@ -170,4 +171,5 @@ def _longest(seconds: Counter[str], operations: dict[str, tuple[str, str]], step
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as train_jax.py does
     as_command(profile, "profile")

@@ -14,17 +14,19 @@ import resource
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from glob import glob
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.measure import resident
 
 Seconds = dict[str, float]
 TURNS_ALONE = 2
+NO_ENVIRONMENTS: Mapping[str, dict[str, str]] = {}
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
@@ -71,18 +73,24 @@ def on_accelerator() -> bool:
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
-def compare(sides: dict[str, Callable[[], Ready]], *, rounds: int, alone: bool = False) -> dict[str, Outcome]:
+def compare(
+    sides: dict[str, Callable[[], Ready]],
+    *,
+    rounds: int,
+    alone: bool = False,
+    environments: Mapping[str, dict[str, str]] = NO_ENVIRONMENTS,
+) -> dict[str, Outcome]:
     """Make every side ready and have it do its rounds, after one that is not counted.
 
     `alone`, on a CPU: no other side is alive meanwhile, and each is made ready again for the same rounds once
-    more, after the others.
+    more, after the others. `environments` has what a side's process finds set besides.
     """
     if not (alone or on_accelerator()):
-        return _in_turn(sides, rounds)
+        return _in_turn(sides, rounds, environments)
     outcomes: dict[str, Outcome] = {}
     for _ in range(1 if on_accelerator() else TURNS_ALONE):
         for name, make in sides.items():
-            found, before = _in_turn({name: make}, rounds)[name], outcomes.get(name)
+            found, before = _in_turn({name: make}, rounds, environments)[name], outcomes.get(name)
             _show(name, found)  # a lease may end before the table comes
             outcomes[name] = _joined(before, found) if before else found
     return outcomes
@@ -103,11 +111,14 @@ def _joined(before: Outcome, found: Outcome) -> Outcome:
     return before
 
 
-def _in_turn(makes: dict[str, Callable[[], Ready]], rounds: int) -> dict[str, Outcome]:
+def _in_turn(
+    makes: dict[str, Callable[[], Ready]], rounds: int, environments: Mapping[str, dict[str, str]]
+) -> dict[str, Outcome]:
     sides: dict[str, _Side] = {}
     try:
         for name, make in makes.items():  # one after the other: each reports how long it took
-            sides[name] = _Side(name, make)
+            with mock.patch.dict(os.environ, environments.get(name, {})):
+                sides[name] = _Side(name, make)
         for round_ in range(-1, rounds):
             for side in sides.values():
                 seconds = side.ask("round")

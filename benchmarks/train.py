@@ -19,6 +19,7 @@ from typing import Any, Literal
 from benchmarks.measure import Row, as_command, finish, gib, show, spread
 from benchmarks.sides import Outcome, Ready, compare, in_child, kind_of
 from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step, write_model
+from smollm_jax import huge_pages
 from smollm_jax.config import ComputeConfig
 
 Form = Literal["eager", "compile", "max-autotune"]
@@ -131,7 +132,8 @@ def measured(work: Work, peers: tuple[Form, ...], rounds: int, *, alone: bool = 
         if peers:
             in_child(write_model, work.config.model, work.config.run.seed, Path(folder) / "hf")
         sides |= {f"HF + PyTorch {form}": partial(peer, work, form, Path(folder) / "hf") for form in peers}
-        outcomes = compare(sides, rounds=rounds, alone=alone)
+        # ours as train_jax.py runs it, the peer as its users do
+        outcomes = compare(sides, rounds=rounds, alone=alone, environments={"ours": huge_pages.environment()})
     ours_ran = outcomes["ours"]
     return [_row(name, outcome.on(ours_ran), ours_ran, work, alone) for name, outcome in outcomes.items()]
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from smollm_jax.attention import choose
 from smollm_jax.config import ModelConfig
-from smollm_jax.model import RMSNorm, SmolLM, rope_angles, rotate
+from smollm_jax.model import RMSNorm, SmolLM, rope_angles, rotate, swiglu
 from smollm_jax.plain_attention import MASKED
 
 # Measured on two cores (Zen 5): 3, 8 and 12 rows of weights read at a time are slower than 6, and partial sums
@@ -132,7 +132,7 @@ class Decoder(nnx.Module):
             seen_BTNH = _attend_cache(rotate(q_BTNH, rope), k_BKSH, v_BKSH, positions_BT)
             x_BTD += layer.o(seen_BTNH.reshape(*x_BTD.shape[:2], -1))
             gate, up = jnp.split(layer.gate_up(layer.mlp_norm(x_BTD)), 2, axis=-1)
-            x_BTD += layer.down(jax.nn.silu(gate) * up)
+            x_BTD += layer.down(swiglu(gate, up))
         return self.final_norm(x_BTD), tuple(grown)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from smollm_jax.attention import TOLERANCE
 from smollm_jax.config import ModelConfig
 from smollm_jax.hardware import said_by
-from smollm_jax.model import Block, rope_angles
+from smollm_jax.model import Block, rope_angles, swiglu
 from smollm_jax.products import plain_product
 
 # Of the feed-forward: numbers of one token that a program has; of the heads: tokens. On an H200 others were within
@@ -187,7 +187,7 @@ def _gated_forward(where, y_BTE, down_FD):
     del where  # XLA's own is as fast
     down_FD = down_FD.astype(y_BTE.dtype)
     gate_BTF, up_BTF = jnp.split(y_BTE, 2, axis=-1)
-    return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down_FD), (y_BTE, down_FD)
+    return jnp.einsum("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down_FD), (y_BTE, down_FD)
 
 
 def _gated_backward(where, kept, dout_BTD):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from smollm_jax.hardware import peak_flops
+from smollm_jax.huge_pages import asked_for
 from smollm_jax.sharding import layout_table, padded_rows, row_shards
 from smollm_jax.step import compiled_bytes
 
@@ -47,6 +48,7 @@ def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
         f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
+        *([f"memory      in huge pages: {asked}"] if device.platform == "cpu" and (asked := asked_for()) else []),
         *notes,
         *_padding(run),
     ]

@@ -99,6 +99,12 @@ class Attention(nnx.Module):
         return product("BTNH,NHD->BTD", core(q_BTNH, k_BTKH, v_BTKH), self.o[...])
 
 
+def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """`silu(gate) * up` (Shazeer 2020), computed in f32 and rounded once."""
+    gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
+    return gated_BTF.astype(gate_BTF.dtype)
+
+
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020)."""
 
@@ -115,7 +121,7 @@ class MLP(nnx.Module):
 
         @cheap
         def gated(gate_BTF: jax.Array, up_BTF: jax.Array, down: jax.Array) -> jax.Array:
-            return product("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down)
+            return product("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down)
 
         return gated(gate_BTF, up_BTF, self.down[...])
 
