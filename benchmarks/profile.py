@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Row, as_command, finish
-from benchmarks.sides import on_accelerator
 from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
 from smollm_jax.config import ComputeConfig, require
+from smollm_jax.hardware import has_accelerator
 from smollm_jax.huge_pages import restart_with_huge_pages
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
@@ -68,7 +68,7 @@ def profile(
         out: Folder to keep the profile in, for TensorBoard or Perfetto.
         seed: Of the tokens and documents.
     """
-    if on_accelerator():  # kernels started as one graph do not say which operation they belong to
+    if has_accelerator():  # kernels started as one graph do not say which operation they belong to
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     config = config_of(preset, batch_size, seq_len, compute)
     with ExitStack() as stack:

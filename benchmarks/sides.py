@@ -16,18 +16,17 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from glob import glob
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from benchmarks.measure import resident
+from smollm_jax.hardware import has_accelerator
 
 Seconds = dict[str, float]
 TURNS_ALONE = 2
 NO_ENVIRONMENTS: Mapping[str, dict[str, str]] = {}
-DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 @dataclass
@@ -68,11 +67,6 @@ def kind_of(device: Any) -> str:
     return "cuda" if device.platform == "gpu" else str(device.platform)
 
 
-def on_accelerator() -> bool:
-    """Whether a GPU or TPU will be used; told without JAX, which would take its memory."""
-    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
-
-
 def compare(
     sides: dict[str, Callable[[], Ready]],
     *,
@@ -85,10 +79,10 @@ def compare(
     `alone`, on a CPU: no other side is alive meanwhile, and each is made ready again for the same rounds once
     more, after the others. `environments` has what a side's process finds set besides.
     """
-    if not (alone or on_accelerator()):
+    if not (alone or has_accelerator()):
         return _in_turn(sides, rounds, environments)
     outcomes: dict[str, Outcome] = {}
-    for _ in range(1 if on_accelerator() else TURNS_ALONE):
+    for _ in range(1 if has_accelerator() else TURNS_ALONE):
         for name, make in sides.items():
             found, before = _in_turn({name: make}, rounds, environments)[name], outcomes.get(name)
             _show(name, found)  # a lease may end before the table comes

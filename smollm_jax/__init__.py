@@ -4,15 +4,15 @@
     logits_BTV = model(tokens_BT)
     smollm_jax.save_hf(model, "folder")
 
-The map, in the order of imports. Settings: config, config_file, arguments. Mathematics: attention,
-fused_attention, products, residuals, lookup, model, loss, ledger, kernels, step; gpu_attention, gpu_layer,
-gpu_loss and gpu_decode for GPUs. Devices: hardware, sharding; stop, watch, processes, launchers. Documents to
-batches: tokenizer, python_docs, rows, remote, sources, windows, packing, ahead, heldout, data. What is kept:
-run_folder, inventory, array_files, checkpoint. Generation: sampling, decoder, generation, completion,
-torch_engine. Hugging Face: layout, hf_folder, convert, card, hub, loading, publish. A run: report, resume,
-origin, start, introduction, evaluate, examination, train, together; looked back at by replay and verify; ahead
-of it, on devices that are not here, target, collectives, roofline, plan, plan_report. The page: worker, chat,
-writer, page, api.
+The map, in the order of imports. Settings: config, config_file, arguments, huge_pages. Mathematics:
+plain_attention, attention, fused_attention, products, residuals, lookup, model, loss, ledger, kernels, step;
+gpu_attention, gpu_layer, gpu_loss and gpu_decode for GPUs. Devices: hardware, sharding; stop, watch, processes,
+launchers. Documents to batches: tokenizer, python_docs, rows, remote, sources, windows, packing, ahead, heldout,
+data. What is kept: run_folder, inventory, array_files, checkpoint. Generation: sampling, decoder, generation,
+completion, torch_engine. Hugging Face: layout, hf_folder, convert, card, hub, loading, publish. A run: report,
+resume, origin, start, introduction, evaluate, examination, train, together; looked back at by replay and verify;
+ahead of it, on devices that are not here, target, collectives, roofline, plan, plan_report. The page: worker,
+chat, writer, page, api.
 Names load when they are first asked for, so that `--help` need not wait for JAX.
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,17 @@ CHIPS = {
     ),
 }
 TRITON_CAPABILITY = 8.0  # Ampere: what the GPU kernels are compiled by begins with it
+DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 MEMORY_SHARE = 0.9  # of what the device has; the rest is left to the runtime and the evaluation
 # On a CPU a run's process lives in the same memory: libraries and compiler; of each parameter, a save's copy of
 # the state (12 bytes), and what the writer makes of the moments (8). Three runs of 135M, with steps of 3.3, 7.2
 # and 20 GiB, took within 8 % of all that.
 PROCESS_BYTES, SAVED_BYTES = 600 * 2**20, 20
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU or TPU will be used; told without JAX, which would take its memory."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
 def peak_flops(device: Any) -> float | None:

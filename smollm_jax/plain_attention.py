@@ -1,11 +1,12 @@
 """Attention over packed rows in plain JAX: the reference for the fused kernels, and what a CPU runs.
 
-It goes over blocks of queries, each against the keys up to its end, so that the scores of a long row never exist
-whole; the backward pass computes them again. The gradient is written out (that of FlashAttention, Dao 2023), and
-each product stands so that none of its sides has the scores transposed, which XLA:CPU does one number at a time:
-that, and the smaller blocks, make it 1.3 to 2 times as fast there as what JAX derives. All of it is in float32:
+It goes over blocks of queries, each against the keys up to its end, which leaves out most of what lies above the
+diagonal; the backward pass computes the scores again. The gradient is written out (that of FlashAttention, Dao
+2023), and each product stands so that none of its sides has the scores transposed, which XLA:CPU does a number at
+a time: that, and the smaller blocks, make it twice as fast there as what JAX derives. All of it is in float32:
 differences of large scores decide, and rounding them to bfloat16 takes a CPU longer than its faster product wins.
-The letters are those of model.py; G is the query heads that share a key/value head.
+The letters are those of model.py; G is the query heads that share a key/value head. Reverse mode alone has a
+gradient. A GPU that comes to this form has products of float32 too, TF32 where it has that; a TPU rounds operands.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# More blocks leave out more of what lies above the diagonal, and are more for XLA to compile.
-SMALLEST_BLOCK, MOST_BLOCKS = 128, 8
+# More blocks leave out more, and are more for XLA to compile; larger ones are more scores at a time.
+SMALLEST_BLOCK, LARGEST_BLOCK, BLOCKS = 128, 512, 8
 MASKED = -1e30
 
 
@@ -31,7 +32,9 @@ def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, st
     return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
 
-def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array):
+def _forward(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     K = k_BTKH.shape[2]
     q_BKGTH, k_BKSH, v_BKSH = _by_group(q_BTNH, K), _heads_first(k_BTKH), _heads_first(v_BTKH)
     outs, logs = [], []
@@ -47,27 +50,30 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: 
     return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, jnp.concatenate(logs, axis=3))
 
 
-def _backward(kept: tuple[jax.Array, ...], do_BTNH: jax.Array):
+def _backward(kept: tuple[jax.Array, ...], do_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
     q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, log_BKGT = kept
-    T, K, H = *k_BTKH.shape[1:3], q_BTNH.shape[3]
+    # else XLA would keep the scores of the way there, where it sees both ways in one program
+    q_BTNH, k_BTKH, v_BTKH = jax.lax.optimization_barrier((q_BTNH, k_BTKH, v_BTKH))
+    T, K, H = k_BTKH.shape[1], k_BTKH.shape[2], q_BTNH.shape[3]
     q_BKGTH, do_BKGTH, o_BKGTH = (_by_group(x_BTNH, K) for x_BTNH in (q_BTNH, do_BTNH, o_BTNH))
     k_BKSH, v_BKSH = _heads_first(k_BTKH), _heads_first(v_BTKH)
     along_BKGT = jnp.sum(do_BKGTH * o_BKGTH, axis=-1)
-    dq, dk_BKHS, dv_BKHS = [], jnp.zeros(()), jnp.zeros(())
+    blocks_of_dq = []
+    dk_BKHS = dv_BKHS = jnp.zeros((len(k_BTKH), K, H, T))
     for rows in _blocks(T):
         seen = slice(0, rows.stop)
-        q, do = q_BKGTH[:, :, :, rows], do_BKGTH[:, :, :, rows]
-        scores_BKGTS = _scores(q, k_BKSH[:, :, seen], start_BT[:, rows])
+        own_q_BKGTH, own_do_BKGTH = q_BKGTH[:, :, :, rows], do_BKGTH[:, :, :, rows]
+        scores_BKGTS = _scores(own_q_BKGTH, k_BKSH[:, :, seen], start_BT[:, rows])
         weights_BKGTS = jnp.exp(scores_BKGTS - log_BKGT[..., rows, None])
-        dweights_BKGTS = _dot(do, v_BKSH[:, :, seen], (4,), (3,))
+        dweights_BKGTS = _dot(own_do_BKGTH, v_BKSH[:, :, seen], (4,), (3,))
         dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - along_BKGT[..., rows, None]) * H**-0.5
-        dq.append(_dot(dscores_BKGTS, k_BKSH[:, :, seen], (4,), (2,)))
+        blocks_of_dq.append(_dot(dscores_BKGTS, k_BKSH[:, :, seen], (4,), (2,)))
         behind = ((0, 0), (0, 0), (0, 0), (0, T - rows.stop))
-        dk_BKHS += jnp.pad(_dot(q, dscores_BKGTS, (2, 3), (2, 3)), behind)
-        dv_BKHS += jnp.pad(_dot(do, weights_BKGTS, (2, 3), (2, 3)), behind)
-    dq_BTNH = _by_head(jnp.concatenate(dq, axis=3)).astype(q_BTNH.dtype)
-    dk_BTKH, dv_BTKH = (d_BKHS.transpose(0, 3, 1, 2).astype(k_BTKH.dtype) for d_BKHS in (dk_BKHS, dv_BKHS))
-    return dq_BTNH, dk_BTKH, dv_BTKH, None
+        dk_BKHS += jnp.pad(_dot(own_q_BKGTH, dscores_BKGTS, (2, 3), (2, 3)), behind)
+        dv_BKHS += jnp.pad(_dot(own_do_BKGTH, weights_BKGTS, (2, 3), (2, 3)), behind)
+    dq_BTNH = _by_head(jnp.concatenate(blocks_of_dq, axis=3)).astype(q_BTNH.dtype)
+    dk_BTKH, dv_BTKH = dk_BKHS.transpose(0, 3, 1, 2), dv_BKHS.transpose(0, 3, 1, 2)
+    return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
 
 
 packed_attention.defvjp(_forward, _backward)
@@ -89,7 +95,8 @@ def _dot(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int, ...
 
 
 def _blocks(T: int) -> list[slice]:
-    size = max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS))
+    """About `BLOCKS` of them, each a multiple of the smallest, but for the last."""
+    size = min(-(-T // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK, LARGEST_BLOCK)
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 

@@ -7,6 +7,7 @@ drawn at random and started again. Ledger, losses and every bit of parameters an
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from smollm_jax import huge_pages
 from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.inventory import steps_in
@@ -91,7 +93,8 @@ def start(config: Config, **options: Any) -> subprocess.Popen[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(as_dict(config)))
     options = {"stdout": sys.stderr} | options  # its result is not ours
-    return subprocess.Popen([sys.executable, "-m", "smollm_jax.verify", str(path)], text=True, **options)
+    command = [sys.executable, "-m", "smollm_jax.verify", str(path)]
+    return subprocess.Popen(command, text=True, env=os.environ | huge_pages.environment(), **options)
 
 
 def _finish(config: Config) -> None:

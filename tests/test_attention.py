@@ -21,7 +21,7 @@ from smollm_jax import fused_attention
 from smollm_jax.attention import choose, disagreement
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.kernels import choose_checked
-from smollm_jax.plain_attention import MOST_BLOCKS, SMALLEST_BLOCK, packed_attention, starts_of
+from smollm_jax.plain_attention import BLOCKS, SMALLEST_BLOCK, packed_attention, starts_of
 from smollm_jax.step import compile_step, init_state, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
@@ -34,7 +34,7 @@ def random_rows(seed, *, rows=2, length=256, heads=(9, 3), head_dim=64, dtype=jn
     arrays = [jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in (N, K, K, N)]
     begins = rng.random((rows, length)) < rng.choice([0.005, 0.05, 0.5])
     segment_ids = 1 + np.cumsum(begins, axis=1).astype(np.int32)
-    for row, padding in enumerate(rng.integers(0, -(-length // 3), rows)):
+    for row, padding in enumerate(rng.integers(0, max(1, length // 3), rows)):
         segment_ids[row, length - padding :] = 0
     return *arrays, starts_of(jnp.asarray(segment_ids))
 
@@ -46,7 +46,7 @@ def outcome(kernel, *rows):
 
 
 def interpreted(name):
-    return partial(fused_attention.KERNELS[name], interpret=True)
+    return packed_attention if name == "plain" else partial(fused_attention.KERNELS[name], interpret=True)
 
 
 def textbook(q_BTNH, k_BTKH, v_BTKH, start_BT):
@@ -60,14 +60,19 @@ def textbook(q_BTNH, k_BTKH, v_BTKH, start_BT):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [5, 100, SMALLEST_BLOCK + 1, MOST_BLOCKS * SMALLEST_BLOCK + 70])
-def test_the_plain_form_is_the_textbook_s(dtype, length):
-    q, k, v, do, start = random_rows(length, length=length, dtype=dtype)
+@pytest.mark.parametrize(
+    ("length", "heads"),
+    [(1, (9, 3)), (100, (4, 4)), (SMALLEST_BLOCK + 1, (3, 1)), (BLOCKS * SMALLEST_BLOCK + 70, (6, 2))],
+)
+def test_the_plain_form_is_the_textbook_s(dtype, length, heads):
+    q, k, v, do, start = random_rows(length, length=length, heads=heads, dtype=dtype)
     ours = jax.jit(partial(outcome, packed_attention))(q, k, v, do, start)
     exact = outcome(textbook, *(x.astype(jnp.float32) for x in (q, k, v, do)), start)
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == dtype
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=TOLERANCE[dtype] * float(jnp.abs(b).max()))
+        # of one token the gradients of q and k are 0
+        atol = TOLERANCE[dtype] * max(float(jnp.abs(b).max()), 1.0)
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["splash", "pallas"])
@@ -92,7 +97,7 @@ def test_values_and_gradients_equal_the_plain_ones(name, dtype, seed, shape):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=TOLERANCE[dtype] * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", ["splash", "pallas"])
+@pytest.mark.parametrize("name", ["plain", "splash", "pallas"])
 def test_documents_and_the_future_have_exactly_no_influence(name):
     q, k, v, _, _ = random_rows(0, rows=1, length=128)
     segment_ids = jnp.repeat(jnp.array([[1, 2, 0]]), jnp.array([50, 60, 18]), axis=1, total_repeat_length=128)

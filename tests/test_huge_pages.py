@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,19 +13,20 @@ TELL = """
 import os, sys
 from pathlib import Path
 from smollm_jax import huge_pages
-huge_pages.OFFER = Path(sys.argv[1])
+huge_pages.OFFER, huge_pages._glibc = Path(sys.argv[1]), lambda: (2, 36)
 print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
 huge_pages.restart_with_huge_pages()
 print("goes on")
 """
 
 
-def lines_of(offer, tmp_path, **environment):
+def lines_of(offer, tmp_path, *, program=TELL, **environment):
     (tmp_path / "enabled").write_text(offer)
-    inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    ours = (huge_pages.VARIABLE, huge_pages.RESTARTED)
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
-        [sys.executable, "-c", TELL, str(tmp_path / "enabled"), "a word"],
-        capture_output=True, text=True, check=True, env=inherited | environment,
+        [sys.executable, "-c", program, str(tmp_path / "enabled"), "a word"],
+        capture_output=True, text=True, check=True, env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
     )  # fmt: skip
     return done.stdout.splitlines()
 
@@ -39,6 +41,40 @@ def test_a_process_begins_again_once_and_keeps_its_number_and_words(tmp_path):
 def test_other_tunables_are_kept(tmp_path):
     second = lines_of("always [madvise] never\n", tmp_path, GLIBC_TUNABLES="glibc.malloc.check=0")[1]
     assert second.endswith(" glibc.malloc.check=0:glibc.malloc.hugetlb=1")
+
+
+def test_a_program_that_is_run_inside_of_another_does_not_take_its_process(tmp_path):
+    (tmp_path / "script.py").write_text(TELL)
+    host = f"""
+import runpy, sys
+sys.argv = ["script.py", *sys.argv[1:]]
+runpy.run_path({str(tmp_path / "script.py")!r}, run_name="__main__")
+"""
+    assert len(lines_of("always [madvise] never\n", tmp_path, program=host)) == 2
+
+
+def test_a_process_that_loses_the_variable_does_not_begin_again_for_ever(tmp_path):
+    assert len(lines_of("always [madvise] never\n", tmp_path, **{huge_pages.RESTARTED: "1"})) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("_glibc", "lambda: (2, 34)"), ("has_accelerator", "lambda: True")])
+def test_an_old_glibc_or_an_accelerator_has_nothing_of_it(name, value, tmp_path):
+    program = TELL.replace("print(os.getpid()", f"huge_pages.{name} = {value}\nprint(os.getpid()")
+    assert len(lines_of("always [madvise] never\n", tmp_path, program=program)) == 2
+
+
+def test_train_jax_begins_again():
+    program = """
+import runpy, sys
+from smollm_jax import huge_pages
+huge_pages.restart_with_huge_pages = lambda: print("begins again", flush=True)
+script, sys.argv = sys.argv[1], ["train_jax.py", "--help"]
+runpy.run_path(script, run_name="__main__")
+"""
+    script = Path(__file__).parent.parent / "train_jax.py"
+    command = [sys.executable, "-c", program, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("begins again\n"), done
 
 
 @pytest.mark.parametrize(

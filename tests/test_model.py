@@ -17,7 +17,7 @@ from smollm_jax.model import (
     rope_angles,
     rotate,
 )
-from smollm_jax.plain_attention import MOST_BLOCKS, SMALLEST_BLOCK, starts_of
+from smollm_jax.plain_attention import BLOCKS, SMALLEST_BLOCK, starts_of
 from smollm_jax.products import plain_product, product_of, wide_product
 from smollm_jax.residuals import as_bits, as_they_are
 
@@ -103,7 +103,7 @@ def test_logits_equal_hugging_face_on_odd_shapes(heads, kv_heads, theta):
     params = scattered(config)
     llama, model = llama_with(params, config), SmolLM.from_params(config, params)
     forward = jax.jit(model)
-    for length in (1, 2, 37, SMALLEST_BLOCK, MOST_BLOCKS * SMALLEST_BLOCK + 5):
+    for length in (1, 2, 37, SMALLEST_BLOCK, BLOCKS * SMALLEST_BLOCK + 5):
         tokens = tokens_of(config, 2, length)
         with torch.no_grad():
             expected = llama(torch.tensor(tokens).long()).logits.numpy()
