@@ -107,7 +107,8 @@ PROCESS_BYTES, SAVED_BYTES = 600 * 2**20, 20
 
 
 def has_accelerator() -> bool:
-    """Whether a GPU or TPU will be used; told without JAX, which would take its memory."""
+    """Whether the machine seems to have a GPU or TPU, and JAX may use it; told without JAX, which would take its
+    memory."""
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 

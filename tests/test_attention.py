@@ -21,7 +21,7 @@ from smollm_jax import fused_attention
 from smollm_jax.attention import choose, disagreement
 from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.kernels import choose_checked
-from smollm_jax.plain_attention import BLOCKS, SMALLEST_BLOCK, packed_attention, starts_of
+from smollm_jax.plain_attention import BLOCKS, SMALLEST_BLOCK, _blocks, packed_attention, starts_of
 from smollm_jax.step import compile_step, init_state, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
@@ -75,6 +75,21 @@ def test_the_plain_form_is_the_textbook_s(dtype, length, heads):
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=atol)
 
 
+@pytest.mark.parametrize(
+    ("length", "count", "largest"),
+    [(1, 1, 1), (128, 1, 128), (129, 2, 128), (1025, 5, 256), (4096, 8, 512), (4097, 9, 512), (8192, 16, 512)],
+)
+def test_blocks_cover_a_row_once(length, count, largest):
+    blocks = _blocks(length)
+    assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(length))
+    assert (len(blocks), max(block.stop - block.start for block in blocks)) == (count, largest)
+
+
+def test_the_way_back_does_not_share_the_scores_of_the_way_there():
+    rows = random_rows(0, length=SMALLEST_BLOCK)
+    assert "optimization_barrier" in jax.jit(partial(outcome, packed_attention)).lower(*rows).as_text()
+
+
 @pytest.mark.parametrize("name", ["splash", "pallas"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -98,18 +113,20 @@ def test_values_and_gradients_equal_the_plain_ones(name, dtype, seed, shape):
 
 
 @pytest.mark.parametrize("name", ["plain", "splash", "pallas"])
-def test_documents_and_the_future_have_exactly_no_influence(name):
-    q, k, v, _, _ = random_rows(0, rows=1, length=128)
-    segment_ids = jnp.repeat(jnp.array([[1, 2, 0]]), jnp.array([50, 60, 18]), axis=1, total_repeat_length=128)
-    kernel, at = interpreted(name), 80  # of the second document, 50 to 109
+@pytest.mark.parametrize("scale", [1, 3])  # 3: over several blocks of the plain form
+def test_documents_and_the_future_have_exactly_no_influence(name, scale):
+    q, k, v, _, _ = random_rows(0, rows=1, length=128 * scale)
+    lengths = scale * jnp.array([50, 60, 18])
+    segment_ids = jnp.repeat(jnp.array([[1, 2, 0]]), lengths, axis=1, total_repeat_length=128 * scale)
+    kernel, at = interpreted(name), 80 * scale  # of the second document
 
     def output_at(k, v):
         return jnp.sum(kernel(q, k, v, starts_of(segment_ids))[0, at])
 
     for gradient in jax.grad(output_at, argnums=(0, 1))(k, v):
         reach_T = np.abs(np.asarray(gradient)).sum(axis=(0, 2, 3))
-        assert (reach_T[:50] == 0).all()
-        assert (reach_T[50 : at + 1] > 0).all()
+        assert (reach_T[: 50 * scale] == 0).all()
+        assert (reach_T[50 * scale : at + 1] > 0).all()
         assert (reach_T[at + 1 :] == 0).all()
 
 

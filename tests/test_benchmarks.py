@@ -76,11 +76,14 @@ def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
     script = (
         "from functools import partial\n"
         "from benchmarks.sides import Ready, compare\n"
-        "def good(): return Ready(lambda: {'round': 1.0})\n"
+        "import os\n"
+        "def good(): return Ready(lambda: {'round': float(os.environ['FOR_GOOD'])})\n"
         "def bad(): raise MemoryError('out of memory')\n"
-        "def gone(): import os; os._exit(3)\n"
+        "def gone(): os._exit(3)\n"
         "if __name__ == '__main__':\n"
-        "    found = compare({'good': good, 'bad': bad, 'gone': gone}, rounds=2)\n"
+        "    sides, its_own = {'good': good, 'bad': bad, 'gone': gone}, {'good': {'FOR_GOOD': '1.0'}}\n"
+        "    found = compare(sides, rounds=2, environments=its_own)\n"
+        "    assert 'FOR_GOOD' not in os.environ\n"
         "    print([(name, len(one.rounds), one.failed) for name, one in found.items()])\n"
     )
     path = tmp_path / "failing_side.py"

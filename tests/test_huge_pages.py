@@ -53,6 +53,16 @@ runpy.run_path({str(tmp_path / "script.py")!r}, run_name="__main__")
     assert len(lines_of("always [madvise] never\n", tmp_path, program=host)) == 2
 
 
+def test_a_program_that_came_by_a_pipe_is_not_asked_for_again(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    done = subprocess.run(
+        [sys.executable, "-", str(tmp_path / "enabled")], input=TELL, capture_output=True, text=True, check=True,
+        env={name: value for name, value in os.environ.items() if name != huge_pages.VARIABLE},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "goes on"
+    assert len(done.stdout.splitlines()) == 2
+
+
 def test_a_process_that_loses_the_variable_does_not_begin_again_for_ever(tmp_path):
     assert len(lines_of("always [madvise] never\n", tmp_path, **{huge_pages.RESTARTED: "1"})) == 2
 
