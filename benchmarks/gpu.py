@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -23,7 +22,6 @@ from typing import TextIO
 from benchmarks.measure import as_command
 
 ROOT = Path(__file__).parent.parent
-NOTHING: Mapping[str, str] = {}
 SMALLEST_LIMIT_SECONDS = 20  # less is not worth the start of a part
 
 
@@ -142,20 +140,20 @@ def gpu(
             outcomes[part.name] = "no time left"
             if limit >= SMALLEST_LIMIT_SECONDS:
                 began = time.monotonic()
-                environment = NOTHING if part.compiles_anew else {"JAX_COMPILATION_CACHE_DIR": compiled}
-                outcomes[part.name] = outcome = run(part, folder, limit, talk, environment)
+                outcomes[part.name] = outcome = run(part, folder, limit, talk, compiled)
                 print(f"{part.name}: {outcome}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print(json.dumps({"benchmark": "gpu", "folder": str(folder), "parts": outcomes}))
     return 0 if all(outcome == "done" for outcome in outcomes.values()) else 1
 
 
-def run(part: Part, folder: Path, limit: float, talk: TextIO, environment: Mapping[str, str] = NOTHING) -> str:
-    """Run a part and file what it says; returns "done", or what went wrong."""
+def run(part: Part, folder: Path, limit: float, talk: TextIO, compiled: str) -> str:
+    """Run a part and file what it says; returns "done", or what went wrong. `compiled` has JAX's cache."""
+    cache = {} if part.compiles_anew else {"JAX_COMPILATION_CACHE_DIR": compiled}
     command = [word.replace("{out}", str(folder)) for word in part.command]
     print(f"\n$ {' '.join(command)}", file=talk, flush=True)
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | dict(environment),
+        env=os.environ | cache,
     )  # fmt: skip
     late = False
     try:

@@ -26,7 +26,6 @@ from smollm_jax.hardware import has_accelerator
 
 Seconds = dict[str, float]
 TURNS_ALONE = 2
-NO_ENVIRONMENTS: Mapping[str, dict[str, str]] = {}
 
 
 @dataclass
@@ -72,13 +71,14 @@ def compare(
     *,
     rounds: int,
     alone: bool = False,
-    environments: Mapping[str, dict[str, str]] = NO_ENVIRONMENTS,
+    environments: Mapping[str, dict[str, str]] | None = None,
 ) -> dict[str, Outcome]:
     """Make every side ready and have it do its rounds, after one that is not counted.
 
     `alone`, on a CPU: no other side is alive meanwhile, and each is made ready again for the same rounds once
     more, after the others. `environments` has what a side's process finds set besides.
     """
+    environments = environments or {}
     if not (alone or has_accelerator()):
         return _in_turn(sides, rounds, environments)
     outcomes: dict[str, Outcome] = {}

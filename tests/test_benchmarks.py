@@ -298,12 +298,25 @@ def test_gpu_files_what_its_parts_find_and_names_what_had_no_time(tmp_path):
     assert found["parts"] == {"data": "no time left"}
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_part_of_gpu_leaves_what_it_compiles_to_the_next_or_has_no_part_in_it(anew, tmp_path):
+    import io
+
+    from benchmarks.gpu import Part, run
+
+    words = "benchmarks.profile --preset quickstart --seq-len 32 --steps 1"
+    part, compiled = Part("profile", words, 100, compiles_anew=anew), tmp_path / "compiled"
+    compiled.mkdir()
+    assert run(part, tmp_path, 100, io.StringIO(), str(compiled)) == "done"
+    assert any(compiled.iterdir()) != anew
+
+
 def test_gpu_names_a_part_that_fails_and_one_that_takes_too_long(tmp_path):
     import io
 
     from benchmarks.gpu import Part, run
 
-    talk = io.StringIO()
-    assert "exit code 2" in run(Part("wrong", "benchmarks.data --no-such-flag", 60), tmp_path, 60, talk)
-    assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk).startswith("took longer than 1 s")
+    talk, cache = io.StringIO(), str(tmp_path / "compiled")
+    assert "exit code 2" in run(Part("wrong", "benchmarks.data --no-such-flag", 60), tmp_path, 60, talk, cache)
+    assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk, cache).startswith("took longer than 1 s")
     assert "no-such-flag" in talk.getvalue()

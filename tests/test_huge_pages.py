@@ -20,13 +20,14 @@ print("goes on")
 """
 
 
-def lines_of(offer, tmp_path, *, program=TELL, **environment):
+def lines_of(offer, tmp_path, *, program=TELL, by_pipe=False, **environment):
     (tmp_path / "enabled").write_text(offer)
     ours = (huge_pages.VARIABLE, huge_pages.RESTARTED)
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "enabled"), "a word"],
-        capture_output=True, text=True, check=True, env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
+        [sys.executable, *(["-"] if by_pipe else ["-c", program]), str(tmp_path / "enabled"), "a word"],
+        input=program if by_pipe else "", capture_output=True, text=True, check=True,
+        env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
     )  # fmt: skip
     return done.stdout.splitlines()
 
@@ -54,13 +55,7 @@ runpy.run_path({str(tmp_path / "script.py")!r}, run_name="__main__")
 
 
 def test_a_program_that_came_by_a_pipe_is_not_asked_for_again(tmp_path):
-    (tmp_path / "enabled").write_text("always [madvise] never\n")
-    done = subprocess.run(
-        [sys.executable, "-", str(tmp_path / "enabled")], input=TELL, capture_output=True, text=True, check=True,
-        env={name: value for name, value in os.environ.items() if name != huge_pages.VARIABLE},
-    )  # fmt: skip
-    assert done.stdout.splitlines()[-1] == "goes on"
-    assert len(done.stdout.splitlines()) == 2
+    assert lines_of("always [madvise] never\n", tmp_path, by_pipe=True)[1:] == ["goes on"]
 
 
 def test_a_process_that_loses_the_variable_does_not_begin_again_for_ever(tmp_path):
@@ -101,5 +96,9 @@ def test_nothing_happens_where_it_would_not_help_or_the_user_has_decided(offer, 
 
 def test_nothing_happens_where_the_kernel_has_no_such_pages(tmp_path, monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(huge_pages, "OFFER", tmp_path / "not there")
+    monkeypatch.setattr(huge_pages, "has_accelerator", lambda: False)
+    monkeypatch.setattr(huge_pages, "_glibc", lambda: (2, 36))
+    monkeypatch.setattr(huge_pages, "OFFER", tmp_path / "enabled")
     assert huge_pages.environment() == {}
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    assert huge_pages.environment() == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
