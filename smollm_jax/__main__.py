@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smollm_jax.arguments import Command, guarded, parse_command
-from smollm_jax.config import DataConfig
+from smollm_jax.config import DataConfig, UserError
 from smollm_jax.report import say
 from smollm_jax.stop import EXIT_FAILED
 
@@ -243,7 +243,7 @@ def plan(argv: list[str]) -> int:
     try:
         own, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     config = parse(rest, prog="python -m smollm_jax plan --topology NAME:AxB [--json]")
     import jax
 

@@ -17,10 +17,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from smollm_jax.config import MODELS, RECIPES, Config, require
+from smollm_jax.config import MODELS, RECIPES, Config, UserError, require
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED
 
 Command = Callable[..., int]
@@ -38,7 +37,7 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     try:
         given, _ = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error}; see {prog} --help") from None
+        raise UserError(f"{error}; see {prog} --help") from None
     require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
     default = RECIPES[given.recipe]
     if given.preset is not None:
@@ -66,7 +65,7 @@ def split_flag(argv: list[str], name: str, default: int) -> tuple[int, list[str]
     try:
         given, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     return given.value, rest
 
 
@@ -107,7 +106,7 @@ def _one_line(prog: str, read: Callable[[], Any]) -> Any:
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise ValueError(f"{_fold(talk.getvalue())}; see {prog} --help") from None
+        raise UserError(f"{_fold(talk.getvalue())}; see {prog} --help") from None
 
 
 def guarded(main: Callable[[], int]) -> int:
@@ -131,17 +130,11 @@ def explained(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
-    if isinstance(error, ValueError) and is_ours(error):
+    if isinstance(error, UserError):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     traceback.print_exception(error)
     return EXIT_FAILED
-
-
-def is_ours(error: ValueError) -> bool:
-    """Whether this package raised it on purpose: a library's own ValueError is not a user's mistake."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).parent == Path(__file__).parent
 
 
 def _fold(boxes: str) -> str:

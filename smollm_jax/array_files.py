@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.config import UserError
 from smollm_jax.processes import Processes
 
 
@@ -29,7 +30,7 @@ def leaves_by_name(tree: Any) -> dict[str, Any]:
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
     # orbax joins a path by dots
     if len({name.replace(".", "/") for name in named}) != len(pairs) or "" in named:
-        raise ValueError("the state has leaves that share a name, or none: it must be nested dicts or tuples")
+        raise UserError("the state has leaves that share a name, or none: it must be nested dicts or tuples")
     return named
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from smollm_jax.config import require
+from smollm_jax.config import UserError, require
 from smollm_jax.tokenizer import Tokenizer
 
 # a code point that is no character, put into words that would read as a special token
@@ -48,7 +48,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
         template = environment.from_string(str(tokenizer.chat_template))
         text = template.render(messages=marked, add_generation_prompt=True, **names)
     except Exception as error:  # a template is a program: it can fail in any way
-        raise ValueError(f"the chat template refuses this conversation: {error}") from None
+        raise UserError(f"the chat template refuses this conversation: {error}") from None
     return _encode(tokenizer, text, special)
 
 

@@ -32,6 +32,7 @@ from smollm_jax.array_files import (
     restore_args_for,
     store,
 )
+from smollm_jax.config import UserError
 from smollm_jax.inventory import (
     META,
     Found,
@@ -310,12 +311,12 @@ def read_params(
     if step is None:
         found = next(good_ones(folder, group=group), None)
         if found is None:
-            raise ValueError(f"{folder} holds no good checkpoint")
+            raise UserError(f"{folder} holds no good checkpoint")
     else:
         found = named_step(folder, step, group=group)
     names = [name for name in found.leaves if group_of(name) == group]
     if not names:
-        raise ValueError(f"checkpoint {found.step} in {folder} holds no {group}")
+        raise UserError(f"checkpoint {found.step} in {folder} holds no {group}")
     args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
     loaded = load(folder / str(found.step) / group, args, Processes())
     return found, nested(loaded)[group]

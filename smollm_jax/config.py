@@ -23,10 +23,14 @@ AttentionName = Literal["auto", "plain", "splash", "pallas", "cudnn"]
 Schedule = Literal["linear", "constant", "cosine", "wsd"]
 
 
+class UserError(ValueError):
+    """A mistake in arguments, settings or input; its message is the one line a user is shown."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless `condition` holds."""
+    """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def require_finite(settings: Any) -> None:

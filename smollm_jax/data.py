@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from smollm_jax.config import DataConfig, require
+from smollm_jax.config import DataConfig, UserError, require
 from smollm_jax.heldout import HeldOut, head_texts, heldout, plain_batches
 from smollm_jax.packing import Batch, Packer, num_targets
 from smollm_jax.remote import SourceTimeout
@@ -180,7 +180,7 @@ class Batches:
         try:
             self._check(cursor)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the data cursor is damaged: {type(error).__name__} {error}") from None
+            raise UserError(f"the data cursor is damaged: {type(error).__name__} {error}") from None
         self.step = cursor["step"]
         for shard, lane in self.lanes.items():
             lane.cursor = cursor["lanes"][str(shard)]
@@ -203,7 +203,7 @@ class Batches:
             for shard, lane in self.lanes.items():
                 lane.check(cursor["lanes"][str(shard)])
         except ValueError as error:
-            raise ValueError(f"the data cursor is damaged: {error}") from None
+            raise UserError(f"the data cursor is damaged: {error}") from None
 
 
 def merged(cursors: list[Cursor]) -> Cursor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.config import ModelConfig, require
+from smollm_jax.config import ModelConfig, UserError, require
 from smollm_jax.layout import Params, from_hf, model_config, tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,7 +69,7 @@ def local_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=list(WANTED)))
     except Exception as error:  # the kinds differ with every release of three libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise ValueError(f"{path} is no folder here and cannot be fetched from the Hub ({reason})") from None
+        raise UserError(f"{path} is no folder here and cannot be fetched from the Hub ({reason})") from None
 
 
 def read_json(file: Path) -> Any:
@@ -77,7 +77,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from None
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -92,7 +92,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if not file.is_file():
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             instead = f" but {pickles[0]}, a pickle, which can run code" if pickles else ""
-            raise ValueError(f"{folder} has no {file.name}{instead}; only safetensors are read")
+            raise UserError(f"{folder} has no {file.name}{instead}; only safetensors are read")
         names = _names_in(file)
         twice = sorted(set(where) & set(names))
         require(not twice, f"{folder}: tensor {(twice or [''])[0]} stands in more than one file")
@@ -133,7 +133,7 @@ def _names_in(file: Path) -> list[str]:
         with safe_open(file, framework="numpy") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read, it may be cut short: {error}") from None
+        raise UserError(f"{file} cannot be read, it may be cut short: {error}") from None
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
@@ -144,7 +144,7 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
         with safe_open(file, framework="numpy") as opened:
             value = opened.get_tensor(name)
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: tensor {name} cannot be read: {error}") from None
+        raise UserError(f"{file}: tensor {name} cannot be read: {error}") from None
     require(
         value.dtype.name in READABLE,
         f"tensor {name} holds {value.dtype.name}; {', '.join(READABLE)} can be read",

@@ -10,7 +10,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from smollm_jax.config import require
+from smollm_jax.config import UserError, require
 from smollm_jax.convert import CARD, CURVE
 from smollm_jax.hf_folder import WANTED, read_json, tensor_files
 from smollm_jax.layout import model_config
@@ -58,5 +58,5 @@ def _upload(folder: Path, repo: str, names: list[str], private: bool) -> str:
         )
     except Exception as error:  # the kinds differ with every release of the client and of what it stands on
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{repo} could not be written on the Hub: {reason}") from None
+        raise UserError(f"{repo} could not be written on the Hub: {reason}") from None
     return str(address)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.config import UserError
 from smollm_jax.run_folder import Damaged, fsync, read_json, verify
 
 META = "meta.json"
@@ -72,7 +73,7 @@ def table(run_dir: Path) -> str:
     """The checkpoints of a run as lines of step, size, age and verdict; raises `ValueError` for no run."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{run_dir} is not a run: it has no checkpoints/")
+        raise UserError(f"{run_dir} is not a run: it has no checkpoints/")
     rows = [
         f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {_age(info.age_seconds):>8}  {info.verdict}"
         for info in list_checkpoints(folder)
@@ -114,11 +115,11 @@ def named_step(folder: Path, step: int, *, group: str | None = None) -> Found:
     steps = steps_in(folder)
     if step not in steps:
         there = ", ".join(map(str, reversed(steps))) or "none"
-        raise ValueError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
+        raise UserError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
     try:
         return _open(folder / str(step), step, group=group)
     except Damaged as reason:
-        raise ValueError(f"checkpoint {step} in {folder} is damaged: {reason}") from None
+        raise UserError(f"checkpoint {step} in {folder} is damaged: {reason}") from None
 
 
 def good_ones(folder: Path, *, group: str | None = None, rename: bool = False) -> Iterator[Found]:
@@ -147,7 +148,7 @@ def compare(found: Found, expected: dict[str, tuple[tuple[int, ...], str]]) -> N
     ]
     if wrong:
         more = f"; and {len(wrong) - LEAVES_SHOWN} more leaves" if len(wrong) > LEAVES_SHOWN else ""
-        raise ValueError(f"checkpoint {found.step} does not fit: {'; '.join(wrong[:LEAVES_SHOWN])}{more}")
+        raise UserError(f"checkpoint {found.step} does not fit: {'; '.join(wrong[:LEAVES_SHOWN])}{more}")
 
 
 def set_aside(path: Path, reason: Damaged) -> None:

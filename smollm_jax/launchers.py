@@ -14,7 +14,7 @@ import time
 from glob import glob
 from typing import Any
 
-from smollm_jax.config import ComputeConfig, require
+from smollm_jax.config import ComputeConfig, UserError, require
 from smollm_jax.processes import LEAVING, Processes
 from smollm_jax.stop import EXIT_FAILED, EXIT_STOPPED, end_with
 from smollm_jax.watch import AGAIN
@@ -59,9 +59,7 @@ def join(compute: ComputeConfig) -> Processes:
             return Processes()
         where = compute.coordinator or "found by the launcher"
         words = " ".join(str(error).split())
-        raise ValueError(
-            f"the job's processes did not come together (coordinator {where}): {words:.300}"
-        ) from None
+        raise UserError(f"the job's processes did not come together (coordinator {where}): {words:.300}") from None
     LEAVING.clear()
     return Processes(jax.process_index(), jax.process_count())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint import Checkpoints, read_params
-from smollm_jax.config import Config, ModelConfig, require
+from smollm_jax.config import Config, ModelConfig, UserError, require
 from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.convert import local_folder, read_folder
 from smollm_jax.hf_folder import read_json
@@ -30,7 +30,7 @@ def read_run(path: str | Path) -> Config:
     try:
         return from_dict(read_json(Path(path) / "config.json"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a run: {error}") from None
+        raise UserError(f"{path} is not a run: {error}") from None
 
 
 def load_for_inference(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from smollm_jax.attention import choose
 from smollm_jax.collectives import Collective, collectives, kernels
-from smollm_jax.config import Config, Remat
+from smollm_jax.config import Config, Remat, UserError
 from smollm_jax.hardware import MEMORY_SHARE, beside_the_step, compute_dtype, use_precision_of
 from smollm_jax.model import Policy
 from smollm_jax.roofline import collectives_by_formula, memory_by_formula
@@ -149,7 +149,7 @@ def mesh_of(config: Config, target: Target) -> Mesh:
     try:
         return make_mesh(config, target.devices)
     except NotImplementedError as error:  # JAX finds no way to lay the axes along the torus
-        raise ValueError(f"--mesh {config.compute.mesh} on {target.name}: {error}") from None
+        raise UserError(f"--mesh {config.compute.mesh} on {target.name}: {error}") from None
 
 
 def find_remedy(config: Config, target: Target, dtype: Any) -> str | None:

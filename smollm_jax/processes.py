@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smollm_jax.arguments import explained, is_ours
-from smollm_jax.config import require
+from smollm_jax.arguments import explained
+from smollm_jax.config import UserError, require
 from smollm_jax.stop import EXIT_STOPPED, end_with
 from smollm_jax.watch import AGAIN, BEAT_SECONDS, SILENT_SECONDS, Watch, read
 
@@ -94,7 +94,7 @@ class Processes:
         except Exception as error:
             own = error
             kind = (
-                "wait" if isinstance(error, SourceTimeout) else "mistake" if isinstance(error, ValueError) else ""
+                "wait" if isinstance(error, SourceTimeout) else "mistake" if isinstance(error, UserError) else ""
             )
             fault = [kind, f"{error}"]
         faults = self.gather(fault)
@@ -102,7 +102,7 @@ class Processes:
             raise own
         for index, theirs in enumerate(faults):
             if theirs is not None:
-                failure = {"wait": SourceTimeout, "mistake": ValueError}.get(theirs[0], RuntimeError)
+                failure = {"wait": SourceTimeout, "mistake": UserError}.get(theirs[0], RuntimeError)
                 raise failure(f"process {index}: {theirs[1]}")
         return result  # type: ignore[return-value]
 
@@ -122,9 +122,7 @@ class Processes:
             return work()
         try:
             code = work()
-        except ValueError as error:
-            if not is_ours(error):
-                raise
+        except UserError as error:
             code = explained(error)
         if not self._left:
             self._left = True

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from smollm_jax.ahead import Ahead
+from smollm_jax.config import UserError
 
 WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
 FRESH_SECONDS = 8.0  # a new run in vain waits no longer than this for an answer; one that resumes, --data-timeout
@@ -36,7 +37,7 @@ class SourceTimeout(RuntimeError):
     """A source has not answered for --data-timeout seconds."""
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """The Hub will not give a file: a token that ran out, a file that is gone. Waiting does not help."""
 
 
@@ -69,10 +70,10 @@ def list_files(spec: str, split: str, *, patience: float) -> list[Remote]:
         raise
     except RepositoryNotFoundError:
         known = "no such file here and no such dataset on the Hub, or one that is private: then set HF_TOKEN"
-        raise ValueError(f"--data {spec}: {known}") from None
+        raise UserError(f"--data {spec}: {known}") from None
     except Exception as error:  # whatever a library made of it: without the list of files there is no stream
         ways_out = f"; {WAYS_OUT}" if isinstance(error, OSError) else ""
-        raise ValueError(f"--data {spec}: {brief(error)}{ways_out}") from None
+        raise UserError(f"--data {spec}: {brief(error)}{ways_out}") from None
 
 
 def _list(repo: str, config: str | None, split: str) -> list[Remote]:
@@ -85,7 +86,7 @@ def _list(repo: str, config: str | None, split: str) -> list[Remote]:
     builder = datasets.load_dataset_builder(repo, config)
     found = builder.config.data_files or {}
     if split not in found:
-        raise ValueError(f"no split {split!r} but {', '.join(found) or 'none at all'}")
+        raise UserError(f"no split {split!r} but {', '.join(found) or 'none at all'}")
     paths = [str(path).removeprefix("hf://") for path in found[split]]
     filesystem = HfFileSystem(endpoint=datasets.config.HF_ENDPOINT, skip_instance_cache=True)
     folders = sorted({path.rpartition("/")[0] for path in paths})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.config import require
+from smollm_jax.config import UserError, require
 from smollm_jax.data import heldout, open_batches
 from smollm_jax.inventory import good_ones
 from smollm_jax.ledger import batch_hash, extended
@@ -53,7 +53,7 @@ def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
             batch, _ = next(batches)
             ledger = extended(ledger, batch_hash(batch.tokens, batch.segment_ids))
     except StopIteration:
-        raise ValueError(f"--step {step}: the data ended before") from None
+        raise UserError(f"--step {step}: the data ended before") from None
     return Replayed(batches.documents(), _verdict(run_dir, step, ledger))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from smollm_jax.config import UserError
 from smollm_jax.remote import brief
 
 Cursor = dict[str, Any]
@@ -20,7 +21,7 @@ Wanted = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
 
 
-class MissingColumn(ValueError):
+class MissingColumn(UserError):
     """The file has no such column: a mistake in the settings, whatever --on-bad-data says."""
 
 
@@ -87,11 +88,11 @@ def read_text(
 def _column_of(line: str, column: str, path: str, row: int) -> Any:
     value = json.loads(line)
     if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+        raise UserError("not a JSON object")
     if row == 0:  # the name is wrong; in a later row, the row is
         _require_column(column, list(value), path)
     elif column not in value:
-        raise ValueError(f"no {column!r} but {', '.join(value)}")
+        raise UserError(f"no {column!r} but {', '.join(value)}")
     return value[column]
 
 

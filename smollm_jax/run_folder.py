@@ -19,13 +19,15 @@ from typing import Any, Self
 
 import xxhash
 
+from smollm_jax.config import UserError
+
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 LOCK = ".lock"
 BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """A sealed folder is not what was written; the message says what is wrong with it."""
 
 
@@ -171,19 +173,17 @@ class RunLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ValueError(
-                f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}"
-            ) from None
+            raise UserError(f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 4096)
             os.close(descriptor)
             use = f"{self.path.parent} is in use by {_describe(holder)}"
-            raise ValueError(f"{use}; wait for it, or choose another --run-dir") from None
+            raise UserError(f"{use}; wait for it, or choose another --run-dir") from None
         except OSError as error:
             os.close(descriptor)
-            raise ValueError(f"{self.path} cannot be locked: {error.strerror}") from None
+            raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
         self._descriptor = descriptor
         # a forked child would otherwise hold on to the lock after this process has died
         os.register_at_fork(after_in_child=self._forget)

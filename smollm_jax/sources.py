@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 import xxhash
 
-from smollm_jax.config import DataConfig, require
+from smollm_jax.config import DataConfig, UserError, require
 from smollm_jax.python_docs import python_docs
 from smollm_jax.remote import (
     BLOCK_BYTES,
@@ -48,7 +48,7 @@ PARSE_TRIES = 3  # of a remote file, read afresh each time, before it is called 
 logger = logging.getLogger(__name__)
 
 
-class BadData(ValueError):
+class BadData(UserError):
     """A row or file that cannot be read; the message names it."""
 
 
@@ -231,7 +231,7 @@ def _local(pattern: str, settings: DataConfig) -> Source:
             for path, size in zip(files, sizes, strict=True)
         ]
     except OSError as error:
-        raise ValueError(f"--data {pattern}: {brief(error)}") from None
+        raise UserError(f"--data {pattern}: {brief(error)}") from None
     return Source(pattern, files, " ".join(prints), settings, lambda i: _open_local(files[i]), sizes)
 
 
@@ -271,7 +271,7 @@ def _hub(spec: str, settings: DataConfig, resumes: bool) -> Source:
     except SourceTimeout as error:
         if resumes:
             raise
-        raise ValueError(f"--data {error}; {WAYS_OUT}") from None
+        raise UserError(f"--data {error}; {WAYS_OUT}") from None
     files = [file.name for file in listing]
     _require_known(files, spec)
     prints = [_hash(file.name, file.size, file.content) for file in listing]

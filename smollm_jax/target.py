@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from smollm_jax.config import require
+from smollm_jax.config import UserError, require
 from smollm_jax.hardware import CHIPS, Chip, total_bytes
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
@@ -82,7 +82,7 @@ def _tpu(name: str, dims: list[int]) -> Target:
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
-        raise ValueError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
+        raise UserError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
     return Target(
         name=topology,
         devices=list(devices),

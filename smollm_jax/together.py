@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from smollm_jax.config import UserError
 from smollm_jax.data import Batch, SourceTimeout
 from smollm_jax.examination import examine
 from smollm_jax.sharding import by_device
@@ -148,7 +149,7 @@ def ended(run: Run, verdict: int, ballot: Ballot | None) -> str:
     )
     for index, theirs in enumerate(run.processes.gather(mine)):
         if theirs["is_mistake"]:
-            raise ValueError(theirs["fault"])
+            raise UserError(theirs["fault"])
         if theirs["fault"]:
             run.report.say(f"process {index}: {theirs['fault']}")
     return DATA_ENDED if verdict == ENDED else STOPPED

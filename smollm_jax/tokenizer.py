@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.config import require
+from smollm_jax.config import UserError, require
 from smollm_jax.remote import (
     FRESH_SECONDS,
     WAYS_OUT,
@@ -58,7 +58,7 @@ class Tokenizer:
         try:
             self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
         except Exception as error:
-            raise ValueError(f"{path} cannot be read: {brief(error)}") from None
+            raise UserError(f"{path} cannot be read: {brief(error)}") from None
         self._fast.no_truncation()
         self._fast.no_padding()
         # a document that spells out <|endoftext|> must not end itself
@@ -75,7 +75,7 @@ class Tokenizer:
         try:
             value = json.loads(self.files.get(name, b"{}"))
         except ValueError as error:
-            raise ValueError(f"{folder / name} cannot be read: {brief(error)}") from None
+            raise UserError(f"{folder / name} cannot be read: {brief(error)}") from None
         require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
         return value
 
@@ -87,7 +87,7 @@ class Tokenizer:
             eos = eos.get("content")
         found = self._fast.token_to_id(str(eos))
         if found is None:
-            raise ValueError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
+            raise UserError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
         return found
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -163,13 +163,13 @@ def _download(repo: str) -> Path:
     try:
         return _fetch(repo)
     except SourceTimeout as error:
-        raise ValueError(f"--tokenizer {error}; {WAYS_OUT}") from None
+        raise UserError(f"--tokenizer {error}; {WAYS_OUT}") from None
     except GatedRepoError:
-        raise ValueError(f"--tokenizer {repo} is gated: accept its terms on the Hub and set HF_TOKEN") from None
+        raise UserError(f"--tokenizer {repo} is gated: accept its terms on the Hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise ValueError(f"--tokenizer {repo}: no such folder here and no such repository on the Hub") from None
+        raise UserError(f"--tokenizer {repo}: no such folder here and no such repository on the Hub") from None
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer {repo} cannot be fetched from the Hub ({brief(error)}); {WAYS_OUT}"
         ) from None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.config import ModelConfig, require
+from smollm_jax.config import ModelConfig, UserError, require
 from smollm_jax.generation import Sampling
 from smollm_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -106,7 +106,7 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
         import torch
         import transformers  # noqa: F401 - asked for here, so that the message comes before the work
     except ImportError:
-        raise ValueError("--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'") from None
+        raise UserError("--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'") from None
     from smollm_jax.convert import local_folder, model_config, write_folder
     from smollm_jax.hf_folder import read_json
     from smollm_jax.loading import is_run, load_for_inference
@@ -140,7 +140,7 @@ def _transformers_model(folder: Path, dtype: str) -> Any:
         )
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} cannot be loaded by transformers: {reason[:200]}") from None
+        raise UserError(f"{folder} cannot be loaded by transformers: {reason[:200]}") from None
     model, report = loaded
     # transformers fills in what is missing at random, with no more than a warning
     problems = {kind: names for kind, names in report.items() if names}
