@@ -24,7 +24,7 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """`kernel(q_BTNH, k_BTKH, v_BTKH, start_BT)` gives o_BTNH, causal inside each document; `start_BT` as `starts_of`
 gives it."""
 
-PLATFORM = {"splash": "tpu", "pallas": "gpu", "cudnn": "gpu"}
+PLATFORM = {"splash": "tpu", "pallas": "gpu"}
 
 
 def is_of_gpu(name: AttentionName) -> bool:
@@ -32,8 +32,6 @@ def is_of_gpu(name: AttentionName) -> bool:
     return PLATFORM.get(name) == "gpu"
 
 
-# cuDNN keeps packed documents apart from Hopper on (jax._src.cudnn.fused_attention_stablehlo)
-CAPABILITY = {"pallas": TRITON_CAPABILITY, "cudnn": 9.0}
 # Of the largest entry. Rounding alone was seen to give 0.005 and 0.000001, a leak between documents 1
 TOLERANCE = {"bfloat16": 0.02, "float32": 0.0001}
 
@@ -63,8 +61,8 @@ def _obstacle(name: str, device: Any, dtype: Any) -> str:
         capability = float(device.compute_capability)
     except (AttributeError, ValueError):  # AMD's are names such as gfx942
         return f"{name} has not been tried on {device.device_kind}"
-    if capability < CAPABILITY[name]:
-        return f"{name} needs compute capability {CAPABILITY[name]}, and {device.device_kind} has {capability}"
+    if capability < TRITON_CAPABILITY:
+        return f"{name} needs compute capability {TRITON_CAPABILITY}, and {device.device_kind} has {capability}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"{name} is for bfloat16; tensor cores would round {jnp.dtype(dtype).name} down"
     return ""
@@ -74,9 +72,13 @@ def kernel_of(name: str, mesh: Mesh | None = None, *, rows: Any = None, heads: A
     """The kernel called `name`; on several devices each has its part of the `rows` and `heads` axes of `mesh`."""
     if name == "plain":
         return packed_attention  # XLA divides it by itself
-    from smollm_jax import fused_attention
+    from smollm_jax.fused_attention import over
 
-    return fused_attention.over(mesh, fused_attention.KERNELS[name], rows=rows, heads=heads)
+    if name == "splash":
+        from smollm_jax.fused_attention import splash as kernel
+    else:
+        from smollm_jax.fused_attention import pallas as kernel
+    return over(mesh, kernel, rows=rows, heads=heads)
 
 
 def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int = 0) -> str:

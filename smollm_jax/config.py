@@ -19,7 +19,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["auto", "none", "dots", "full"]
-AttentionName = Literal["auto", "plain", "splash", "pallas", "cudnn"]
+AttentionName = Literal["auto", "plain", "splash", "pallas"]
 Schedule = Literal["linear", "constant", "cosine", "wsd"]
 
 
@@ -128,7 +128,7 @@ class ComputeConfig:
     remat: Remat = "auto"
     """What the backward pass recomputes: what is cheap, all but products with weights, all; auto: by memory."""
     attention: AttentionName = "auto"
-    """Kernel: plain, splash (TPU), pallas or cudnn (GPU); auto: the best that agrees with plain at the start."""
+    """Kernel: plain, splash (TPU), pallas (GPU); auto: the best that agrees with plain at the start."""
     coordinator: str | None = None
     """HOST:PORT of the first process, where no launcher tells; each process is then given its number too."""
     num_processes: int | None = None

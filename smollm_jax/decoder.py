@@ -142,9 +142,9 @@ class Decoder(nnx.Module):
     def _uses_kernels(self, B: int, T: int) -> bool:
         if not self.kernels or T > 1:
             return False
-        from smollm_jax import gpu_decode
+        from smollm_jax.gpu_decode import MOST_ROWS
 
-        return B <= gpu_decode.MOST_ROWS
+        return B <= MOST_ROWS
 
     def _step(
         self,
@@ -184,10 +184,10 @@ def _wants_kernels(model: SmolLM) -> bool:
 
 @functools.cache
 def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
-    from smollm_jax import gpu_decode
+    from smollm_jax.gpu_decode import disagreement
 
     with jax.default_device(device):
-        wrong = gpu_decode.disagreement(config, dtype)
+        wrong = disagreement(config, dtype)
     if wrong:
         print(f"decoding    plain: the kernels failed their check, {wrong}", file=sys.stderr)
     return not wrong

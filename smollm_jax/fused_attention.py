@@ -17,12 +17,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 
 from smollm_jax.attention import Kernel
-from smollm_jax.plain_attention import packed_attention
 
 LANES = 128  # of a TPU's vector registers: the kernel's blocks are multiples of it
 LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a v5e core has for a kernel
-
-CUDNN_DOCUMENTS = 32  # a row; cuDNN keeps a row's softmax statistics once for each, for the backward pass
 
 
 def splash(
@@ -56,63 +53,10 @@ def pallas(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """Ours, which goes no further than the documents do."""
-    from smollm_jax import gpu_attention  # TPUs do without what it needs
+    from smollm_jax.gpu_attention import BLOCK, attention
 
     T = q_BTNH.shape[1]
-    return gpu_attention.attention(*_padded(gpu_attention.BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[
-        :, :T
-    ]
-
-
-def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
-    """cuDNN's flash attention, which `auto` does not choose: ours is faster, gives the same bits each time, and
-    needs no memory for documents that are not there (benchmarks/RESULTS.md).
-
-    It is told where documents begin and how long they are, for so many of them; a batch with a row of more
-    goes the plain way. Keys and values are repeated to N heads: JAX gives cuDNN their offsets in steps of N
-    heads however many they have (0.10.2).
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn_kernel  # jax.nn's door knows no packed rows
-
-    N, H = q_BTNH.shape[2:]
-    lengths_BM, offsets_BM1, fits = documents_of(start_BT, min(CUDNN_DOCUMENTS, start_BT.shape[1]))
-
-    def fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return cudnn_kernel.dot_product_attention(
-            q_BTNH,
-            _repeated(k_BTKH, N),
-            _repeated(v_BTKH, N),
-            q_seqlen=lengths_BM,
-            kv_seqlen=lengths_BM,
-            q_offsets=offsets_BM1,
-            kv_offsets=offsets_BM1,
-            scale=H**-0.5,
-            mask_type=cudnn_kernel.MaskType.PADDING_CAUSAL,
-        )
-
-    @jax.checkpoint  # else both ways keep for the backward pass what either does
-    def plain(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        return packed_attention(q_BTNH, k_BTKH, v_BTKH, start_BT)
-
-    return jax.lax.cond(fits, fused, plain, q_BTNH, k_BTKH, v_BTKH)
-
-
-def documents_of(start_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Length and beginning of each document of a row, and whether `most` = M are enough for every row.
-
-    Lengths (B, M) and beginnings (B, M+1) are int32 and end in -1, as `dot_product_attention` of
-    jax._src.cudnn.fused_attention_stablehlo asks.
-    """
-    T = start_BT.shape[1]
-    begins_BT = start_BT == jnp.arange(T)
-    begin_of = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=most + 1, fill_value=T)[0])
-    begin_BM1 = begin_of(begins_BT).astype(jnp.int32)  # T behind the last
-    lengths_BM = jnp.diff(begin_BM1, axis=1)
-    fits = jnp.all(jnp.sum(begins_BT, axis=1) <= most)
-    return jnp.where(lengths_BM > 0, lengths_BM, -1), jnp.where(begin_BM1 < T, begin_BM1, -1), fits
-
-
-KERNELS: dict[str, Kernel] = {"splash": splash, "pallas": pallas, "cudnn": cudnn}
+    return attention(*_padded(BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[:, :T]
 
 
 def over(mesh: Mesh | None, kernel: Kernel, *, rows: Any = None, heads: Any = None) -> Kernel:
@@ -144,7 +88,3 @@ def _padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     *qkv, start_BT = arrays
     padded = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in qkv)
     return *padded, jnp.pad(start_BT, ((0, 0), (0, missing)), constant_values=T)
-
-
-def _repeated(x_BTKH: jax.Array, N: int) -> jax.Array:
-    return jnp.repeat(x_BTKH, N // x_BTKH.shape[2], axis=2)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from smollm_jax import attention, loss
+from smollm_jax.attention import choose, disagreement, is_of_gpu, kernel_of
+from smollm_jax.loss import disagreement as loss_disagreement
+from smollm_jax.loss import score_of
 from smollm_jax.config import AttentionName, ModelConfig, require
 from smollm_jax.sharding import BATCH_AXES
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def joined_of(name: AttentionName, mesh: Mesh | None) -> Joined | None:
     """What goes with the attention called `name`: on GPUs matrices side by side, unless devices divide them."""
-    if not attention.is_of_gpu(name) or (mesh is not None and mesh.size > 1 and mesh.shape["tensor"] > 1):
+    if not is_of_gpu(name) or (mesh is not None and mesh.size > 1 and mesh.shape["tensor"] > 1):
         return None
     from smollm_jax.gpu_layer import joined
 
@@ -29,19 +31,20 @@ def joined_of(name: AttentionName, mesh: Mesh | None) -> Joined | None:
 def choose_checked(
     asked: AttentionName, mesh: Mesh, config: ModelConfig, dtype: Any
 ) -> tuple[AttentionName, list[str]]:
-    """`attention.choose`, then every kernel that comes with the choice tried; with notes for the user.
+    """`choose`, then every kernel that comes with the choice tried; with notes for the user.
 
     Where one disagrees with its plain form, "auto" comes to "plain"; a name asked for raises `ValueError`.
     """
-    name, note = attention.choose(asked, mesh.devices.flat[0], dtype)
+    name, note = choose(asked, mesh.devices.flat[0], dtype)
     if name == "plain":
         return name, [note] if note else []
-    wrong = attention.disagreement(attention.kernel_of(name), config, dtype)
-    if not wrong and attention.is_of_gpu(name):
-        from smollm_jax import gpu_layer
+    wrong = disagreement(kernel_of(name), config, dtype)
+    if not wrong and is_of_gpu(name):
+        from smollm_jax.gpu_layer import disagreement as layer_disagreement
+        from smollm_jax.gpu_layer import joined
 
-        wrong = loss.disagreement(loss.score_of(name), config.vocab_size, dtype)
-        wrong = wrong or gpu_layer.disagreement(gpu_layer.joined(), config, dtype)
+        wrong = loss_disagreement(score_of(name), config.vocab_size, dtype)
+        wrong = wrong or layer_disagreement(joined(), config, dtype)
     require(not wrong or asked == "auto", f"attention={name} failed its check: {wrong}; give plain or auto")
     if wrong:
         return "plain", [f"attention   plain: {name} failed its check, {wrong}"]

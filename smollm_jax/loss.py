@@ -48,10 +48,10 @@ def plain_score(
 def gpu_score(
     logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    from smollm_jax import gpu_loss
+    from smollm_jax.gpu_loss import score
 
     logits_MV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
-    nll_M, dlogits_MV = gpu_loss.score(logits_MV, targets_BC.reshape(-1), valid_BC.reshape(-1), dtype)
+    nll_M, dlogits_MV = score(logits_MV, targets_BC.reshape(-1), valid_BC.reshape(-1), dtype)
     return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
 
 

@@ -30,7 +30,6 @@ from smollm_jax.products import PRODUCT, Product, plain_product
 from smollm_jax.residuals import Keep, Layer, as_they_are
 
 if TYPE_CHECKING:
-    from smollm_jax.decoder import Decoder
     from smollm_jax.gpu_layer import Joined
 
 # What costs next to nothing to compute is computed again for the backward pass, whatever `remat` says: kept, it
@@ -219,12 +218,6 @@ class SmolLM(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """f32 logits (B, T, V); `segment_ids` (B, T) keeps packed documents apart, positions restart in each."""
         return self.logits(self.features(tokens_BT, segment_ids))
-
-    def decoder(self) -> Decoder:
-        """The same weights laid out for decoding, in the compute dtype."""
-        from smollm_jax.decoder import Decoder
-
-        return Decoder(self)
 
     @jax.named_scope("embedding")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smollm_jax import huge_pages
+from smollm_jax.huge_pages import environment
 from smollm_jax.config import Config, require
 from smollm_jax.config_file import as_dict, from_dict
 from smollm_jax.inventory import steps_in
@@ -94,7 +94,7 @@ def start(config: Config, **options: Any) -> subprocess.Popen[str]:
     path.write_text(json.dumps(as_dict(config)))
     options = {"stdout": sys.stderr} | options  # its result is not ours
     command = [sys.executable, "-m", "smollm_jax.verify", str(path)]
-    return subprocess.Popen(command, text=True, env=os.environ | huge_pages.environment(), **options)
+    return subprocess.Popen(command, text=True, env=os.environ | environment(), **options)
 
 
 def _finish(config: Config) -> None:
