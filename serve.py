@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from smollm_jax.arguments import guarded, parse_command
-from smollm_jax.config import require
+from smollm_jax.cli.arguments import parse_command
+from smollm_jax.runtime.console import guarded
+from smollm_jax.runtime.errors import require
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from smollm_jax.worker import Worker
+    from smollm_jax.serving.scheduler import Worker
 
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy stands before the port
 # whatever a model writes, the browser fetches nothing from elsewhere
@@ -94,9 +95,9 @@ def open_worker(
     max_waiting: int,
 ) -> tuple[Worker, str]:
     """The model at `path` behind its worker, and the name it goes by; raises `ValueError` in one line."""
-    from smollm_jax.completion import open_completer
-    from smollm_jax.loading import is_run
-    from smollm_jax.worker import Worker
+    from smollm_jax.runs.load import is_run
+    from smollm_jax.serving.completion import open_completer
+    from smollm_jax.serving.scheduler import Worker
 
     if backend is None:
         has_torch = find_spec("torch") is not None and find_spec("transformers") is not None
@@ -131,8 +132,8 @@ def build_app(worker: Worker, name: str, *, auth: tuple[str, str] | None, api_ke
     import gradio as gr
     from fastapi import FastAPI
 
-    from smollm_jax.api import BodyLimit, add_routes
-    from smollm_jax.page import STYLE, build_page
+    from smollm_jax.serving.openai_api import BodyLimit, add_routes
+    from smollm_jax.serving.page import STYLE, build_page
 
     # FastAPI's own documentation pages load their scripts from elsewhere
     app = FastAPI(title=name, docs_url=None, redoc_url=None)

@@ -6,14 +6,15 @@ The same command again resumes. Exit codes: 0 finished; 2 a mistake in the argum
 
 import sys
 
-from smollm_jax.arguments import guarded, parse
-from smollm_jax.huge_pages import restart_with_huge_pages
-from smollm_jax.stop import StopRequest, leave
+from smollm_jax.cli.arguments import parse
+from smollm_jax.runtime.console import guarded
+from smollm_jax.runtime.huge_pages import restart_with_huge_pages
+from smollm_jax.runtime.signals import StopRequest, leave
 
 
 def main(stop: StopRequest) -> int:
     config = parse(sys.argv[1:])
-    from smollm_jax.train import fit  # JAX only now: --help answers at once
+    from smollm_jax.training.fit import fit
 
     return fit(config, stop)
 

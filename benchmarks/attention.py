@@ -14,7 +14,8 @@ from typing import Any, Literal
 from benchmarks.measure import Row, as_command, finish, gib, spread
 from benchmarks.sides import Outcome, Ready, compare, kind_of
 from benchmarks.work import Dtype, Preset, Work, config_of
-from smollm_jax.config import AttentionName, ModelConfig
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import AttentionName
 
 Name = Literal["plain", "pallas", "cudnn", "splash", "sdpa"]
 
@@ -25,10 +26,11 @@ def kernel(work: Work, name: AttentionName) -> Ready:
     import jax.numpy as jnp
 
     from benchmarks.breakdown import with_gradients
-    from smollm_jax.attention import choose, disagreement, kernel_of
-    from smollm_jax.config import require
-    from smollm_jax.hardware import use_precision_of
-    from smollm_jax.plain_attention import starts_of
+    from smollm_jax.kernels.check import disagreement
+    from smollm_jax.kernels.select import choose, kernel_of
+    from smollm_jax.model.attention import starts_of
+    from smollm_jax.runtime.devices import use_precision_of
+    from smollm_jax.runtime.errors import require
 
     dtype, device = jnp.dtype(work.dtype), jax.devices()[0]
     use_precision_of(dtype)

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.measure import Row, as_command, finish, spread
 from benchmarks.work import COMPUTE, Dtype, OurStep, Preset, Work, config_of, our_step
-from smollm_jax.config import ComputeConfig, Config
-from smollm_jax.huge_pages import restart_with_huge_pages
+from smollm_jax.config.settings import ComputeConfig, Config
+from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 Program = Callable[[], Any]
 """Starts the work of a part, and returns arrays to wait for."""
@@ -68,14 +68,10 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.attention import is_of_gpu, kernel_of
-    from smollm_jax.kernels import joined_of
-    from smollm_jax.lookup import lookup_of
-    from smollm_jax.loss import score_of, summed_nll, targets_of
-    from smollm_jax.model import SmolLM, init_params
-    from smollm_jax.products import product_of
-    from smollm_jax.residuals import keep_of
-    from smollm_jax.sharding import BATCH_AXES
+    from smollm_jax.distributed.sharding import BATCH_AXES
+    from smollm_jax.kernels.select import is_of_gpu, joined_of, keep_of, kernel_of, lookup_of, product_of, score_of
+    from smollm_jax.model.loss import summed_nll, targets_of
+    from smollm_jax.model.transformer import SmolLM, init_params
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     params = init_params(config.model, work.seed)
@@ -115,8 +111,8 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.model import rope_angles
-    from smollm_jax.plain_attention import starts_of
+    from smollm_jax.model.attention import starts_of
+    from smollm_jax.model.transformer import rope_angles
 
     blocks, config, start_BT = model.blocks, model.config, starts_of(segment_ids_BT)
     positions_BT = jnp.arange(start_BT.shape[1]) - start_BT
@@ -184,7 +180,7 @@ def _optimizer(config: Config, params: Any) -> Program:
     import jax.numpy as jnp
     import optax
 
-    from smollm_jax.step import make_optimizer
+    from smollm_jax.training.step import make_optimizer
 
     optimizer = make_optimizer(config.optimizer)
 

@@ -17,7 +17,9 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.measure import as_command, finish, spread
-from smollm_jax.config import MODELS, RECIPES, DataConfig
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.config.recipes import RECIPES
+from smollm_jax.config.settings import DataConfig
 
 
 def checkpoint(
@@ -32,12 +34,12 @@ def checkpoint(
     """
     import jax
 
-    from smollm_jax.checkpoint import Checkpoints
-    from smollm_jax.inventory import list_checkpoints
-    from smollm_jax.ledger import batch_hash, extended
-    from smollm_jax.packing import Batch
-    from smollm_jax.sharding import make_mesh
-    from smollm_jax.step import abstract_state, init_state
+    from smollm_jax.checkpoint.listing import list_checkpoints
+    from smollm_jax.checkpoint.manager import Checkpoints
+    from smollm_jax.data.batch_hash import batch_hash, extended
+    from smollm_jax.data.packing import Batch
+    from smollm_jax.distributed.sharding import make_mesh
+    from smollm_jax.training.step import abstract_state, init_state
 
     model = MODELS[preset]
     data = DataConfig(seq_len=min(DataConfig().seq_len, model.max_seq_len))

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.measure import Row, as_command, finish
 from benchmarks.work import Dtype, Preset
-from smollm_jax.config import MODELS
-from smollm_jax.report import read_metrics
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 ROWS = 10  # of the table: every step is in metrics.jsonl

@@ -13,12 +13,13 @@ from itertools import islice
 from typing import Any
 
 from benchmarks.measure import Row, as_command, finish, spread
-from smollm_jax.config import DataConfig
-from smollm_jax.data import Stream, head_texts, num_targets, open_stream
-from smollm_jax.packing import pack
-from smollm_jax.sources import Document, mixture, open_source
-from smollm_jax.tokenizer import Tokenizer, load_tokenizer
-from smollm_jax.windows import tokenised
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.heldout import head_texts
+from smollm_jax.data.loader import Stream, open_stream
+from smollm_jax.data.packing import num_targets, pack
+from smollm_jax.data.shuffle import tokenised
+from smollm_jax.data.sources import Document, mixture, open_source
+from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 BARE, STREAM = "tokenizers.encode_batch", "stream"
 

@@ -24,7 +24,7 @@ from benchmarks.gguf_file import Kind, write_gguf
 from benchmarks.measure import Row, as_command, finish, gib, show, spread
 from benchmarks.sides import Outcome, Ready, compare, in_child, kind_of
 from benchmarks.work import write_model
-from smollm_jax.config import MODELS, ModelConfig
+from smollm_jax.config.architecture import MODELS, ModelConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Peer = Literal["dynamic", "static", "llama.cpp"]
@@ -64,10 +64,11 @@ def ours(work: Work, dtype: Dtype) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.convert import load_hf
-    from smollm_jax.generation import Generator, Sampling
-    from smollm_jax.hardware import use_precision_of
-    from smollm_jax.model import SmolLM, params_of
+    from smollm_jax.generation.generator import Generator
+    from smollm_jax.generation.sampling import Sampling
+    from smollm_jax.hf.export import load_hf
+    from smollm_jax.model.transformer import SmolLM, params_of
+    from smollm_jax.runtime.devices import use_precision_of
 
     use_precision_of(jnp.dtype(dtype))
     model = load_hf(work.folder / "hf")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from smollm_jax.config import ModelConfig
-from smollm_jax.layout import Params, tensors, to_hf
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.hf.mapping import Params, tensors, to_hf
 
 Kind = Literal["f32", "f16", "q8_0"]
 NAMES = {

@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks.measure import Row, as_command, finish, spread
 from benchmarks.sides import Outcome, Ready, compare
 from benchmarks.work import Dtype, Preset
-from smollm_jax.config import MODELS, require
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.runtime.errors import require
 
 READ_BYTES = 512 * 2**20
 PRODUCTS = ("X @ W", "G @ W.T", "X.T @ G")
@@ -26,7 +27,7 @@ def by_jax(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.hardware import use_precision_of
+    from smollm_jax.runtime.devices import use_precision_of
 
     use_precision_of(jnp.dtype(dtype))  # else products of float32 are rounded down
     x, w, g, memory = (

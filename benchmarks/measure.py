@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.arguments import guarded, parse_command
+from smollm_jax.cli.arguments import parse_command
+from smollm_jax.runtime.console import guarded
 
 Row = dict[str, Any]
 

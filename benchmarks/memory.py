@@ -12,9 +12,12 @@ from itertools import islice
 
 from benchmarks.data import endless
 from benchmarks.measure import Row, as_command, finish, gib, resident
-from smollm_jax.config import DataConfig, require
-from smollm_jax.data import Stream, head_texts, num_targets
-from smollm_jax.tokenizer import load_tokenizer
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.heldout import head_texts
+from smollm_jax.data.loader import Stream
+from smollm_jax.data.packing import num_targets
+from smollm_jax.runtime.errors import require
+from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 LOOKS = 12  # looks at the memory, evenly over the minutes
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from benchmarks.measure import as_command, finish
-from smollm_jax.config import RECIPES
-from smollm_jax.heldout import head_texts, heldout
-from smollm_jax.tokenizer import load_tokenizer
+from smollm_jax.config.recipes import RECIPES
+from smollm_jax.data.heldout import head_texts, heldout
+from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
 class NGram:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from benchmarks.measure import Row, as_command, finish, gib
 from benchmarks.work import Preset, config_of
-from smollm_jax.config import MODELS, ComputeConfig, Config
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.config.settings import ComputeConfig, Config
 
 if TYPE_CHECKING:
-    from smollm_jax.plan import Attempt
-    from smollm_jax.target import Target
+    from smollm_jax.planning.plan import Attempt
+    from smollm_jax.planning.topology import Target
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4")
 PRESETS: tuple[Preset, ...] = ("135M", "360M", "1.7B")
@@ -57,9 +58,9 @@ def at_the_limit(preset: Preset, topology: str, seq_len: int) -> Row:
     """A row of the table: the plan with the largest batch that fits."""
     import jax.numpy as jnp
 
-    from smollm_jax.plan import attempt, plan_of
-    from smollm_jax.plan_report import as_dict
-    from smollm_jax.target import target_of
+    from smollm_jax.planning.plan import attempt, plan_of
+    from smollm_jax.planning.report import as_dict
+    from smollm_jax.planning.topology import target_of
 
     began, target, dtype = time.monotonic(), target_of(topology), jnp.dtype("bfloat16")
     chips = len(target.devices)
@@ -112,8 +113,8 @@ def mesh_for(preset: Preset, chips: int, memory_bytes: int) -> str:
 
 def first_guess(config_for: Callable[[int], Config], target: Target) -> int:
     """The largest power of two that by formula takes no more than the memory."""
-    from smollm_jax.plan import mesh_of
-    from smollm_jax.roofline import memory_by_formula
+    from smollm_jax.planning.estimate import memory_by_formula
+    from smollm_jax.planning.plan import mesh_of
 
     batch = 1
     while batch < 4_096:

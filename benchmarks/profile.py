@@ -19,9 +19,10 @@ from typing import Any
 
 from benchmarks.measure import Row, as_command, finish
 from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
-from smollm_jax.config import ComputeConfig, require
-from smollm_jax.hardware import has_accelerator
-from smollm_jax.huge_pages import restart_with_huge_pages
+from smollm_jax.config.settings import ComputeConfig
+from smollm_jax.runtime.devices import has_accelerator
+from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 PARTS = {

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.measure import resident
-from smollm_jax.hardware import has_accelerator
+from smollm_jax.runtime.devices import has_accelerator
 
 Seconds = dict[str, float]
 TURNS_ALONE = 2

@@ -82,7 +82,7 @@ def seconds_of(arguments: list[str]) -> float:
 
 def prepare(folder: Path) -> list[str]:
     """Write documents and a tokenizer below `folder`; the flags of a run that reads them."""
-    from smollm_jax.tokenizer import train
+    from smollm_jax.tokenizer.tokenizer import train
 
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(20, 400))) for _ in range(500)]

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from benchmarks.measure import Row, as_command, finish, gib, show, spread
 from benchmarks.sides import Outcome, Ready, compare, in_child, kind_of
 from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step, write_model
-from smollm_jax import huge_pages
-from smollm_jax.config import ComputeConfig
+from smollm_jax.config.settings import ComputeConfig
+from smollm_jax.runtime import huge_pages
 
 Form = Literal["eager", "compile", "max-autotune"]
 
@@ -28,7 +28,7 @@ Form = Literal["eager", "compile", "max-autotune"]
 def ours(work: Work) -> Ready:
     import jax
 
-    from smollm_jax.step import compiled_bytes
+    from smollm_jax.training.compile import compiled_bytes
 
     step = our_step(work)
     began = time.perf_counter()
@@ -170,7 +170,7 @@ def with_mfu(rows: list[Row]) -> list[Row]:
     """The rows with their share of the device's peak, where that is known; asked last, as JAX takes memory."""
     import jax
 
-    from smollm_jax.hardware import peak_flops
+    from smollm_jax.runtime.devices import peak_flops
 
     peak = peak_flops(jax.devices()[0])
     return [row | {"MFU": row["GFLOP/s"] * 1e9 / peak} if peak and "GFLOP/s" in row else row for row in rows]

@@ -11,16 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from smollm_jax.config import (
-    MODELS,
-    RECIPES,
-    AttentionName,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-)
+from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.config.recipes import RECIPES
+from smollm_jax.config.settings import AttentionName, ComputeConfig, Config, DataConfig, RunConfig
 
 Preset = Literal["135M", "360M", "1.7B", "quickstart"]
 Dtype = Literal["float32", "bfloat16"]
@@ -75,8 +68,8 @@ def write_model(model: ModelConfig, seed: int, folder: Path) -> Any:
     """
     import jax
 
-    from smollm_jax.convert import write_folder
-    from smollm_jax.model import init_params
+    from smollm_jax.hf.export import write_folder
+    from smollm_jax.model.transformer import init_params
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = jax.tree.map(np.asarray, init_params(model, seed))
@@ -105,10 +98,11 @@ def our_step(work: Work) -> OurStep:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.hardware import memory_bytes, use_precision_of
-    from smollm_jax.kernels import choose_checked
-    from smollm_jax.sharding import make_mesh, on_devices, padded_rows
-    from smollm_jax.step import compile_steps, init_state
+    from smollm_jax.distributed.sharding import make_mesh, on_devices, padded_rows
+    from smollm_jax.kernels.select import choose_checked
+    from smollm_jax.runtime.devices import memory_bytes, use_precision_of
+    from smollm_jax.training.compile import compile_steps
+    from smollm_jax.training.step import init_state
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     use_precision_of(dtype)

@@ -24,19 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from smollm_jax.config import (
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
-from smollm_jax.inventory import steps_in
-from smollm_jax.report import read_metrics
-from smollm_jax.stop import AGAIN_SECONDS, EXIT_STOPPED
-from smollm_jax.tokenizer import train
-from smollm_jax.verify import compare_runs, last_step, start
+from smollm_jax.checkpoint.listing import steps_in
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, OptimizerConfig, RunConfig
+from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runtime.errors import EXIT_STOPPED
+from smollm_jax.runtime.signals import AGAIN_SECONDS
+from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.training.verify_resume import compare_runs, last_step, start
 
 STOPS_A_RUN = 8  # after so many a run is left to finish
 LONGEST_SECONDS = 60.0  # no moment is waited for any longer

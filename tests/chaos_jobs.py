@@ -22,9 +22,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smollm_jax.config import Config
-from smollm_jax.config_file import as_dict
-from smollm_jax.report import read_metrics
+from smollm_jax.config.serialization import as_dict
+from smollm_jax.config.settings import Config
+from smollm_jax.runs.metrics import read_metrics
 from tests.chaos import scenarios
 
 LAYOUTS = ((1, 1), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from smollm_jax import convert
-from smollm_jax.config import ModelConfig
-from smollm_jax.model import init_params
-from smollm_jax.tokenizer import train
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.hf import export as convert
+from smollm_jax.model.transformer import init_params
+from smollm_jax.tokenizer.tokenizer import train
 
 ROOT = Path(__file__).parent.parent
 # small, yet slow enough a token that a text of a few thousand can be stopped on its way

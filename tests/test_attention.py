@@ -17,12 +17,14 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from lowering import KERNEL, lowered_for_cuda
 
-from smollm_jax import fused_attention
-from smollm_jax.attention import choose, disagreement
-from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
-from smollm_jax.kernels import choose_checked
-from smollm_jax.plain_attention import BLOCKS, SMALLEST_BLOCK, _blocks, packed_attention, starts_of
-from smollm_jax.step import compile_step, init_state, make_step
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.kernels import splash as fused_attention
+from smollm_jax.kernels.check import disagreement
+from smollm_jax.kernels.select import choose, choose_checked
+from smollm_jax.model.attention import BLOCKS, SMALLEST_BLOCK, _blocks, packed_attention, starts_of
+from smollm_jax.training.compile import compile_step
+from smollm_jax.training.step import init_state, make_step
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 

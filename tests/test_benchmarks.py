@@ -158,7 +158,7 @@ def test_an_operation_belongs_to_its_innermost_scope():
 def test_the_flops_of_the_parts_are_those_of_the_whole():
     from benchmarks.breakdown import part_flops
     from benchmarks.work import config_of
-    from smollm_jax.config import MODELS
+    from smollm_jax.config.architecture import MODELS
 
     config = config_of("135M", 2, 2_048)
     flops = part_flops(config)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.array_files import store
-from smollm_jax.checkpoint import Checkpoints, list_checkpoints, read_params
-from smollm_jax.processes import Processes
-from smollm_jax.run_folder import MANIFEST
+from smollm_jax.checkpoint.listing import list_checkpoints
+from smollm_jax.checkpoint.manager import Checkpoints, read_params
+from smollm_jax.checkpoint.manifest import MANIFEST
+from smollm_jax.checkpoint.orbax_io import store
+from smollm_jax.distributed.processes import Processes
 
 
 class Moments(NamedTuple):
@@ -377,7 +378,7 @@ def test_meta_that_is_not_json_is_the_callers_error(tmp_path):
 FULL_DISK = """
     import resource, signal, sys
     import numpy as np
-    from smollm_jax.checkpoint import Checkpoints
+    from smollm_jax.checkpoint.manager import Checkpoints
     checkpoints = Checkpoints(sys.argv[1], keep_last=3, keep_every=0)
     state = {"params": {"w": np.random.default_rng(0).random(100_000)}}
     def save(step):
@@ -434,7 +435,7 @@ def test_a_file_that_cannot_grow_keeps_the_last_good_one_and_the_next_save_tries
 ENDLESS_SAVES = """
     import sys
     import numpy as np
-    from smollm_jax.checkpoint import Checkpoints
+    from smollm_jax.checkpoint.manager import Checkpoints
     checkpoints = Checkpoints(sys.argv[1], keep_last=2, keep_every=0)
     checkpoints.clean()
     step = int(sys.argv[2])
@@ -470,7 +471,7 @@ def test_listing_imports_neither_jax_nor_orbax(tmp_path):
     saved(tmp_path, 1)
     code = """
         import json, sys
-        from smollm_jax.checkpoint import list_checkpoints
+        from smollm_jax.checkpoint.listing import list_checkpoints
         info, = list_checkpoints(sys.argv[1])
         heavy = [name for name in ("jax", "orbax", "numpy", "flax") if name in sys.modules]
         print(json.dumps([info.name, info.step, info.verdict, info.bytes, info.age_seconds < 60, heavy]))

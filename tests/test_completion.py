@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from smollm_jax import convert
-from smollm_jax.chat import chat_prompt
-from smollm_jax.completion import Completer, StopStrings, TextOfIds, open_completer
-from smollm_jax.config import ModelConfig
-from smollm_jax.generation import Sampling
-from smollm_jax.model import init_params
-from smollm_jax.tokenizer import Tokenizer, train
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.generation.sampling import Sampling
+from smollm_jax.hf import export as convert
+from smollm_jax.model.transformer import init_params
+from smollm_jax.serving.completion import Completer, StopStrings, TextOfIds, open_completer
+from smollm_jax.tokenizer.chat_template import chat_prompt
+from smollm_jax.tokenizer.tokenizer import Tokenizer, train
 
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
@@ -196,7 +196,8 @@ def test_a_text_continued_with_its_seed_reads_on_as_if_never_stopped(completers,
 def test_both_back_ends_leave_the_same_tokens_to_the_draw():
     import jax.numpy as jnp
 
-    from smollm_jax import sampling, torch_engine
+    from smollm_jax.generation import sampling
+    from smollm_jax.serving import torch_backend as torch_engine
 
     rng = np.random.default_rng(1)
     logits, seen = rng.normal(size=24).astype(np.float32) * 2, rng.random(24) < 0.3
@@ -211,7 +212,7 @@ def test_both_back_ends_leave_the_same_tokens_to_the_draw():
 
 
 def test_draws_follow_the_probabilities():
-    from smollm_jax import torch_engine
+    from smollm_jax.serving import torch_backend as torch_engine
 
     p = np.array([0.5, 0.3, 0.15, 0.05])
     draws = [torch_engine.choose(np.log(p), np.zeros(4, bool), i, Sampling(temperature=1.0)) for i in range(4_000)]
@@ -235,7 +236,7 @@ def test_torch_refuses_a_folder_that_lacks_a_tensor(folder, tmp_path):
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_run_is_served_by_both_back_ends(folder, tmp_path, completers, backend):
-    from smollm_jax.loading import import_run
+    from smollm_jax.runs.convert import import_run
 
     config = replace(CONFIG, max_seq_len=2_048)
     convert.export(

@@ -14,10 +14,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import smollm_jax
-from smollm_jax.arguments import parse
-from smollm_jax.config import MODELS, ComputeConfig, Config, ModelConfig, RunConfig, parse_phases
-from smollm_jax.config_file import as_dict, from_dict
-from smollm_jax.resume import check_settings, keep_records
+from smollm_jax.cli.arguments import parse
+from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.config.serialization import as_dict, from_dict
+from smollm_jax.config.settings import ComputeConfig, Config, RunConfig, parse_phases
+from smollm_jax.runs.metrics import keep_records
+from smollm_jax.training.restore import check_settings
 
 ROOT = Path(__file__).parent.parent
 

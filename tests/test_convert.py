@@ -17,13 +17,17 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from smollm_jax import convert, hf_folder, load_hf, save_hf
-from smollm_jax.config import MODELS, ModelConfig
-from smollm_jax.convert import MARK, export, read_folder, write_folder
-from smollm_jax.hub import push
-from smollm_jax.layout import TABLE, from_hf, hf_config, model_config, shapes_of, tensors, to_hf
-from smollm_jax.model import init_params
-from smollm_jax.tokenizer import train
+from smollm_jax import load_hf, save_hf
+from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.hf import export as convert
+from smollm_jax.hf import reader as hf_folder
+from smollm_jax.hf.config_json import hf_config, model_config
+from smollm_jax.hf.export import MARK, export, write_folder
+from smollm_jax.hf.mapping import TABLE, from_hf, shapes_of, tensors, to_hf
+from smollm_jax.hf.push import push
+from smollm_jax.hf.reader import read_folder
+from smollm_jax.model.transformer import init_params
+from smollm_jax.tokenizer.tokenizer import train
 
 TINY = ModelConfig(
     vocab_size=300,
@@ -215,7 +219,8 @@ def test_the_published_config_is_the_preset():
 
 
 def test_greedy_text_is_the_same_from_pytorch_and_from_jax(tmp_path, tokenizer_folder):
-    from smollm_jax.generation import Generator, Sampling
+    from smollm_jax.generation.generator import Generator
+    from smollm_jax.generation.sampling import Sampling
 
     out = tmp_path / "out"
     # untied: random weights with a tied head repeat one token

@@ -14,19 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
-from smollm_jax.config import DataConfig
-from smollm_jax.data import (
-    check_vocab,
-    heldout,
-    merged,
-    num_targets,
-    open_batches,
-    open_stream,
-    plain_batches,
-)
-from smollm_jax.packing import Packer
-from smollm_jax.sources import open_source
-from smollm_jax.windows import Shuffled, text_hash
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.heldout import heldout, plain_batches
+from smollm_jax.data.loader import check_vocab, merged, open_batches, open_stream
+from smollm_jax.data.packing import Packer, num_targets
+from smollm_jax.data.shuffle import Shuffled, text_hash
+from smollm_jax.data.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +233,7 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, toke
 
 
 def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, tokenizer):
-    from smollm_jax.tokenizer import train
+    from smollm_jax.tokenizer.tokenizer import train
 
     config = config_of(folder)
     cursor = take(open_at(config, tokenizer), 2)[1][1]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax import generation
-from smollm_jax.config import ModelConfig
-from smollm_jax.decoder import Matrix
-from smollm_jax.generation import Generator, Sampling, generate
-from smollm_jax.model import SmolLM, init_params, params_of
-from smollm_jax.sampling import MASKED, Knobs, choose, draw, filtered, penalised
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.generation import generator as generation
+from smollm_jax.generation.decoder import Matrix
+from smollm_jax.generation.generator import Generator, generate
+from smollm_jax.generation.sampling import MASKED, Knobs, Sampling, choose, draw, filtered, penalised
+from smollm_jax.model.transformer import SmolLM, init_params, params_of
 
 CONFIG = ModelConfig(
     vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=40,

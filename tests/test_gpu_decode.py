@@ -12,11 +12,15 @@ from flax import nnx
 from jax.experimental import pallas as pl
 from lowering import KERNEL, lowered_for_cuda
 
-from smollm_jax import decoder, generation, gpu_decode
-from smollm_jax.config import MODELS, ModelConfig
-from smollm_jax.decoder import Decoder, Matrix
-from smollm_jax.generation import Generator, Sampling
-from smollm_jax.model import RMSNorm, SmolLM, init_params, rope_angles, rotate
+from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.generation import decoder
+from smollm_jax.generation import generator as generation
+from smollm_jax.generation.decoder import Decoder, Matrix
+from smollm_jax.generation.generator import Generator
+from smollm_jax.generation.sampling import Sampling
+from smollm_jax.kernels import triton_decode as gpu_decode
+from smollm_jax.model.ops import rotate
+from smollm_jax.model.transformer import RMSNorm, SmolLM, init_params, rope_angles
 
 TINY = ModelConfig(
     vocab_size=61, hidden_size=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=50,

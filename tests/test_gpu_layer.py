@@ -13,11 +13,13 @@ import pytest
 from jax.sharding import AxisType
 from lowering import KERNEL, lowered_for_cuda
 
-from smollm_jax import gpu_layer
-from smollm_jax.config import MODELS
-from smollm_jax.gpu_layer import Joined, disagreement, joined
-from smollm_jax.kernels import joined_of
-from smollm_jax.model import SmolLM, init_params
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.kernels import triton_layer as gpu_layer
+from smollm_jax.kernels.check import layer_disagreement as disagreement
+from smollm_jax.kernels.select import joined_of
+from smollm_jax.kernels.triton_layer import joined
+from smollm_jax.model.ops import Joined
+from smollm_jax.model.transformer import SmolLM, init_params
 
 TINY = replace(MODELS["quickstart"], num_layers=2, vocab_size=100)
 

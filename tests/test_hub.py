@@ -13,12 +13,14 @@ import pytest
 from hub import KINDS, Hub
 from texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
-from smollm_jax import remote, sources
-from smollm_jax import tokenizer as tokenizer_module
-from smollm_jax.config import DataConfig
-from smollm_jax.data import SourceTimeout, open_stream
-from smollm_jax.sources import open_source
-from smollm_jax.tokenizer import load_tokenizer
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data import hub_files as remote
+from smollm_jax.data import sources
+from smollm_jax.data.loader import open_stream
+from smollm_jax.data.sources import open_source
+from smollm_jax.runtime.errors import SourceTimeout
+from smollm_jax.tokenizer import tokenizer as tokenizer_module
+from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 README = """---
 configs:
@@ -174,8 +176,8 @@ def test_closing_does_not_wait_for_a_stalled_read_and_leaves_no_thread_in_it(hub
 EXIT_IN_A_STALL = """
 import sys, time
 from texts import small_tokenizer
-from smollm_jax.config import DataConfig
-from smollm_jax.data import open_batches, open_stream
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.loader import open_batches, open_stream
 config = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
 open_it = {"stream": open_stream, "batches": open_batches}[sys.argv[1]]
 opened = open_it(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 1, steps=9)

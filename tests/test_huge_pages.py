@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from smollm_jax import huge_pages
+from smollm_jax.runtime import huge_pages
 
 TELL = """
 import os, sys
 from pathlib import Path
-from smollm_jax import huge_pages
+from smollm_jax.runtime import huge_pages
 huge_pages.OFFER, huge_pages._glibc = Path(sys.argv[1]), lambda: (2, 36)
 print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
 huge_pages.restart_with_huge_pages()
@@ -71,7 +71,7 @@ def test_an_old_glibc_or_an_accelerator_has_nothing_of_it(name, value, tmp_path)
 def test_train_jax_begins_again():
     program = """
 import runpy, sys
-from smollm_jax import huge_pages
+from smollm_jax.runtime import huge_pages
 huge_pages.restart_with_huge_pages = lambda: print("begins again", flush=True)
 script, sys.argv = sys.argv[1], ["train_jax.py", "--help"]
 runpy.run_path(script, run_name="__main__")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from smollm_jax.ledger import batch_hash, extended
+from smollm_jax.data.batch_hash import batch_hash, extended
 
 
 @pytest.fixture

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from smollm_jax import convert
-from smollm_jax.checkpoint import Checkpoints, read_params
-from smollm_jax.config import ModelConfig
-from smollm_jax.convert import export, read_folder
-from smollm_jax.loading import import_run, is_run, load_for_inference, read_run
-from smollm_jax.model import init_params
-from smollm_jax.tokenizer import train
+from smollm_jax.checkpoint.manager import Checkpoints, read_params
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.hf import export as convert
+from smollm_jax.hf.export import export
+from smollm_jax.hf.reader import read_folder
+from smollm_jax.model.transformer import init_params
+from smollm_jax.runs.convert import import_run
+from smollm_jax.runs.load import is_run, load_for_inference, read_run
+from smollm_jax.tokenizer.tokenizer import train
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
@@ -132,10 +134,10 @@ def test_a_folder_without_a_tokenizer_and_one_with_too_large_a_tokenizer_are_nam
 
 
 def test_train_and_serve_start_from_an_import(folder, tmp_path):
-    from smollm_jax.completion import open_completer
-    from smollm_jax.config import Config
-    from smollm_jax.generation import Sampling
-    from smollm_jax.origin import find_origin
+    from smollm_jax.config.settings import Config
+    from smollm_jax.generation.sampling import Sampling
+    from smollm_jax.serving.completion import open_completer
+    from smollm_jax.training.restore import find_origin
 
     import_run(folder, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=1)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from smollm_jax.lookup import lookup_of, plain_lookup, repeatable_lookup, sums_by_token
+from smollm_jax.kernels.embedding import repeatable_lookup, sums_by_token
+from smollm_jax.kernels.select import lookup_of
+from smollm_jax.model.ops import plain_lookup
 
 
 @pytest.mark.parametrize(

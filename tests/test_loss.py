@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from lowering import KERNEL, lowered_for_cuda
 
-from smollm_jax import attention, gpu_layer, gpu_loss, kernels, loss
-from smollm_jax.config import MODELS
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.kernels import select as attention
+from smollm_jax.kernels import select as kernels
+from smollm_jax.kernels import triton_cross_entropy as gpu_loss
+from smollm_jax.kernels import triton_layer as gpu_layer
+from smollm_jax.model import loss
 
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 

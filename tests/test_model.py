@@ -9,17 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smollm_jax.config import MODELS, ModelConfig
-from smollm_jax.model import (
-    SmolLM,
-    init_params,
-    params_of,
-    rope_angles,
-    rotate,
-)
-from smollm_jax.plain_attention import BLOCKS, SMALLEST_BLOCK, starts_of
-from smollm_jax.products import plain_product, product_of, wide_product
-from smollm_jax.residuals import as_bits, as_they_are
+from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.kernels.cpu import as_bits, wide_product
+from smollm_jax.kernels.select import product_of
+from smollm_jax.model.attention import BLOCKS, SMALLEST_BLOCK, starts_of
+from smollm_jax.model.ops import as_they_are, plain_product, rotate
+from smollm_jax.model.transformer import SmolLM, init_params, params_of, rope_angles
 
 TINY = ModelConfig(
     vocab_size=61,

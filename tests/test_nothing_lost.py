@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from chaos import chaos, scenarios, table
 
-from smollm_jax.config_file import from_dict
-from smollm_jax.inventory import list_checkpoints
-from smollm_jax.replay import documents_of_step
-from smollm_jax.report import read_metrics
-from smollm_jax.run_folder import read_json
-from smollm_jax.sources import open_source
-from smollm_jax.verify import compare_runs, start, verify_resume
+from smollm_jax.checkpoint.listing import list_checkpoints
+from smollm_jax.config.serialization import from_dict
+from smollm_jax.data.sources import open_source
+from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.replay import documents_of_step
+from smollm_jax.runtime.files import read_json
+from smollm_jax.training.verify_resume import compare_runs, start, verify_resume
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,17 +14,18 @@ import jax.numpy as jnp
 import pytest
 from test_train import TINY, ended
 
-from smollm_jax import target as targets
-from smollm_jax.arguments import parse
-from smollm_jax.collectives import Collective, collectives, kernels
-from smollm_jax.config import MODELS, ComputeConfig, Config, DataConfig, RunConfig
-from smollm_jax.hardware import CHIPS
-from smollm_jax.model import SmolLM, init_params
-from smollm_jax.plan import POLICIES, find_remedy, make_plan, needed_by, plan_of, text_of
-from smollm_jax.plan_report import as_dict, table
-from smollm_jax.products import plain_product, wide_product
-from smollm_jax.roofline import Estimate, executed_flops_per_token, kept_bytes
-from smollm_jax.target import target_of
+from smollm_jax.cli.arguments import parse
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.kernels.cpu import wide_product
+from smollm_jax.model.ops import plain_product
+from smollm_jax.model.transformer import SmolLM, init_params
+from smollm_jax.planning import topology as targets
+from smollm_jax.planning.estimate import Estimate, executed_flops_per_token, kept_bytes
+from smollm_jax.planning.hlo import Collective, collectives, kernels
+from smollm_jax.planning.plan import POLICIES, find_remedy, make_plan, needed_by, plan_of, text_of
+from smollm_jax.planning.report import as_dict, table
+from smollm_jax.planning.topology import CHIPS, target_of
 
 pytest_plugins = ["test_train"]
 ROOT = Path(__file__).parents[1]
@@ -140,7 +141,7 @@ def test_the_gradients_of_a_compiled_step_are_in_its_collectives():
     code = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from smollm_jax.collectives import collectives
+from smollm_jax.planning.hlo import collectives
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 def loss(w, x):
     return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0] ** 2)

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from test_train import ROOT, TINY, records, wait_for_step
 
-from smollm_jax.config import ComputeConfig, Config, DataConfig, RunConfig
-from smollm_jax.data import Batch
-from smollm_jax.inventory import list_checkpoints
-from smollm_jax.launchers import join
-from smollm_jax.processes import Processes
-from smollm_jax.run_folder import RunLock
-from smollm_jax.start import Progress
-from smollm_jax.step import VOID
-from smollm_jax.together import cast
-from smollm_jax.watch import Watch, read
+from smollm_jax.checkpoint.listing import list_checkpoints
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.data.packing import Batch
+from smollm_jax.distributed.launch import join
+from smollm_jax.distributed.processes import Processes
+from smollm_jax.distributed.watchdog import Watch, read
+from smollm_jax.runs.lock import RunLock
+from smollm_jax.training.loop import cast
+from smollm_jax.training.run import Progress
+from smollm_jax.training.step import VOID
 
 pytest_plugins = ["test_train"]
 
@@ -276,8 +276,8 @@ def test_a_process_does_not_wait_for_its_data_without_end(monkeypatch):
 WATCHED = """
 import sys, threading, time
 from pathlib import Path
-from smollm_jax import watch
-from smollm_jax.processes import Processes
+from smollm_jax.distributed import watchdog as watch
+from smollm_jax.distributed.processes import Processes
 watch.SILENT_SECONDS, watch.STEP_SECONDS, watch.BEAT_SECONDS, watch.OWN_SECONDS = 3.0, 1.0, 0.1, 1.5
 job, peer, folder = Processes(0, 2), watch.Watch(1, 2), Path(sys.argv[1])
 alone, job.gather = job.watch, lambda value: [value]

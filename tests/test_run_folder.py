@@ -12,21 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.inventory import list_checkpoints
-from smollm_jax.run_folder import (
-    LOCK,
-    MANIFEST,
-    Damaged,
-    RunLock,
-    _manifest_digest,
-    seal,
-    verify,
-    write_json_atomic,
-)
+from smollm_jax.checkpoint.listing import list_checkpoints
+from smollm_jax.checkpoint.manifest import MANIFEST, _manifest_digest, seal, verify
+from smollm_jax.runs.lock import LOCK, RunLock
+from smollm_jax.runtime.files import Damaged, write_json_atomic
 
 HOLD_LOCK = """
 import sys, time
-from smollm_jax.run_folder import RunLock
+from smollm_jax.runs.lock import RunLock
 with RunLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -72,7 +65,7 @@ def test_the_lock_is_free_after_leaving_also_by_an_error(tmp_path):
 
 FORK_AND_BE_KILLED = """
 import os, sys, time
-from smollm_jax.run_folder import RunLock
+from smollm_jax.runs.lock import RunLock
 RunLock(sys.argv[1]).__enter__()
 child = os.fork()
 if child == 0:

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from test_train import ended, records
 
-from smollm_jax.config import MESH_AXES, ComputeConfig, Config, RunConfig
-from smollm_jax.sharding import make_mesh, padded_rows, partition
+from smollm_jax.config.settings import MESH_AXES, ComputeConfig, Config, RunConfig
+from smollm_jax.distributed.sharding import make_mesh, padded_rows, partition
 
 pytest_plugins = ["test_train"]
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import make_texts, write_jsonl, write_parquet
 
-from smollm_jax import sources
-from smollm_jax.config import DataConfig
-from smollm_jax.python_docs import python_docs
-from smollm_jax.sources import mixture, open_source
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data import sources
+from smollm_jax.data.python_docs import python_docs
+from smollm_jax.data.sources import mixture, open_source
 
 
 def texts_of(spec, **changes):

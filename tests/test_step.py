@@ -8,18 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from smollm_jax.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from smollm_jax.ledger import batch_hash
-from smollm_jax.loss import summed_nll, targets_of
-from smollm_jax.model import SmolLM, init_params
-from smollm_jax.sharding import make_mesh
-from smollm_jax.step import (
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, OptimizerConfig, RunConfig
+from smollm_jax.data.batch_hash import batch_hash
+from smollm_jax.distributed.sharding import make_mesh
+from smollm_jax.model.loss import summed_nll, targets_of
+from smollm_jax.model.transformer import SmolLM, init_params
+from smollm_jax.training.compile import compile_step, compile_steps
+from smollm_jax.training.step import (
     ENDED,
     GO,
     STOP,
     VOID,
-    compile_step,
-    compile_steps,
     init_state,
     learning_rate_schedule,
     make_nll,

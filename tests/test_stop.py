@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from smollm_jax.stop import AGAIN_SECONDS
+from smollm_jax.runtime.signals import AGAIN_SECONDS
 
 BUSY = """
 import sys, time
-from smollm_jax.stop import StopRequest, leave
+from smollm_jax.runtime.signals import StopRequest, leave
 saved = []
 with StopRequest() as stop:
     stop.nothing_to_lose = lambda: bool(saved)

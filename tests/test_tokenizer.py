@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import make_texts
 
-from smollm_jax.tokenizer import EOS, Tokenizer, load_tokenizer, train
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

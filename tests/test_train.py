@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smollm_jax.checkpoint import read_params
-from smollm_jax.replay import documents_of_step
-from smollm_jax.tokenizer import train as train_tokenizer
+from smollm_jax.checkpoint.manager import read_params
+from smollm_jax.runs.replay import documents_of_step
+from smollm_jax.tokenizer.tokenizer import train as train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = (

@@ -3,7 +3,7 @@
 import json
 import random
 
-from smollm_jax.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train
 
 WORDS = ["the", "a", "model", "reads", "text", "and", "learns", "what", "comes", "next", "in", "every", "row"]
 

@@ -1,0 +1,167 @@
+"""Which checkpoints a run has, and which of them are what was written.
+
+It reads names, manifests and `meta.json`, never an array, and imports nothing heavy, so that listing is
+quick. It deletes nothing: what is damaged is reported and, where a run is about to go on, renamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.checkpoint.manifest import verify
+from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.files import Damaged, fsync, read_json
+
+META = "meta.json"
+BAD = ".bad"
+LEAVES_SHOWN = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint that verifies."""
+
+    step: int
+    meta: dict[str, Any]
+    leaves: dict[str, tuple[tuple[int, ...], str]]
+    """Shape and dtype by leaf name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """A folder as `checkpoints RUN` lists it; `verdict` is "good" or what is wrong."""
+
+    name: str
+    step: int
+    bytes: int
+    age_seconds: float
+    verdict: str
+
+
+def list_checkpoints(folder: str | Path) -> list[Info]:
+    """All checkpoints of a run, set-aside ones too, each fully verified, in the order of their steps."""
+    infos = []
+    for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        base = path.name.split(BAD, maxsplit=1)[0]
+        step = _step_of(base)
+        if step is None:
+            continue
+        try:
+            _open(path, step)
+            verdict = "good"
+        except Damaged as reason:
+            verdict = str(reason)
+        if path.name != base:
+            verdict = f"set aside: {verdict}"
+        try:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:  # retention of a run under way took it
+            continue
+        infos.append(Info(name=path.name, step=step, bytes=size, age_seconds=age, verdict=verdict))
+    return sorted(infos, key=lambda info: (info.step, info.name))
+
+
+def table(run_dir: Path) -> str:
+    """The checkpoints of a run as lines of step, size, age and verdict; raises `ValueError` for no run."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run_dir} is not a run: it has no checkpoints/")
+    rows = [
+        f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {_age(info.age_seconds):>8}  {info.verdict}"
+        for info in list_checkpoints(folder)
+    ]
+    return "\n".join([f"{'checkpoint':>14}  {'size':>13}  {'age':>8}  verdict", *rows])
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((s for p in folder.iterdir() if (s := _step_of(p.name)) is not None), reverse=True)
+
+
+def _open(path: Path, step: int, *, group: str | None = None) -> Found:
+    """Verify a checkpoint, or only one part of it and its meta; raises `Damaged`."""
+    about = verify(path, parts=None if group is None else {group, META})["about"]
+    if about.get("step") != step:
+        raise Damaged(f"it says that it is of step {about.get('step')!r}")
+    meta = read_json(path / META)
+    if not isinstance(meta, dict):
+        raise Damaged(f"{META} is not an object")
+    try:
+        leaves = {n: (tuple(map(int, v["shape"])), str(v["dtype"])) for n, v in about["leaves"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        raise Damaged("its manifest does not describe the leaves") from None
+    return Found(step=step, meta=meta, leaves=leaves)
+
+
+def named_step(folder: Path, step: int, *, group: str | None = None) -> Found:
+    """The checkpoint of a step that somebody asked for; raises `ValueError`."""
+    steps = steps_in(folder)
+    if step not in steps:
+        there = ", ".join(map(str, reversed(steps))) or "none"
+        raise UserError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
+    try:
+        return _open(folder / str(step), step, group=group)
+    except Damaged as reason:
+        raise UserError(f"checkpoint {step} in {folder} is damaged: {reason}") from None
+
+
+def good_ones(folder: Path, *, group: str | None = None, rename: bool = False) -> Iterator[Found]:
+    """The checkpoints that verify, newest first, each bad one on the way reported."""
+    for step in steps_in(folder):
+        path = folder / str(step)
+        try:
+            yield _open(path, step, group=group)
+        except Damaged as reason:
+            if rename:
+                set_aside(path, reason)
+            else:
+                logger.warning("checkpoint %s is damaged and passed over: %s", path, reason)
+
+
+def compare(found: Found, expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raise `ValueError` unless names, shapes and dtypes of the leaves are those of the checkpoint."""
+
+    def words(leaf: tuple[tuple[int, ...], str] | None) -> str:
+        return "nothing" if leaf is None else f"{leaf[1]} ({','.join(map(str, leaf[0]))})"
+
+    wrong = [
+        f"{name}: expected {words(expected.get(name))}, the checkpoint holds {words(found.leaves.get(name))}"
+        for name in dict.fromkeys([*expected, *found.leaves])
+        if expected.get(name) != found.leaves.get(name)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - LEAVES_SHOWN} more leaves" if len(wrong) > LEAVES_SHOWN else ""
+        raise UserError(f"checkpoint {found.step} does not fit: {'; '.join(wrong[:LEAVES_SHOWN])}{more}")
+
+
+def set_aside(path: Path, reason: Damaged) -> None:
+    aside, number = path.with_name(path.name + BAD), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}{BAD}-{number}")
+    path.rename(aside)
+    fsync(path.parent)
+    logger.warning("checkpoint %s is damaged: %s; it is left as %s", path, reason, aside.name)
+
+
+def _step_of(name: str) -> int | None:
+    """The step whose checkpoint has this folder name; None: the name is something else."""
+    return int(name) if re.fullmatch(r"0|[1-9][0-9]{0,17}", name) else None

@@ -1,0 +1,106 @@
+"""What keeps a run folder whole: atomic JSON, one process at a time, and folders sealed by a manifest.
+
+It knows bytes and names, and nothing of arrays, orbax or JAX. A sealed folder holds a `manifest.json`
+with size and checksum of every file in it and a digest of itself, so that a flipped bit, a missing or
+a half-written file is found by reading, whatever library wrote the files. The checksum is xxh3_128: it
+guards against accidents at the speed of memory, not against an attacker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from smollm_jax.runtime.files import Damaged, fsync, read_json, write_json
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
+
+
+def checksum(path: Path) -> str:
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, about: dict[str, Any]) -> None:
+    """Write the manifest of all files below `folder`, with `about` in it, and have everything on the disk."""
+    files, folders = {}, [folder]
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            folders.append(path)
+            continue
+        fsync(path)
+        files[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "xxh3_128": checksum(path),
+        }
+    manifest = {"format": MANIFEST_FORMAT, "about": about, "files": files}
+    write_json(folder / MANIFEST, manifest | {"digest": _manifest_digest(manifest)})
+    for path in reversed(folders):
+        fsync(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sealed folder, its form and digest checked; raises `Damaged`."""
+    try:
+        if not any(folder.iterdir()):
+            raise Damaged("the folder is empty")
+    except OSError as error:
+        raise Damaged(f"the folder cannot be read: {error.strerror}") from None
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{MANIFEST} is not an object")
+    if manifest.get("digest") != _manifest_digest(manifest):
+        raise Damaged(f"{MANIFEST} does not match its own digest")
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise Damaged(f"{MANIFEST} has format {manifest.get('format')!r}; {MANIFEST_FORMAT} is read here")
+    about, files = manifest.get("about"), manifest.get("files")
+    if not isinstance(about, dict) or not isinstance(files, dict):
+        raise Damaged(f"{MANIFEST} lacks its files or what they are about")
+    for name, entry in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+            raise Damaged(f"{MANIFEST} names {name!r}, which is not a file below the folder")
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "xxh3_128"}:
+            raise Damaged(f"{MANIFEST} says nothing usable of {name!r}")
+    return manifest
+
+
+def verify(folder: Path, *, parts: set[str] | None = None, checksums: bool = True) -> dict[str, Any]:
+    """The manifest of a sealed folder all of whose files are as they were written; raises `Damaged`.
+
+    `parts` limits the check to files whose first path component is among them.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        if parts is not None and name.split("/", maxsplit=1)[0] not in parts:
+            continue
+        try:
+            status = os.stat(folder / name)
+            if not stat.S_ISREG(status.st_mode):
+                raise Damaged(f"{name} is not a file")
+            if status.st_size != entry["bytes"]:
+                raise Damaged(f"{name} has {status.st_size} bytes; {entry['bytes']} were written")
+            if checksums and checksum(folder / name) != entry["xxh3_128"]:
+                raise Damaged(f"{name} has changed: its checksum is not the one written")
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        except (OSError, UnicodeError) as error:
+            raise Damaged(f"{name!r} cannot be read: {error}") from None
+    return manifest

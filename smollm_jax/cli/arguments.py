@@ -1,0 +1,117 @@
+"""From a command line to a `Config`, and from a mistake to one clear line.
+
+The recipe and the preset are looked up first, because they are the defaults that `--help` shows. tyro
+builds the flags from the dataclasses, one group for each; its error boxes are folded into a single line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.config.recipes import RECIPES
+from smollm_jax.config.settings import Config
+from smollm_jax.runtime.errors import UserError, require
+
+Command = Callable[..., int]
+
+
+def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
+    """The `Config` that `argv` asks for; raises `ValueError` in one line, `SystemExit(0)` after `--help`."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="replica")
+    first.add_argument("--preset")
+    try:
+        given, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see {prog} --help") from None
+    require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
+    default = RECIPES[given.recipe]
+    if given.preset is not None:
+        require(given.preset in MODELS, f"--preset {given.preset}: expected one of {', '.join(MODELS)}")
+        model = MODELS[given.preset]
+        data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
+        default = replace(default, preset=given.preset, model=model, data=data)
+    return _one_line(
+        prog,
+        lambda: tyro.cli(
+            Config,
+            args=argv,
+            default=default,
+            prog=prog,
+            description="Pre-train a SmolLM2-class model; the same command again resumes.",
+            config=(tyro.conf.OmitArgPrefixes,),
+        ),
+    )
+
+
+def split_flag(argv: list[str], name: str, default: int) -> tuple[int, list[str]]:
+    """The value of the whole-number flag `name`, and the other arguments; raises `ValueError`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(name, type=int, default=default, dest="value")
+    try:
+        given, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    return given.value, rest
+
+
+def parse_command(
+    commands: dict[str, Command] | Command, argv: list[str], prog: str, *, description: str | None = None
+) -> Callable[[], int]:
+    """The command that `argv` asks for, its arguments filled in, ready to be called.
+
+    Flags, types and help are those of the command's signature and docstring. Raises like `parse`.
+    """
+    import tyro
+
+    if callable(commands):
+        only = _deferred(commands)
+        return _one_line(prog, lambda: tyro.cli(only, args=argv, prog=prog))
+    named = {name: _deferred(command) for name, command in commands.items()}
+    return _one_line(
+        prog, lambda: tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
+    )
+
+
+def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
+    """tyro calls what it has parsed while its talk is caught; the work itself is to be done after that."""
+
+    @functools.wraps(command)
+    def fill_in(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
+
+    return fill_in
+
+
+def _one_line(prog: str, read: Callable[[], Any]) -> Any:
+    """What `read` makes of the arguments, a mistake in them as a `ValueError` of one line."""
+    talk = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(talk):
+            return read()
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UserError(f"{_fold(talk.getvalue())}; see {prog} --help") from None
+
+
+def _fold(boxes: str) -> str:
+    """The message in tyro's first box, as one line without its frame."""
+    words = []
+    for line in boxes.splitlines():
+        text = line.strip("╭╮╰╯│─ ")
+        if "For full helptext" in text:
+            break
+        if text and not line.startswith("╭"):
+            words.append(text)
+    return re.sub(r"^Error parsing \S+: ", "", " ".join(words)) or "the arguments could not be read"

@@ -1,0 +1,279 @@
+"""The commands beside training: `python -m smollm_jax export | import | generate | evaluate | push |
+checkpoints | batch | plan | verify-resume`.
+
+Results go to stdout, talk to stderr. A command is a function: its signature is its flags, its docstring its
+help. What it needs is imported when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from smollm_jax.cli.arguments import Command, parse_command
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.runtime.console import say
+from smollm_jax.runtime.errors import EXIT_FAILED, UserError
+
+Positional = Annotated[str, tyro.conf.Positional]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def export(
+    run: Positional, *, out: str, step: int | None = None, dtype: Dtype = "float32", verify: bool = True
+) -> int:
+    """Write a Hugging Face folder that AutoModelForCausalLM loads.
+
+    Args:
+        run: Run folder.
+        out: Folder to write.
+        step: Checkpoint; default: the newest good one.
+        dtype: Dtype of the file; float32 keeps the masters' own bits.
+        verify: Compare what was written with the checkpoint, and leave nothing behind if they differ.
+    """
+    from smollm_jax.runs.convert import publish
+
+    try:
+        done = publish(run, out, step=step, dtype=dtype, verify=verify)
+    except RuntimeError as error:
+        say(f"error: the export was taken back: {error}")
+        return EXIT_FAILED
+    say(f"step {done.step:,}: {done.checked}")
+    print(done.folder)
+    return 0
+
+
+def import_(path: Positional, *, out: str) -> int:
+    """Make a run of Hugging Face weights, which train_jax.py continues and serve.py serves.
+
+    Args:
+        path: Hugging Face folder or Hub id.
+        out: Run folder to make.
+    """
+    from smollm_jax.runs.convert import import_run
+
+    model = import_run(path, out)
+    say(f"{model.num_parameters:,} parameters; go on with: python train_jax.py --init-from {out} --data ...")
+    print(out)
+    return 0
+
+
+def generate(
+    path: Positional,
+    *,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    backend: Literal["jax", "torch"] = "jax",
+    dtype: Dtype = "float32",
+) -> int:
+    """Continue a prompt; the text goes to stdout as it comes.
+
+    Args:
+        path: Run, exported folder or Hub id.
+        prompt: Text to continue.
+        max_new_tokens: Longest continuation.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Keep the likeliest tokens that make up this probability.
+        top_k: Keep the k likeliest tokens; 0: all.
+        min_p: Keep tokens at least this likely relative to the likeliest.
+        repetition_penalty: Above 1, tokens already there become less likely.
+        seed: Of the draws.
+        stop: Texts at which to stop.
+        backend: What computes.
+        dtype: What it computes in.
+    """
+    from smollm_jax.generation.sampling import Sampling
+    from smollm_jax.serving.completion import open_completer
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    completer = open_completer(path, backend=backend, dtype=dtype)
+    pieces = completer.stream(prompt, sampling, stop)
+    first = list(islice(pieces, 1))  # a prompt that is refused leaves nothing on stdout
+    sys.stdout.write(prompt)
+    for piece in chain(first, pieces):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    print()
+    say(f"stopped: {completer.stop_reason}")
+    return 0
+
+
+def evaluate(
+    path: Positional,
+    *,
+    data: str,
+    text_column: str = DataConfig.text_column,
+    split: str = DataConfig.split,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+    dtype: Dtype = "float32",
+) -> int:
+    """Score a model on text: loss, perplexity and bits per byte, as one JSON line.
+
+    Args:
+        path: Run, exported folder or Hub id.
+        data: Any source that train_jax.py takes.
+        text_column: Column that holds the text.
+        split: Split of a Hub dataset.
+        seq_len: Tokens a row; default: what the run was trained on, else 2,048 or the model's context.
+        batch_size: Rows at a time.
+        max_batches: Read no more than this; default: all of it.
+        dtype: What is computed in.
+    """
+    from smollm_jax.training.evaluation import evaluate_model
+
+    settings = DataConfig(data=data, text_column=text_column, split=split)
+    result = evaluate_model(
+        path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype
+    )
+    print(json.dumps(result))
+    return 0
+
+
+def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private: bool = False) -> int:
+    """Upload an exported folder to the Hugging Face Hub.
+
+    Args:
+        folder: What `export` wrote.
+        repo: OWNER/NAME on the Hub.
+        dry_run: Only list what would go.
+        private: Make a new repository private.
+    """
+    from smollm_jax.hf.push import push
+
+    print(push(folder, repo, dry_run=dry_run, private=private))
+    return 0
+
+
+def checkpoints(run: Positional) -> int:
+    """List a run's checkpoints with step, size, age and verdict.
+
+    Args:
+        run: Run folder.
+    """
+    from smollm_jax.checkpoint.listing import table
+
+    print(table(Path(run)))
+    return 0
+
+
+def batch(run: Positional, *, step: int) -> int:
+    """Show the documents that a step was trained on, a JSON line each with source, file, row and text.
+
+    Args:
+        run: Run folder.
+        step: Update, counted from 1.
+    """
+    from smollm_jax.runs.replay import documents_of_step
+
+    replayed = documents_of_step(run, step)
+    for document in replayed.documents:
+        print(json.dumps(document, ensure_ascii=False))
+    say(replayed.verdict)
+    return 0
+
+
+def verify_resume(argv: list[str]) -> int:
+    """Run a recipe for a few steps straight and in pieces, killed hard, and print a verdict.
+
+    It takes every flag of train_jax.py, and --verify-steps N (default 12). The two runs live in a temporary
+    folder, or below --run-dir where that is given, and are removed when they agree.
+    """
+    import shutil
+    import tempfile
+
+    from smollm_jax.cli.arguments import parse, split_flag
+    from smollm_jax.training.verify_resume import verify_resume
+
+    steps, rest = split_flag(argv, "--verify-steps", 12)
+    config = parse(rest, prog="python -m smollm_jax verify-resume")
+    parent = config.run.run_dir
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=parent))
+    result = verify_resume(config, folder, steps=steps)
+    for what, difference in result.compared.items():
+        print(f"{what:<26} {'exact' if difference is None else difference}")
+    if result.exact and not result.resumes:
+        print("verdict: NOT TESTED, the run was over before it could be killed; give more --verify-steps")
+        return 1
+    words = "exact" if result.exact else "NOT EXACT"
+    print(f"verdict: {words} over {result.steps} steps, killed and resumed {result.resumes} times")
+    if result.exact:
+        shutil.rmtree(folder)
+        return 0
+    say(f"both runs are kept in {folder}")
+    return 1
+
+
+def plan(argv: list[str]) -> int:
+    """Plan a run on devices that are not here; exit code 1 where it would not fit.
+
+    It takes every flag of train_jax.py, --topology (v5e:4x4, v5p:2x2x1, gpu-h100:8, cpu:1 and the like) and
+    --json for one line of JSON in the table's place.
+    """
+    import argparse
+
+    from smollm_jax.cli.arguments import parse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology", default="")
+    parser.add_argument("--json", action="store_true")
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    config = parse(rest, prog="python -m smollm_jax plan --topology NAME:AxB [--json]")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be taken
+    from smollm_jax.planning.plan import make_plan
+    from smollm_jax.planning.report import as_dict, table
+
+    made = make_plan(config, own.topology)
+    print(json.dumps(as_dict(made)) if own.json else table(made))
+    return 0 if made.fits else EXIT_FAILED
+
+
+COMMANDS: dict[str, Command] = {
+    "export": export,
+    "import": import_,
+    "generate": generate,
+    "evaluate": evaluate,
+    "push": push,
+    "checkpoints": checkpoints,
+    "batch": batch,
+}
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["verify-resume"]:  # its flags are those of train_jax.py
+        return verify_resume(sys.argv[2:])
+    if sys.argv[1:2] == ["plan"]:  # as are these
+        return plan(sys.argv[2:])
+    description = (
+        "Beside these, with the flags of train_jax.py: verify-resume [--verify-steps N] proves an exact resume; "
+        "plan --topology v5e:4x4 says whether a run fits devices that are not here, and estimates how fast it is."
+    )
+    return parse_command(COMMANDS, sys.argv[1:], "python -m smollm_jax", description=description)()

@@ -1,0 +1,39 @@
+"""The recipes: complete settings of the runs this project is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.config.settings import Config, DataConfig, OptimizerConfig, RunConfig
+
+RECIPES = {
+    "replica": Config(),
+    "smollm2": Config(
+        recipe="smollm2",
+        run=RunConfig(phases="2000000x512", seed=8),
+        # SmolLM2's mixture is not published. These are SmolLM's shares of what the Hub holds as text:
+        # python-edu lists only where its files are, and the StackOverflow part is not there
+        data=DataConfig(
+            data="HuggingFaceTB/smollm-corpus:fineweb-edu-dedup=0.70,"
+            "HuggingFaceTB/smollm-corpus:cosmopedia-v2=0.15,open-web-math/open-web-math=0.06"
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd"),
+        # pre-trained at these two; the released 100,000 and 8,192 come from a later stage
+        model=replace(ModelConfig(), rope_theta=10_000.0, max_seq_len=2_048),
+    ),
+    "quickstart": Config(
+        recipe="quickstart",
+        preset="quickstart",
+        run=RunConfig(
+            phases="1600x4",
+            log_every=50,
+            eval_every=400,
+            checkpoint_every=400,
+            sample_prompts=("Return the", "The following example", "If the argument is", "A class is"),
+        ),
+        data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256, eval_batches=64),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine"),
+        model=MODELS["quickstart"],
+    ),
+}

@@ -1,0 +1,74 @@
+"""A `Config` as plain JSON values and back: what config.json and every checkpoint hold.
+
+Reading trusts nothing: a name that is not known or a value of another type is a `ValueError` that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from smollm_jax.config.settings import Config
+from smollm_jax.runtime.errors import require
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Every setting, with what was left open filled in, as plain JSON values."""
+    values = dataclasses.asdict(config)
+    values["run"] |= {
+        "run_dir": config.run_dir,
+        "steps": config.total_steps,
+        "batch_size": config.main_batch_size,
+        "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.phases),
+        "sample_prompts": list(config.run.sample_prompts),
+    }
+    values["optimizer"] |= {"warmup_steps": config.warmup_steps, "decay_steps": config.decay_steps}
+    return values
+
+
+def from_dict(values: Any) -> Config:
+    """The `Config` whose `as_dict` is `values`; raises `ValueError` naming what is unknown or unusable."""
+    require(isinstance(values, dict), f"config.json must hold an object, {type(values).__name__} came")
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("schedule") != "wsd":
+        values = values | {"optimizer": {k: v for k, v in optimizer.items() if k != "decay_steps"}}
+    return _built(Config, values, "config.json")
+
+
+def _built(kind: type, values: Any, where: str) -> Any:
+    """An instance of the dataclass `kind` from `values`, fields that are missing at their defaults."""
+    require(isinstance(values, dict), f"{where} must be an object, {values!r} came")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - {item.name for item in dataclasses.fields(kind)})
+    require(not unknown, f"{where} has unknown fields: {', '.join(map(repr, unknown))}")
+    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` if it is of the type `hint`."""
+    if dataclasses.is_dataclass(hint):
+        return _built(typing.cast(type, hint), value, where)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _value(inner[0], value, where)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where} must be a list, {value!r} came")
+        return tuple(_value(inner[0], item, where) for item in value)
+    if origin is Literal:
+        require(
+            isinstance(value, str) and value in inner, f"{where} must be one of {', '.join(inner)}, {value!r} came"
+        )
+        return value
+    fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
+    require(fits and isinstance(value, bool) == (hint is bool), f"{where} must be {hint.__name__}, {value!r} came")
+    return value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"run": {"seed": 0}}` as `{"run.seed": 0}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

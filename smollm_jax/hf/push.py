@@ -1,0 +1,62 @@
+"""Upload an exported folder to the Hugging Face Hub, or list what would go.
+
+Only files that an export consists of are sent: nothing that happens to lie beside them. The token is
+huggingface_hub's own business (HF_TOKEN or `hf auth login`); it is neither read nor shown here.
+"""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from smollm_jax.hf.config_json import model_config
+from smollm_jax.hf.export import CARD, CURVE
+from smollm_jax.hf.reader import WANTED, read_json, tensor_files
+from smollm_jax.runtime.errors import UserError, require
+
+# https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
+REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool = False) -> str:
+    """Upload `folder` to the model repository `repo`, making it if need be; returns its address.
+
+    `dry_run` returns the list of files and sizes instead, and needs no token and no network. Raises
+    `ValueError` in one line when the folder is no export, without a token, or when the Hub cannot be reached.
+    """
+    folder = Path(folder)
+    require(bool(REPO.fullmatch(repo)), f"repository {repo!r} must read OWNER/NAME")
+    sizes = files_to_push(folder)
+    if dry_run:
+        lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
+        where = f"would go to {repo}{' (private)' if private else ''}"
+        return "\n".join([*lines, f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files {where}"])
+    return _upload(folder, repo, list(sizes), private)
+
+
+def files_to_push(folder: Path) -> dict[str, int]:
+    """The files of an export and their bytes; raises `ValueError` when `folder` is no whole export."""
+    require(folder.is_dir(), f"there is no folder {folder}; python -m smollm_jax export makes one")
+    require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
+    model_config(read_json(folder / "config.json"))
+    tensor_files(folder)  # whole weights, or a `ValueError`
+    patterns = (*WANTED, CARD, CURVE)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch(p.name, x) for x in patterns))
+    return {path.name: path.stat().st_size for path in files}
+
+
+def _upload(folder: Path, repo: str, names: list[str], private: bool) -> str:
+    from huggingface_hub import HfApi, get_token
+
+    require(get_token() is not None, "no Hub token; set HF_TOKEN or run: hf auth login")
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repo, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Exported by smollm-jax"
+        )
+    except Exception as error:  # the kinds differ with every release of the client and of what it stands on
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{repo} could not be written on the Hub: {reason}") from None
+    return str(address)

@@ -1,0 +1,154 @@
+"""Read a Hugging Face folder or Hub id: config.json and safetensors, nothing else.
+
+No pickle is ever loaded and no remote code trusted: a folder that holds only those is refused. Whatever is
+missing, damaged or of another kind is a `ValueError` that names the field, tensor or file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.hf.config_json import model_config
+from smollm_jax.hf.mapping import Params, from_hf, tensors
+from smollm_jax.runtime.errors import UserError, require
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# what is asked of the Hub: no pickle and no code among it
+WANTED = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
+          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without rounding
+
+
+def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
+    """Architecture and f32 numpy parameters of a Hugging Face folder or Hub id; raises `ValueError`."""
+    folder = local_folder(path)
+    require(
+        (folder / "config.json").is_file(),
+        f"{path} holds no config.json; expected a Hugging Face folder or Hub id",
+    )
+    config = model_config(read_json(folder / "config.json"))
+    where = tensor_files(folder)
+    names = [tensor.name for tensor in tensors(config)]
+    missing = [name for name in names if name not in where]
+    require(not missing, f"{folder} lacks tensor {(missing or [''])[0]} ({len(missing)} missing)")
+    # old exports hold RoPE's frequencies, which follow from theta
+    extra = sorted(
+        n for n in set(where) - set(names) - {"lm_head.weight"} if not n.endswith("rotary_emb.inv_freq")
+    )
+    require(
+        not extra,
+        f"{folder} holds tensor {(extra or [''])[0]}, which a Llama of this config.json does not have "
+        f"({len(extra)} such)",
+    )
+    params = from_hf(lambda name: _read_tensor(where[name], name), config)
+    if config.tie_embeddings and "lm_head.weight" in where:
+        head = _read_tensor(where["lm_head.weight"], "lm_head.weight").astype(np.float32)
+        require(
+            np.array_equal(head, params["embedding"]),
+            f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true",
+        )
+    return config, params
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` itself if it is a folder, otherwise the snapshot of that Hub id; raises `ValueError`."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    require(
+        str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")),
+        f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
+    )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(WANTED)))
+    except Exception as error:  # the kinds differ with every release of three libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(f"{path} is no folder here and cannot be fetched from the Hub ({reason})") from None
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; raises `ValueError` in one line."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor in `folder`; raises `ValueError`."""
+    if (folder / INDEX).exists():
+        index = _weight_map(folder / INDEX)
+        files = sorted({folder / name for name in index.values()})
+    else:
+        index, files = None, [folder / WEIGHTS]
+    where: dict[str, Path] = {}
+    for file in files:
+        if not file.is_file():
+            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+            instead = f" but {pickles[0]}, a pickle, which can run code" if pickles else ""
+            raise UserError(f"{folder} has no {file.name}{instead}; only safetensors are read")
+        names = _names_in(file)
+        twice = sorted(set(where) & set(names))
+        require(not twice, f"{folder}: tensor {(twice or [''])[0]} stands in more than one file")
+        where |= dict.fromkeys(names, file)
+    for name, listed in (index or {}).items():
+        require(
+            where.get(name) == folder / listed, f"{folder / INDEX} says {listed} holds {name}, but it does not"
+        )
+    return where
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """The free text in a safetensors header; empty where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    """Which file holds which tensor, as the index says; raises `ValueError` when it points elsewhere."""
+    content = read_json(file)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    require(isinstance(index, dict) and bool(index), f"{file} holds no weight_map")
+    for name, listed in index.items():  # type: ignore[union-attr]
+        plain = isinstance(listed, str) and Path(listed).name == listed and listed.endswith(".safetensors")
+        require(plain, f"{file}: {name} is said to be in {listed!r}, which is no safetensors file of this folder")
+    return index  # type: ignore[return-value]
+
+
+def _names_in(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read, it may be cut short: {error}") from None
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    import ml_dtypes  # noqa: F401 - lets numpy hold bf16
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            value = opened.get_tensor(name)
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: tensor {name} cannot be read: {error}") from None
+    require(
+        value.dtype.name in READABLE,
+        f"tensor {name} holds {value.dtype.name}; {', '.join(READABLE)} can be read",
+    )
+    return value

@@ -1,0 +1,46 @@
+"""The doors to the fused attention kernels: all three take what `packed_attention` takes.
+
+splash, for TPU, comes with JAX; pallas, for GPUs from Ampere on, is ours (gpu_attention.py); cudnn, for Hopper and
+later, is NVIDIA's own. The first two get rows padded to whole blocks, the padding a document of its own that lies
+behind every token. Held to the plain form by tests that interpret them on a CPU and compile them for TPU, and on
+the device at the start of a run. Attention.py chooses among them. The letters are those of model.py.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from smollm_jax.kernels.shard import _padded
+
+LANES = 128  # of a TPU's vector registers: the kernel's blocks are multiples of it
+LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a v5e core has for a kernel
+
+
+def splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """JAX's flash attention for TPU, which leaves out the blocks above the diagonal (Dao 2023)."""
+    T, N, H = q_BTNH.shape[1:]
+    q, k, v, start_BT = _padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, start_BT)
+    length = q.shape[1]
+    block = max(size for size in range(LANES, LARGEST_SPLASH_BLOCK + 1, LANES) if length % size == 0)
+    kernel = splash_kernel.make_splash_mha(
+        splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * N),
+        block_sizes=splash_kernel.BlockSizes(
+            block_q=block, block_kv=block,
+            block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )  # fmt: skip
+
+    def of_row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, start_T: jax.Array) -> jax.Array:
+        return kernel(q_NTH, k_KTH, v_KTH, splash_kernel.SegmentIds(start_T, start_T))
+
+    q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    o_BNTH = jax.vmap(of_row)(q_BNTH, k_BKTH, v_BKTH, start_BT)
+    return jnp.swapaxes(o_BNTH, 1, 2)[:, :T]

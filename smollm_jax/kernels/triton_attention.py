@@ -1,0 +1,224 @@
+"""Flash attention for GPUs (Dao 2023) that computes only what lies inside a packed row's documents.
+
+Written in Pallas and compiled by Triton, for Ampere and later. A block of queries goes from the first key of
+its first document to itself, a block of keys from itself to the last query of its last document: a row costs what
+its documents cost, however many they are. Keys and values are read by the G queries of their group as they are.
+No sum depends on the order of threads, so that the same step gives the same bits.
+
+Scores are in base 2: e^x = 2^(x log2 e). The letters are those of model.py; a block has X queries or Y keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from smollm_jax.kernels.shard import _padded
+from smollm_jax.model.attention import MASKED
+
+
+def pallas(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Ours, which goes no further than the documents do."""
+    from smollm_jax.kernels.triton_attention import BLOCK, attention
+
+    T = q_BTNH.shape[1]
+    return attention(*_padded(BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[:, :T]
+
+
+# As many queries as keys, warps of a program, and loads under way at a time: for heads 64 wide nothing else that
+# was tried on an H200 is faster by more than 2 % (benchmarks/RESULTS.md)
+BLOCK, WARPS, STAGES = 64, 4, 3
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Causal attention (B, T, N, H) of tokens whose documents begin at `start_BT`, int32 that never falls
+    along T. T must be a multiple of `BLOCK`, H a power of 2 from 16 on.
+    """
+    return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT, interpret)[0]
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT, interpret):
+    B, T, N, H = q_BTNH.shape
+    specs = _Specs(T, H, N // k_BTKH.shape[2])
+    o_BTNH, lse_BNT = _call(
+        partial(_forward_kernel, scale=_scale(H)),
+        grid=(B, N, T // BLOCK),
+        in_specs=[specs.block, specs.head_of_group, specs.head_of_group, specs.row],
+        out_specs=[specs.block, specs.numbers],
+        out_shape=[_like(q_BTNH), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        interpret=interpret,
+        name="attention_forward",
+    )(q_BTNH, k_BTKH, v_BTKH, start_BT)
+    return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, lse_BNT)
+
+
+def _backward(interpret, kept, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, lse_BNT = kept
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    specs, scale = _Specs(T, H, N // K), _scale(H)
+    # what the softmax's gradient takes off (Dao et al. 2022, section B.4)
+    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
+    # queries see a key until the end of its document: the last key of a block is seen longest
+    last_Y = jnp.arange(BLOCK - 1, T, BLOCK)
+    end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[:, None], axis=-1, dtype=jnp.int32)
+    dk_BTKH, dv_BTKH = _call(
+        partial(_backward_keys_kernel, scale=scale),
+        grid=(B, K, T // BLOCK),
+        in_specs=[
+            *(specs.group, specs.block, specs.block, specs.row, specs.blocks_of_row),
+            *(specs.group, specs.numbers_of_group, specs.numbers_of_group),
+        ],
+        out_specs=[specs.block, specs.block],
+        out_shape=[_like(k_BTKH), _like(v_BTKH)],
+        interpret=interpret,
+        name="attention_backward_keys",
+    )(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BY, do_BTNH, lse_BNT, delta_BNT)
+    dq_BTNH = _call(
+        partial(_backward_queries_kernel, scale=scale),
+        grid=(B, N, T // BLOCK),
+        in_specs=[
+            *(specs.block, specs.head_of_group, specs.head_of_group, specs.row),
+            *(specs.block, specs.numbers, specs.numbers),
+        ],
+        out_specs=specs.block,
+        out_shape=_like(q_BTNH),
+        interpret=interpret,
+        name="attention_backward_queries",
+    )(q_BTNH, k_BTKH, v_BTKH, start_BT, do_BTNH, lse_BNT, delta_BNT)
+    return dq_BTNH, dk_BTKH, dv_BTKH, None
+
+
+attention.defvjp(_forward, _backward)
+
+
+class _Specs:
+    """Which part of an array a program sees, that has row b, head n, and block i of its queries or keys."""
+
+    def __init__(self, T: int, H: int, G: int):
+        self.block = pl.BlockSpec((None, BLOCK, None, H), lambda b, n, i: (b, i, n, 0))
+        """Of a head: queries, or keys, or what belongs to them."""
+        self.numbers = pl.BlockSpec((None, None, BLOCK), lambda b, n, i: (b, n, i))
+        """One of each query of the block."""
+        self.head_of_group = pl.BlockSpec((None, T, None, H), lambda b, n, _: (b, 0, n // G, 0))
+        """All keys, or values, that the head's queries read."""
+        self.group = pl.BlockSpec((None, T, G, H), lambda b, n, _: (b, 0, n, 0))
+        """All queries that read the head of keys."""
+        self.numbers_of_group = pl.BlockSpec((None, G, T), lambda b, n, _: (b, n, 0))
+        self.row = pl.BlockSpec((None, T), lambda b, _, __: (b, 0))
+        self.blocks_of_row = pl.BlockSpec((None, T // BLOCK), lambda b, _, __: (b, 0))
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, start_ref, o_ref, lse_ref, *, scale: float):
+    first, q_XH, start_X, bounds = _of_queries(q_ref, start_ref)
+
+    def look(masked: bool, j, carry):
+        o_XH, best_X, sum_X = carry
+        keys = pl.ds(j * BLOCK, BLOCK)
+        score_XY = plt.dot(q_XH, k_ref[keys, :].T) * scale
+        if masked:
+            score_XY = jnp.where(_sees(first, start_X, j * BLOCK), score_XY, MASKED)
+        new_X = jnp.maximum(best_X, jnp.max(score_XY, axis=1))
+        p_XY, shrink_X = jnp.exp2(score_XY - new_X[:, None]), jnp.exp2(best_X - new_X)
+        value_XH = plt.dot(p_XY.astype(v_ref.dtype), v_ref[keys, :])
+        return o_XH * shrink_X[:, None] + value_XH, new_X, sum_X * shrink_X + jnp.sum(p_XY, axis=1)
+
+    carry = jnp.zeros(q_XH.shape, jnp.float32), jnp.full(BLOCK, MASKED, jnp.float32), jnp.zeros(BLOCK, jnp.float32)
+    o_XH, best_X, sum_X = _over(look, carry, *bounds)
+    o_ref[...] = (o_XH / sum_X[:, None]).astype(o_ref.dtype)
+    lse_ref[...] = best_X + jnp.log2(sum_X)
+
+
+def _backward_queries_kernel(q_ref, k_ref, v_ref, start_ref, do_ref, lse_ref, delta_ref, dq_ref, *, scale: float):
+    first, q_XH, start_X, bounds = _of_queries(q_ref, start_ref)
+    do_XH, lse_X, delta_X = do_ref[...], lse_ref[...], delta_ref[...]
+
+    def look(masked: bool, j, dq_XH):
+        keys = pl.ds(j * BLOCK, BLOCK)
+        k_YH = k_ref[keys, :]
+        p_XY = jnp.exp2(plt.dot(q_XH, k_YH.T) * scale - lse_X[:, None])
+        if masked:
+            p_XY = jnp.where(_sees(first, start_X, j * BLOCK), p_XY, 0.0)
+        dscore_XY = p_XY * (plt.dot(do_XH, v_ref[keys, :].T) - delta_X[:, None])
+        return dq_XH + plt.dot(dscore_XY.astype(k_YH.dtype), k_YH)
+
+    dq_XH = _over(look, jnp.zeros(q_XH.shape, jnp.float32), *bounds)
+    dq_ref[...] = (dq_XH * (scale / math.log2(math.e))).astype(dq_ref.dtype)
+
+
+def _backward_keys_kernel(
+    q_ref, k_ref, v_ref, start_ref, end_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref,
+    *, scale: float,
+):  # fmt: skip
+    block = pl.program_id(2)
+    first = block * BLOCK
+    k_YH, v_YH = k_ref[...], v_ref[...]
+    key_Y = first + jnp.arange(BLOCK)
+    low, high = block, pl.cdiv(end_ref[block], BLOCK)
+
+    def look(g: int, i, carry):
+        dk_YH, dv_YH = carry
+        queries = pl.ds(i * BLOCK, BLOCK)
+        q_XH, do_XH = q_ref[queries, g, :], do_ref[queries, g, :]
+        p_YX = jnp.exp2(plt.dot(k_YH, q_XH.T) * scale - lse_ref[g, queries][None, :])
+        query_X, start_X = i * BLOCK + jnp.arange(BLOCK), start_ref[queries]
+        seen_YX = (key_Y[:, None] >= start_X[None, :]) & (key_Y[:, None] <= query_X[None, :])
+        p_YX = jnp.where(seen_YX, p_YX, 0.0)
+        dv_YH += plt.dot(p_YX.astype(do_XH.dtype), do_XH)
+        dscore_YX = p_YX * (plt.dot(v_YH, do_XH.T) - delta_ref[g, queries][None, :])
+        return dk_YH + plt.dot(dscore_YX.astype(q_XH.dtype), q_XH), dv_YH
+
+    carry = jnp.zeros(k_YH.shape, jnp.float32), jnp.zeros(v_YH.shape, jnp.float32)
+    for g in range(q_ref.shape[1]):
+        carry = jax.lax.fori_loop(low, high, partial(look, g), carry)
+    dk_YH, dv_YH = carry
+    dk_ref[...] = (dk_YH * (scale / math.log2(math.e))).astype(dk_ref.dtype)
+    dv_ref[...] = dv_YH.astype(dv_ref.dtype)
+
+
+def _of_queries(q_ref, start_ref):
+    """A block of queries: its first, all of them, where their documents begin, and its bounds among the blocks of
+    keys: from `same` to itself all of its queries see all keys, from `low` on some of them some.
+    """
+    block = pl.program_id(2)
+    first = block * BLOCK
+    start_X = start_ref[pl.ds(first, BLOCK)]
+    low = jax.lax.div(start_ref[first], BLOCK)
+    same = jax.lax.div(start_ref[first + BLOCK - 1] + BLOCK - 1, BLOCK)
+    return first, q_ref[...], start_X, (low, jnp.clip(same, low, block), block)
+
+
+def _over(look: Callable, carry: Any, low, same, block):
+    carry = jax.lax.fori_loop(low, same, partial(look, True), carry)
+    carry = jax.lax.fori_loop(same, block, partial(look, False), carry)
+    return look(True, block, carry)
+
+
+def _sees(first, start_X, first_key):
+    query_X, key_Y = first + jnp.arange(BLOCK), first_key + jnp.arange(BLOCK)
+    return (key_Y[None, :] >= start_X[:, None]) & (key_Y[None, :] <= query_X[:, None])
+
+
+def _scale(H: int) -> float:
+    return H**-0.5 * math.log2(math.e)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _call(kernel: Callable, **how: Any) -> Callable:
+    params = plt.CompilerParams(num_warps=WARPS, num_stages=STAGES)
+    return pl.pallas_call(kernel, compiler_params=params, **how)

@@ -1,0 +1,303 @@
+"""A layer of the decoder in five kernels, for GPUs from Ampere on and a few rows of one token each.
+
+So small a step is waited for, not computed: XLA makes sixteen kernels of a layer, each begun and ended for a row
+or two. Here are five: norm and query, key and value; attention, which also turns them and writes the cache; the
+rest of attention; norm, gate and up; the rest of the feed-forward. A row is one vector and uses no tensor cores: a
+program multiplies a few rows of weights with it in f32 and adds up, always in the same order.
+
+Which decoder uses them, `Decoder` decides. The letters are those of model.py; I inputs, O outputs, R outputs of a
+program, C inputs read at a time, Y keys read at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from smollm_jax.model.attention import MASKED
+
+if TYPE_CHECKING:
+    from smollm_jax.generation.decoder import DecoderLayer, LayerCache
+
+
+# Outputs of a program, and its warps: the fastest of those tried on an H200 (benchmarks/RESULTS.md); inputs at a
+# time and keys at a time are powers of two
+QKV_OUTPUTS, QKV_WARPS = 4, 4
+O_OUTPUTS, O_WARPS = 4, 4
+GATED_OUTPUTS, GATED_WARPS = 8, 4
+DOWN_OUTPUTS, DOWN_WARPS = 4, 4
+INPUTS = 2_048
+KEYS, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
+MOST_ROWS = 4  # a program multiplies its weights with each row in turn
+LOG2_E = math.log2(math.e)
+
+
+def layer_step(
+    x_BD: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    position_B: jax.Array,
+    layer_cache: LayerCache,
+    layer: DecoderLayer,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, LayerCache]:
+    """What a layer makes of a token a row, and its cache with the token's key and value at `position_B`, int32.
+
+    `rope` is cos and sin (B, H/2). A position past the end of the cache is not written.
+    """
+    attention_norm, mlp_norm = layer.attention_norm, layer.mlp_norm
+    qkv, o, gate_up, down = (matrix.parts[0][...] for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    qkv_BO = norm_product(x_BD, attention_norm.scale[...], qkv, attention_norm.epsilon, interpret=interpret)
+    seen_BI, layer_cache = attend(qkv_BO, rope, position_B, layer_cache, interpret=interpret)
+    x_BD = add_product(x_BD, seen_BI, o, block=O_OUTPUTS, warps=O_WARPS, name="decode_o", interpret=interpret)
+    gated_BF = gated_product(x_BD, mlp_norm.scale[...], gate_up, mlp_norm.epsilon, interpret=interpret)
+    x_BD = add_product(
+        x_BD, gated_BF, down, block=DOWN_OUTPUTS, warps=DOWN_WARPS, name="decode_down", interpret=interpret
+    )
+    return x_BD, layer_cache
+
+
+def norm_product(
+    x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
+) -> jax.Array:
+    """The normed rows times the matrix: (B, O)."""
+    (B, D), outputs, R = x_BD.shape, len(weights_OD), QKV_OUTPUTS
+    return _call(
+        partial(_norm_product_kernel, D=D, outputs=outputs, epsilon=epsilon),
+        grid=(pl.cdiv(outputs, R),),
+        in_specs=[_all(B, _width(D)), _all(_width(D)), pl.BlockSpec((R, _width(D)), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((B, R), lambda i: (0, i)),
+        out_shape=jax.ShapeDtypeStruct((B, outputs), x_BD.dtype),
+        warps=QKV_WARPS,
+        interpret=interpret,
+        name="decode_qkv",
+    )(x_BD, scale_D, weights_OD)
+
+
+def _norm_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, outputs: int, epsilon: float):
+    row_R = _mask(pl.program_id(0), y_ref.shape[1], outputs)
+    weights = _weights(weights_ref, row_R, D)
+    for b in _numbers(len(x_ref)):
+        y_R = _product(weights, _normed(x_ref, b, scale_ref, D, epsilon))
+        _store(y_ref, b, y_R, row_R)
+
+
+def gated_product(
+    x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
+) -> jax.Array:
+    """silu(gate) * up of the normed rows, (B, F), where the matrix (2F, D) has the gate first."""
+    (B, D), F, R = x_BD.shape, len(weights_OD) // 2, GATED_OUTPUTS
+    return _call(
+        partial(_gated_product_kernel, D=D, F=F, epsilon=epsilon),
+        grid=(pl.cdiv(F, R),),
+        in_specs=[_all(B, _width(D)), _all(_width(D)), pl.BlockSpec((2, R, _width(D)), lambda i: (0, i, 0))],
+        out_specs=pl.BlockSpec((B, R), lambda i: (0, i)),
+        out_shape=jax.ShapeDtypeStruct((B, F), x_BD.dtype),
+        warps=GATED_WARPS,
+        interpret=interpret,
+        name="decode_gated",
+    )(x_BD, scale_D, weights_OD.reshape(2, F, D))
+
+
+def _gated_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, F: int, epsilon: float):
+    row_R = _mask(pl.program_id(0), y_ref.shape[1], F)
+    gates, ups = (_weights(weights_ref, row_R, D, half) for half in _numbers(2))
+    for b in _numbers(len(x_ref)):
+        x = _normed(x_ref, b, scale_ref, D, epsilon)
+        gate_R, up_R = _product(gates, x), _product(ups, x)
+        _store(y_ref, b, gate_R / (1 + jnp.exp2(-LOG2_E * gate_R)) * up_R, row_R)
+
+
+def add_product(
+    x_BO: jax.Array, y_BI: jax.Array, weights_OI: jax.Array,
+    *, block: int, warps: int, name: str, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """`x` and the matrix's product with `y`: (B, O). A program has a block of so many outputs."""
+    (B, outputs), inputs, R = x_BO.shape, y_BI.shape[1], block
+    return _call(
+        partial(_add_product_kernel, inputs=inputs, outputs=outputs),
+        grid=(pl.cdiv(outputs, R),),
+        in_specs=[
+            pl.BlockSpec((B, R), lambda i: (0, i)),
+            _all(B, _width(inputs)),
+            pl.BlockSpec((R, _width(inputs)), lambda i: (i, 0)),
+        ],
+        out_specs=pl.BlockSpec((B, R), lambda i: (0, i)),
+        out_shape=jax.ShapeDtypeStruct((B, outputs), x_BO.dtype),
+        warps=warps,
+        interpret=interpret,
+        name=name,
+    )(x_BO, y_BI, weights_OI)
+
+
+def _add_product_kernel(x_ref, y_ref, weights_ref, out_ref, *, inputs: int, outputs: int):
+    row_R = _mask(pl.program_id(0), out_ref.shape[1], outputs)
+    weights = _weights(weights_ref, row_R, inputs)
+    for b in _numbers(len(x_ref)):
+        x_R = _load(x_ref.at[b, :], row_R)
+        _store(out_ref, b, x_R + _product(weights, _vector(y_ref, inputs, b)), row_R)
+
+
+def attend(
+    qkv_BO: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    position_B: jax.Array,
+    layer_cache: LayerCache,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, LayerCache]:
+    """Attention (B, N*H) of a token a row over the cache and itself, and the cache, the token in it: in place,
+    where the cache given is not used again.
+
+    `qkv_BO` has queries, keys and values, not turned yet, a head after the other; H a power of 2.
+    """
+    B, K, S, H = layer_cache[0].shape
+    N = qkv_BO.shape[1] // H - 2 * K
+    G = N // K
+    half = pl.BlockSpec((None, H // 2), lambda b, _: (b, 0))
+    keys = pl.BlockSpec((None, None, pl.cdiv(S, KEYS) * KEYS, H), lambda b, n: (b, n // G, 0, 0))
+    seen_BI, *grown = _call(
+        partial(_attend_kernel, G=G, S=S),
+        grid=(B, N),
+        in_specs=[
+            pl.BlockSpec((None, H), lambda b, n: (b, n)),
+            pl.BlockSpec((None, H), lambda b, n: (b, N + n // G)),
+            pl.BlockSpec((None, H), lambda b, n: (b, N + K + n // G)),
+            *(half, half, _all(B), keys, keys),
+        ],
+        out_specs=[pl.BlockSpec((None, H), lambda b, n: (b, n)), keys, keys],
+        out_shape=[
+            jax.ShapeDtypeStruct((B, N * H), qkv_BO.dtype),
+            *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in layer_cache),
+        ],
+        input_output_aliases={6: 1, 7: 2},
+        warps=ATTENTION_WARPS,
+        stages=ATTENTION_STAGES,
+        interpret=interpret,
+        name="decode_attention",
+    )(qkv_BO, qkv_BO, qkv_BO, *rope, position_B, *layer_cache)
+    return seen_BI, (grown[0], grown[1])
+
+
+def _attend_kernel(
+    q_ref, k_ref, v_ref, cos_ref, sin_ref, position_ref, old_k_ref, old_v_ref, o_ref, new_k_ref, new_v_ref,
+    *, G: int, S: int,
+):  # fmt: skip
+    H = len(q_ref)
+    position = position_ref[pl.program_id(0)]
+    q_H = _turned(q_ref, cos_ref, sin_ref).astype(jnp.float32) * (H**-0.5 * LOG2_E)
+    k_H, v_H = _turned(k_ref, cos_ref, sin_ref), v_ref[...]
+    # the token's own slot is written while others of its group may be reading: nobody reads it
+    before = jnp.minimum(position, S)
+
+    def look(j, carry):
+        o_H, best, total = carry
+        keys = pl.ds(j * KEYS, KEYS)
+        is_before_Y = j * KEYS + jnp.arange(KEYS) < before
+        k_YH, v_YH = (
+            plt.load(ref.at[keys, :], mask=is_before_Y[:, None], other=0.0).astype(jnp.float32)
+            for ref in (old_k_ref, old_v_ref)
+        )
+        score_Y = jnp.where(is_before_Y, jnp.sum(k_YH * q_H[None, :], axis=1), MASKED)
+        new = jnp.maximum(best, jnp.max(score_Y))
+        p_Y, shrink = jnp.exp2(score_Y - new), jnp.exp2(best - new)
+        return o_H * shrink + jnp.sum(p_Y[:, None] * v_YH, axis=0), new, total * shrink + jnp.sum(p_Y)
+
+    own = jnp.sum(k_H.astype(jnp.float32) * q_H)
+    turns = jax.lax.div(before + KEYS - 1, KEYS)
+    o_H, _, total = jax.lax.fori_loop(0, turns, look, (v_H.astype(jnp.float32), own, jnp.float32(1)))
+    o_ref[...] = (o_H / total).astype(o_ref.dtype)
+
+    @pl.when((jax.lax.rem(pl.program_id(1), G) == 0) & (position < S))
+    def write():
+        new_k_ref[position, :] = k_H.astype(new_k_ref.dtype)
+        new_v_ref[position, :] = v_H.astype(new_v_ref.dtype)
+
+
+def _turned(x_ref, cos_ref, sin_ref) -> jax.Array:
+    """`rotate` of model.py: a GPU's program cannot split what it has, so each entry's partner is read again."""
+    half = len(x_ref) // 2
+    i_H = jnp.arange(2 * half)
+    first_H = i_H < half
+    pair_H = jnp.where(first_H, i_H, i_H - half)
+    x_H, partner_H = x_ref[...], x_ref[jnp.where(first_H, i_H + half, i_H - half)]
+    sin_H = jnp.where(first_H, -sin_ref[pair_H], sin_ref[pair_H])
+    turned_H = x_H.astype(jnp.float32) * cos_ref[pair_H] + partner_H.astype(jnp.float32) * sin_H
+    return turned_H.astype(x_ref.dtype)
+
+
+def _normed(x_ref, b: jax.Array, scale_ref, D: int, epsilon: float) -> list[jax.Array]:
+    """The normed row, in parts, rounded as `RMSNorm` does."""
+    parts, scales = _vector(x_ref, D, b), _vector(scale_ref, D)
+    squares_C = sum(x_C * x_C for x_C in parts)
+    root = jax.lax.rsqrt(jnp.sum(squares_C) / D + epsilon)
+    normed = [x_C * root * scale_C for x_C, scale_C in zip(parts, scales, strict=True)]
+    return [x_C.astype(x_ref.dtype).astype(jnp.float32) for x_C in normed]
+
+
+def _product(weights: list[jax.Array], x: list[jax.Array]) -> jax.Array:
+    """(R,), both in parts of the inputs."""
+    return jnp.sum(sum(w_RC * x_C[None, :] for w_RC, x_C in zip(weights, x, strict=True)), axis=1)
+
+
+def _vector(ref, length: int, *at: jax.Array) -> list[jax.Array]:
+    """A vector, in parts."""
+    parts = enumerate(_turns(length))
+    return [_load(ref.at[(*at, pl.ds(start, size))], _mask(i, size, length)) for i, (start, size) in parts]
+
+
+def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[jax.Array]:
+    """Rows of a matrix, in parts of the inputs."""
+    parts = []
+    for i, (start, size) in enumerate(_turns(inputs)):
+        mask_RC, column_C = None if row_R is None else row_R[:, None], _mask(i, size, inputs)
+        if column_C is not None:
+            mask_RC = column_C[None, :] if mask_RC is None else mask_RC & column_C[None, :]
+        parts.append(_load(ref.at[(*at, slice(None), pl.ds(start, size))], mask_RC))
+    return parts
+
+
+def _load(ref, mask: jax.Array | None) -> jax.Array:
+    """In f32, 0 where masked."""
+    loaded = plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0.0)
+    return loaded.astype(jnp.float32)
+
+
+def _store(ref, b: jax.Array, y_R: jax.Array, row_R: jax.Array | None) -> None:
+    plt.store(ref.at[b, :], y_R.astype(ref.dtype), mask=row_R)
+
+
+def _numbers(count: int) -> list[jax.Array]:
+    """From 0 on; as arrays, since the interpreter of masked loads takes no others."""
+    return [jnp.int32(number) for number in range(count)]
+
+
+def _mask(block, size: int, length: int) -> jax.Array | None:
+    """Which of a block of `size` lie within `length`; None where blocks of it always do."""
+    return None if length % size == 0 else block * size + jnp.arange(size) < length
+
+
+def _turns(length: int) -> list[tuple[int, int]]:
+    """Where to start reading a dim of `length`, and how many of it to read."""
+    size = min(INPUTS, pl.next_power_of_2(length))
+    return [(start, size) for start in range(0, length, size)]
+
+
+def _width(length: int) -> int:
+    return sum(size for _, size in _turns(length))
+
+
+def _all(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+def _call(kernel: Callable, *, warps: int, stages: int = 1, **how: Any) -> Callable:
+    params = plt.CompilerParams(num_warps=warps, num_stages=stages)
+    return pl.pallas_call(kernel, compiler_params=params, **how)

@@ -1,0 +1,168 @@
+"""A layer's heads and its feed-forward with their matrices side by side, for GPUs from Ampere on.
+
+One product with the weights of queries, keys and values, one with those of gate and up: fewer and larger ones. On
+the way back XLA would read everything again for each part of such a gradient; here a kernel writes all parts in
+one pass over memory, and the products' inputs with them. The letters are those of model.py.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jax.sharding import Mesh
+
+from smollm_jax.kernels.shard import _Where
+from smollm_jax.model.ops import Joined, plain_product, swiglu
+
+# Of the feed-forward: numbers of one token that a program has; of the heads: tokens. On an H200 others were within
+# 4 % of them, or slower
+NUMBERS, TOKENS, WARPS = 1_024, 64, 4
+
+
+def joined(mesh: Mesh | None = None, *, rows: Any = None, interpret: bool = False) -> Joined:
+    """For the devices of `mesh`, which have a batch divided over its axes `rows`, and every matrix whole."""
+    where = _Where(mesh, rows, interpret)
+
+    def heads(x_BTD, q_DNH, k_DKH, v_DKH, rope):
+        D, N, H = q_DNH.shape
+        weights_DE = jnp.concatenate([w.reshape(D, -1) for w in (q_DNH, k_DKH, v_DKH)], axis=1)
+        y_BTE = plain_product("BTD,DE->BTE", x_BTD, weights_DE)
+        cos_BTH, sin_BTH = (jnp.broadcast_to(x[:, :, 0], (*x_BTD.shape[:2], H // 2)) for x in rope)
+        return _heads(where, N, y_BTE.reshape(*x_BTD.shape[:2], -1, H), cos_BTH, sin_BTH)
+
+    def feed_forward(x_BTD, gate_DF, up_DF, down_FD):
+        y_BTE = plain_product("BTD,DE->BTE", x_BTD, jnp.concatenate([gate_DF, up_DF], axis=1))
+        return _gated(where, y_BTE, down_FD)
+
+    return Joined(heads, feed_forward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _heads(where: _Where, N: int, y_BTEH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> Any:
+    """The heads of queries, keys and values that lie in `y_BTEH` one after the other, the former two turned."""
+    return _heads_forward(where, N, y_BTEH, cos_BTH, sin_BTH)[0]
+
+
+def _heads_forward(where, N, y_BTEH, cos_BTH, sin_BTH):
+    del where  # XLA's own is as fast
+    K = (y_BTEH.shape[2] - N) // 2
+
+    def turned(x):
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+    heads = turned(y_BTEH[:, :, :N]), turned(y_BTEH[:, :, N : N + K]), y_BTEH[:, :, N + K :]
+    return heads, (cos_BTH, sin_BTH)
+
+
+def _heads_backward(where, N, kept, gradients):
+    del N
+    return where.run(_heads_gradient, *gradients, *kept), None, None
+
+
+_heads.defvjp(_heads_forward, _heads_backward)
+
+
+def _heads_gradient(dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH, *, interpret):
+    B, T, N, H = dq_BTNH.shape
+    M, K = B * T, dk_BTKH.shape[2]
+
+    def heads(n: int) -> pl.BlockSpec:
+        return pl.BlockSpec((TOKENS, n, H), lambda i: (i, 0, 0))
+
+    angles = pl.BlockSpec((TOKENS, H // 2), lambda i: (i, 0))
+    dy_MEH = pl.pallas_call(
+        partial(_heads_kernel, M=M),
+        grid=(pl.cdiv(M, TOKENS),),
+        in_specs=[heads(N), heads(K), heads(K), angles, angles],
+        out_specs=heads(N + 2 * K),
+        out_shape=jax.ShapeDtypeStruct((M, N + 2 * K, H), dq_BTNH.dtype),
+        compiler_params=plt.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        name="heads_backward",
+    )(*(x.reshape(M, *x.shape[2:]) for x in (dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH)))
+    return dy_MEH.reshape(B, T, N + 2 * K, H)
+
+
+def _heads_kernel(dq_ref, dk_ref, dv_ref, cos_ref, sin_ref, dy_ref, *, M: int):
+    half = dy_ref.shape[2] // 2
+    inside = (pl.program_id(0) * TOKENS + jnp.arange(TOKENS) < M)[:, None]
+    cos, sin = (plt.load(ref, mask=inside, other=0.0) for ref in (cos_ref, sin_ref))
+    halves, at = (pl.ds(0, half), pl.ds(half, half)), 0
+    for ref, turned in ((dq_ref, True), (dk_ref, True), (dv_ref, False)):
+        for n in range(ref.shape[1]):
+            a, b = (
+                plt.load(ref.at[:, jnp.int32(n), part], mask=inside, other=0.0).astype(jnp.float32)
+                for part in halves
+            )
+            if turned:  # back
+                a, b = a * cos + b * sin, b * cos - a * sin
+            for part, x in zip(halves, (a, b), strict=True):
+                plt.store(dy_ref.at[:, jnp.int32(at), part], x.astype(dy_ref.dtype), mask=inside)
+            at += 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(where: _Where, y_BTE: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """`silu(gate) * up` times `down_FD`, of gate and up that lie in `y_BTE` one after the other (Shazeer 2020)."""
+    return _gated_forward(where, y_BTE, down_FD)[0]
+
+
+def _gated_forward(where, y_BTE, down_FD):
+    del where  # XLA's own is as fast
+    down_FD = down_FD.astype(y_BTE.dtype)
+    gate_BTF, up_BTF = jnp.split(y_BTE, 2, axis=-1)
+    return jnp.einsum("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down_FD), (y_BTE, down_FD)
+
+
+def _gated_backward(where, kept, dout_BTD):
+    y_BTE, down_FD = kept
+    da_BTF = jnp.einsum("BTD,FD->BTF", dout_BTD, down_FD)
+    dy_BTE, a_BTF = where.run(_gated_gradient, y_BTE, da_BTF)
+    return dy_BTE, jnp.einsum("BTF,BTD->FD", a_BTF, dout_BTD).astype(jnp.float32)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _gated_gradient(y_BTE, da_BTF, *, interpret):
+    B, T, F = da_BTF.shape
+    M = B * T
+    joint, single = (pl.BlockSpec((None, width), lambda m, _: (m, 0)) for width in (2 * F, F))
+    dy_ME, a_MF = pl.pallas_call(
+        partial(_gated_kernel, F=F),
+        grid=(M, pl.cdiv(F, NUMBERS)),
+        in_specs=[joint, single],
+        out_specs=[joint, single],
+        out_shape=[jax.ShapeDtypeStruct((M, width), y_BTE.dtype) for width in (2 * F, F)],
+        compiler_params=plt.CompilerParams(num_warps=WARPS),
+        interpret=interpret,
+        name="gated_backward",
+    )(y_BTE.reshape(M, 2 * F), da_BTF.reshape(M, F))
+    return dy_ME.reshape(B, T, 2 * F), a_MF.reshape(B, T, F)
+
+
+def _gated_kernel(y_ref, da_ref, dy_ref, a_ref, *, F: int):
+    first = pl.program_id(1) * NUMBERS
+    inside = first + jnp.arange(NUMBERS) < F
+    of_gate, of_up = pl.ds(first, NUMBERS), pl.ds(F + first, NUMBERS)
+
+    def load(ref, numbers):
+        return plt.load(ref.at[numbers], mask=inside, other=0.0).astype(jnp.float32)
+
+    def store(ref, numbers, x):
+        plt.store(ref.at[numbers], x.astype(ref.dtype), mask=inside)
+
+    gate, up, da = load(y_ref, of_gate), load(y_ref, of_up), load(da_ref, of_gate)
+    sigmoid = 1 / (1 + jnp.exp2(-math.log2(math.e) * gate))
+    silu = gate * sigmoid
+    store(dy_ref, of_gate, da * up * (sigmoid + silu * (1 - sigmoid)))
+    store(dy_ref, of_up, da * silu)
+    store(a_ref, of_gate, silu * up)

@@ -1,0 +1,113 @@
+"""Next-token loss over the vocabulary head, in chunks: the (B, T, V) logits never exist whole.
+
+32 rows of 2,048 tokens over 49,152 words are 12.9 GB of f32 logits. Here a chunk's logits live just long
+enough to give its share of the loss and, when a gradient is wanted, of both gradients: they are linear in
+the upstream cotangent, so they are formed in the forward pass and only scaled in the backward one.
+Returns sums, never means: only the caller knows the targets of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Score = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+"""`score(logits_BCV, targets_BC, valid_BC, dtype)` gives the sum of the negative log-likelihoods and its gradient
+to the logits, in `dtype`."""
+
+
+def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Targets (B, T) of rows of T+1 tokens, and which of them count: (B, T) bool.
+
+    A token is a target where the one before it belongs to the same document; segment 0 is padding.
+    """
+    before, after = segment_ids_BT1[:, :-1], segment_ids_BT1[:, 1:]
+    return tokens_BT1[:, 1:], (before == after) & (after != 0)
+
+
+def plain_score(
+    logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, valid_BC)
+    probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
+    is_target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1], dtype=jnp.float32)
+    return nll, ((probabilities_BCV - is_target_BCV) * valid_BC[..., None]).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    valid_BT: jax.Array,
+    chunk_tokens: int,
+    score: Score = plain_score,
+) -> jax.Array:
+    """Negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
+
+    `x_BTD` comes in the compute dtype, `head_VD` as it is kept, so that its gradient is not rounded; about
+    `chunk_tokens` tokens are looked at together, and where a gradient is wanted by `score`.
+    """
+    del score
+    head_VD = head_VD.astype(x_BTD.dtype)
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x_BCD, targets_BC, valid_BC = chunk
+        return total + _chunk_nll(_logits(head_VD, x_BCD), targets_BC, valid_BC)[0], None
+
+    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))[0]
+
+
+def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, score):  # noqa: PLR0917
+    kept_dtype, head_VD = head_VD.dtype, head_VD.astype(x_BTD.dtype)
+
+    def add(carry, chunk):
+        total, dhead_VD = carry
+        x_BCD, targets_BC, valid_BC = chunk
+        nll, dlogits_BCV = score(_logits(head_VD, x_BCD), targets_BC, valid_BC, x_BCD.dtype)
+        # f32 results: the faster products on a CPU; elsewhere for dhead, in which the chunks add up
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
+        dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
+        return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
+
+    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    (total, dhead_VD), dx = jax.lax.scan(add, start, _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))
+    B, T, D = x_BTD.shape
+    dx_BTD = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+    return total, (dx_BTD, dhead_VD.astype(kept_dtype))
+
+
+def _backward(chunk_tokens, score, gradients, cotangent):
+    del chunk_tokens, score
+    dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangent).astype(x.dtype) for x in gradients)
+    return dx_BTD, dhead_VD, None, None
+
+
+summed_nll.defvjp(_forward, _backward)
+
+
+def _logits(head_VD: jax.Array, x_BCD: jax.Array) -> jax.Array:
+    return jnp.einsum("BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum, and the logarithm of each token's sum of exponentials."""
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(valid_BC, log_z_BC - target_BC, 0.0)), log_z_BC
+
+
+def _chunks(chunk_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cut (B, T, ...) into (T/C, B, C, ...), the last chunk filled with zeros, which count for nothing."""
+    B, T = arrays[0].shape[:2]
+    C = max(1, min(T, chunk_tokens // B))
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -T % C)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, -1, C, *x.shape[2:]).swapaxes(0, 1)
+
+    return tuple(cut(x) for x in arrays)

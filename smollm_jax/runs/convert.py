@@ -1,0 +1,90 @@
+"""A run as a Hugging Face folder: the weights of a checkpoint, the run's tokenizer, a card from its records.
+
+The end of a run and `python -m smollm_jax export` both come here, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from smollm_jax.checkpoint.manager import Checkpoints, read_params
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.serialization import as_dict
+from smollm_jax.config.settings import Config
+from smollm_jax.hf.export import export
+from smollm_jax.runs.load import load_for_inference, read_run
+from smollm_jax.runs.metrics import plot, read_metrics
+from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.files import write_json_atomic
+
+
+@dataclass(frozen=True)
+class Published:
+    folder: Path
+    step: int
+    checked: str
+    """How the folder was compared with the run."""
+
+
+def publish(
+    run_dir: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", verify: bool = True
+) -> Published:
+    """Export checkpoint `step` (the newest good one without it) of a run to the folder `out`.
+
+    Raises `ValueError` when `run_dir` is no run or `out` holds something else, `RuntimeError` when what was
+    written does not agree with the checkpoint; nothing is left behind then.
+    """
+    run_dir = Path(run_dir)
+    config = read_run(run_dir)
+    found, params = read_params(run_dir / "checkpoints", step)
+    evaluations = [x for x in read_metrics(run_dir) if "eval_loss" in x and x["step"] <= found.step]
+    held_out = evaluations[-1] if evaluations else {}
+    facts = {
+        "recipe": config.recipe,
+        "data": config.data.data,
+        "steps": found.step,
+        "tokens": found.meta.get("progress", {}).get("tokens"),
+        "held_out_loss": held_out.get("eval_loss"),
+        "bits_per_byte": held_out.get("eval_bits_per_byte"),
+        "curve": plot(run_dir),
+    }
+    tokenizer = run_dir / "tokenizer"
+    checked = export(
+        params, config.model, out, dtype=dtype, tokenizer_folder=tokenizer, card_facts=facts, verify=verify
+    )
+    return Published(Path(out), found.step, checked)
+
+
+def import_run(path: str | Path, out: str | Path) -> ModelConfig:
+    """Make a run of a Hugging Face folder or Hub id: its weights are checkpoint 0, nothing is trained yet.
+
+    The run appears by one rename. Raises `ValueError` when `out` holds something or `path` cannot be read.
+    """
+    out = Path(os.path.abspath(out))  # "." has no name of its own
+    require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
+    require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
+    model, params, tokenizer = load_for_inference(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        checkpoints = Checkpoints(part / "checkpoints", keep_last=1, keep_every=1)
+        # no "progress" in the meta: that is how a start knows weights to begin with from a run to go on with
+        checkpoints.save(0, {"params": params}, {"imported_from": str(path)})
+        require(checkpoints.wait(), f"{out} could not be written: {checkpoints.failed}")
+        tokenizer.save(part / "tokenizer")
+        write_json_atomic(part / "config.json", as_dict(_config_of(model)))
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return model
+
+
+def _config_of(model: ModelConfig) -> Config:
+    """The default settings around `model`; rows no longer than its context."""
+    default = Config()
+    data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
+    return replace(default, model=model, data=data)

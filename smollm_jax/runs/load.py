@@ -1,0 +1,50 @@
+"""Open whatever a person calls a model: a run, an exported folder, or a Hub id; and make a run of any of them.
+
+What is opened is an architecture, f32 numpy parameters and a tokenizer, wherever they came from; what cannot
+be opened is one line of `ValueError`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.checkpoint.manager import read_params
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.serialization import from_dict
+from smollm_jax.config.settings import Config
+from smollm_jax.hf.reader import local_folder, read_folder, read_json
+from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
+
+
+def read_run(path: str | Path) -> Config:
+    """The config of a run folder, also before its first checkpoint; raises `ValueError` when it is none."""
+    try:
+        return from_dict(read_json(Path(path) / "config.json"))
+    except ValueError as error:
+        raise UserError(f"{path} is not a run: {error}") from None
+
+
+def load_for_inference(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
+    """Architecture, f32 numpy parameters and tokenizer; raises `ValueError` in one line.
+
+    `step` picks a checkpoint of a run; by default the newest good one.
+    """
+    if is_run(path):
+        config = read_run(path)
+        _, params = read_params(Path(path) / "checkpoints", step)
+        return config.model, params, load_tokenizer(str(Path(path) / "tokenizer"))
+    require(step is None, f"{path} is not a run, so it has no step {step}")
+    folder = local_folder(path)
+    model, params = read_folder(folder)
+    tokenizer = load_tokenizer(str(folder.absolute()))
+    require(
+        tokenizer.vocab_size <= model.vocab_size,
+        f"{path}: the tokenizer has {tokenizer.vocab_size} entries, the model only {model.vocab_size}",
+    )
+    return model, params, tokenizer

@@ -1,0 +1,295 @@
+"""What a person sees of a run: progress, metrics.jsonl, TensorBoard, samples.txt and loss.png.
+
+Talk goes to stderr, numbers to files. Every line is flushed, so that a kill loses nothing that was shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.runtime.console import say
+
+SAMPLES_OF = "=== step "
+
+
+class Report:
+    """Writes the records of one run; `start` is the step it goes on from, `total` its last."""
+
+    def __init__(self, run_dir: Path, *, start: int, total: int):
+        from tqdm import tqdm
+
+        self.run_dir, self.total = run_dir, total
+        self._metrics, self._samples = (LineFile(run_dir / name) for name in ("metrics.jsonl", "samples.txt"))
+        self._board = Board(run_dir / "tensorboard", start)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
+        self._began, self._start = time.monotonic(), start
+
+    def progress(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def train(self, line: dict[str, Any]) -> None:
+        self._record(line)
+        rate, step = line["tokens_per_second"], line["step"]
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss}, {rate:,.0f} tokens/s")
+            return
+        left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
+        self.say(
+            f"step {step:>{len(str(self.total))}}/{self.total}  loss {loss}  lr {line['learning_rate']:.2e}  "
+            f"grad norm {_number(line['grad_norm'])}  {rate:,.0f} tokens/s  {_duration(left)} left"
+        )
+
+    def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
+        """Record a held-out loss and the continuations of prompts that go with it, and draw loss.png.
+
+        The line in metrics.jsonl comes last: where it stands, the samples do too.
+        """
+        step = line["step"]
+        written = [f"{SAMPLES_OF}{step}"]
+        for prompt, text in samples:
+            # a margin keeps a sample's own lines from looking like a heading
+            written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
+            self._board.text(f"samples/{prompt}", prompt + "**" + text + "**", step)
+        self._samples.write("\n".join(written) + "\n")
+        self._record(line)
+        self.say(
+            f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
+            f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
+        )
+        if samples:
+            prompt, text = samples[0]
+            self.say(f"  {prompt}⟶{' '.join(text.split())}")
+        try:
+            plot(self.run_dir)
+        except OSError as error:
+            self.say(f"loss.png could not be drawn: {error.strerror}")
+
+    def say(self, message: str) -> None:
+        if self._bar is None:
+            say(message)
+        else:
+            self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        for file in (self._metrics, self._samples):
+            file.close()
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.scalar(name, value, line["step"])
+
+
+class Silence:
+    """Stands for the `Report` in all processes but the first."""
+
+    def progress(self, step: int) -> None:
+        pass
+
+    def train(self, line: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class LineFile:
+    """A file that lines are added to. What a full disk does not take is kept and comes first the next time."""
+
+    def __init__(self, path: Path):
+        self._file, self._left = path.open("ab", buffering=0), b""
+
+    def write(self, text: str) -> None:
+        refused_before = bool(self._left)
+        self._left += text.encode()
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            if not refused_before:
+                say(f"{self._file.name} cannot be written ({error.strerror}); its lines are kept in memory")
+
+    def close(self) -> None:
+        self.write("")
+        self._file.close()
+
+
+class Board:
+    """TensorBoard events, written where they arise: the library's own writer thread hangs on a full disk."""
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._writer: Any = EventsWriter(str(folder / "events"))
+        # what an earlier process showed behind the checkpoint comes again
+        self._write(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        self._summary(scalar(name, value), step)
+
+    def text(self, name: str, value: str, step: int) -> None:
+        from tensorboardX.summary import text
+
+        self._summary(text(name, value), step)
+
+    def _summary(self, summary: Any, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.write_event(event)
+            self._writer.flush()
+        except OSError as error:
+            self._writer = None
+            say(f"TensorBoard gets no more of this run ({error.strerror}); metrics.jsonl has it all")
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without one that a kill cut short."""
+    lines = []
+    path = run_dir / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def plot(run_dir: Path) -> Path | None:
+    """Draw loss.png from metrics.jsonl: training loss, its running mean, and the held-out loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(run_dir)
+    train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
+    held_out = [
+        (x["step"], x["eval_loss"], x["eval_bits_per_byte"]) for x in lines if x.get("eval_loss") is not None
+    ]
+    if not train:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="training")
+    axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=1.6, label="training, running mean")
+    if held_out:
+        axes.plot(
+            [x[0] for x in held_out], [x[1] for x in held_out], "o-", color="#c8502d", markersize=4,
+            linewidth=1.2, label="held out",
+        )  # fmt: skip
+        step, loss, bits = held_out[-1]
+        axes.annotate(
+            f"{loss:.3f} nats a token\n{bits:.3f} bits a byte", (step, loss), xytext=(-6, 14),
+            textcoords="offset points", ha="right", va="bottom", fontsize=9, color="#c8502d",
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.resolve().name)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    part, path = run_dir / "loss.part.png", run_dir / "loss.png"
+    figure.savefig(part)
+    plt.close(figure)
+    part.replace(path)
+    return path
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Exponential mean with bias correction; its memory is a twentieth of the curve."""
+    keep = 1 - 1 / max(len(values) / 20, 1)
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run's records say after they were cut back to a checkpoint."""
+
+    evaluated: int
+    """Last step whose evaluation is on record."""
+    ledgers: dict[int, str]
+    """The ledger of every step that was on record, those behind the checkpoint too: they must come again."""
+
+
+def keep_records(run_dir: Path, step: int) -> Records:
+    """Cut metrics.jsonl and samples.txt back to `step`: what came after the checkpoint comes again."""
+    metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
+    evaluated, ledgers = 0, {}
+    if metrics.exists():
+        lines = [(line, read) for line in metrics.read_text().splitlines() if (read := _read(line)) is not None]
+        ledgers = {read["step"]: read["ledger"] for _, read in lines if "ledger" in read}
+        kept = [(line, read) for line, read in lines if read["step"] <= step]
+        evaluated = max((read["step"] for _, read in kept if "eval_loss" in read), default=0)
+        _rewrite(metrics, [line for line, _ in kept])
+    if samples.exists():
+        texts = []
+        for line in samples.read_text(encoding="utf-8").splitlines():
+            if line.startswith(SAMPLES_OF):
+                number = line.removeprefix(SAMPLES_OF)
+                if not number.isdecimal() or int(number) > evaluated:
+                    break
+            texts.append(line)
+        _rewrite(samples, texts)
+    return Records(evaluated, ledgers)
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """A line of metrics; None for one that a kill cut short."""
+    try:
+        values = json.loads(line)
+        return values if isinstance(values["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    part.replace(path)

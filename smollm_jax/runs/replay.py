@@ -1,0 +1,75 @@
+"""Look back at what a run read: the documents of any step, and the ledger that proves it.
+
+The stream is started again at the newest checkpoint before the step and moved forward; nothing is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.checkpoint.listing import good_ones
+from smollm_jax.data.batch_hash import batch_hash, extended
+from smollm_jax.data.heldout import heldout
+from smollm_jax.data.loader import open_batches
+from smollm_jax.runs.load import read_run
+from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runtime.console import say
+from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.tokenizer.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Replayed:
+    documents: list[dict[str, Any]]
+    """Source, file, row and text of each document of the batch, in order."""
+    verdict: str
+    """Whether the ledger agrees with the one on record."""
+
+
+def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
+    """The documents that update `step` (counted from 1) of a run was made from.
+
+    Raises `ValueError` when the run never came that far, or its data is not what it was.
+    """
+    run_dir = Path(run_dir)
+    config = read_run(run_dir)
+    require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
+    cursor, ledger = _before(run_dir, step)
+    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
+    held_out = heldout(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
+    batches = open_batches(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        batch_size_at=config.batch_size_at,
+        steps=config.total_steps,
+        excluded=held_out.hashes if held_out else frozenset(),
+    )(cursor)
+    start = cursor["step"] if cursor else 0
+    if step - start > 1:
+        say(f"replaying steps {start + 1:,} to {step:,}")
+    try:
+        for _ in range(start, step):
+            batch, _ = next(batches)
+            ledger = extended(ledger, batch_hash(batch.tokens, batch.segment_ids))
+    except StopIteration:
+        raise UserError(f"--step {step}: the data ended before") from None
+    return Replayed(batches.documents(), _verdict(run_dir, step, ledger))
+
+
+def _before(run_dir: Path, step: int) -> tuple[Any, str]:
+    """Cursor and ledger of the newest good checkpoint before `step`."""
+    for found in good_ones(run_dir / "checkpoints", group="step"):
+        if found.step < step and found.meta.get("cursor") is not None:
+            return found.meta["cursor"], found.meta["progress"]["ledger"]
+    return None, ""
+
+
+def _verdict(run_dir: Path, step: int, ledger: str) -> str:
+    recorded = next((x["ledger"] for x in read_metrics(run_dir) if x["step"] == step and "ledger" in x), None)
+    if recorded is None:
+        return f"step {step:,}: ledger {ledger}; none on record to compare it with"
+    same = recorded == ledger
+    return f"step {step:,}: ledger {ledger}, {'as on record' if same else f'BUT {recorded} IS ON RECORD'}"

@@ -1,0 +1,83 @@
+"""Retry requests to the Hugging Face Hub that may succeed when repeated."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from smollm_jax.runtime.errors import SourceTimeout, brief
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
+FRESH_SECONDS = 8.0  # a new run in vain waits no longer than this for an answer; one that resumes, --data-timeout
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
+
+
+PASSING = (408, 425, 429)  # HTTP status codes below 500 that go away by themselves
+
+
+def be_quiet() -> None:
+    """Silence what the libraries say of each retry: it is said here once, in one line."""
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+
+
+def request_seconds() -> float:
+    """Silence after which a request is given up: HF_HUB_DOWNLOAD_TIMEOUT, by default 10."""
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+
+def patiently(ask: Callable[[], T], name: str, patience: float, closed: threading.Event) -> T:
+    """`ask()`, again and again while its failure may pass, each wait shown.
+
+    Raises `SourceTimeout` after `patience` seconds, or when `closed` is set meanwhile.
+    """
+    began, wait = time.monotonic(), FIRST_WAIT_SECONDS
+    while True:
+        try:
+            return ask()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            silent = time.monotonic() - began
+            if silent >= patience:
+                raise SourceTimeout(f"{name} has not answered for {silent:.0f} s ({brief(error)})") from None
+            pause = min(max(wait, _asked_to_wait(error)), max(patience - silent, 0.0))
+            logger.warning("waiting for %s: %s; trying again in %.1f s", name, brief(error), pause)
+            if closed.wait(pause):
+                raise SourceTimeout(f"{name}: closed while waiting") from None
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a failed request may succeed when it is made again."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    response = getattr(error, "response", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        return response.status_code >= 500 or response.status_code in PASSING
+    if isinstance(error, ValueError | FileNotFoundError | PermissionError):
+        return False
+    # httpx under whatever name huggingface_hub ships it
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0].startswith("http")
+
+
+def _asked_to_wait(error: Exception) -> float:
+    """Seconds that the answer asks for, within reason."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), LONGEST_WAIT_SECONDS) if asked.isdecimal() else 0.0

@@ -1,0 +1,113 @@
+"""Stop on request: SIGTERM and Ctrl-C become a flag that the loop reads between steps.
+
+Python runs a signal handler only between two bytecodes of the main thread, which may sit in a compile for
+minutes. So the signal also wakes a thread of our own: while nothing would be lost it leaves at once, a second
+signal always does, and where the main thread is known to be away it saves in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED
+
+AGAIN_SECONDS = 1.0  # sooner after the first it is the same request: `timeout` and schedulers send it twice
+SAY_SECONDS = 1.0  # for last words; a full pipe or a stopped terminal takes none
+LOOK_SECONDS = 0.1  # between two looks of the thread that saves in the main thread's place
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that has nothing left to do: in the interpreter's own teardown no handler stands any more,
+    and a late signal would turn a finished run into a failed one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class StopRequest:
+    """Context manager around a run. `requested` turns true with the first SIGTERM or SIGINT."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.nothing_to_lose: Callable[[], bool] = lambda: True  # whether the run stands where its disk does
+        self._first: float | None = None
+        self._save: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StopRequest:
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        self._previous_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._theirs.close()
+
+    @contextmanager
+    def away(self, save: Callable[[], None] | None) -> Iterator[None]:
+        """Around what may keep the main thread for minutes, such as a compile: a request is then met by another
+        thread, which calls `save` and ends the process as soon as there is nothing to lose; None: by none.
+        """
+        self._save = save
+        try:
+            yield
+        finally:
+            with self._lock:  # not in the middle of it
+                self._save = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.requested = True
+
+    def _watch(self) -> None:
+        while numbers := self._ours.recv(16):
+            for number in numbers:
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                now, name = time.monotonic(), signal.Signals(number).name
+                if self._first is not None:
+                    if now - self._first < AGAIN_SECONDS:
+                        continue
+                    end_with(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
+                self._first, self.requested = now, True
+                if self.nothing_to_lose():
+                    end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
+                _say(f"{name}: saving and stopping; again, a second later, leaves at once")
+                threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
+
+    def _stand_in(self) -> None:
+        while True:
+            with self._lock:
+                if self._save is not None:
+                    self._save()
+                    if self.nothing_to_lose():
+                        end_with("stopped, saved; run the same command to go on", EXIT_STOPPED)
+            time.sleep(LOOK_SECONDS)
+
+
+def _say(message: str) -> None:
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
+
+
+def end_with(message: str, code: int) -> NoReturn:
+    """End the process at once, from whatever thread, and whoever holds up what it says."""
+    words = threading.Thread(target=_say, args=(message,), daemon=True)
+    words.start()
+    words.join(SAY_SECONDS)
+    os._exit(code)

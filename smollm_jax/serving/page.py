@@ -1,0 +1,204 @@
+"""How the page looks: a notebook whose text grows in place, and a chat where the model has a template.
+
+A base model completes text, so the page is one sheet that the model writes on with: Continue, Stop, Undo, Write
+again. What the buttons do is in writer.py; here is only where they stand, and a script and a style of ten lines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from smollm_jax.serving.handlers import Turn, Writer, shown
+from smollm_jax.serving.scheduler import RANGES, Worker
+
+GRADIO_QUEUE = 64
+STATE_SECONDS = 3_600
+OPENINGS = (
+    "Photosynthesis is the process by which",
+    "Once upon a time, in a small village by the sea,",
+    "Chapter 3: The Water Cycle\n\nWater is always on the move.",
+    "A step-by-step guide to growing tomatoes at home\n\nStep 1:",
+    "The reason why the sky looks blue is",
+)
+# temperature, top-p, top-k, repetition penalty
+PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Likeliest": (0.0, 1.0, 0, 1.0)}
+START = "Textbook"
+STYLE = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+#sheet textarea { font: 1.08rem/1.7 Georgia, 'Times New Roman', serif; padding: 1rem 1.15rem; }
+#title h1 { margin: 0 0 .1rem; font-size: 1.4rem; } #title p { margin: 0; opacity: .7; }
+#status, #chat-status { min-height: 1.7rem; font-variant-numeric: tabular-nums; }
+#top { align-items: center; flex-wrap: nowrap; } #dark { flex: 0 0 7rem; min-width: 7rem; }
+@media (max-width: 640px) { .buttons button { min-width: 45%; } #sheet textarea { max-height: 50vh; } }
+"""
+DARK = """() => {
+  const dark = document.body.classList.toggle('dark');
+  localStorage.setItem('dark', dark ? 'yes' : 'no');
+}"""
+REMEMBERED = """() => {
+  const dark = localStorage.getItem('dark');
+  if (dark) document.body.classList.toggle('dark', dark === 'yes');
+}"""
+COPY = """() => {
+  const answer = [...document.querySelectorAll('.bot.message .message-content')].at(-1);
+  if (answer) navigator.clipboard.writeText(answer.innerText);
+}"""
+HELP = """
+URL stands for the address of this page.
+
+**Gradio:** `Client("URL").predict("Once upon a time", api_name="/generate")` with `gradio_client`; its parameters
+are listed under *Use via API* at the foot of the page.
+
+**OpenAI:** `/v1/completions`{chat} and `/v1/models`, streaming too:
+
+```
+curl URL/v1/completions -H 'Content-Type: application/json'{key} \\
+  -d '{{"prompt": "Once upon a time", "max_tokens": 64, "temperature": 0.7, "seed": 1}}'
+```
+"""
+
+
+def build_page(worker: Worker, name: str, *, with_key: bool) -> gr.Blocks:
+    """The whole page. Requests wait in the worker's line, which all doors share; Gradio's own only passes on."""
+    writer, has_chat = Writer(worker), bool(worker.completer.tokenizer.chat_template)
+    with gr.Blocks(title=name, analytics_enabled=False) as page:
+        with gr.Row(elem_id="top"):
+            about = f"{worker.completer.about} · context {worker.completer.context:,} tokens"
+            gr.Markdown(f"# {name}\n{about}", elem_id="title")
+            gr.Button("Light / dark", size="sm", elem_id="dark", scale=0).click(
+                None, js=DARK, api_visibility="private"
+            )
+        with gr.Row():
+            side = gr.Column(scale=1, min_width=280, render=False)
+            with gr.Column(scale=3, min_width=320):
+                with side:
+                    numbers = settings(worker)
+                if has_chat:
+                    with gr.Tab("Notebook"):
+                        notebook(writer, numbers)
+                    with gr.Tab("Chat"):
+                        chat(writer, numbers)
+                else:
+                    notebook(writer, numbers)
+            side.render()
+        with gr.Accordion("Use it from a program", open=False):
+            key = " -H 'Authorization: Bearer KEY'" if with_key else ""
+            routes = ", `/v1/chat/completions`" if has_chat else ""
+            gr.Markdown(HELP.format(chat=routes, key=key))
+        gr.api(writer.generate, api_name="generate", concurrency_limit=None)
+        page.load(None, js=REMEMBERED, api_visibility="private")
+    for block in page.blocks.values():
+        # Gradio copies a file that a request names, any of this machine's or a URL, unless it launched the page
+        block.async_move_resource_to_block_cache = no_files  # type: ignore[method-assign]
+    return page.queue(max_size=GRADIO_QUEUE, api_open=False)
+
+
+async def no_files(*_: Any) -> str:
+    raise gr.Error("files are not taken here", print_exception=False)
+
+
+def settings(worker: Worker) -> list[gr.components.Component]:
+    """Presets and the numbers, in the order of `NAMES`."""
+    longest, (temperature, top_p, top_k, penalty) = worker.max_new_tokens, PRESETS[START]
+    preset = gr.Radio(list(PRESETS), value=START, label="Preset")
+    sliders = [
+        gr.Slider(*RANGES["temperature"], temperature, step=0.05, label="Temperature", info="0: the likeliest"),
+        gr.Slider(*RANGES["top_p"], top_p, step=0.01, label="Top-p"),
+        gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all"),
+        gr.Slider(*RANGES["repetition_penalty"], penalty, step=0.05, label="Repetition penalty", info="1: none"),
+    ]
+    length = gr.Slider(1, longest, min(200, longest), step=1, label="Length", info="in tokens", elem_id="length")
+    # a text, since an empty number field of Gradio's reads 0
+    seed = gr.Textbox(label="Seed", placeholder="empty: a new one each time", max_lines=1, elem_id="seed")
+    # .input, not .change: only a person's choice moves the sliders
+    preset.input(lambda name: PRESETS[name], preset, sliders, queue=False, api_visibility="private")
+    return [*sliders, length, seed]
+
+
+def notebook(writer: Writer, numbers: list[gr.components.Component]) -> None:
+    """The sheet and its buttons."""
+    history = gr.State([], time_to_live=STATE_SECONDS)
+    sheet = gr.Textbox(
+        lines=14, max_lines=20, label="Text", elem_id="sheet", buttons=["copy"], interactive=True,
+        placeholder="Write how a text begins, then press Continue: the model writes on.",
+    )  # fmt: skip
+    line = gr.Markdown("", elem_id="status")
+
+    def back(text: str, history: list[str]) -> tuple[str, str, list[str]]:
+        return (history[-1], "", history[:-1]) if history else (text, "nothing to undo", [])
+
+    controls(
+        "Continue", (writer.write, writer.again), back, writer.stop, inputs=[sheet, history], numbers=numbers,
+        outputs=[sheet, line, history],
+    )  # fmt: skip
+    gr.Examples(
+        [[opening] for opening in OPENINGS], sheet, label="Openings", cache_examples=False,
+        example_labels=[opening.split("\n")[0] for opening in OPENINGS], api_visibility="private",
+    )  # fmt: skip
+
+
+def chat(writer: Writer, numbers: list[gr.components.Component]) -> None:
+    """A conversation under the model's template."""
+    talk = gr.State([], time_to_live=STATE_SECONDS)
+    # Gradio's own buttons would copy the text as it was escaped for the chatbot
+    view = gr.Chatbot(height=400, render_markdown=False, buttons=[], label="Conversation", feedback_options=None)
+    with gr.Row():
+        line = gr.Markdown("", elem_id="chat-status")
+        copy = gr.Button("Copy answer", size="sm", elem_id="copy", scale=0, min_width=110)
+    copy.click(None, js=COPY, api_visibility="private")
+    box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Enter sends it")
+
+    def back(message: str, talk: list[Turn]) -> tuple[Any, ...]:
+        asked = max((i for i, turn in enumerate(talk) if turn["role"] == "user"), default=None)
+        if asked is None:
+            return [], "nothing to undo", [], message
+        return shown(talk[:asked]), "", talk[:asked], talk[asked]["content"]
+
+    view.clear(lambda: ([], ""), None, [talk, line], queue=False, api_visibility="private")
+    controls(
+        "Send", (writer.say, writer.say_again), back, writer.stop, inputs=[box, talk], numbers=numbers,
+        outputs=[view, line, talk, box], submit=box,
+    )  # fmt: skip
+
+
+def controls(
+    verb: str,
+    handlers: tuple[Any, Any],
+    back: Any,
+    end: Any,
+    *,
+    inputs: list[Any],
+    numbers: list[Any],
+    outputs: list[Any],
+    submit: gr.Textbox | None = None,
+) -> None:
+    """Buttons that write, stop, take back and write again."""
+    with gr.Row(elem_classes="buttons"):
+        go = gr.Button(verb, variant="primary", elem_id=verb.lower())
+        stop = gr.Button("Stop", variant="stop", visible=False, elem_id=f"stop-{verb.lower()}")
+        undo = gr.Button("Undo", elem_id=f"undo-{verb.lower()}")
+        again = gr.Button("Write again", elem_id=f"again-{verb.lower()}")
+
+    line = outputs[1]
+    switched = [go, stop, undo, again, *([submit] if submit else [])]
+
+    def buttons(working: bool) -> list[Any]:
+        others = [gr.update(interactive=not working) for _ in switched[2:]]
+        return [gr.update(visible=not working), gr.update(visible=working), *others]
+
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    triggers = [(go.click, handlers[0]), (again.click, handlers[1])]
+    if submit is not None:
+        triggers.append((submit.submit, handlers[0]))
+    for trigger, handler in triggers:
+        event = trigger(lambda: buttons(True), None, switched, **quick).then(
+            handler, [*inputs, *numbers], outputs, show_progress="hidden", concurrency_limit=None,
+            api_visibility="private",
+        )  # fmt: skip
+        event.success(lambda: buttons(False), None, switched, **quick)
+        # .then would leave failures out
+        event.failure(lambda: [*buttons(False), ""], None, [*switched, line], **quick)
+    stop.click(end, None, None, **quick)
+    undo.click(back, inputs, outputs, **quick)

@@ -1,0 +1,139 @@
+"""Compile the train step for every batch size of a run, within the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from smollm_jax.checkpoint.manager import Checkpoints
+from smollm_jax.config.settings import Config
+from smollm_jax.distributed.processes import Processes
+from smollm_jax.distributed.sharding import (
+    by_device,
+    by_row,
+    bytes_a_device,
+    is_shared,
+    layout_of,
+    on_devices,
+    padded_rows,
+    replicated,
+)
+from smollm_jax.kernels.select import choose_checked
+from smollm_jax.model.transformer import Policy
+from smollm_jax.runtime.devices import memory_bytes
+from smollm_jax.runtime.errors import require
+from smollm_jax.training.step import abstract_state, make_nll, make_step
+
+
+def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy) -> jax.stages.Compiled:
+    """The step compiled for batches of `batch_size` rows, padded for the mesh; the state is donated and keeps
+    its layout.
+    """
+    shape = (padded_rows(batch_size, mesh, config.compute.grad_accum), config.data.seq_len + 1)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row(mesh))
+    state = abstract_state(config, mesh)
+    votes = (jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=by_device(mesh)),) if is_shared(mesh) else ()
+    step = jax.jit(
+        make_step(config, mesh, dtype=dtype, remat=remat, batch_size=batch_size),
+        donate_argnums=0,
+        out_shardings=(layout_of(state), replicated(mesh)),
+    )
+    return step.lower(state, rows, rows, *votes).compile()
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory the program needs at once, its arguments included; 0 where the backend does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes
+
+
+def _compiled(config: Config, mesh: Mesh, batch_size: int, **how: Any) -> jax.stages.Compiled | None:
+    """The step, or None where the compiler itself refuses what does not fit, as a TPU's does."""
+    try:
+        return compile_step(config, mesh, batch_size, **how)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def compile_steps(
+    config: Config, mesh: Mesh, *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool
+) -> tuple[dict[int, jax.stages.Compiled], Policy]:
+    """A compiled step for each batch size of the run, and the remat policy they use.
+
+    `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
+    Raises `ValueError` when the compiler finds that nothing fits. `agree` makes one answer of those of several
+    processes to whether it does: their programs have to be the same.
+    """
+    sizes = sorted({phase.batch_size for phase in config.phases}, reverse=True)
+    policies: tuple[Policy, ...] = ("none", "dots", "full")
+    if config.compute.remat != "auto":
+        policies = (config.compute.remat,)
+    for remat in policies:
+        largest, last = _compiled(config, mesh, sizes[0], dtype=dtype, remat=remat), remat == policies[-1]
+        require(
+            agree(largest is not None) or not last,
+            f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
+            "give a smaller --batch-size, or --grad-accum 2 or more",
+        )
+        if last or agree(largest is not None and compiled_bytes(largest) < memory_bytes):
+            break
+    assert largest is not None
+    rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat) for size in sizes[1:]}
+    return {sizes[0]: largest} | rest, remat
+
+
+def with_attention(
+    config: Config, mesh: jax.sharding.Mesh, dtype: Any, processes: Processes
+) -> tuple[Config, list[str]]:
+    """The config with the attention kernel that has passed its check in all processes, and notes on it."""
+    attention, remarks = processes.together(
+        lambda: choose_checked(config.compute.attention, mesh, config.model, dtype)
+    )
+    if len(set(processes.gather(attention))) > 1:
+        attention, remarks = "plain", ["attention   plain: the kernel's check did not go alike in all processes"]
+    return replace(config, compute=replace(config.compute, attention=attention)), remarks
+
+
+def compile_within(
+    config: Config, mesh: jax.sharding.Mesh, dtype: Any, checkpoints: Checkpoints
+) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
+    """The steps, their remat policy by the memory there is, and a note where that may not do."""
+    gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
+    memory = min(gather(memory_bytes(here.flat[0], config.model.num_parameters, devices=here.size)))
+    steps, remat = compile_steps(
+        config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits))
+    )
+    needed = max(gather(compiled_bytes(steps[max(steps)])))
+    # on a CPU what a save takes is not among what the step may have
+    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
+    checkpoints.beside_the_step = needed + copied <= memory
+    if needed <= memory:
+        return steps, remat, []
+    note = (
+        f"MEMORY      the step needs {needed / 2**30:.1f} GiB a device, {memory / 2**30:.1f} can be counted on: "
+        "the system may end the run for it; --grad-accum 2 or more, or a smaller --batch-size, needs less"
+    )
+    return steps, remat, [note]
+
+
+def make_scorer(config: Config, mesh: jax.sharding.Mesh, dtype: Any) -> Callable[..., jax.Array]:
+    """`nll(params, tokens, segment_ids)` of rows that all processes have."""
+    rows = by_row(mesh)
+    layout = layout_of(abstract_state(config, mesh)["params"])
+    compiled = jax.jit(make_nll(config, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
+
+    def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
+        return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+
+    return nll

@@ -1,0 +1,152 @@
+"""What a run starts from: its own newest good checkpoint, the weights of another model, or nothing.
+
+Weights bring their architecture and tokenizer along wherever the command line leaves these at the recipe's
+defaults; where it names them, they have to fit. A resume is refused when a setting that would change the
+result is not what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smollm_jax.checkpoint.listing import Found
+from smollm_jax.checkpoint.manager import Checkpoints
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.recipes import RECIPES
+from smollm_jax.config.serialization import as_dict, flatten, from_dict
+from smollm_jax.config.settings import Config
+from smollm_jax.runs.load import load_for_inference
+from smollm_jax.runtime.errors import require
+from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.step import learning_rate_schedule
+
+# of no weight: they may be longer, or follow from the tokenizer
+FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`config` is what was asked for, completed by what is started from; at most one of the two others is set."""
+
+    config: Config
+    checkpoint: Found | None = None
+    weights: tuple[Any, Tokenizer] | None = None
+    """f32 parameters and the tokenizer they were trained with."""
+    notes: list[str] = field(default_factory=list)
+
+
+def find_origin(config: Config, run_dir: Path, checkpoints: Checkpoints) -> Origin:
+    """Look for a checkpoint, then for imported weights, then for --init-from.
+
+    Raises `ValueError` when the run cannot go on under `config`, or the weights are not of its architecture.
+    """
+    found = checkpoints.latest_good(set_aside=True)
+    if found is not None and "progress" in found.meta:
+        return _resumed(config, found)
+    left = [path.name for path in checkpoints.folder.glob("[!.]*")] if found is None else []
+    require(
+        not left,
+        f"{checkpoints.folder} holds no good checkpoint, only {', '.join(sorted(left))}; "
+        "see python -m smollm_jax checkpoints, or start afresh with --new-run",
+    )
+    source = config.run.init_from
+    if found is not None and source is None:
+        source = str(run_dir)
+    if source is None:
+        return Origin(config)
+    model, params, tokenizer = load_for_inference(source)
+    config = _completed(config, model, source)
+    config = replace(config, run=replace(config.run, init_from=source))
+    return Origin(config, weights=(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), tokenizer))
+
+
+def _resumed(config: Config, found: Found) -> Origin:
+    saved = from_dict(found.meta["config"])
+    if saved.run.init_from is not None:
+        if config.run.init_from is None:
+            config = replace(config, run=replace(config.run, init_from=saved.run.init_from))
+        config = _completed(config, saved.model, saved.data.tokenizer)
+
+    def updates(of: Config) -> list[tuple[float, int]]:
+        rates = np.asarray(jax.vmap(learning_rate_schedule(of))(jnp.arange(found.step)))
+        return [(float(rate), of.batch_size_at(i + 1)) for i, rate in enumerate(rates)]
+
+    notes = check_settings(found.meta["config"], config, found.step, updates)
+    return Origin(config, checkpoint=found, notes=notes)
+
+
+def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
+    """`config` with the architecture and the tokenizer of the weights where it leaves them open."""
+    default = RECIPES[config.recipe]
+    if config.data.tokenizer == default.data.tokenizer:
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    if config.model == default.model:
+        return replace(config, model=model)
+    for name, theirs in vars(model).items():
+        ours = getattr(config.model, name)
+        require(
+            name in FREE or ours == theirs,
+            f"the weights have {name}={theirs}, this run asks for {ours}; "
+            f"leave --preset and the model's flags out, or give --{name.replace('_', '-')} {theirs}",
+        )
+    return config
+
+
+NEUTRAL = {
+    "run.run_dir", "run.new_run", "run.stop_after", "run.log_every", "run.eval_every", "run.checkpoint_every",
+    "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export",
+    "data.data_timeout", "data.on_bad_data", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
+    "compute.dtype",  # what it came to is compared at the start
+    "compute.coordinator", "compute.num_processes", "compute.process_id",
+    "preset", "recipe",
+    "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
+}  # fmt: skip
+SAME_MATHS = {
+    "compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum",
+    "compute.mesh", "compute.attention",
+}  # fmt: skip
+OF_THE_SCHEDULE = {
+    "run.steps", "run.phases", "run.batch_size", "optimizer.schedule", "optimizer.warmup_steps",
+    "optimizer.decay_steps", "optimizer.final_learning_rate", "optimizer.learning_rate",
+}  # fmt: skip
+
+
+def check_settings(
+    old: dict[str, Any], config: Config, step: int, schedule_of: Callable[[Config], list[tuple[float, int]]]
+) -> list[str]:
+    """Notes on harmless changes since `old` (a config.json); `ValueError` names the fields that are not.
+
+    `schedule_of(config)` gives learning rate and batch size of every update up to `step`.
+    """
+    before, now = flatten(old), flatten(as_dict(config))
+    changed = [name for name in now if before.get(name) != now[name] and name not in NEUTRAL]
+    notes = [
+        f"{name} changed from {before.get(name)} to {now[name]}: same maths, the last bits may differ"
+        for name in changed
+        if name in SAME_MATHS
+    ]
+    refused = [name for name in changed if name not in SAME_MATHS | OF_THE_SCHEDULE]
+    of_schedule = [name for name in changed if name in OF_THE_SCHEDULE]
+    require(
+        config.total_steps >= step,
+        f"the run stands at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run",
+    )
+    if of_schedule:
+        if schedule_of(from_dict(old)) == schedule_of(config):
+            notes.append(f"{', '.join(of_schedule)} changed: all {step} updates so far stay as they were")
+        else:
+            refused += of_schedule
+    changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in refused)
+    require(
+        not refused,
+        f"this would change the result of the run at step {step}: {changes}. "
+        "Give the old values back, or start afresh with --new-run or another --run-dir",
+    )
+    return notes

@@ -1,0 +1,90 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from smollm_jax.distributed.sharding import layout_table, padded_rows, row_shards
+from smollm_jax.runtime.devices import peak_flops
+from smollm_jax.runtime.huge_pages import asked_for
+from smollm_jax.training.compile import compiled_bytes
+
+if TYPE_CHECKING:
+    from smollm_jax.training.run import Run
+
+
+def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None:
+    """Say in a dozen lines what the run will do."""
+    config, model, device = run.config, run.config.model, run.mesh.devices.flat[0]
+    phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {config.data.seq_len}" for p in config.phases)
+    flops = model.flops_per_token(config.data.seq_len)
+    peak = peak_flops(device)
+    scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
+    largest = run.steps[max(run.steps)]
+    optimizer = config.optimizer
+    eval_tokens = config.data.eval_batches * config.main_batch_size * config.data.seq_len
+    held_out = (
+        "none"
+        if run.heldout is None
+        else f"{len(run.heldout.documents):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
+    )
+    recipe_warmup = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
+    lines = [
+        f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
+        f"device      {run.mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
+        f"{_axes(run.mesh)}{_shared_by(run)}",
+        f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
+        f"context {model.max_seq_len:,}",
+        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, "
+        f"{compiled_bytes(largest) / 2**30:.2f} GiB a device",
+        f"tokens      {config.main_batch_size * config.data.seq_len:,} a step, "
+        f"{flops / 1e6:,.0f} MFLOP a token (causal){scale}",
+        f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        f"warm-up {config.warmup_steps} steps{recipe_warmup}",
+        f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
+        f"held out    {held_out}",
+        f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
+        f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
+        f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
+        *([f"memory      in huge pages: {asked}"] if device.platform == "cpu" and (asked := asked_for()) else []),
+        *notes,
+        *_padding(run),
+    ]
+    if run.processes.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
+        lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
+    run.report.say("\n".join(lines))
+
+
+def _axes(mesh: jax.sharding.Mesh) -> str:
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f": {sizes}" if sizes else ""
+
+
+def _padding(run: Run) -> list[str]:
+    """A line for each batch size that does not divide among the devices."""
+    found, shards = [], row_shards(run.mesh)
+    for size in run.steps:
+        rows = padded_rows(size, run.mesh, run.config.compute.grad_accum)
+        idle = shards - -(-size * shards // rows)
+        if rows > size:
+            nothing = f"; {idle} of {shards} devices have nothing else" if idle else ""
+            found.append(f"padding     {rows - size} empty rows follow the {size} of a batch{nothing}")
+    return found
+
+
+def _shared_by(run: Run) -> str:
+    if not run.processes.several:
+        return ""
+    shards, count = run.config.data.shards, run.processes.count
+    reads = "its own part of the data" if shards >= count else f"all of the data: --shards {count} would divide it"
+    return f", {count} processes; each reads {reads}"
+
+
+def _starting_point(run: Run) -> str:
+    if run.progress.step:
+        return f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
+    if run.config.run.init_from is not None:
+        return f"from the weights of {run.config.run.init_from}"
+    return "from fresh weights"

@@ -1,0 +1,164 @@
+"""Prove on a person's own recipe that a run killed hard goes on exactly: `python -m smollm_jax verify-resume`.
+
+The recipe runs for a few steps twice, in processes of their own: once straight through, once killed at steps
+drawn at random and started again. Ledger, losses and every bit of parameters and optimizer state must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.checkpoint.listing import steps_in
+from smollm_jax.config.serialization import as_dict, from_dict
+from smollm_jax.config.settings import Config
+from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runtime.console import say
+from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.huge_pages import environment
+from smollm_jax.runtime.signals import StopRequest, leave
+
+KILLS = 3
+POLL_SECONDS = 0.02
+# of a line of metrics: how long things took, which no two runs share
+TIMES = {"tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, and the first difference of each kind; none: exact."""
+
+    steps: int
+    compared: dict[str, str | None]
+    resumes: int = 0
+    """Times that the run was killed with a checkpoint behind it, and went on from that."""
+
+    @property
+    def exact(self) -> bool:
+        return not any(self.compared.values())
+
+
+def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
+    """Run `config` to step `steps` straight and in pieces below `folder`, and compare.
+
+    Raises `ValueError` when the recipe itself cannot run.
+    """
+    require(steps >= 2, f"--verify-steps {steps} must be at least 2")
+    require(steps <= config.total_steps, f"--verify-steps {steps}: the run has only {config.total_steps:,} steps")
+    straight, pieces = (_short(config, folder / name, steps) for name in ("straight", "pieces"))
+    say(f"straight to step {steps}")
+    _finish(straight)
+    run_dir, rng = Path(pieces.run_dir), random.Random(config.run.seed)
+    stops, resumes = sorted(rng.sample(range(1, steps), min(KILLS, steps - 1))), 0
+    for stop in stops:
+        process = start(pieces)
+        wait_for_step(run_dir, stop, process)
+        while process.poll() is None and not steps_in(run_dir / "checkpoints"):
+            time.sleep(POLL_SECONDS)
+        ended_by_itself = process.poll() is not None
+        process.kill()
+        process.wait()
+        if ended_by_itself:
+            break
+        resumes += 1
+        say(f"killed at step {last_step(run_dir)}")
+    _finish(pieces)
+    return replace(compare_runs(Path(straight.run_dir), run_dir), resumes=resumes)
+
+
+def _short(config: Config, run_dir: Path, steps: int) -> Config:
+    """The same run up to `steps`, with a checkpoint often enough to go on from in between."""
+    run = replace(
+        config.run,
+        run_dir=str(run_dir),
+        new_run=False,
+        stop_after=steps,
+        checkpoint_every=max(steps // (KILLS + 1), 1),
+        keep_last=2,
+        log_every=1,
+        eval_every=0,
+        export=False,
+    )
+    return replace(config, run=run)
+
+
+def start(config: Config, **options: Any) -> subprocess.Popen[str]:
+    """`config` in a process of its own, as train_jax.py would run it."""
+    path = Path(config.run_dir).with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_dict(config)))
+    options = {"stdout": sys.stderr} | options  # its result is not ours
+    command = [sys.executable, "-m", "smollm_jax.training.verify_resume", str(path)]
+    return subprocess.Popen(command, text=True, env=os.environ | environment(), **options)
+
+
+def _finish(config: Config) -> None:
+    code = start(config).wait()
+    require(code == 0, f"the run itself ended with exit code {code}; its words are above")
+
+
+def last_step(run_dir: Path) -> int:
+    return max((line["step"] for line in read_metrics(run_dir)), default=0)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Return once `step` is on record, or the process has ended."""
+    while process.poll() is None and last_step(run_dir) < step:
+        time.sleep(POLL_SECONDS)
+
+
+def compare_runs(one: Path, other: Path) -> Comparison:
+    """Two runs that should have come to the same end: their records and every bit of their newest checkpoints."""
+    from smollm_jax.checkpoint.manager import read_params
+
+    lines = [[{k: v for k, v in x.items() if k not in TIMES} for x in read_metrics(run)] for run in (one, other)]
+    samples = [(run / "samples.txt").read_text(encoding="utf-8") for run in (one, other)]
+    compared = {
+        "ledger, losses and norms": None if lines[0] == lines[1] else _first_difference(*lines),
+        "samples": None if samples[0] == samples[1] else "samples.txt differs",
+    }
+    for group in ("params", "opt_state"):
+        (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
+        if found_a.step != found_b.step or found_a.meta["cursor"] != found_b.meta["cursor"]:
+            compared["step and cursor"] = f"steps {found_a.step} and {found_b.step}, or their cursors, differ"
+        wrong = sum(not _same(x, y) for x, y in zip(_leaves(a), _leaves(b), strict=True))
+        compared[group] = f"{wrong} arrays differ" if wrong else None
+    return Comparison(found_a.step, compared)
+
+
+def _first_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            return f"step {a['step']}: {', '.join(n for n in a if a.get(n) != b.get(n)) or 'other fields'} differ"
+    return f"{len(one)} and {len(other)} lines"
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])] if isinstance(tree, dict) else [tree]
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Bit for bit, a NaN equal to itself."""
+    import numpy as np
+
+    x, y = np.asarray(x), np.asarray(y)
+    return bool(x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes())
+
+
+if __name__ == "__main__":
+    from smollm_jax.runtime.console import guarded
+
+    def main(stop: StopRequest) -> int:
+        from smollm_jax.training.fit import fit
+
+        return fit(from_dict(json.loads(Path(sys.argv[1]).read_text())), stop)
+
+    with StopRequest() as request:
+        leave(guarded(lambda: main(request)))
