@@ -26,7 +26,7 @@ from smollm_jax.runtime.errors import require
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from smollm_jax.serving.scheduler import Worker
+    from smollm_jax.serving.scheduler import Scheduler
 
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy stands before the port
 # whatever a model writes, the browser fetches nothing from elsewhere
@@ -93,11 +93,11 @@ def open_worker(
     dtype: Literal["auto", "float32", "bfloat16"],
     max_new_tokens: int,
     max_waiting: int,
-) -> tuple[Worker, str]:
+) -> tuple[Scheduler, str]:
     """The model at `path` behind its worker, and the name it goes by; raises `ValueError` in one line."""
     from smollm_jax.runs.load import is_run
     from smollm_jax.serving.completion import open_completer
-    from smollm_jax.serving.scheduler import Worker
+    from smollm_jax.serving.scheduler import Scheduler
 
     if backend is None:
         has_torch = find_spec("torch") is not None and find_spec("transformers") is not None
@@ -107,7 +107,7 @@ def open_worker(
     if name == "export":  # whose, says the Space or the folder around it
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     say(f"{name}: {completer.about}; context {completer.context:,} tokens")
-    return Worker(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens), name
+    return Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens), name
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -125,7 +125,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def build_app(worker: Worker, name: str, *, auth: tuple[str, str] | None, api_key: str | None) -> FastAPI:
+def build_app(worker: Scheduler, name: str, *, auth: tuple[str, str] | None, api_key: str | None) -> FastAPI:
     """The page at /, its API at /generate, and OpenAI's routes at /v1."""
     # Gradio would otherwise report home, when it is imported
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -17,7 +17,7 @@ from benchmarks.work import Dtype, Preset, Work, config_of
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import AttentionName
 
-Name = Literal["plain", "pallas", "cudnn", "splash", "sdpa"]
+Name = Literal["plain", "pallas", "splash", "sdpa"]
 
 
 def kernel(work: Work, name: AttentionName) -> Ready:
@@ -93,7 +93,7 @@ def attention(
     seq_len: int = 256,
     documents: int = 1,
     dtype: Dtype = "float32",
-    kernels: tuple[Name, ...] = ("plain", "pallas", "cudnn", "splash", "sdpa"),
+    kernels: tuple[Name, ...] = ("plain", "pallas", "splash", "sdpa"),
     calls: int = 5,
     rounds: int = 5,
     seed: int = 0,

@@ -35,7 +35,7 @@ def checkpoint(
     import jax
 
     from smollm_jax.checkpoint.listing import list_checkpoints
-    from smollm_jax.checkpoint.manager import Checkpoints
+    from smollm_jax.checkpoint.manager import CheckpointManager
     from smollm_jax.data.batch_hash import batch_hash, extended
     from smollm_jax.data.packing import Batch
     from smollm_jax.distributed.sharding import make_mesh
@@ -60,7 +60,7 @@ def checkpoint(
         return extended("0" * 32, batch_hash(batch.tokens, batch.segment_ids))
 
     try:
-        checkpoints = Checkpoints(where, keep_last=1, keep_every=0)
+        checkpoints = CheckpointManager(where, keep_last=1, keep_every=0)
         checkpoints.prepare(state)
         timed("memory made ready, while the compiler is at work", checkpoints.prepared)
         for step in range(1, rounds + 1):

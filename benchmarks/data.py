@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.measure import Row, as_command, finish, spread
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import head_texts
-from smollm_jax.data.loader import Stream, open_stream
+from smollm_jax.data.loader import PrefetchLoader, open_stream
 from smollm_jax.data.packing import num_targets, pack
 from smollm_jax.data.shuffle import tokenised
 from smollm_jax.data.sources import Document, mixture, open_source
@@ -98,11 +98,11 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def endless(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Stream:
+def endless(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> PrefetchLoader:
     return open_stream(config, tokenizer, seed=0, batch_size_at=lambda _: batch_size, steps=2**40)
 
 
-def read_stream(stream: Stream, targets: int) -> tuple[float, float, int]:
+def read_stream(stream: PrefetchLoader, targets: int) -> tuple[float, float, int]:
     """Seconds to the first batch, seconds from there on, and targets in those."""
     began, first, count = time.perf_counter(), 0.0, 0
     try:

@@ -14,7 +14,7 @@ from benchmarks.data import endless
 from benchmarks.measure import Row, as_command, finish, gib, resident
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import head_texts
-from smollm_jax.data.loader import Stream
+from smollm_jax.data.loader import PrefetchLoader
 from smollm_jax.data.packing import num_targets
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def memory(
     return 0
 
 
-def _looks(stream: Stream, seconds: float, pace: int) -> Iterator[Row]:
+def _looks(stream: PrefetchLoader, seconds: float, pace: int) -> Iterator[Row]:
     """A row after each part of `seconds`."""
     began, tokens = time.perf_counter(), 0
     for part in range(1, LOOKS + 1):

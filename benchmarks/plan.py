@@ -17,8 +17,8 @@ from smollm_jax.config.architecture import MODELS
 from smollm_jax.config.settings import ComputeConfig, Config
 
 if TYPE_CHECKING:
-    from smollm_jax.planning.plan import Attempt
-    from smollm_jax.planning.topology import Target
+    from smollm_jax.planning.plan import CompileResult
+    from smollm_jax.planning.topology import Topology
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4")
 PRESETS: tuple[Preset, ...] = ("135M", "360M", "1.7B")
@@ -60,16 +60,16 @@ def at_the_limit(preset: Preset, topology: str, seq_len: int) -> Row:
 
     from smollm_jax.planning.plan import attempt, plan_of
     from smollm_jax.planning.report import as_dict
-    from smollm_jax.planning.topology import target_of
+    from smollm_jax.planning.topology import topology_of
 
-    began, target, dtype = time.monotonic(), target_of(topology), jnp.dtype("bfloat16")
+    began, target, dtype = time.monotonic(), topology_of(topology), jnp.dtype("bfloat16")
     chips = len(target.devices)
     mesh = mesh_for(preset, chips, target.memory_bytes)
 
     def config_for(batch_a_chip: int) -> Config:
         return config_of(preset, batch_a_chip * chips, seq_len, ComputeConfig(mesh=mesh, remat="full"))
 
-    def tried(batch_a_chip: int) -> Attempt:
+    def tried(batch_a_chip: int) -> CompileResult:
         return attempt(config_for(batch_a_chip), target, dtype, "full")
 
     batch = first_guess(config_for, target)
@@ -111,7 +111,7 @@ def mesh_for(preset: Preset, chips: int, memory_bytes: int) -> str:
     return f"data={chips // fsdp}" + (f",fsdp={fsdp}" if fsdp > 1 else "")
 
 
-def first_guess(config_for: Callable[[int], Config], target: Target) -> int:
+def first_guess(config_for: Callable[[int], Config], target: Topology) -> int:
     """The largest power of two that by formula takes no more than the memory."""
     from smollm_jax.planning.estimate import memory_by_formula
     from smollm_jax.planning.plan import mesh_of

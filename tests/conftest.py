@@ -1,9 +1,16 @@
 """Settings for every test: CPU only, no network, numbers that do not depend on the machine's accelerator."""
 
+import json
 import os
+import random
+import subprocess
 import sys
 
 import pytest
+
+from smollm_jax.tokenizer.tokenizer import train as train_tokenizer
+from tests.support.paths import ROOT
+from tests.support.runs import TINY
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("HF_HUB_OFFLINE", None)  # the tests of the Hub bring their own, on loopback
@@ -17,3 +24,53 @@ def _no_more_memory_than_one_file_needs():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Compiled programs shared by the processes of a test session."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """120 documents of words in a random order, in two files."""
+    rng = random.Random(0)
+    words = "the cat sat on a mat and saw one bird fly over tall grey hills near our old red house".split()
+    folder = tmp_path_factory.mktemp("corpus")
+    for part in range(2):
+        lines = [
+            json.dumps({"text": f"{part}-{i} " + " ".join(rng.choices(words, k=rng.randint(5, 60)))})
+            for i in range(60)
+        ]
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory, corpus):
+    texts = [json.loads(line)["text"] for path in corpus.iterdir() for line in path.read_text().splitlines()]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(texts, 300).save(folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, cache, corpus, tokenizer):
+    """Starts `train_jax.py` on the corpus in a folder of the test's own."""
+
+    def start(*flags, run="run", data=None):
+        command = [
+            sys.executable, str(ROOT / "train_jax.py"), "--data", data or f"{corpus}/*.jsonl", *TINY,
+            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache),
+            "--run-dir", str(tmp_path / run), *flags,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+
+    return start

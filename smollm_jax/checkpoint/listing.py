@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class VerifiedCheckpoint:
     """A checkpoint that verifies."""
 
     step: int
@@ -36,7 +36,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Info:
+class CheckpointInfo:
     """A folder as `checkpoints RUN` lists it; `verdict` is "good" or what is wrong."""
 
     name: str
@@ -46,7 +46,7 @@ class Info:
     verdict: str
 
 
-def list_checkpoints(folder: str | Path) -> list[Info]:
+def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
     """All checkpoints of a run, set-aside ones too, each fully verified, in the order of their steps."""
     infos = []
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
@@ -66,7 +66,7 @@ def list_checkpoints(folder: str | Path) -> list[Info]:
             age = time.time() - path.stat().st_mtime
         except FileNotFoundError:  # retention of a run under way took it
             continue
-        infos.append(Info(name=path.name, step=step, bytes=size, age_seconds=age, verdict=verdict))
+        infos.append(CheckpointInfo(name=path.name, step=step, bytes=size, age_seconds=age, verdict=verdict))
     return sorted(infos, key=lambda info: (info.step, info.name))
 
 
@@ -96,7 +96,7 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((s for p in folder.iterdir() if (s := _step_of(p.name)) is not None), reverse=True)
 
 
-def _open(path: Path, step: int, *, group: str | None = None) -> Found:
+def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
     """Verify a checkpoint, or only one part of it and its meta; raises `Damaged`."""
     about = verify(path, parts=None if group is None else {group, META})["about"]
     if about.get("step") != step:
@@ -108,10 +108,10 @@ def _open(path: Path, step: int, *, group: str | None = None) -> Found:
         leaves = {n: (tuple(map(int, v["shape"])), str(v["dtype"])) for n, v in about["leaves"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise Damaged("its manifest does not describe the leaves") from None
-    return Found(step=step, meta=meta, leaves=leaves)
+    return VerifiedCheckpoint(step=step, meta=meta, leaves=leaves)
 
 
-def named_step(folder: Path, step: int, *, group: str | None = None) -> Found:
+def named_step(folder: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
     """The checkpoint of a step that somebody asked for; raises `ValueError`."""
     steps = steps_in(folder)
     if step not in steps:
@@ -123,7 +123,9 @@ def named_step(folder: Path, step: int, *, group: str | None = None) -> Found:
         raise UserError(f"checkpoint {step} in {folder} is damaged: {reason}") from None
 
 
-def good_ones(folder: Path, *, group: str | None = None, rename: bool = False) -> Iterator[Found]:
+def verified_checkpoints(
+    folder: Path, *, group: str | None = None, rename: bool = False
+) -> Iterator[VerifiedCheckpoint]:
     """The checkpoints that verify, newest first, each bad one on the way reported."""
     for step in steps_in(folder):
         path = folder / str(step)
@@ -131,12 +133,12 @@ def good_ones(folder: Path, *, group: str | None = None, rename: bool = False) -
             yield _open(path, step, group=group)
         except Damaged as reason:
             if rename:
-                set_aside(path, reason)
+                quarantine(path, reason)
             else:
                 logger.warning("checkpoint %s is damaged and passed over: %s", path, reason)
 
 
-def compare(found: Found, expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
+def compare(found: VerifiedCheckpoint, expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
     """Raise `ValueError` unless names, shapes and dtypes of the leaves are those of the checkpoint."""
 
     def words(leaf: tuple[tuple[int, ...], str] | None) -> str:
@@ -152,7 +154,7 @@ def compare(found: Found, expected: dict[str, tuple[tuple[int, ...], str]]) -> N
         raise UserError(f"checkpoint {found.step} does not fit: {'; '.join(wrong[:LEAVES_SHOWN])}{more}")
 
 
-def set_aside(path: Path, reason: Damaged) -> None:
+def quarantine(path: Path, reason: Damaged) -> None:
     aside, number = path.with_name(path.name + BAD), 1
     while aside.exists():
         number += 1

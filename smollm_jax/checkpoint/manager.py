@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from smollm_jax.checkpoint.listing import (
     META,
-    Found,
-    Info,
+    CheckpointInfo,
+    VerifiedCheckpoint,
     compare,
-    good_ones,
     list_checkpoints,
     named_step,
-    set_aside,
+    quarantine,
     steps_in,
+    verified_checkpoints,
 )
 from smollm_jax.checkpoint.manifest import seal, verify
 from smollm_jax.checkpoint.orbax_io import (
@@ -67,7 +67,7 @@ class Failure:
         return f"step {self.step}: {self.message}"
 
 
-class Checkpoints:
+class CheckpointManager:
     """A run's checkpoints; the newest `keep_last` and each step that `keep_every` divides (0: none) stay.
 
     Several processes write one together, each its own parts of the arrays, into a folder that all of them see;
@@ -165,12 +165,12 @@ class Checkpoints:
             if path.name.startswith((TEMPORARY, TRASH)):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def latest_good(self, expect: Any = None, *, set_aside: bool = False) -> Found | None:
+    def latest_good(self, expect: Any = None, *, quarantine: bool = False) -> VerifiedCheckpoint | None:
         """The newest checkpoint that verifies; bad ones on the way are reported and, if asked, renamed.
 
         `expect` is a target as for `restore`; a mismatch with what was found raises `ValueError`.
         """
-        found = next(good_ones(self.folder, rename=set_aside), None)
+        found = next(verified_checkpoints(self.folder, rename=quarantine), None)
         if found is not None and expect is not None:
             compare(found, described(leaves_by_name(expect)))
         return found
@@ -190,7 +190,7 @@ class Checkpoints:
             loaded |= load(self.folder / str(step) / group, args, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
-    def list(self) -> list[Info]:
+    def list(self) -> list[CheckpointInfo]:
         return list_checkpoints(self.folder)
 
     def _device_copies(self, state: Any) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Checkpoints:
                     self.newest = step
                     return False, None
                 except Damaged as reason:
-                    set_aside(final, reason)
+                    quarantine(final, reason)
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -300,7 +300,7 @@ class Checkpoints:
 
 def read_params(
     folder: str | Path, step: int | None = None, *, group: str = "params"
-) -> tuple[Found, dict[str, Any]]:
+) -> tuple[VerifiedCheckpoint, dict[str, Any]]:
     """One top-level part of the state as nested dicts of numpy arrays, and the checkpoint it comes from.
 
     Reads no other part from the disk, and needs no device. Without `step`: the newest whose part is
@@ -311,7 +311,7 @@ def read_params(
 
     folder = Path(folder)
     if step is None:
-        found = next(good_ones(folder, group=group), None)
+        found = next(verified_checkpoints(folder, group=group), None)
         if found is None:
             raise UserError(f"{folder} holds no good checkpoint")
     else:

@@ -36,10 +36,10 @@ def export(
         dtype: Dtype of the file; float32 keeps the masters' own bits.
         verify: Compare what was written with the checkpoint, and leave nothing behind if they differ.
     """
-    from smollm_jax.runs.convert import publish
+    from smollm_jax.runs.convert import export_run
 
     try:
-        done = publish(run, out, step=step, dtype=dtype, verify=verify)
+        done = export_run(run, out, step=step, dtype=dtype, verify=verify)
     except RuntimeError as error:
         say(f"error: the export was taken back: {error}")
         return EXIT_FAILED

@@ -14,7 +14,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import require
 
 
-def as_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, Any]:
     """Every setting, with what was left open filled in, as plain JSON values."""
     values = dataclasses.asdict(config)
     values["run"] |= {
@@ -29,7 +29,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Config:
-    """The `Config` whose `as_dict` is `values`; raises `ValueError` naming what is unknown or unusable."""
+    """The `Config` whose `to_dict` is `values`; raises `ValueError` naming what is unknown or unusable."""
     require(isinstance(values, dict), f"config.json must hold an object, {type(values).__name__} came")
     optimizer = values.get("optimizer")
     if isinstance(optimizer, dict) and optimizer.get("schedule") != "wsd":

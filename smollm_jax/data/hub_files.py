@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from smollm_jax.runtime.background import Ahead
+from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import SourceTimeout, UserError, brief
-from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, patiently, request_seconds
+from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, request_seconds, retry
 
 POLL_SECONDS = 0.1
 BLOCK_BYTES = 4 * 2**20
@@ -55,10 +55,10 @@ def list_files(spec: str, split: str, *, patience: float) -> list[Remote]:
     repo, _, config = spec.partition(":")
 
     def ask() -> list[Remote]:
-        return Ahead(partial(_list, repo, config or None, split)).result(LISTING_SECONDS)
+        return BackgroundTask(partial(_list, repo, config or None, split)).result(LISTING_SECONDS)
 
     try:
-        return patiently(ask, spec, patience, threading.Event())
+        return retry(ask, spec, patience, threading.Event())
     except SourceTimeout:
         raise
     except RepositoryNotFoundError:
@@ -130,7 +130,7 @@ class HubFile(io.RawIOBase):
             size = min(BLOCK_BYTES, count - at)
             ask = partial(self._ask, self._position, size)
             try:
-                view[at : at + size] = patiently(ask, self.file.name, self.timeout, self._stopped)
+                view[at : at + size] = retry(ask, self.file.name, self.timeout, self._stopped)
             except (OSError, ValueError) as error:
                 raise Refused(f"the Hub refuses {self.file.name}: {brief(error)}") from None
             self._position += size
@@ -138,7 +138,7 @@ class HubFile(io.RawIOBase):
 
     def _ask(self, start: int, size: int) -> bytes:
         """One request, in a thread that can be left behind: a stalled one must not hold Arrow when Python ends."""
-        request = Ahead(partial(fetch_range, self.file, start, size))
+        request = BackgroundTask(partial(fetch_range, self.file, start, size))
         while not request.wait(POLL_SECONDS):
             if self._stopped.is_set():
                 raise SourceTimeout(f"{self.file.name}: closed while reading")

@@ -21,8 +21,8 @@ import xxhash
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, Packer, num_targets
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.shuffle import CLOSE_SECONDS, Drawn, Mixture, Shuffled, check_states, is_count
-from smollm_jax.data.sources import Document, Share, Source, changed_files, mixture, open_source
+from smollm_jax.data.shuffle import CLOSE_SECONDS, Mixture, Shuffled, TokenizedDocument, check_states, is_count
+from smollm_jax.data.sources import Document, Shard, Source, changed_files, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     )
 
 
-class Lane:
+class ShardStream:
     """One of the streams that the rows of a batch come from: a mixture, and the rows cut from it."""
 
     def __init__(self, mix: Mixture, seq_len: int):
@@ -80,7 +80,7 @@ class Lane:
         for part in self.mix.parts:
             part.prepare()
 
-    def _draw(self) -> Drawn | None:
+    def _draw(self) -> TokenizedDocument | None:
         self._before = self.mix.state
         return self.mix.draw()
 
@@ -96,7 +96,7 @@ class Lane:
         self.packer.drawn.append(drawn[0])  # type: ignore[index]
 
 
-class Batches:
+class BatchIterator:
     """The batches of a run, one after the other, each with its cursor; synchronous.
 
     The rows come from `shards` lanes in equal parts, in order. Where not all of them are given, the batches
@@ -105,7 +105,7 @@ class Batches:
 
     def __init__(
         self,
-        lanes: dict[int, Lane],
+        lanes: dict[int, ShardStream],
         shards: int,
         *,
         batch_size_at: Callable[[int], int],
@@ -202,10 +202,10 @@ def _skipped(lanes: dict[str, Cursor]) -> int:
     return sum(state["skipped"] for lane in lanes.values() for state in lane["sources"])
 
 
-class Stream:
+class PrefetchLoader:
     """Batches made ahead of the device by a thread. `get` never blocks for long, so that a stop is heard."""
 
-    def __init__(self, make: Callable[[Cursor | None], Batches], cursor: Cursor | None):
+    def __init__(self, make: Callable[[Cursor | None], BatchIterator], cursor: Cursor | None):
         self._make = make
         self._queue: queue.Queue[Any] = queue.Queue(BATCHES_AHEAD)
         self._closed = threading.Event()
@@ -273,7 +273,7 @@ def open_batches(
     excluded: frozenset[int] = frozenset(),
     resumes: bool = False,
     shards: Iterable[int] | None = None,
-) -> Callable[[Cursor | None], Batches]:
+) -> Callable[[Cursor | None], BatchIterator]:
     """Open the sources; the result gives the batches behind a cursor, without the texts hashed in `excluded`.
 
     `shards` are the lanes wanted, neighbours, of the `config.shards`; default: all. Raises
@@ -285,16 +285,16 @@ def open_batches(
     count = config.shards
     wanted = list(range(count) if shards is None else shards)
 
-    def lane(shard: int) -> Lane:
+    def lane(shard: int) -> ShardStream:
         parts = [
-            Shuffled(source, tokenizer, seed=[seed, i], excluded=excluded, share=Share(shard, count))
+            Shuffled(source, tokenizer, seed=[seed, i], excluded=excluded, share=Shard(shard, count))
             for i, (source, _) in enumerate(named)
         ]
-        return Lane(Mixture(parts, [weight for _, weight in named]), config.seq_len)
+        return ShardStream(Mixture(parts, [weight for _, weight in named]), config.seq_len)
 
-    def make(cursor: Cursor | None) -> Batches:
+    def make(cursor: Cursor | None) -> BatchIterator:
         lanes = {shard: lane(shard) for shard in wanted}
-        batches = Batches(lanes, count, batch_size_at=batch_size_at, steps=steps)
+        batches = BatchIterator(lanes, count, batch_size_at=batch_size_at, steps=steps)
         if cursor is not None:
             batches.seek(cursor)
         if len(lanes) > 1:  # one by one, each would wait for its first window
@@ -315,7 +315,7 @@ def open_stream(
     cursor: Cursor | None = None,
     excluded: frozenset[int] = frozenset(),
     shards: Iterable[int] | None = None,
-) -> Stream:
+) -> PrefetchLoader:
     """The training stream behind `cursor`: `open_batches`, made ahead of the device.
 
     With a cursor, also raises `SourceTimeout` when the Hub does not answer for `data_timeout` seconds.
@@ -330,4 +330,4 @@ def open_stream(
         resumes=cursor is not None,
         shards=shards,
     )
-    return Stream(make, cursor)
+    return PrefetchLoader(make, cursor)

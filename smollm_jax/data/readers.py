@@ -1,6 +1,6 @@
 """Files to rows: Parquet, JSON lines, and text whose documents are separated by blank lines.
 
-A row that cannot be read is an `Entry` that says why; a file that cannot be read raises whatever its parser
+A row that cannot be read is an `Record` that says why; a file that cannot be read raises whatever its parser
 does. Each entry carries the cursor behind it: file, row, and in a text file the byte. Rows that are not
 wanted are passed over before anything is made of them.
 """
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from smollm_jax.runtime.errors import UserError, brief
 
 Cursor = dict[str, Any]
-Wanted = Callable[[int], bool]
+RowFilter = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
 
 
@@ -25,7 +25,7 @@ class MissingColumn(UserError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Record:
     """One row of a file: its value, or why it cannot be read."""
 
     value: Any
@@ -35,8 +35,8 @@ class Entry:
 
 
 def read_parquet(
-    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: Wanted
-) -> Iterator[Entry]:
+    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: RowFilter
+) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     first = 0
@@ -55,13 +55,13 @@ def read_parquet(
                         value = values[offset].as_py()
                     except UnicodeDecodeError as error:
                         fault = brief(error)
-                    yield Entry(value, row, {**start, "row": row + 1}, fault)
+                    yield Record(value, row, {**start, "row": row + 1}, fault)
             first += rows
 
 
 def read_text(
-    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: Wanted
-) -> Iterator[Entry]:
+    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: RowFilter
+) -> Iterator[Record]:
     """Lines of JSON, or the paragraphs of a text file."""
     json_lines = not path.endswith(".txt")
     with open_file() as raw:
@@ -81,7 +81,7 @@ def read_text(
                 fault = brief(error)
             if not wanted(row):
                 continue
-            yield Entry(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
+            yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
 
 
 def _column_of(line: str, column: str, path: str, row: int) -> Any:

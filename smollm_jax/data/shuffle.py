@@ -18,22 +18,22 @@ import numpy as np
 import xxhash
 
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.sources import WHOLE, Document, Share, Source
-from smollm_jax.runtime.background import Ahead
+from smollm_jax.data.sources import WHOLE, Document, Shard, Source
+from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import SourceTimeout, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that what it holds a token stays small
 TOKENISED_TOGETHER = 256
 CLOSE_SECONDS = 5.0
-Drawn = tuple[Document, np.ndarray]
+TokenizedDocument = tuple[Document, np.ndarray]
 
 
 def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Drawn]:
+def tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
     """Documents and their tokens, each ended by eos; a group is tokenised at a time."""
     documents = iter(documents)
     while group := list(islice(documents, TOKENISED_TOGETHER)):
@@ -42,7 +42,7 @@ def tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[D
 
 
 @dataclass(frozen=True)
-class Place:
+class WindowPosition:
     """Where a window begins."""
 
     epoch: int
@@ -54,9 +54,9 @@ class Place:
 class Window:
     """Documents in the order in which they are drawn."""
 
-    place: Place
-    drawn: list[Drawn]
-    following: Place
+    place: WindowPosition
+    drawn: list[TokenizedDocument]
+    following: WindowPosition
     skipped: int
     """Rows that could not be read."""
 
@@ -74,7 +74,7 @@ class Shuffled:
         *,
         seed: list[int],
         excluded: frozenset[int],
-        share: Share = WHOLE,
+        share: Shard = WHOLE,
     ):
         self.source, self.tokenizer, self.excluded, self.share = source, tokenizer, excluded, share
         self.seed = seed if share == WHOLE else [*seed, share.index]
@@ -82,14 +82,14 @@ class Shuffled:
             "window": None, "number": 0, "index": 0, "epoch": 0, "tokens": 0, "skipped": 0, "ended": False,
         }  # fmt: skip
         self._current: Window | None = None
-        self._coming: tuple[Place, Ahead[Window]] | None = None
+        self._coming: tuple[WindowPosition, BackgroundTask[Window]] | None = None
         atexit.register(self.close)
 
-    def draw(self) -> Drawn | None:
+    def draw(self) -> TokenizedDocument | None:
         """The next document and its tokens, eos included; None when all epochs are over."""
         state = self.state
         while not state["ended"]:
-            window = self._window(Place(state["epoch"], state["number"], state["window"]))
+            window = self._window(WindowPosition(state["epoch"], state["number"], state["window"]))
             i = state["index"]
             if i == 0:
                 state["skipped"] += window.skipped
@@ -120,9 +120,9 @@ class Shuffled:
 
     def prepare(self) -> None:
         """Begin to read what the first `draw` will need."""
-        place = Place(self.state["epoch"], self.state["number"], self.state["window"])
+        place = WindowPosition(self.state["epoch"], self.state["number"], self.state["window"])
         if not self.state["ended"] and self._current is None and self._coming is None:
-            self._coming = place, Ahead(partial(self._read, place))
+            self._coming = place, BackgroundTask(partial(self._read, place))
 
     def _which(self) -> str:
         part = self.share
@@ -132,11 +132,11 @@ class Shuffled:
             else f" in part {part.index + 1} of the {part.of} that --shards makes of it (give a smaller one)"
         )
 
-    def _is_over(self, place: Place) -> bool:
+    def _is_over(self, place: WindowPosition) -> bool:
         epochs = self.source.settings.epochs
         return epochs > 0 and place.epoch >= epochs
 
-    def _window(self, place: Place) -> Window:
+    def _window(self, place: WindowPosition) -> Window:
         if self._current is None or self._current.place != place:
             ahead, self._coming = self._coming, None
             # a wait that was given up before anyone needed its outcome is begun anew
@@ -147,19 +147,19 @@ class Shuffled:
                 self._current = ahead[1].result()
             following = self._current.following
             if following != place and not self._is_over(following):
-                self._coming = following, Ahead(partial(self._read, following))
+                self._coming = following, BackgroundTask(partial(self._read, following))
         return self._current
 
-    def _read(self, place: Place) -> Window:
+    def _read(self, place: WindowPosition) -> Window:
         size = max(self.source.settings.shuffle_window // self.share.of, 1)
         skipped: list[str] = []
         documents = self.source.documents(place.start, skipped, self.share)
         wanted = (document for document in documents if text_hash(document.text) not in self.excluded)
         drawn = list(tokenised(islice(wanted, size), self.tokenizer))
         if len(drawn) == size:
-            following = Place(place.epoch, place.number + 1, drawn[-1][0].cursor)
+            following = WindowPosition(place.epoch, place.number + 1, drawn[-1][0].cursor)
         else:
-            following = Place(place.epoch + 1, 0, None)
+            following = WindowPosition(place.epoch + 1, 0, None)
         order = np.random.default_rng([*self.seed, place.epoch, place.number]).permutation(len(drawn))
         return Window(place, [drawn[i] for i in order], following, len(skipped))
 
@@ -179,7 +179,7 @@ class Mixture:
         for part, state in zip(self.parts, states, strict=True):
             part.state = dict(state)
 
-    def draw(self) -> Drawn | None:
+    def draw(self) -> TokenizedDocument | None:
         while live := [i for i, part in enumerate(self.parts) if not part.state["ended"]]:
             furthest = min(live, key=lambda i: (self.parts[i].state["tokens"] / self.weights[i], i))
             drawn = self.parts[furthest].draw()

@@ -24,7 +24,7 @@ import xxhash
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubFile, Refused, Remote, list_files
 from smollm_jax.data.python_docs import python_docs
-from smollm_jax.data.readers import Cursor, Entry, MissingColumn, Wanted, read_parquet, read_text
+from smollm_jax.data.readers import Cursor, MissingColumn, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, brief, require
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
@@ -55,7 +55,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Part `index` of `of`."""
 
     index: int = 0
@@ -65,7 +65,7 @@ class Share:
         return number % self.of == self.index
 
 
-WHOLE = Share()
+WHOLE = Shard()
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Source:
     """Set: no more waiting."""
 
     def documents(
-        self, cursor: Cursor | None = None, skipped: list[str] | None = None, share: Share = WHOLE
+        self, cursor: Cursor | None = None, skipped: list[str] | None = None, share: Shard = WHOLE
     ) -> Iterator[Document]:
         """All documents of a share from `cursor` on; what is skipped is appended to `skipped`.
 
@@ -124,7 +124,7 @@ class Source:
         parts = [sum(self.sizes[i::shares]) for i in range(shares)]
         return shares == 1 or (min(parts) > 0 and max(parts) <= UNEVEN * min(parts))
 
-    def _entries(self, path: str, start: Cursor, wanted: Wanted) -> Iterator[Entry]:
+    def _entries(self, path: str, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
         if self.name == BUILTIN:
             return _builtin(start, wanted)
         read = read_parquet if path.endswith(".parquet") else read_text
@@ -155,10 +155,10 @@ def _is_of_the_file(error: Exception) -> bool:
     )
 
 
-def _builtin(start: Cursor, wanted: Wanted) -> Iterator[Entry]:
+def _builtin(start: Cursor, wanted: RowFilter) -> Iterator[Record]:
     for row, text in enumerate(python_docs()[start["row"] :], start["row"]):
         if wanted(row):
-            yield Entry(text, row, {**start, "row": row + 1})
+            yield Record(text, row, {**start, "row": row + 1})
 
 
 def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:

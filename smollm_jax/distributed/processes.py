@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smollm_jax.distributed.watchdog import AGAIN, BEAT_SECONDS, SILENT_SECONDS, Watch, read
+from smollm_jax.distributed.watchdog import AGAIN, BEAT_SECONDS, SILENT_SECONDS, Watchdog, read
 from smollm_jax.runtime.console import explained
 from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, require
 from smollm_jax.runtime.signals import end_with
@@ -34,7 +34,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self._left = False
-        self.watch = Watch(index, count)
+        self.watch = Watchdog(index, count)
 
     @property
     def several(self) -> bool:

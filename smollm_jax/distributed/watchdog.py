@@ -49,7 +49,7 @@ class Limit:
     passed: float = 0.0
 
 
-class Watch:
+class Watchdog:
     """Of one process, `index` of `count`; `over` ends it."""
 
     def __init__(self, index: int, count: int):

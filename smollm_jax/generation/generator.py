@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from smollm_jax.generation.decoder import Decoder
-from smollm_jax.generation.sampling import Knobs, Sampling, choose
+from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.errors import require
 
@@ -24,7 +24,7 @@ SMALLEST_BUCKET = 32
 CHUNK = 8  # tokens a round trip: text comes often enough to be read as it is made, and one loop is compiled
 
 
-class Rows(NamedTuple):
+class DecodeState(NamedTuple):
     """State of the rows under way: next token, its position, tokens seen (for the penalty), and the cache."""
 
     token_B: jax.Array
@@ -108,7 +108,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         greedy = sampling.temperature == 0
-        knobs = Knobs.of(sampling)
+        knobs = SamplingArrays.from_sampling(sampling)
         length = min(_bucket(max(lengths) + new), self.context)
         rows = self._prefill(
             self._weights, tokens_BT, np.asarray(lengths, np.int32), knobs, length=length, greedy=greedy
@@ -137,7 +137,7 @@ class Generator:
                 f"token id {token} lies outside of the vocabulary of {self.config.vocab_size:,}",
             )
 
-    def _prefill_rows(self, weights, tokens_BT, lengths_B, knobs, *, length: int, greedy: bool) -> Rows:
+    def _prefill_rows(self, weights, tokens_BT, lengths_B, knobs, *, length: int, greedy: bool) -> DecodeState:
         decoder = self._decoder(weights)
         B, T = tokens_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -147,19 +147,19 @@ class Generator:
         seen_BV = jnp.zeros((B, self.config.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(in_prompt_BT)
         token_B = choose(decoder.logits(last_BD), seen_BV, lengths_B, knobs, greedy)
-        return Rows(token_B, lengths_B, seen_BV.at[jnp.arange(B), token_B].set(True), cache)
+        return DecodeState(token_B, lengths_B, seen_BV.at[jnp.arange(B), token_B].set(True), cache)
 
-    def _decode_rows(self, weights, rows: Rows, knobs, *, greedy: bool) -> tuple[jax.Array, Rows]:
+    def _decode_rows(self, weights, rows: DecodeState, knobs, *, greedy: bool) -> tuple[jax.Array, DecodeState]:
         decoder = self._decoder(weights)
         B = rows.token_B.shape[0]
 
-        def step(i: jax.Array, carry: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
+        def step(i: jax.Array, carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
             out_BT, rows = carry
             x_BTD, cache = decoder.features(rows.token_B[:, None], rows.position_B[:, None], rows.cache)
             position_B = rows.position_B + 1
             token_B = choose(decoder.logits(x_BTD[:, 0]), rows.seen_BV, position_B, knobs, greedy)
             seen_BV = rows.seen_BV.at[jnp.arange(B), token_B].set(True)
-            return out_BT.at[:, i].set(token_B), Rows(token_B, position_B, seen_BV, cache)
+            return out_BT.at[:, i].set(token_B), DecodeState(token_B, position_B, seen_BV, cache)
 
         return jax.lax.fori_loop(0, CHUNK, step, (jnp.zeros((B, CHUNK), jnp.int32), rows))
 

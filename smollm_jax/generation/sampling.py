@@ -51,7 +51,7 @@ class Sampling:
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
 
 
-class Knobs(NamedTuple):
+class SamplingArrays(NamedTuple):
     """The numbers of a `Sampling` as device values: changing one compiles nothing."""
 
     temperature: Any
@@ -62,7 +62,7 @@ class Knobs(NamedTuple):
     seed: Any
 
     @classmethod
-    def of(cls, sampling: Sampling) -> Knobs:
+    def from_sampling(cls, sampling: Sampling) -> SamplingArrays:
         return cls(
             np.float32(sampling.temperature or 1.0), np.int32(min(sampling.top_k, 2**31 - 1)),
             np.float32(sampling.top_p), np.float32(sampling.min_p), np.float32(sampling.repetition_penalty),
@@ -71,7 +71,7 @@ class Knobs(NamedTuple):
 
 
 def choose(
-    logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, knobs: Knobs, greedy: bool
+    logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, knobs: SamplingArrays, greedy: bool
 ) -> jax.Array:
     """The token (B,) that follows, of f32 logits; `seen_BV` marks tokens already there, for the penalty."""
     logits_BV = penalised(logits_BV, seen_BV, knobs.repetition_penalty)
@@ -87,7 +87,7 @@ def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
     return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
-def filtered(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
+def filtered(logits_BV: jax.Array, knobs: SamplingArrays) -> jax.Array:
     """Scores over temperature, the best at 0, with those that top-k, top-p or min-p rules out at `MASKED`."""
     best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     scores_BV = (logits_BV - best_B1) / jnp.maximum(knobs.temperature, SMALLEST_TEMPERATURE)
@@ -124,11 +124,11 @@ def _first(end_BX: jax.Array, p_BX: jax.Array, target_B1: jax.Array) -> jax.Arra
     return jnp.where(passed_BX.any(axis=-1), jnp.argmax(passed_BX, axis=-1), last_B)
 
 
-def _top_k(knobs: Knobs, scores_BV: jax.Array) -> jax.Array:
+def _top_k(knobs: SamplingArrays, scores_BV: jax.Array) -> jax.Array:
     return _at_least(scores_BV, jnp.ones_like(scores_BV), knobs.top_k.astype(jnp.float32))
 
 
-def _top_p(knobs: Knobs, scores_BV: jax.Array) -> jax.Array:
+def _top_p(knobs: SamplingArrays, scores_BV: jax.Array) -> jax.Array:
     p_BV = jnp.exp(scores_BV)
     return _at_least(scores_BV, p_BV, knobs.top_p * _sum(p_BV))
 

@@ -21,7 +21,7 @@ Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
+class WeightMapping:
     """One parameter: our path, HF's name ("{}" is the layer), and HF's shape as ours flattened and turned."""
 
     ours: tuple[str, ...]
@@ -31,18 +31,18 @@ class Entry:
 
 
 TABLE = (
-    Entry(("embedding",), "model.embed_tokens.weight"),
-    Entry(("blocks", "attention_norm", "scale"), "model.layers.{}.input_layernorm.weight"),
-    Entry(("blocks", "attention", "q"), "model.layers.{}.self_attn.q_proj.weight", 1),
-    Entry(("blocks", "attention", "k"), "model.layers.{}.self_attn.k_proj.weight", 1),
-    Entry(("blocks", "attention", "v"), "model.layers.{}.self_attn.v_proj.weight", 1),
-    Entry(("blocks", "attention", "o"), "model.layers.{}.self_attn.o_proj.weight", 2),
-    Entry(("blocks", "mlp_norm", "scale"), "model.layers.{}.post_attention_layernorm.weight"),
-    Entry(("blocks", "mlp", "gate"), "model.layers.{}.mlp.gate_proj.weight", 1),
-    Entry(("blocks", "mlp", "up"), "model.layers.{}.mlp.up_proj.weight", 1),
-    Entry(("blocks", "mlp", "down"), "model.layers.{}.mlp.down_proj.weight", 1),
-    Entry(("final_norm", "scale"), "model.norm.weight"),
-    Entry(("head",), "lm_head.weight"),
+    WeightMapping(("embedding",), "model.embed_tokens.weight"),
+    WeightMapping(("blocks", "attention_norm", "scale"), "model.layers.{}.input_layernorm.weight"),
+    WeightMapping(("blocks", "attention", "q"), "model.layers.{}.self_attn.q_proj.weight", 1),
+    WeightMapping(("blocks", "attention", "k"), "model.layers.{}.self_attn.k_proj.weight", 1),
+    WeightMapping(("blocks", "attention", "v"), "model.layers.{}.self_attn.v_proj.weight", 1),
+    WeightMapping(("blocks", "attention", "o"), "model.layers.{}.self_attn.o_proj.weight", 2),
+    WeightMapping(("blocks", "mlp_norm", "scale"), "model.layers.{}.post_attention_layernorm.weight"),
+    WeightMapping(("blocks", "mlp", "gate"), "model.layers.{}.mlp.gate_proj.weight", 1),
+    WeightMapping(("blocks", "mlp", "up"), "model.layers.{}.mlp.up_proj.weight", 1),
+    WeightMapping(("blocks", "mlp", "down"), "model.layers.{}.mlp.down_proj.weight", 1),
+    WeightMapping(("final_norm", "scale"), "model.norm.weight"),
+    WeightMapping(("head",), "lm_head.weight"),
 )
 
 
@@ -51,7 +51,7 @@ class Tensor:
     """One tensor of a Hugging Face folder; `layer` is None for what is not stacked."""
 
     name: str
-    entry: Entry
+    entry: WeightMapping
     layer: int | None
     shape: tuple[int, ...]
 

@@ -12,8 +12,8 @@ from flax import nnx
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.kernels.triton_layer import TOKENS
 from smollm_jax.model.attention import packed_attention, starts_of
-from smollm_jax.model.loss import Score, plain_score
-from smollm_jax.model.ops import Joined, Kernel, plain_product
+from smollm_jax.model.loss import Score, reference_cross_entropy
+from smollm_jax.model.ops import Joined, Kernel, reference_linear
 from smollm_jax.model.transformer import Block, rope_angles
 from smollm_jax.runtime.errors import said_by
 
@@ -68,7 +68,7 @@ def loss_disagreement(score: Score, words: int, dtype: Any, *, seed: int = 0) ->
         )
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
         return f"the loss does not run here: {said_by(error)}"
-    exact, exact_BCV = plain_score(logits_BCV, targets_BC, valid_BC, jnp.float32)
+    exact, exact_BCV = reference_cross_entropy(logits_BCV, targets_BC, valid_BC, jnp.float32)
     if not abs(nll / exact - 1) <= LOSS_TOLERANCE["float32"]:
         return f"the loss differs from the plain form's by {abs(nll / exact - 1):.2%}"
     gap = float(jnp.max(jnp.abs(d_BCV - exact_BCV)))
@@ -93,8 +93,8 @@ def layer_disagreement(ours: Joined, config: ModelConfig, dtype: Any, *, seed: i
     def outcome(joined: Joined | None, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
             block = nnx.merge(graphdef, weights)
-            h_BTD = block.attention(x_BTD, rope, mixed, plain_product, joined)
-            return h_BTD + block.mlp(x_BTD, plain_product, joined)
+            h_BTD = block.attention(x_BTD, rope, mixed, reference_linear, joined)
+            return h_BTD + block.mlp(x_BTD, reference_linear, joined)
 
         out_BTD, pull = jax.vjp(layer, x_BTD, weights)
         return out_BTD, *jax.tree.leaves(pull(dx_BTD.astype(out_BTD.dtype)))

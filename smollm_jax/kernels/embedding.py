@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.model.ops import Lookup, plain_lookup
+from smollm_jax.model.ops import Lookup, reference_embed
 
 
 def repeatable_lookup(mesh: Mesh | None, *, rows: Any = None) -> Lookup:
@@ -21,10 +21,10 @@ def repeatable_lookup(mesh: Mesh | None, *, rows: Any = None) -> Lookup:
 
     @jax.custom_vjp
     def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return plain_lookup(embedding_VD, tokens_BT)
+        return reference_embed(embedding_VD, tokens_BT)
 
     def forward(embedding_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return plain_lookup(embedding_VD, tokens_BT), (embedding_VD, tokens_BT)
+        return reference_embed(embedding_VD, tokens_BT), (embedding_VD, tokens_BT)
 
     def backward(kept: tuple[jax.Array, jax.Array], dx_BTD: jax.Array) -> tuple[jax.Array, None]:
         embedding_VD, tokens_BT = kept

@@ -21,8 +21,8 @@ from smollm_jax.kernels.check import disagreement, loss_disagreement
 from smollm_jax.kernels.cpu import as_bits, wide_product
 from smollm_jax.kernels.embedding import repeatable_lookup
 from smollm_jax.model.attention import packed_attention
-from smollm_jax.model.loss import Score, plain_score
-from smollm_jax.model.ops import Keep, Kernel, Lookup, Product, as_they_are, plain_lookup, plain_product
+from smollm_jax.model.loss import Score, reference_cross_entropy
+from smollm_jax.model.ops import Keep, Kernel, Lookup, Product, as_they_are, reference_embed, reference_linear
 from smollm_jax.runtime.devices import TRITON_CAPABILITY
 from smollm_jax.runtime.errors import require
 
@@ -118,13 +118,13 @@ def choose_checked(
 def lookup_of(mesh: Mesh | None, *, rows: Any = None) -> Lookup:
     """The lookup for the devices of `mesh`, which have a batch divided over its axes `rows`."""
     if mesh is None or mesh.devices.flat[0].platform != "gpu":
-        return plain_lookup
+        return reference_embed
     return repeatable_lookup(mesh, rows=rows)
 
 
 def product_of(mesh: Mesh | None) -> Product:
     """The product for the devices of `mesh`; the plain one for none."""
-    return wide_product if mesh is not None and mesh.devices.flat[0].platform == "cpu" else plain_product
+    return wide_product if mesh is not None and mesh.devices.flat[0].platform == "cpu" else reference_linear
 
 
 def keep_of(mesh: Mesh | None, dtype: Any) -> Keep:
@@ -145,4 +145,4 @@ def gpu_score(
 
 def score_of(attention: AttentionName) -> Score:
     """The score that goes with a kernel of attention: a GPU's own with a GPU's own."""
-    return gpu_score if is_of_gpu(attention) else plain_score
+    return gpu_score if is_of_gpu(attention) else reference_cross_entropy

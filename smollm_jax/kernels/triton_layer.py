@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jax.sharding import Mesh
 
 from smollm_jax.kernels.shard import _Where
-from smollm_jax.model.ops import Joined, plain_product, swiglu
+from smollm_jax.model.ops import Joined, reference_linear, swiglu
 
 # Of the feed-forward: numbers of one token that a program has; of the heads: tokens. On an H200 others were within
 # 4 % of them, or slower
@@ -32,12 +32,12 @@ def joined(mesh: Mesh | None = None, *, rows: Any = None, interpret: bool = Fals
     def heads(x_BTD, q_DNH, k_DKH, v_DKH, rope):
         D, N, H = q_DNH.shape
         weights_DE = jnp.concatenate([w.reshape(D, -1) for w in (q_DNH, k_DKH, v_DKH)], axis=1)
-        y_BTE = plain_product("BTD,DE->BTE", x_BTD, weights_DE)
+        y_BTE = reference_linear("BTD,DE->BTE", x_BTD, weights_DE)
         cos_BTH, sin_BTH = (jnp.broadcast_to(x[:, :, 0], (*x_BTD.shape[:2], H // 2)) for x in rope)
         return _heads(where, N, y_BTE.reshape(*x_BTD.shape[:2], -1, H), cos_BTH, sin_BTH)
 
     def feed_forward(x_BTD, gate_DF, up_DF, down_FD):
-        y_BTE = plain_product("BTD,DE->BTE", x_BTD, jnp.concatenate([gate_DF, up_DF], axis=1))
+        y_BTE = reference_linear("BTD,DE->BTE", x_BTD, jnp.concatenate([gate_DF, up_DF], axis=1))
         return _gated(where, y_BTE, down_FD)
 
     return Joined(heads, feed_forward)

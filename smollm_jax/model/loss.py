@@ -29,7 +29,7 @@ def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.A
     return tokens_BT1[:, 1:], (before == after) & (after != 0)
 
 
-def plain_score(
+def reference_cross_entropy(
     logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, valid_BC)
@@ -45,7 +45,7 @@ def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
     targets_BT: jax.Array,
     valid_BT: jax.Array,
     chunk_tokens: int,
-    score: Score = plain_score,
+    score: Score = reference_cross_entropy,
 ) -> jax.Array:
     """Negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
 

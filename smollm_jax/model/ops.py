@@ -19,7 +19,7 @@ Lookup = Callable[[jax.Array, jax.Array], jax.Array]
 """`lookup(embedding_VD, tokens_BT)` gives x_BTD."""
 
 
-def plain_lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+def reference_embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return embedding_VD[tokens_BT]
 
 
@@ -29,7 +29,7 @@ Product = Callable[[str, jax.Array, jax.Array], jax.Array]
 PRODUCT = "product"  # what remat's policies know the result of one by
 
 
-def plain_product(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+def reference_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     return checkpoint_name(jnp.einsum(letters, x, weights.astype(x.dtype)), PRODUCT)
 
 

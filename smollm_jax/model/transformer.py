@@ -33,8 +33,8 @@ from smollm_jax.model.ops import (
     Product,
     as_they_are,
     cheap,
-    plain_lookup,
-    plain_product,
+    reference_embed,
+    reference_linear,
     rotate,
     swiglu,
 )
@@ -151,9 +151,9 @@ class SmolLM(nnx.Module):
         remat: Policy = "none",
         unroll: int = 1,
         attention: Kernel = packed_attention,
-        lookup: Lookup = plain_lookup,
+        lookup: Lookup = reference_embed,
         keep: Keep = as_they_are,
-        product: Product = plain_product,
+        product: Product = reference_linear,
         joined: Joined | None = None,
     ):
         self.config, self.dtype, self.remat, self.unroll = config, jnp.dtype(dtype), remat, unroll

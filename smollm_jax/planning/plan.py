@@ -23,7 +23,7 @@ from smollm_jax.kernels.select import choose
 from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.estimate import collectives_by_formula, memory_by_formula
 from smollm_jax.planning.hlo import Collective, collectives, kernels
-from smollm_jax.planning.topology import Target, target_of
+from smollm_jax.planning.topology import Topology, topology_of
 from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, compute_dtype, use_precision_of
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.compile import compile_step, compiled_bytes
@@ -33,7 +33,7 @@ HOPELESS = 1.5  # times the memory: a setting that by formula needs more is not 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class CompileResult:
     """What became of one setting: the bytes a chip needs, and the program unless it was refused or reckoned."""
 
     config: Config
@@ -49,8 +49,8 @@ class Attempt:
 class Plan:
     """The outcome. `remedy` is the flags that would make it fit, where it does not and some would."""
 
-    target: Target
-    attempt: Attempt
+    target: Topology
+    attempt: CompileResult
     dtype: str
     attention: str
     fits: bool
@@ -62,14 +62,14 @@ class Plan:
 
 def make_plan(config: Config, topology: str) -> Plan:
     """Plan a run of `config` on `topology`; raises `ValueError` for devices or a mesh that cannot be."""
-    target = target_of(topology)
+    target = topology_of(topology)
     dtype = compute_dtype(config.compute.dtype, target.devices[0].platform)
     use_precision_of(dtype)
     plan = plan_of(target, first_that_fits(config, target, dtype), dtype)
     return plan if plan.fits else replace(plan, remedy=find_remedy(config, target, dtype))
 
 
-def plan_of(target: Target, attempt: Attempt, dtype: Any) -> Plan:
+def plan_of(target: Topology, attempt: CompileResult, dtype: Any) -> Plan:
     """What an attempt shows, without a remedy."""
     config, mesh, program = attempt.config, attempt.mesh, attempt.program
     if program is None:
@@ -96,7 +96,7 @@ def policies_of(remat: Remat) -> tuple[Policy, ...]:
     return POLICIES if remat == "auto" else (remat,)
 
 
-def first_that_fits(config: Config, target: Target, dtype: Any) -> Attempt:
+def first_that_fits(config: Config, target: Topology, dtype: Any) -> CompileResult:
     """By the rule of a run's start: the first remat policy that leaves the runtime its share, or else the last."""
     attempts = (attempt(config, target, dtype, remat) for remat in policies_of(config.compute.remat))
     for each in attempts:
@@ -105,10 +105,10 @@ def first_that_fits(config: Config, target: Target, dtype: Any) -> Attempt:
     return each
 
 
-def attempt(config: Config, target: Target, dtype: Any, remat: Policy) -> Attempt:
+def attempt(config: Config, target: Topology, dtype: Any, remat: Policy) -> CompileResult:
     """Compile the step of the largest phase, or reckon its memory; raises `ValueError` for an impossible mesh."""
     mesh = mesh_of(config, target)
-    outcome = partial(Attempt, config=config, mesh=mesh, remat=remat)
+    outcome = partial(CompileResult, config=config, mesh=mesh, remat=remat)
     parameters, devices = config.model.num_parameters, len(target.devices)
     beside = beside_the_step(target.devices[0].platform, parameters, devices=devices)
     if not target.compiles:
@@ -145,7 +145,7 @@ def needed_by(refusal: str) -> int:
     return int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
 
 
-def mesh_of(config: Config, target: Target) -> Mesh:
+def mesh_of(config: Config, target: Topology) -> Mesh:
     """The mesh of --mesh over the target's devices; raises `ValueError`."""
     try:
         return make_mesh(config, target.devices)
@@ -153,7 +153,7 @@ def mesh_of(config: Config, target: Target) -> Mesh:
         raise UserError(f"--mesh {config.compute.mesh} on {target.name}: {error}") from None
 
 
-def find_remedy(config: Config, target: Target, dtype: Any) -> str | None:
+def find_remedy(config: Config, target: Topology, dtype: Any) -> str | None:
     """Flags with which it fits: more remat, then micro-batches, then parameters divided among the chips."""
     for remedy in remedies(config, len(target.devices)):
         try:

@@ -28,7 +28,7 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Absent:
+class AbstractDevice:
     """A device that is not here, as the rules of mesh and kernel look at one."""
 
     id: int
@@ -39,7 +39,7 @@ class Absent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class Topology:
     """Devices to plan for. `compiles` says whether their compiler is at hand; a CPU has no `chip`."""
 
     name: str
@@ -49,7 +49,7 @@ class Target:
     compiles: bool
 
 
-def target_of(topology: str) -> Target:
+def topology_of(topology: str) -> Topology:
     """The devices called NAME:AxB, NAME:AxBxC or NAME:N; raises `ValueError` in one line."""
     name, _, shape = topology.partition(":")
     name = "gpu-h100" if name == "gpu" else name
@@ -62,7 +62,7 @@ def target_of(topology: str) -> Target:
     return _gpu(name, int(shape)) if name in GPUS else _cpu(int(shape))
 
 
-def _tpu(name: str, dims: list[int]) -> Target:
+def _tpu(name: str, dims: list[int]) -> Topology:
     topology = f"{name}:{'x'.join(map(str, dims))}"
     needed = 2 if name in FLAT else 3
     require(len(dims) == needed, f"--topology {topology}: {name} has {needed} dims; {EXPECTED}")
@@ -83,7 +83,7 @@ def _tpu(name: str, dims: list[int]) -> Target:
         if "INVALID_ARGUMENT" not in str(error):
             raise
         raise UserError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
-    return Target(
+    return Topology(
         name=topology,
         devices=list(devices),
         memory_bytes=CHIPS[name].memory_bytes,
@@ -92,20 +92,20 @@ def _tpu(name: str, dims: list[int]) -> Target:
     )
 
 
-def _gpu(name: str, count: int) -> Target:
+def _gpu(name: str, count: int) -> Topology:
     chip = CHIPS[name]
-    devices = [Absent(i, "gpu", chip.device_kind, GPUS[name], i // GPUS_A_MACHINE) for i in range(count)]
-    return Target(
+    devices = [AbstractDevice(i, "gpu", chip.device_kind, GPUS[name], i // GPUS_A_MACHINE) for i in range(count)]
+    return Topology(
         name=f"{name}:{count}", devices=devices, memory_bytes=chip.memory_bytes, chip=chip, compiles=False
     )
 
 
-def _cpu(count: int) -> Target:
+def _cpu(count: int) -> Topology:
     here = jax.devices("cpu")
     compiles = len(here) >= count
-    devices = here[:count] if compiles else [Absent(i, "cpu", "cpu") for i in range(count)]
+    devices = here[:count] if compiles else [AbstractDevice(i, "cpu", "cpu") for i in range(count)]
     memory = total_bytes(here[0], devices=count)
-    return Target(name=f"cpu:{count}", devices=devices, memory_bytes=memory, chip=None, compiles=compiles)
+    return Topology(name=f"cpu:{count}", devices=devices, memory_bytes=memory, chip=None, compiles=compiles)
 
 
 def _keep_libtpu_quiet() -> None:

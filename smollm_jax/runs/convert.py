@@ -10,28 +10,28 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smollm_jax.checkpoint.manager import Checkpoints, read_params
+from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.config.serialization import as_dict
+from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.hf.export import export
-from smollm_jax.runs.load import load_for_inference, read_run
+from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.metrics import plot, read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import write_json_atomic
 
 
 @dataclass(frozen=True)
-class Published:
+class ExportedRun:
     folder: Path
     step: int
     checked: str
     """How the folder was compared with the run."""
 
 
-def publish(
+def export_run(
     run_dir: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", verify: bool = True
-) -> Published:
+) -> ExportedRun:
     """Export checkpoint `step` (the newest good one without it) of a run to the folder `out`.
 
     Raises `ValueError` when `run_dir` is no run or `out` holds something else, `RuntimeError` when what was
@@ -55,7 +55,7 @@ def publish(
     checked = export(
         params, config.model, out, dtype=dtype, tokenizer_folder=tokenizer, card_facts=facts, verify=verify
     )
-    return Published(Path(out), found.step, checked)
+    return ExportedRun(Path(out), found.step, checked)
 
 
 def import_run(path: str | Path, out: str | Path) -> ModelConfig:
@@ -66,17 +66,17 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
     out = Path(os.path.abspath(out))  # "." has no name of its own
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
-    model, params, tokenizer = load_for_inference(path)
+    model, params, tokenizer = load_model(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        checkpoints = Checkpoints(part / "checkpoints", keep_last=1, keep_every=1)
+        checkpoints = CheckpointManager(part / "checkpoints", keep_last=1, keep_every=1)
         # no "progress" in the meta: that is how a start knows weights to begin with from a run to go on with
         checkpoints.save(0, {"params": params}, {"imported_from": str(path)})
         require(checkpoints.wait(), f"{out} could not be written: {checkpoints.failed}")
         tokenizer.save(part / "tokenizer")
-        write_json_atomic(part / "config.json", as_dict(_config_of(model)))
+        write_json_atomic(part / "config.json", to_dict(_config_of(model)))
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

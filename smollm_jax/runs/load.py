@@ -30,7 +30,7 @@ def read_run(path: str | Path) -> Config:
         raise UserError(f"{path} is not a run: {error}") from None
 
 
-def load_for_inference(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
+def load_model(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
     """Architecture, f32 numpy parameters and tokenizer; raises `ValueError` in one line.
 
     `step` picks a checkpoint of a run; by default the newest good one.

@@ -18,7 +18,7 @@ from smollm_jax.runtime.console import say
 SAMPLES_OF = "=== step "
 
 
-class Report:
+class RunMetrics:
     """Writes the records of one run; `start` is the step it goes on from, `total` its last."""
 
     def __init__(self, run_dir: Path, *, start: int, total: int):
@@ -92,8 +92,8 @@ class Report:
                 self._board.scalar(name, value, line["step"])
 
 
-class Silence:
-    """Stands for the `Report` in all processes but the first."""
+class NullMetrics:
+    """Stands for the `RunMetrics` in all processes but the first."""
 
     def progress(self, step: int) -> None:
         pass

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.checkpoint.listing import good_ones
+from smollm_jax.checkpoint.listing import verified_checkpoints
 from smollm_jax.data.batch_hash import batch_hash, extended
 from smollm_jax.data.heldout import heldout
 from smollm_jax.data.loader import open_batches
@@ -61,7 +61,7 @@ def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
 
 def _before(run_dir: Path, step: int) -> tuple[Any, str]:
     """Cursor and ledger of the newest good checkpoint before `step`."""
-    for found in good_ones(run_dir / "checkpoints", group="step"):
+    for found in verified_checkpoints(run_dir / "checkpoints", group="step"):
         if found.step < step and found.meta.get("cursor") is not None:
             return found.meta["cursor"], found.meta["progress"]["ledger"]
     return None, ""

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class BackgroundTask(Generic[T]):
     """`work()` under way; `result` waits for it and returns or raises what it did."""
 
     def __init__(self, work: Callable[[], T]):

@@ -39,7 +39,7 @@ def request_seconds() -> float:
     return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-def patiently(ask: Callable[[], T], name: str, patience: float, closed: threading.Event) -> T:
+def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Event) -> T:
     """`ask()`, again and again while its failure may pass, each wait shown.
 
     Raises `SourceTimeout` after `patience` seconds, or when `closed` is set meanwhile.

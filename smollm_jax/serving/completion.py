@@ -39,7 +39,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TextChunk:
     """Text that is new, and how far the whole has come; the last piece has a `reason`."""
 
     text: str
@@ -79,7 +79,7 @@ class Completer:
         sampling: Sampling,
         stop: tuple[str, ...] = (),
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextChunk]:
         """Pieces of the continuation of `prompt`, text or ids; the last one has the reason of the end.
 
         A stop string ends the text and is not part of it. `cancelled` is asked after each piece of the engine.
@@ -92,9 +92,9 @@ class Completer:
         started, first, made = time.perf_counter(), None, 0
         reason: Reason | None = None
 
-        def piece(shown: str) -> Piece:
+        def piece(shown: str) -> TextChunk:
             seconds, self.stop_reason = time.perf_counter() - started, reason
-            return Piece(text=shown, tokens=made, prompt_tokens=len(ids), seconds=seconds,
+            return TextChunk(text=shown, tokens=made, prompt_tokens=len(ids), seconds=seconds,
                          seconds_to_first=first, reason=reason)  # fmt: skip
 
         stream = self.engine.stream(ids, sampling)
@@ -189,9 +189,9 @@ def _open_jax(path: str | Path, dtype: Dtype) -> Completer:
     import jax
 
     from smollm_jax.model.transformer import SmolLM
-    from smollm_jax.runs.load import load_for_inference
+    from smollm_jax.runs.load import load_model
 
-    config, params, tokenizer = load_for_inference(path)
+    config, params, tokenizer = load_model(path)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model meets the same few programs each time it is opened
         folder = Path(ComputeConfig().compilation_cache_dir).expanduser()

@@ -1,4 +1,4 @@
-"""What the page and /generate do with a `Worker`: texts and numbers in, growing text and a line about it out.
+"""What the page and /generate do with a `Scheduler`: texts and numbers in, growing text and a line about it out.
 
 Handlers for Gradio, which calls them by place and closes them when a visitor goes. They check nothing themselves,
 since a page can be gone around: numbers go to the worker as they came, and what the worker says against them is
@@ -16,9 +16,9 @@ from typing import Any
 import gradio as gr
 
 from smollm_jax.runtime.errors import require
-from smollm_jax.serving.completion import Piece
+from smollm_jax.serving.completion import TextChunk
 from smollm_jax.serving.openai_api import conversation
-from smollm_jax.serving.scheduler import Busy, Worker
+from smollm_jax.serving.scheduler import QueueFull, Scheduler
 
 UNDO_DEPTH = 20
 ENDS = {
@@ -39,11 +39,11 @@ def in_words() -> Iterator[None]:
     """Turn what can go wrong into a message that the page and Gradio's clients show."""
     try:
         yield
-    except (ValueError, Busy, RuntimeError) as error:
+    except (ValueError, QueueFull, RuntimeError) as error:
         raise gr.Error(str(error), print_exception=False) from None
 
 
-def status(piece: Piece, seed: int) -> str:
+def status(piece: TextChunk, seed: int) -> str:
     """One line on how far a text has come, how fast, and why it ended."""
     first, rest = piece.seconds_to_first or 0.0, max(piece.tokens - 1, 0)
     spent = piece.seconds - first
@@ -54,10 +54,10 @@ def status(piece: Piece, seed: int) -> str:
     return " · ".join(parts)
 
 
-class Writer:
+class Handlers:
     """The page's handlers, and the one behind /generate."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: Scheduler):
         self.worker = worker
 
     def before(self) -> str:
@@ -152,7 +152,7 @@ class Writer:
                     yield facts(text, piece, sampling.seed)
 
 
-def facts(text: str, piece: Piece, seed: int) -> dict[str, Any]:
+def facts(text: str, piece: TextChunk, seed: int) -> dict[str, Any]:
     return {
         "text": text,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""OpenAI-compatible routes over a `Worker`: /v1/models, /v1/completions and /v1/chat/completions.
+"""OpenAI-compatible routes over a `Scheduler`: /v1/models, /v1/completions and /v1/chat/completions.
 
 Clients written for OpenAI's API work as they are; what this server does not do (several choices, log
 probabilities, tools) is refused in their format, never ignored. A client that leaves takes its request with it.
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from smollm_jax.runtime.errors import require
-from smollm_jax.serving.completion import Piece
-from smollm_jax.serving.scheduler import LONGEST_PROMPT, Busy, Worker, check_text
+from smollm_jax.serving.completion import TextChunk
+from smollm_jax.serving.scheduler import LONGEST_PROMPT, QueueFull, Scheduler, check_text
 from smollm_jax.tokenizer.chat_template import chat_prompt
 
 LARGEST_BODY = 4 * 2**20  # bytes: a prompt that is only too long for the model still gets an answer in words
@@ -90,7 +90,7 @@ class ChatRequest(_Asked):
     logprobs: Literal[False] | None = None
 
 
-class Form:
+class ResponseFormat:
     """How a text is wrapped: as a completion or as a chat, whole or in pieces."""
 
     def __init__(self, *, chat: bool, model: str):
@@ -102,7 +102,7 @@ class Form:
             "model": model,
         }
 
-    def whole(self, text: str, last: Piece) -> dict[str, Any]:
+    def whole(self, text: str, last: TextChunk) -> dict[str, Any]:
         body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **body, "logprobs": None, "finish_reason": FINISH[last.reason or "cancelled"]}
         return {**self._common, "object": self._kind, "choices": [choice], "usage": usage(last)}
@@ -113,7 +113,7 @@ class Form:
         choice = {"index": 0, **body, "logprobs": None, "finish_reason": reason and FINISH[reason]}
         return {**self._common, "object": self._part_kind, "choices": [choice]}
 
-    def usage_part(self, last: Piece) -> dict[str, Any]:
+    def usage_part(self, last: TextChunk) -> dict[str, Any]:
         return {**self._common, "object": self._part_kind, "choices": [], "usage": usage(last)}
 
     @property
@@ -121,7 +121,7 @@ class Form:
         return f"{self._kind}.chunk" if self.chat else self._kind
 
 
-def usage(last: Piece) -> dict[str, int]:
+def usage(last: TextChunk) -> dict[str, int]:
     total = last.prompt_tokens + last.tokens
     return {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.tokens, "total_tokens": total}
 
@@ -129,7 +129,7 @@ def usage(last: Piece) -> dict[str, int]:
 class Routes:
     """The handlers, over one worker and the name that its model goes by."""
 
-    def __init__(self, worker: Worker, model: str):
+    def __init__(self, worker: Scheduler, model: str):
         self.worker, self.model = worker, model
         self._created = int(time.time())
 
@@ -169,7 +169,7 @@ class Routes:
             top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p,
             repetition_penalty=asked.repetition_penalty, seed=asked.seed,
         )  # fmt: skip
-        form = Form(chat=chat, model=self.model)
+        form = ResponseFormat(chat=chat, model=self.model)
         pieces = self.worker.pieces(ids, sampling, self.worker.stop_strings(asked.stop))
         if not asked.stream:
             return await unless_gone(request, _whole(form, pieces))
@@ -179,7 +179,7 @@ class Routes:
         return StreamingResponse(_events(form, first, pieces, with_usage), media_type="text/event-stream")
 
 
-def conversation(worker: Worker, messages: list[dict[str, str]]) -> list[int]:
+def conversation(worker: Scheduler, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation under the template; raises `ValueError` for what is too long or no text."""
     for message in messages:
         check_text(message["content"], "a message")
@@ -188,7 +188,7 @@ def conversation(worker: Worker, messages: list[dict[str, str]]) -> list[int]:
     return worker.fitting(chat_prompt(worker.completer.tokenizer, messages))
 
 
-async def _whole(form: Form, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
+async def _whole(form: ResponseFormat, pieces: AsyncGenerator[TextChunk, None]) -> dict[str, Any]:
     text = []
     async with contextlib.aclosing(pieces):
         async for piece in pieces:
@@ -197,7 +197,7 @@ async def _whole(form: Form, pieces: AsyncGenerator[Piece, None]) -> dict[str, A
 
 
 async def _events(
-    form: Form, first: Piece, pieces: AsyncGenerator[Piece, None], with_usage: bool
+    form: ResponseFormat, first: TextChunk, pieces: AsyncGenerator[TextChunk, None], with_usage: bool
 ) -> AsyncGenerator[str, None]:
     def event(data: dict[str, Any]) -> str:
         return f"data: {json.dumps(data)}\n\n"
@@ -241,7 +241,7 @@ def _error(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-def add_routes(app: FastAPI, worker: Worker, *, model: str, api_key: str | None) -> None:
+def add_routes(app: FastAPI, worker: Scheduler, *, model: str, api_key: str | None) -> None:
     """Put the routes and OpenAI's way to report errors on `app`; with a key, every route asks for it."""
 
     def check_key(request: Request) -> None:
@@ -274,8 +274,8 @@ def add_routes(app: FastAPI, worker: Worker, *, model: str, api_key: str | None)
     async def mistaken(_: Request, error: ValueError) -> JSONResponse:
         return answer(400, str(error).replace("max_new_tokens", "max_tokens"))  # their name for it
 
-    @app.exception_handler(Busy)
-    async def busy(_: Request, error: Busy) -> JSONResponse:
+    @app.exception_handler(QueueFull)
+    async def busy(_: Request, error: QueueFull) -> JSONResponse:
         return answer(429, str(error), {"Retry-After": "2"})
 
     @app.exception_handler(RuntimeError)

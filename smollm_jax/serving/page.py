@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from smollm_jax.serving.handlers import Turn, Writer, shown
-from smollm_jax.serving.scheduler import RANGES, Worker
+from smollm_jax.serving.handlers import Handlers, Turn, shown
+from smollm_jax.serving.scheduler import RANGES, Scheduler
 
 GRADIO_QUEUE = 64
 STATE_SECONDS = 3_600
@@ -60,9 +60,9 @@ curl URL/v1/completions -H 'Content-Type: application/json'{key} \\
 """
 
 
-def build_page(worker: Worker, name: str, *, with_key: bool) -> gr.Blocks:
+def build_page(worker: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
     """The whole page. Requests wait in the worker's line, which all doors share; Gradio's own only passes on."""
-    writer, has_chat = Writer(worker), bool(worker.completer.tokenizer.chat_template)
+    writer, has_chat = Handlers(worker), bool(worker.completer.tokenizer.chat_template)
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             about = f"{worker.completer.about} · context {worker.completer.context:,} tokens"
@@ -99,7 +99,7 @@ async def no_files(*_: Any) -> str:
     raise gr.Error("files are not taken here", print_exception=False)
 
 
-def settings(worker: Worker) -> list[gr.components.Component]:
+def settings(worker: Scheduler) -> list[gr.components.Component]:
     """Presets and the numbers, in the order of `NAMES`."""
     longest, (temperature, top_p, top_k, penalty) = worker.max_new_tokens, PRESETS[START]
     preset = gr.Radio(list(PRESETS), value=START, label="Preset")
@@ -117,7 +117,7 @@ def settings(worker: Worker) -> list[gr.components.Component]:
     return [*sliders, length, seed]
 
 
-def notebook(writer: Writer, numbers: list[gr.components.Component]) -> None:
+def notebook(writer: Handlers, numbers: list[gr.components.Component]) -> None:
     """The sheet and its buttons."""
     history = gr.State([], time_to_live=STATE_SECONDS)
     sheet = gr.Textbox(
@@ -139,7 +139,7 @@ def notebook(writer: Writer, numbers: list[gr.components.Component]) -> None:
     )  # fmt: skip
 
 
-def chat(writer: Writer, numbers: list[gr.components.Component]) -> None:
+def chat(writer: Handlers, numbers: list[gr.components.Component]) -> None:
     """A conversation under the model's template."""
     talk = gr.State([], time_to_live=STATE_SECONDS)
     # Gradio's own buttons would copy the text as it was escaped for the chatbot

@@ -19,7 +19,7 @@ from typing import Any
 
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import require
-from smollm_jax.serving.completion import Completer, Piece
+from smollm_jax.serving.completion import Completer, TextChunk
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
 STOP_STRINGS, LONGEST_STOP = 4, 100
@@ -36,7 +36,7 @@ RANGES = {
 WHOLE = ("top_k", "seed", "max_new_tokens")
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """The line is full."""
 
 
@@ -47,17 +47,17 @@ class _Job:
     stop: tuple[str, ...]
     loop: asyncio.AbstractEventLoop
     owner: str | None
-    pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
+    pieces: asyncio.Queue[TextChunk | Exception] = field(default_factory=asyncio.Queue)
     left: threading.Event = field(default_factory=threading.Event)
 
-    def put(self, item: Piece | Exception) -> None:
+    def put(self, item: TextChunk | Exception) -> None:
         try:
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
         except RuntimeError:  # the reader's loop is closed: nobody listens any more
             self.left.set()
 
 
-class Worker:
+class Scheduler:
     """The only user of a `Completer`; requests are served in the order in which they came."""
 
     def __init__(self, completer: Completer, *, max_waiting: int, max_new_tokens: int):
@@ -119,15 +119,15 @@ class Worker:
 
     async def pieces(
         self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *, owner: str | None = None
-    ) -> AsyncGenerator[Piece, None]:
-        """Pieces of the continuation, once its turn has come; closing this ends the work. Raises `Busy`.
+    ) -> AsyncGenerator[TextChunk, None]:
+        """Pieces of the continuation, once its turn has come; closing this ends the work. Raises `QueueFull`.
 
         `cancel(owner)` ends it too, with a last piece that says so.
         """
         job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner)
         with self._changed:
             if len(self._line) >= self.max_waiting:
-                raise Busy(f"the model is busy and {self.max_waiting} requests wait already; try again soon")
+                raise QueueFull(f"the model is busy and {self.max_waiting} requests wait already; try again soon")
             self._line.append(job)
             self._changed.notify()
         try:
@@ -138,7 +138,7 @@ class Worker:
                 last = items[-1]
                 if isinstance(last, Exception):
                     raise last
-                yield replace(last, text="".join(item.text for item in items if isinstance(item, Piece)))
+                yield replace(last, text="".join(item.text for item in items if isinstance(item, TextChunk)))
                 if last.reason is not None:
                     return
         finally:
@@ -152,7 +152,8 @@ class Worker:
         with self._changed:
             for job in [job for job in self._line if job.owner == owner]:
                 self._line.remove(job)
-                job.put(Piece(text="", tokens=0, prompt_tokens=len(job.ids), seconds=0.0, seconds_to_first=None,
+                job.put(TextChunk(text="", tokens=0, prompt_tokens=len(job.ids), seconds=0.0,
+                                  seconds_to_first=None,
                               reason="cancelled"))  # fmt: skip
             if self._now is not None and self._now.owner == owner:
                 self._now.left.set()  # the stream itself says how it ended

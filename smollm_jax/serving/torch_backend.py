@@ -111,13 +111,13 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
     from smollm_jax.hf.config_json import model_config
     from smollm_jax.hf.export import write_folder
     from smollm_jax.hf.reader import local_folder, read_json
-    from smollm_jax.runs.load import is_run, load_for_inference
+    from smollm_jax.runs.load import is_run, load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     if is_run(path):
-        config, params, tokenizer = load_for_inference(path)
+        config, params, tokenizer = load_model(path)
         with tempfile.TemporaryDirectory(prefix="smollm-jax-") as scratch:
             write_folder(params, config, Path(scratch) / "model", dtype="float32", tokenizer_folder=None)
             model = _transformers_model(Path(scratch) / "model", dtype).to(device)

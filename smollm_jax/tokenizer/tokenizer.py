@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, brief, require
-from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT, be_quiet, may_pass, patiently, request_seconds
+from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT, be_quiet, may_pass, request_seconds, retry
 
 EOS = "<|endoftext|>"
 BYTES = 256
@@ -181,8 +181,8 @@ def _fetch(repo: str) -> Path:
         try:
             return Path(get(local_files_only=True))
         except LocalEntryNotFoundError:
-            patiently(ask, repo, FRESH_SECONDS, threading.Event())
-    return Path(patiently(get, repo, FRESH_SECONDS, threading.Event()))
+            retry(ask, repo, FRESH_SECONDS, threading.Event())
+    return Path(retry(get, repo, FRESH_SECONDS, threading.Event()))
 
 
 def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:

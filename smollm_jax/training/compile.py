@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from smollm_jax.checkpoint.manager import Checkpoints
+from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import (
@@ -106,7 +106,7 @@ def with_attention(
 
 
 def compile_within(
-    config: Config, mesh: jax.sharding.Mesh, dtype: Any, checkpoints: Checkpoints
+    config: Config, mesh: jax.sharding.Mesh, dtype: Any, checkpoints: CheckpointManager
 ) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
     """The steps, their remat policy by the memory there is, and a note where that may not do."""
     gather, here = checkpoints.processes.gather, mesh.local_mesh.devices

@@ -26,7 +26,7 @@ from smollm_jax.distributed.sharding import make_mesh, on_one_device
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.model.transformer import SmolLM
-from smollm_jax.runs.load import is_run, load_for_inference, read_run
+from smollm_jax.runs.load import is_run, load_model, read_run
 from smollm_jax.runs.metrics import finite_or_none
 from smollm_jax.runtime.devices import use_precision_of
 from smollm_jax.runtime.errors import require
@@ -93,7 +93,7 @@ def evaluate_model(
     """
     require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
-    model, params, tokenizer = load_for_inference(path)
+    model, params, tokenizer = load_model(path)
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
@@ -123,7 +123,7 @@ def evaluate_model(
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
 
 
-def examine(run: Run, save: Callable[[], None]) -> None:
+def evaluate_run(run: Run, save: Callable[[], None]) -> None:
     """Held-out loss, samples and loss.png; left for the next start when asked to stop on the way.
 
     A stop that comes while there is much to compile is met by another thread, which calls `save`.

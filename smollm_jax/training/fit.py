@@ -10,17 +10,17 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from smollm_jax.config.serialization import as_dict, flatten
+from smollm_jax.config.serialization import flatten, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.launch import join
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.runs.convert import publish
+from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.console import say
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout
 from smollm_jax.runtime.signals import StopRequest
-from smollm_jax.training.evaluation import examine
+from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.loop import DATA_ENDED, DONE, STOPPED, train
 from smollm_jax.training.progress import TooManyBadSteps
 from smollm_jax.training.run import Run, save
@@ -37,9 +37,9 @@ def fit(config: Config, stop: StopRequest) -> int:
 
 
 def _fit(config: Config, stop: StopRequest, processes: Processes) -> int:
-    processes.agree_on({n: v for n, v in flatten(as_dict(config)).items() if n != "compute.process_id"})
+    processes.agree_on({n: v for n, v in flatten(to_dict(config)).items() if n != "compute.process_id"})
     processes.require_shared(Path(config.run_dir))
-    with processes.together(lambda: claim(config, processes)) as run_dir, processes.watched(run_dir):
+    with processes.together(lambda: acquire_run_dir(config, processes)) as run_dir, processes.watched(run_dir):
         return processes.ending(lambda: _claimed(config, run_dir, stop, processes))
 
 
@@ -71,7 +71,7 @@ def finish(run: Run, outcome: str) -> int:
         return EXIT_FAILED
     step, total = run.progress.step, run.config.total_steps
     if outcome == DATA_ENDED and run.evaluated < step and run.config.run.eval_every:
-        examine(run, partial(save, run))
+        evaluate_run(run, partial(save, run))
     if outcome == STOPPED or run.interrupted:
         again = "the same command without --new-run" if run.config.run.new_run else "the same command"
         run.report.say(f"stopped at step {step:,} of {total:,}, saved; run {again} to go on")
@@ -97,7 +97,7 @@ def conclude(run: Run) -> int:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0
     try:
-        folder = publish(run.run_dir, run.run_dir / "export", step=step).folder
+        folder = export_run(run.run_dir, run.run_dir / "export", step=step).folder
     except RuntimeError as error:
         print(f"{result}; saved, but not exported")
         run.report.say(f"the export was taken back: {error}")
@@ -106,7 +106,7 @@ def conclude(run: Run) -> int:
     return 0
 
 
-def claim(config: Config, processes: Processes) -> Claimed:
+def acquire_run_dir(config: Config, processes: Processes) -> Claimed:
     """Take the run folder and its lock, until the stack is closed, whose context is the folder.
 
     --new-run moves an old folder aside first. Of several processes the first has the lock, for all. Raises

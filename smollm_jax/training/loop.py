@@ -19,7 +19,7 @@ from smollm_jax.data.packing import Batch
 from smollm_jax.distributed.sharding import by_device, on_devices, padded_rows
 from smollm_jax.distributed.watchdog import AGAIN
 from smollm_jax.runtime.errors import SourceTimeout, UserError
-from smollm_jax.training.evaluation import examine
+from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.progress import Interval, Pending, report_step, write_line
 from smollm_jax.training.run import Run, evaluation_due, save, save_due
 from smollm_jax.training.step import ENDED, GO, STOP, VOID
@@ -43,7 +43,7 @@ class Ballot:
 def train_together(run: Run) -> str:
     """As `train`. Raises `ValueError` in all processes where the data of one cannot be read."""
     if run.evaluated < run.progress.step and evaluation_due(run):
-        examine(run, partial(save, run))
+        evaluate_run(run, partial(save, run))
     pending, interval, ballot = None, Interval(), None
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
@@ -66,7 +66,7 @@ def train_together(run: Run) -> str:
         if verdict != GO:
             return ended(run, verdict, ballot)
         if evaluation_due(run):
-            examine(run, partial(save, run))
+            evaluate_run(run, partial(save, run))
         interval.began += time.monotonic() - paused
     verdict = settle(run, pending, interval)
     if verdict == ENDED:
@@ -150,7 +150,7 @@ POLL_SECONDS = 0.2
 def train(run: Run) -> str:
     """The loop; returns why it ended: `DONE`, `STOPPED` or `DATA_ENDED`."""
     if run.evaluated < run.progress.step and evaluation_due(run):
-        examine(run, partial(save, run))
+        evaluate_run(run, partial(save, run))
     pending, interval = None, Interval()
     while run.progress.step < run.last_step:
         waiting_since = time.monotonic()
@@ -177,7 +177,7 @@ def train(run: Run) -> str:
         if save_due(run) or run.stop.requested:
             save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
         if evaluation_due(run):
-            examine(run, partial(save, run))
+            evaluate_run(run, partial(save, run))
         interval.began += time.monotonic() - paused
         if run.stop.requested:
             save(run)  # again where the request came during the evaluation

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smollm_jax.checkpoint.listing import Found
-from smollm_jax.checkpoint.manager import Checkpoints
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
+from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.recipes import RECIPES
-from smollm_jax.config.serialization import as_dict, flatten, from_dict
+from smollm_jax.config.serialization import flatten, from_dict, to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.runs.load import load_for_inference
+from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.step import learning_rate_schedule
@@ -32,22 +32,22 @@ FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id"}
 
 
 @dataclass(frozen=True)
-class Origin:
+class StartState:
     """`config` is what was asked for, completed by what is started from; at most one of the two others is set."""
 
     config: Config
-    checkpoint: Found | None = None
+    checkpoint: VerifiedCheckpoint | None = None
     weights: tuple[Any, Tokenizer] | None = None
     """f32 parameters and the tokenizer they were trained with."""
     notes: list[str] = field(default_factory=list)
 
 
-def find_origin(config: Config, run_dir: Path, checkpoints: Checkpoints) -> Origin:
+def find_start(config: Config, run_dir: Path, checkpoints: CheckpointManager) -> StartState:
     """Look for a checkpoint, then for imported weights, then for --init-from.
 
     Raises `ValueError` when the run cannot go on under `config`, or the weights are not of its architecture.
     """
-    found = checkpoints.latest_good(set_aside=True)
+    found = checkpoints.latest_good(quarantine=True)
     if found is not None and "progress" in found.meta:
         return _resumed(config, found)
     left = [path.name for path in checkpoints.folder.glob("[!.]*")] if found is None else []
@@ -60,14 +60,14 @@ def find_origin(config: Config, run_dir: Path, checkpoints: Checkpoints) -> Orig
     if found is not None and source is None:
         source = str(run_dir)
     if source is None:
-        return Origin(config)
-    model, params, tokenizer = load_for_inference(source)
+        return StartState(config)
+    model, params, tokenizer = load_model(source)
     config = _completed(config, model, source)
     config = replace(config, run=replace(config.run, init_from=source))
-    return Origin(config, weights=(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), tokenizer))
+    return StartState(config, weights=(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), tokenizer))
 
 
-def _resumed(config: Config, found: Found) -> Origin:
+def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     saved = from_dict(found.meta["config"])
     if saved.run.init_from is not None:
         if config.run.init_from is None:
@@ -79,7 +79,7 @@ def _resumed(config: Config, found: Found) -> Origin:
         return [(float(rate), of.batch_size_at(i + 1)) for i, rate in enumerate(rates)]
 
     notes = check_settings(found.meta["config"], config, found.step, updates)
-    return Origin(config, checkpoint=found, notes=notes)
+    return StartState(config, checkpoint=found, notes=notes)
 
 
 def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
@@ -125,7 +125,7 @@ def check_settings(
 
     `schedule_of(config)` gives learning rate and batch size of every update up to `step`.
     """
-    before, now = flatten(old), flatten(as_dict(config))
+    before, now = flatten(old), flatten(to_dict(config))
     changed = [name for name in now if before.get(name) != now[name] and name not in NEUTRAL]
     notes = [
         f"{name} changed from {before.get(name)} to {now[name]}: same maths, the last bits may differ"

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from smollm_jax.checkpoint.manager import Checkpoints
-from smollm_jax.config.serialization import as_dict
+from smollm_jax.checkpoint.manager import CheckpointManager
+from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import HeldOut
-from smollm_jax.data.loader import Stream, merged
+from smollm_jax.data.loader import PrefetchLoader, merged
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.generation.generator import Generator
-from smollm_jax.runs.metrics import Report, Silence
+from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -43,15 +43,15 @@ class Run:
     run_dir: Path
     stop: StopRequest
     tokenizer: Tokenizer
-    stream: Stream
+    stream: PrefetchLoader
     heldout: HeldOut | None
     mesh: jax.sharding.Mesh
     dtype: Any
     steps: dict[int, jax.stages.Compiled]
     nll: Callable[..., jax.Array]
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     state: dict[str, Any]
-    report: Report | Silence
+    report: RunMetrics | NullMetrics
     progress: Progress = field(default_factory=Progress)
     saved: int = 0
     """Step of the last checkpoint begun."""
@@ -91,7 +91,7 @@ def save(run: Run) -> None:
     meta = {
         "cursor": cursor,
         "progress": dataclasses.asdict(run.progress) | {"cursor": cursor},
-        "config": as_dict(run.config),
+        "config": to_dict(run.config),
         "computed": run.computed,
     }
     with run.processes.watch.long("a save"):

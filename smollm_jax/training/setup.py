@@ -16,25 +16,25 @@ from typing import Any
 
 import jax
 
-from smollm_jax.checkpoint.listing import Found
-from smollm_jax.checkpoint.manager import Checkpoints
-from smollm_jax.config.serialization import as_dict
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
+from smollm_jax.checkpoint.manager import CheckpointManager
+from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import HeldOut, head_texts, heldout
-from smollm_jax.data.loader import Stream, check_vocab, open_stream
+from smollm_jax.data.loader import PrefetchLoader, check_vocab, open_stream
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import make_mesh, shards_here
-from smollm_jax.runs.metrics import Records, Report, Silence, keep_records
+from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smollm_jax.training.compile import compile_within, make_scorer, with_attention
-from smollm_jax.training.restore import Origin, find_origin
+from smollm_jax.training.restore import StartState, find_start
 from smollm_jax.training.run import Progress, Run
 from smollm_jax.training.step import abstract_state, init_state
-from smollm_jax.training.summary import introduce
+from smollm_jax.training.summary import log_summary
 
 # documents from the head of the data that a `train:VOCAB` tokenizer is trained on
 TOKENIZER_DOCUMENTS = 20_000
@@ -44,7 +44,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     """Build or restore the run, and say what it will do."""
     began = time.monotonic()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         run_dir / "checkpoints",
         keep_last=config.run.keep_last,
         keep_every=config.run.keep_every,
@@ -74,7 +74,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
         progress, start = Progress(**found.meta["progress"]), found.step
     records = keep_records(run_dir, start) if processes.first else Records(0, {})
     evaluated = processes.gather(records.evaluated)[0]
-    report = Report(run_dir, start=start, total=config.total_steps) if processes.first else Silence()
+    report = RunMetrics(run_dir, start=start, total=config.total_steps) if processes.first else NullMetrics()
     run = Run(
         config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state, report,
         progress, start, start, start, evaluated, records.ledgers, computed, processes,
@@ -83,11 +83,11 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
     checkpoints.newest = start
     # one of several cannot leave by itself
     stop.nothing_to_lose = lambda: not processes.several and checkpoints.newest == run.progress.step
-    introduce(run, notes, remat=remat, seconds=time.monotonic() - began)
+    log_summary(run, notes, remat=remat, seconds=time.monotonic() - began)
     return run
 
 
-def clean(run_dir: Path, checkpoints: Checkpoints) -> None:
+def clean(run_dir: Path, checkpoints: CheckpointManager) -> None:
     """Remove what dead processes left half written."""
     checkpoints.clean()
     for left_over in run_dir.glob(".export.*"):
@@ -95,16 +95,16 @@ def clean(run_dir: Path, checkpoints: Checkpoints) -> None:
 
 
 def known(
-    config: Config, run_dir: Path, checkpoints: Checkpoints, processes: Processes
-) -> tuple[Origin, Tokenizer]:
+    config: Config, run_dir: Path, checkpoints: CheckpointManager, processes: Processes
+) -> tuple[StartState, Tokenizer]:
     """What the run starts from, and its tokenizer, from then on in the run folder."""
-    origin = find_origin(config, run_dir, checkpoints)
+    origin = find_start(config, run_dir, checkpoints)
     return origin, prepare_tokenizer(origin, run_dir, in_place=not processes.first)
 
 
 def open_data(
-    config: Config, tokenizer: Tokenizer, found: Found | None, mesh: jax.sharding.Mesh
-) -> tuple[HeldOut | None, Stream]:
+    config: Config, tokenizer: Tokenizer, found: VerifiedCheckpoint | None, mesh: jax.sharding.Mesh
+) -> tuple[HeldOut | None, PrefetchLoader]:
     """What is held out, and the stream of what is not, or of the rows that this process has devices for."""
     held_out = None
     if config.data.eval_documents:
@@ -123,7 +123,7 @@ def open_data(
     return held_out, stream
 
 
-def check_computed(found: Found | None, computed: dict[str, Any]) -> list[str]:
+def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
     """Notes on what computes now and what did before; raises `ValueError` for another dtype."""
     before = found.meta.get("computed", computed) if found else computed
     require(
@@ -152,14 +152,14 @@ def keep_config(config: Config, run_dir: Path) -> None:
     """Write config.json unless it says just that."""
     path = run_dir / "config.json"
     try:
-        if read_json(path) == as_dict(config):
+        if read_json(path) == to_dict(config):
             return
     except Damaged:
         pass
-    write_json_atomic(path, as_dict(config))
+    write_json_atomic(path, to_dict(config))
 
 
-def prepare_tokenizer(origin: Origin, run_dir: Path, *, in_place: bool) -> Tokenizer:
+def prepare_tokenizer(origin: StartState, run_dir: Path, *, in_place: bool) -> Tokenizer:
     """The run's own tokenizer when it resumes or another process has put it there, else that of the weights or
     the one asked for, kept in the run.
     """
@@ -174,7 +174,7 @@ def prepare_tokenizer(origin: Origin, run_dir: Path, *, in_place: bool) -> Token
     return tokenizer
 
 
-def _asked_for(origin: Origin) -> Tokenizer:
+def _asked_for(origin: StartState) -> Tokenizer:
     name, run = origin.config.data.tokenizer, origin.config.run
     theirs = origin.weights[1] if origin.weights else None
     if theirs is not None and name == run.init_from:

@@ -28,7 +28,7 @@ from smollm_jax.kernels.select import (
     product_of,
     score_of,
 )
-from smollm_jax.model.loss import Score, plain_score, summed_nll, targets_of
+from smollm_jax.model.loss import Score, reference_cross_entropy, summed_nll, targets_of
 from smollm_jax.model.transformer import Policy, SmolLM, init_params
 
 State = dict[str, Any]
@@ -138,7 +138,7 @@ def attention_of(config: Config, mesh: Mesh | None, dtype: Any) -> AttentionName
     return "plain" if mesh is None else choose(config.compute.attention, mesh.devices.flat[0], dtype)[0]
 
 
-def summed_over(mesh: Mesh | None, score: Score = plain_score) -> Callable[..., jax.Array]:
+def summed_over(mesh: Mesh | None, score: Score = reference_cross_entropy) -> Callable[..., jax.Array]:
     """`summed_nll` over the tokens of all devices: each goes through its own with the whole head, and the sums
     are added up once, at the end, where the partitioner would add up the head's gradient after every chunk.
     The devices of `tensor`, which have the same rows, take a part of each.

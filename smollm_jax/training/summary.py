@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from smollm_jax.training.run import Run
 
 
-def introduce(run: Run, notes: list[str], *, remat: str, seconds: float) -> None:
+def log_summary(run: Run, notes: list[str], *, remat: str, seconds: float) -> None:
     """Say in a dozen lines what the run will do."""
     config, model, device = run.config, run.config.model, run.mesh.devices.flat[0]
     phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {config.data.seq_len}" for p in config.phases)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint.listing import steps_in
-from smollm_jax.config.serialization import as_dict, from_dict
+from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.console import say
@@ -93,7 +93,7 @@ def start(config: Config, **options: Any) -> subprocess.Popen[str]:
     """`config` in a process of its own, as train_jax.py would run it."""
     path = Path(config.run_dir).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_dict(config)))
+    path.write_text(json.dumps(to_dict(config)))
     options = {"stdout": sys.stderr} | options  # its result is not ours
     command = [sys.executable, "-m", "smollm_jax.training.verify_resume", str(path)]
     return subprocess.Popen(command, text=True, env=os.environ | environment(), **options)

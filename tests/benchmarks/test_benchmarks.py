@@ -1,0 +1,322 @@
+"""Every benchmark runs, in tiny shapes, and ends in a line of JSON with the fields that others read."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.sides import Outcome
+from tests.support.paths import ROOT
+
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="the peer is PyTorch")
+ALONE = ("--preset", "quickstart", "--seq-len", "32", "--documents", "2", "--rounds", "1")
+
+
+def ran(name, *flags, code=0):
+    """The last line of what the benchmark prints, as JSON, and what it says to a person."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == code, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, "only the line of JSON belongs on stdout"
+    return json.loads(lines[0]), done.stderr
+
+
+def positive(spread):
+    return 0 < spread["min"] <= spread["median"] <= spread["max"]
+
+
+def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
+    found, table = ran("train", *ALONE, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
+    assert [(row["side"], row["batch"]) for row in found["rows"]] == [("ours", 1), ("ours", 2)]
+    for row in found["rows"]:
+        assert positive(row["tokens/s"])
+        assert min(row["compile, s"], row["peak GiB"], row["planned GiB"], row["first loss"]) > 0
+        assert row["threads, s a step"] > 0
+        assert row["system, s a step"] >= 0
+        assert row["page faults a step"] >= 0
+        assert row["MFU"] is None  # of a CPU no peak is known
+    best = max(row["tokens/s"]["median"] for row in found["rows"])
+    assert [row["tokens/s"] for row in found["summary"]] == [best]
+    assert "tokens/s" in table
+    assert found["machine"]["cores"] == os.cpu_count()
+
+
+@needs_torch
+@pytest.mark.parametrize("more", [[], ["--alone"]])
+def test_train_sets_the_peer_beside_ours(more):
+    found, _ = ran("train", *ALONE, "--documents", "1", "--dtypes", "float32", "--peers", "eager", *more)
+    ours, peer = found["rows"]
+    assert peer["side"] == "HF + PyTorch eager"
+    assert positive(peer["tokens/s"])
+    assert peer["peak GiB"] > 0
+    assert positive(peer["ours is faster by"])
+    assert ours["first loss"] == pytest.approx(peer["first loss"], abs=1e-4)  # the same weights and tokens
+
+
+@needs_torch
+@pytest.mark.slow
+def test_train_runs_torch_compile_on_a_cpu():
+    found, _ = ran("train", *ALONE, "--dtypes", "float32", "--peers", "compile")
+    assert positive(found["rows"][1]["tokens/s"])
+
+
+def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
+    script = (
+        "from functools import partial\n"
+        "from benchmarks.sides import Ready, compare\n"
+        "import os\n"
+        "def good(): return Ready(lambda: {'round': float(os.environ['FOR_GOOD'])})\n"
+        "def bad(): raise MemoryError('out of memory')\n"
+        "def gone(): os._exit(3)\n"
+        "if __name__ == '__main__':\n"
+        "    sides, its_own = {'good': good, 'bad': bad, 'gone': gone}, {'good': {'FOR_GOOD': '1.0'}}\n"
+        "    found = compare(sides, rounds=2, environments=its_own)\n"
+        "    assert 'FOR_GOOD' not in os.environ\n"
+        "    print([(name, len(one.rounds), one.failed) for name, one in found.items()])\n"
+    )
+    path = tmp_path / "failing_side.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert "('good', 2, None)" in done.stdout
+    assert "('bad', 0, 'out of memory')" in done.stdout
+    assert "('gone', 0, 'its process ended with exit code 3')" in done.stdout
+
+
+@pytest.mark.slow
+def test_breakdown_adds_up_to_the_whole_step():
+    found, _ = ran("breakdown", *ALONE)
+    rows = {row["part"]: row for row in found["rows"]}
+    whole = rows.pop("whole step")
+    explained, rest = rows.pop("sum of the parts"), rows.pop("rest")
+    assert {"attention: scores to values", "feed-forward", "norms", "head and loss", "optimizer"} < rows.keys()
+    assert sum(row["ms"]["median"] for row in rows.values()) == pytest.approx(explained["ms"])
+    assert explained["ms"] + rest["ms"] == pytest.approx(whole["ms"]["median"])
+    assert whole["share"] == 1
+
+
+def test_profile_puts_the_time_of_a_step_down_to_the_parts_of_the_model(tmp_path):
+    found, _ = ran("profile", *ALONE[:-2], "--steps", "2", "--out", str(tmp_path))
+    shares = {row["part"]: row["share"] for row in found["rows"]}
+    parts = {"attention: scores to values", "attention: projections and rope", "feed-forward", "norms"}
+    parts |= {"head and loss", "embedding", "optimizer"}
+    assert parts < shares.keys()
+    assert shares.pop("all") == 1
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["feed-forward"] > shares["norms"]
+    assert not {"rest", "not in the program"} & {part for part, share in shares.items() if share > 0.1}
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_the_time_of_a_loop_is_that_of_what_it_holds():
+    from collections import Counter
+
+    from benchmarks.profile import by_part
+
+    operations = {"while.1": ("while", "rest"), "dot.2": ("dot", "feed-forward"), "copy.3": ("copy", "rest")}
+    rows = by_part(Counter({"while.1": 4.0, "dot.2": 3.0, "copy.3": 1.0}), operations, steps=2)
+    assert [(row["part"], row["ms a step"], row["share"]) for row in rows] == [
+        ("feed-forward", 1_500.0, 0.75),
+        ("rest", 500.0, 0.25),
+    ]
+
+
+def test_an_operation_belongs_to_its_innermost_scope():
+    from benchmarks.profile import part_of, read_operations
+
+    layer = "jit(step)/transpose(jvp(layers))/while/body/closed_call"
+    assert part_of(f"{layer}/feed_forward/BTD,DF->BTF/dot_general") == "feed-forward"
+    assert part_of(f"{layer}/checkpoint/rematted_computation/transpose(jvp(norm))/mul") == "norms"
+    assert part_of(f"{layer}/projections/scores/add") == "attention: scores to values"
+    assert part_of(f"{layer}/add") == "scan over layers, residuals"
+    assert part_of("jit(step)/mul") == "rest"
+    program = f'  %dot.2 = f32[4,4]{{1,0}} dot(%a, %b), metadata={{op_name="{layer}/norm/dot_general"}}\n'
+    program += "  %copy.3 = f32[4,4]{1,0} copy(%dot.2), metadata={op_name=\"state['params']['head']\"}\n"
+    program += "  ROOT %copy.4 = f32[4,4]{1,0} copy(%copy.3)"
+    own = ("copy", "XLA's own: copies, fills")
+    assert read_operations(program) == {"dot.2": ("dot", "norms"), "copy.3": own, "copy.4": own}
+
+
+def test_the_flops_of_the_parts_are_those_of_the_whole():
+    from benchmarks.breakdown import part_flops
+    from benchmarks.work import config_of
+    from smollm_jax.config.architecture import MODELS
+
+    config = config_of("135M", 2, 2_048)
+    flops = part_flops(config)
+    whole = flops.pop("whole step")
+    norms = 6 * (2 * MODELS["135M"].num_layers + 1) * MODELS["135M"].hidden_size
+    assert sum(flops.values()) + norms == whole
+
+
+def test_attention_times_what_runs_here_and_says_why_the_rest_does_not():
+    found, _ = ran("attention", *ALONE, "--kernels", "plain", "cudnn")
+    plain, cudnn = found["rows"]
+    assert positive(plain["ms"])
+    assert plain["faster than the first"]["median"] == 1
+    assert "GPU" in cudnn["failed"]
+
+
+def test_decode_gives_prefill_and_decoding_apart():
+    flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
+    found, _ = ran("decode", *flags, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
+    assert [(row["batch"], row["side"]) for row in found["rows"]] == [(1, "ours"), (2, "ours")]
+    for row in found["rows"]:
+        assert positive(row["tokens/s"])
+        assert positive(row["first token, s"])
+        assert row["prefill, tokens/s"] > 0
+        assert "decode alone, tokens/s" in row
+
+
+def test_decoding_alone_is_all_tokens_but_the_first():
+    from benchmarks.decode import Work, row_of
+    from benchmarks.sides import Outcome
+
+    work = Work(Path(), batch_size=2, prompt_tokens=7, new_tokens=5, vocab_size=9, seed=0)
+    outcome = Outcome([{"first token": 1.0, "all": 3.0}], {"tokens": [1, 2, 3, 4, 5]})
+    row = row_of("ours", "float32", outcome, work)
+    assert row["tokens/s"]["median"] == pytest.approx(2 * 5 / 3)
+    assert row["decode alone, tokens/s"] == 2 * 4 / (3 - 1)
+    assert row["prefill, tokens/s"] == 2 * 7
+    assert row["begins"] == "1 2 3 4"
+
+
+@needs_torch
+@pytest.mark.slow
+def test_all_sides_decode_the_same_tokens():
+    flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
+    found, _ = ran("decode", *flags, "--batch-sizes", "1", "--dtypes", "float32", "--kinds", "f32")
+    sides = [row["side"] for row in found["rows"]]
+    assert sides[:3] == ["ours", "HF generate, dynamic cache", "HF generate, static cache"]
+    assert (sides[3:] == ["llama.cpp"]) == found["settings"]["llama_cpp_installed"]
+    assert len({row["begins"] for row in found["rows"]}) == 1
+
+
+def test_startup_times_help_imports_and_both_first_steps():
+    found, _ = ran("startup", "--preset", "quickstart", "--seq-len", "32", "--rounds", "1")
+    seconds = {row["what"]: row["seconds"]["median"] for row in found["rows"]}
+    assert seconds["import jax"] < seconds["first step, warm"] < seconds["first step, cold"]
+    assert seconds["python itself"] < seconds["--help"]
+
+
+def test_data_sets_the_stream_against_the_tokenizer():
+    flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--rounds", "1")
+    found, _ = ran("data", *flags, "--device-tokens-per-second", "1000")
+    rows = {row["stage"]: row for row in found["rows"]}
+    assert rows["tokenizers.encode_batch"]["of encode_batch"]["median"] == 1
+    stream = rows["stream"]
+    assert positive(stream["tokens/s"])
+    assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
+
+
+def test_memory_looks_twelve_times_and_reads_at_the_pace():
+    flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--minutes", "0.05")
+    found, _ = ran("memory", *flags, "--tokens-per-second", "5000")
+    rows = found["rows"]
+    assert len(rows) == 12
+    assert rows[-1]["tokens"] == pytest.approx(5_000 * 3, rel=0.2)
+    assert 0 < rows[-1]["resident GiB"] <= rows[-1]["at most"] < 2
+
+
+def test_limits_bound_training_and_decoding():
+    found, _ = ran("limits", "--preset", "quickstart", "--tokens", "64", "--rounds", "1", "--dtypes", "float32")
+    row = found["rows"][0]
+    assert (row["side"], row["on"]) == ("JAX float32", "cpu")
+    assert all(positive(row[f"{product}, GFLOP/s"]) for product in ("X @ W", "G @ W.T", "X.T @ G"))
+    read = row["read, GB/s"]["median"] * 1e9
+    assert row["decodes at most, tokens/s"] == pytest.approx(read / (3_262_208 * 4), rel=0.01)
+
+
+def test_sides_on_different_devices_are_not_compared():
+    ours = Outcome(rounds=[{"round": 1.0}], facts={"device": "cpu"})
+    peer = Outcome(rounds=[{"round": 1.0}], facts={"device": "cuda"})
+    assert peer.on(ours).failed == "it ran on cuda, the other side on cpu"
+    assert ours.on(ours) is ours
+
+
+def test_checkpoint_times_the_save_and_what_is_behind_it():
+    found, _ = ran("checkpoint", "--preset", "quickstart", "--rounds", "1")
+    assert {"the loop stands still", "written behind it", "verified", "restored"} < {
+        row["what"] for row in found["rows"]
+    }
+    assert found["settings"]["bytes"] > 3 * 4 * 3_262_208
+
+
+@pytest.mark.slow
+def test_curve_sets_the_losses_of_two_dtypes_beside_those_of_another_seed():
+    flags = ("--preset", "quickstart", "--steps", "4", "--batch-size", "2", "--seq-len", "32")
+    found, _ = ran("curve", *flags)
+    assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4]
+    assert all(row["loss bfloat16"] and row["loss float32"] for row in found["rows"])
+    bf16, f32, other = found["summary"]
+    assert 0 < bf16["largest gap"] < 0.1
+    assert bf16["held-out loss"] == pytest.approx(f32["held-out loss"], abs=0.1)
+    assert other["run"] == "float32 seed 1"
+    assert 0 < abs(bf16["held-out gap"]) < abs(other["held-out gap"])
+
+
+def test_curve_names_the_run_that_failed():
+    command = [sys.executable, "-m", "benchmarks.curve", "--preset", "quickstart", "--seq-len", "99999"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("the run bfloat16 ended with exit code 2")
+
+
+@pytest.mark.slow
+def test_ngram_beats_a_guess():
+    found, _ = ran("ngram", "--orders", "1", "2")
+    unigram, bigram = found["rows"]
+    assert bigram["nats a token"] < unigram["nats a token"] < 8.3
+
+
+def test_gpu_files_what_its_parts_find_and_names_what_had_no_time(tmp_path):
+    flags = ("--small", "--out", str(tmp_path), "--parts", "data")
+    found, _ = ran("gpu", *flags)
+    assert found["parts"] == {"data": "done"}
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["part"] == "data"
+    assert "encode_batch" in (tmp_path / "tables.txt").read_text()
+    found, _ = ran("gpu", *flags, "--minutes", "0.1", code=1)
+    assert found["parts"] == {"data": "no time left"}
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_part_of_gpu_leaves_what_it_compiles_to_the_next_or_has_no_part_in_it(anew, tmp_path):
+    import io
+
+    from benchmarks.gpu import Part, run
+
+    words = "benchmarks.profile --preset quickstart --seq-len 32 --steps 1"
+    part, compiled = Part("profile", words, 100, compiles_anew=anew), tmp_path / "compiled"
+    compiled.mkdir()
+    assert run(part, tmp_path, 100, io.StringIO(), str(compiled)) == "done"
+    assert any(compiled.iterdir()) != anew
+
+
+def test_gpu_names_a_part_that_fails_and_one_that_takes_too_long(tmp_path):
+    import io
+
+    from benchmarks.gpu import Part, run
+
+    talk, cache = io.StringIO(), str(tmp_path / "compiled")
+    assert "exit code 2" in run(Part("wrong", "benchmarks.data --no-such-flag", 60), tmp_path, 60, talk, cache)
+    assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk, cache).startswith("took longer than 1 s")
+    assert "no-such-flag" in talk.getvalue()

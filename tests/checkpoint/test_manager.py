@@ -1,0 +1,481 @@
+"""Checkpoints: what was saved comes back bit for bit, or the damage is named and nothing is deleted."""
+
+import errno
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smollm_jax.checkpoint.listing import list_checkpoints
+from smollm_jax.checkpoint.manager import CheckpointManager, read_params
+from smollm_jax.checkpoint.manifest import MANIFEST
+from smollm_jax.checkpoint.orbax_io import store
+from smollm_jax.distributed.processes import Processes
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    mu: dict
+    nu: dict
+
+
+def make_state(value: float = 1.0) -> dict:
+    params = {
+        "embed": jnp.full((16, 8), float(value)),
+        "blocks": {"q": jnp.arange(24.0).reshape(2, 3, 4) + value, "norm": jnp.ones((2, 8), jnp.bfloat16)},
+    }
+    moments = Moments(count=jnp.int32(value), mu=params, nu=jax.tree.map(jnp.square, params))
+    return {"params": params, "opt_state": (moments, ()), "bad_steps": jnp.uint32(3)}
+
+
+def shapes_of(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_same_bits(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def saved(folder, *steps, keep_last=9, keep_every=0) -> CheckpointManager:
+    checkpoints = CheckpointManager(folder, keep_last=keep_last, keep_every=keep_every)
+    for step in steps:
+        checkpoints.save(step, make_state(step), {"step": step, "cursor": {"row": step}})
+    assert checkpoints.close(), checkpoints.failed
+    return checkpoints
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def largest_file(folder) -> Path:
+    return max((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_bit(path, position=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * position)] ^= 4
+    path.write_bytes(content)
+
+
+def run_python(code, *args, **options):
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
+
+
+def test_a_restored_state_has_the_saved_bits_structure_and_meta(tmp_path):
+    state = make_state(7)
+    state["params"]["embed"] = state["params"]["embed"].at[0, 0].set(jnp.nan).at[0, 1].set(-0.0)
+    checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=0)
+    meta = {"step": 7, "config": {"é": [1, 2.5, None]}}
+    checkpoints.save(7, state, meta)
+    found = checkpoints.latest_good(expect=shapes_of(state)) if checkpoints.wait() else None
+    assert (found.step, found.meta) == (7, meta)
+    assert_same_bits(checkpoints.restore(7, shapes_of(state)), state)
+
+
+def test_arrays_come_back_in_the_layout_of_the_target(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    target = shapes_of(make_state())
+    target["params"]["embed"] = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=split)
+    target["params"]["blocks"]["q"] = np.zeros((2, 3, 4), np.float32)
+    params = checkpoints.restore(1, target)["params"]
+    assert params["embed"].sharding == split
+    assert isinstance(params["blocks"]["q"], np.ndarray)
+    np.testing.assert_array_equal(params["embed"], make_state(1)["params"]["embed"])
+
+
+def test_buffers_donated_and_overwritten_right_after_save_do_not_reach_the_file(tmp_path):
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
+    checkpoints = CheckpointManager(tmp_path, keep_last=9, keep_every=0)
+    for step in range(1, 6):
+        state = {"params": {"w": jnp.full((512, 512), float(step)), "host": np.full(9, step)}}
+        state["params"]["w"].block_until_ready()
+        host = state["params"].pop("host")
+        checkpoints.save(step, {"params": {"w": state["params"]["w"], "host": host}}, {})
+        host[:] = -1
+        jax.block_until_ready(update(state))
+    assert checkpoints.wait()
+    for step in range(1, 6):
+        _, params = read_params(tmp_path, step)
+        assert (params["w"] == step).all()
+        assert (params["host"] == step).all()
+
+
+class OneOfSeveral(Processes):
+    """Who takes the way of several, and has nobody to wait for."""
+
+    several = True
+
+    def gather(self, value):
+        return [value]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_where_there_is_no_room_for_a_copy_the_state_itself_is_written_first(tmp_path, room, monkeypatch):
+    monkeypatch.setattr("smollm_jax.checkpoint.manager.store", lambda *args: (time.sleep(0.3), store(*args)))
+    checkpoints = CheckpointManager(tmp_path, keep_last=9, keep_every=0, processes=OneOfSeveral())
+    checkpoints.beside_the_step = room
+    state = {"params": {"w": jnp.arange(1e5), "b": jnp.arange(9)}}
+    before = jax.tree.map(np.array, state)
+    checkpoints.save(3, state, {})
+    assert checkpoints._thread.is_alive() == room
+    jax.jit(lambda tree: jax.tree.map(lambda x: x * 3, tree), donate_argnums=0)(state)
+    assert checkpoints.wait()
+    _, params = read_params(tmp_path, 3)
+    for name, leaf in before["params"].items():
+        np.testing.assert_array_equal(params[name], leaf)
+
+
+def other_dtype(state):
+    state["params"]["blocks"]["q"] = state["params"]["blocks"]["q"].astype(jnp.bfloat16)
+
+
+def other_shape(state):
+    state["params"]["blocks"]["q"] = jnp.zeros((2, 3, 5))
+
+
+def leaf_not_in_checkpoint(state):
+    state["params"]["blocks"]["k"] = jnp.zeros(3)
+
+
+def leaf_only_in_checkpoint(state):
+    del state["params"]["blocks"]["q"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            other_dtype,
+            r"params/blocks/q: expected bfloat16 \(2,3,4\), the checkpoint holds float32 \(2,3,4\)",
+        ),
+        (other_shape, r"params/blocks/q: expected float32 \(2,3,5\), the checkpoint holds float32 \(2,3,4\)"),
+        (leaf_not_in_checkpoint, r"params/blocks/k: expected float32 \(3\), the checkpoint holds nothing"),
+        (
+            leaf_only_in_checkpoint,
+            r"params/blocks/q: expected nothing, the checkpoint holds float32 \(2,3,4\)",
+        ),
+    ],
+)
+def test_a_target_that_does_not_fit_is_refused_by_leaf_name(tmp_path, change, message):
+    checkpoints, target = saved(tmp_path, 1), make_state()
+    change(target)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore(1, target)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.latest_good(expect=target)
+    assert names(tmp_path) == ["1"]
+
+
+def flipped_bit_in_an_array(folder):
+    flip_bit(largest_file(folder / "params"))
+
+
+def truncated_array(folder):
+    path = largest_file(folder / "opt_state")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def missing_file(folder):
+    largest_file(folder / "params").unlink()
+
+
+def missing_part(folder):
+    shutil.rmtree(folder / "opt_state")
+
+
+def empty_folder(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def file_for_a_folder(folder):
+    shutil.rmtree(folder)
+    folder.write_text("?")
+
+
+def changed_meta(folder):
+    text = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(text.replace('"row": 3', '"row": 4'))
+
+
+def missing_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+def half_written_manifest(folder):
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:100])
+
+
+def flipped_bit_in_the_manifest(folder):
+    flip_bit(folder / MANIFEST, 0.4)
+
+
+def copy_of_another_step(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("2"), folder)
+
+
+DAMAGE = {
+    flipped_bit_in_an_array: "has changed",
+    truncated_array: "bytes",
+    missing_file: "is missing",
+    missing_part: "is missing",
+    empty_folder: "empty",
+    file_for_a_folder: "folder",
+    changed_meta: "meta.json has changed",
+    missing_manifest: "manifest.json is missing",
+    half_written_manifest: "manifest.json is not JSON",
+    flipped_bit_in_the_manifest: "manifest.json",
+    copy_of_another_step: "of step 2",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damage_is_named_passed_over_and_left_for_the_person(tmp_path, damage, caplog):
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    damage(tmp_path / "3")
+    before = sorted(p.relative_to(tmp_path / "3") for p in (tmp_path / "3").rglob("*"))
+    assert [info.verdict == "good" for info in checkpoints.list()] == [True, True, False]
+    assert DAMAGE[damage] in checkpoints.list()[2].verdict
+    with pytest.raises(ValueError, match=f"checkpoint 3 .* is damaged: .*{DAMAGE[damage]}"):
+        checkpoints.restore(3, make_state())
+
+    with caplog.at_level(logging.WARNING):
+        found = checkpoints.latest_good(quarantine=True)
+    assert found.step == 2
+    assert str(tmp_path / "3") in caplog.text
+    assert DAMAGE[damage] in caplog.text
+    assert names(tmp_path) == ["1", "2", "3.bad"]
+    assert sorted(p.relative_to(tmp_path / "3.bad") for p in (tmp_path / "3.bad").rglob("*")) == before
+    assert_same_bits(checkpoints.restore(2, make_state()), make_state(2))
+
+
+def test_looking_without_set_aside_changes_no_name(tmp_path, caplog):
+    checkpoints = saved(tmp_path, 1, 2)
+    flipped_bit_in_an_array(tmp_path / "2")
+    assert checkpoints.latest_good().step == 1
+    assert "passed over" in caplog.text
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_where_nothing_is_good_nothing_is_found_and_nothing_is_gone(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    missing_manifest(tmp_path / "1")
+    missing_file(tmp_path / "2")
+    assert checkpoints.latest_good(quarantine=True) is None
+    assert names(tmp_path) == ["1.bad", "2.bad"]
+    assert [info.verdict.split(":")[0] for info in checkpoints.list()] == ["set aside", "set aside"]
+    with pytest.raises(ValueError, match="no good checkpoint"):
+        read_params(tmp_path)
+    assert CheckpointManager(tmp_path / "new", keep_last=1, keep_every=0).latest_good() is None
+
+
+def test_only_leftovers_of_saves_and_removals_are_cleaned(tmp_path):
+    saved(tmp_path, 1)
+    for name in (".tmp-2-99", ".trash-1-99", "notes", ".git", "2.bad"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    checkpoints = CheckpointManager(tmp_path, keep_last=1, keep_every=0)
+    assert checkpoints.latest_good().step == 1
+    checkpoints.clean()
+    assert names(tmp_path) == [".git", "1", "2.bad", "notes"]
+
+
+def test_the_newest_and_every_so_manieth_stay(tmp_path):
+    saved(tmp_path, *range(1, 9), keep_last=2, keep_every=3)
+    assert names(tmp_path) == ["3", "6", "7", "8"]
+
+
+def test_damaged_checkpoints_neither_count_as_kept_nor_are_removed(tmp_path):
+    saved(tmp_path, 1, 2, 3)
+    truncated_array(tmp_path / "3")
+    missing_manifest(tmp_path / "2")
+    saved(tmp_path, 4, keep_last=2)
+    assert names(tmp_path) == ["1", "2", "3", "4"]
+    saved(tmp_path, 5, keep_last=1)
+    assert names(tmp_path) == ["2", "3", "5"]
+
+
+def test_a_removal_that_is_cut_short_leaves_only_whole_checkpoints(tmp_path, monkeypatch, caplog):
+    saved(tmp_path, 1)
+
+    def remove_one_file_and_fail(folder, ignore_errors=False):
+        if not ignore_errors:
+            largest_file(folder).unlink()
+            raise OSError("cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smollm_jax.checkpoint.manager.shutil.rmtree", remove_one_file_and_fail)
+        checkpoints = saved(tmp_path, 2, keep_last=1)
+    assert "could not be removed: cut short" in caplog.text
+    assert {info.verdict for info in checkpoints.list()} == {"good"}
+    checkpoints.clean()
+    assert names(tmp_path) == ["2"]
+
+
+def test_a_save_older_than_what_is_there_is_not_removed_by_its_own_retention(tmp_path):
+    saved(tmp_path, 8, 9)
+    saved(tmp_path, 5, keep_last=1)
+    assert names(tmp_path) == ["5", "9"]
+
+
+def test_saving_a_good_step_again_writes_nothing_and_a_damaged_one_is_replaced(tmp_path):
+    saved(tmp_path, 1)
+    written = (tmp_path / "1" / MANIFEST).stat().st_mtime_ns
+    checkpoints = saved(tmp_path, 1)
+    assert (tmp_path / "1" / MANIFEST).stat().st_mtime_ns == written
+    flipped_bit_in_an_array(tmp_path / "1")
+    saved(tmp_path, 1)
+    assert names(tmp_path) == ["1", "1.bad"]
+    assert_same_bits(checkpoints.restore(1, make_state()), make_state(1))
+    missing_file(tmp_path / "1")
+    saved(tmp_path, 1)
+    assert names(tmp_path) == ["1", "1.bad", "1.bad-2"]
+
+
+def test_parameters_are_read_without_the_optimizer(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "2" / "opt_state")
+    found, params = read_params(tmp_path)
+    assert (found.step, found.meta["cursor"]) == (2, {"row": 2})
+    assert_same_bits(params, jax.tree.map(np.asarray, make_state(2)["params"]))
+    flipped_bit_in_an_array(tmp_path / "2")
+    assert read_params(tmp_path)[0].step == 1
+    assert "passed over" in caplog.text
+    with pytest.raises(ValueError, match=r"checkpoint 2 .* is damaged"):
+        read_params(tmp_path, 2)
+    with pytest.raises(ValueError, match="no checkpoint of step 5; there are: 1, 2"):
+        read_params(tmp_path, 5)
+
+
+def test_meta_that_is_not_json_is_the_callers_error(tmp_path):
+    checkpoints = CheckpointManager(tmp_path, keep_last=1, keep_every=0)
+    with pytest.raises(TypeError, match="JSON"):
+        checkpoints.save(1, make_state(), {"array": np.ones(1)})
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    import numpy as np
+    from smollm_jax.checkpoint.manager import Checkpoints
+    checkpoints = Checkpoints(sys.argv[1], keep_last=3, keep_every=0)
+    state = {"params": {"w": np.random.default_rng(0).random(100_000)}}
+    def save(step):
+        checkpoints.save(step, state, {})
+        print(step, checkpoints.wait(), checkpoints.failed and checkpoints.failed.step)
+    save(1)
+    if sys.argv[2] == "limit":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        save(2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    else:
+        save(2)
+        checkpoints.keep_last = 1
+        import shutil; shutil.rmtree(sys.argv[1] + "/../other")
+    save(3)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def check_full_disk(folder, kind, reason):
+    process = run_python(FULL_DISK, folder, kind, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert out.split("\n")[:3] == ["1 True None", "2 False 2", "3 True None"], (out, err)
+    assert f"checkpoint 2 could not be saved ({reason}); the newest is 1" in err
+    assert "Traceback" not in err
+    assert [info.verdict for info in list_checkpoints(folder)] == ["good"] * len(list_checkpoints(folder))
+    assert not [name for name in names(folder) if name.startswith(".")]
+
+
+def test_a_full_disk_keeps_the_last_good_one_and_the_next_save_tries_again(small_disk):
+    (small_disk / "other").mkdir()
+    (small_disk / "other" / "file").write_bytes(bytes(1_000_000))
+    (small_disk / "checkpoints").mkdir()
+    check_full_disk(small_disk / "checkpoints", "tmpfs", os.strerror(errno.ENOSPC))
+
+
+def test_a_file_that_cannot_grow_keeps_the_last_good_one_and_the_next_save_tries_again(tmp_path):
+    check_full_disk(tmp_path / "checkpoints", "limit", os.strerror(errno.EFBIG))
+    assert names(tmp_path / "checkpoints") == ["1", "3"]
+
+
+ENDLESS_SAVES = """
+    import sys
+    import numpy as np
+    from smollm_jax.checkpoint.manager import Checkpoints
+    checkpoints = Checkpoints(sys.argv[1], keep_last=2, keep_every=0)
+    checkpoints.clean()
+    step = int(sys.argv[2])
+    while True:
+        params = {f"w{i}": np.full(300_000, step, np.float32) for i in range(4)}
+        checkpoints.save(step, {"params": params, "step": np.int64(step)}, {"step": step})
+        assert checkpoints.wait(), checkpoints.failed
+        print(step, flush=True)
+        step += 1
+"""
+
+
+def test_kill_9_at_any_moment_of_a_save_leaves_the_newest_loadable(tmp_path):
+    moments, newest, interrupted = random.Random(0), 0, 0
+    for _ in range(6):
+        process = run_python(ENDLESS_SAVES, tmp_path, newest + 1)
+        reported = int(process.stdout.readline())
+        time.sleep(moments.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        reported = max([reported, *map(int, process.communicate()[0].split())])
+        interrupted += any(name.startswith(".") for name in names(tmp_path))
+        checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=0)
+        found = checkpoints.latest_good()
+        assert found.step in (reported, reported + 1)
+        assert {info.verdict for info in checkpoints.list()} == {"good"}
+        _, params = read_params(tmp_path)
+        assert all((leaf == found.step).all() for leaf in params.values())
+        newest = found.step
+    assert interrupted, "no kill fell into a save; the test proves nothing"
+
+
+def test_listing_imports_neither_jax_nor_orbax(tmp_path):
+    saved(tmp_path, 1)
+    code = """
+        import json, sys
+        from smollm_jax.checkpoint.listing import list_checkpoints
+        info, = list_checkpoints(sys.argv[1])
+        heavy = [name for name in ("jax", "orbax", "numpy", "flax") if name in sys.modules]
+        print(json.dumps([info.name, info.step, info.verdict, info.bytes, info.age_seconds < 60, heavy]))
+    """
+    out, _ = run_python(code, tmp_path).communicate(timeout=60)
+    size = sum(p.stat().st_size for p in (tmp_path / "1").rglob("*") if p.is_file())
+    assert json.loads(out) == ["1", 1, "good", size, True, []]

@@ -1,0 +1,474 @@
+"""The stream: nothing lost, nothing twice, and the same next batch from every cursor."""
+
+import contextlib
+import json
+import random
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.heldout import heldout, plain_batches
+from smollm_jax.data.loader import check_vocab, merged, open_batches, open_stream
+from smollm_jax.data.packing import Packer, num_targets
+from smollm_jax.data.shuffle import Shuffled, text_hash
+from smollm_jax.data.sources import open_source
+from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two sources of 60 and 45 texts, some of them alike."""
+    path = tmp_path_factory.mktemp("texts")
+    texts = make_texts(60)
+    write_jsonl(path / "a1.jsonl", texts[:25])
+    write_jsonl(path / "a2.jsonl", texts[25:])
+    write_parquet(path / "b.parquet", make_texts(40, seed=1) + texts[:5])
+    return path
+
+
+def config_of(folder, data="a*.jsonl", **changes):
+    data = ",".join(str(folder / part) for part in data.split(","))
+    return DataConfig(**({"data": data, "seq_len": 16, "shuffle_window": 8, "epochs": 1} | changes))
+
+
+def open_at(config, tokenizer, cursor=None, *, seed=3, batch_size_at=lambda _: 4, steps=10**6, excluded=()):
+    # what a checkpoint does to it
+    cursor = None if cursor is None else json.loads(json.dumps(cursor))
+    return open_stream(
+        config, tokenizer, seed=seed, batch_size_at=batch_size_at, steps=steps, cursor=cursor,
+        excluded=frozenset(excluded),
+    )  # fmt: skip
+
+
+def batches_of(config, tokenizer, **changes):
+    return open_batches(config, tokenizer, seed=3, batch_size_at=lambda _: 4, steps=10**6, **changes)
+
+
+def take(stream, count=10**6):
+    """Up to `count` batches and their cursors."""
+    taken = []
+    try:
+        while len(taken) < count:
+            item = stream.get(timeout=30)
+            assert item is not None, "no batch within 30 s"
+            taken.append(item)
+    except StopIteration:
+        pass
+    stream.close()
+    return taken
+
+
+def same(a, b):
+    return np.array_equal(a.tokens, b.tokens) and np.array_equal(a.segment_ids, b.segment_ids)
+
+
+def documents_in(batches):
+    """The documents that the rows hold, put together again from pieces that overlap by a token."""
+    documents, at_end = [], False
+    for batch in batches:
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+            for segment in range(1, segments.max() + 1):
+                piece = tokens[segments == segment].tolist()
+                if segment == 1 and at_end:
+                    assert documents[-1][-1] == piece[0]
+                    documents[-1] += piece[1:]
+                else:
+                    documents.append(piece)
+            at_end = segments[-1] != 0 and documents[-1][-1] != 0
+    return documents
+
+
+def expected_documents(texts, tokenizer):
+    return [[*tokenizer.encode(text).tolist(), tokenizer.eos_id] for text in texts]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=30),
+    seq_len=st.integers(1, 12),
+    rows=st.integers(1, 4),
+)
+@settings(max_examples=200, deadline=None)
+def test_each_token_but_a_documents_first_is_a_target_exactly_once(lengths, seq_len, rows):
+    ids = iter(range(1, 10_000))
+    documents = [[*(next(ids) for _ in range(n)), 0] for n in lengths]
+    drawn = iter([(i, np.array(d, np.int32)) for i, d in enumerate(documents)])
+    packer, pairs, padded = Packer(lambda: next(drawn, None), seq_len), [], False
+    while True:
+        batch = packer.batch(rows)
+        if packer.ended and not num_targets(batch):
+            break
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
+            assert not (padded and segments.any()), "a row after the padded one"
+            padded = padded or not segments.all()
+            valid = (segments[1:] == segments[:-1]) & (segments[1:] != 0)
+            pairs += zip(tokens[:-1][valid].tolist(), tokens[1:][valid].tolist(), strict=True)
+    assert pairs == [pair for d in documents for pair in pairwise(d)]
+
+
+def test_the_rows_of_a_finite_source_hold_every_document_whole(folder, tokenizer):
+    for data, texts in (("a*.jsonl", make_texts(60)), ("b.parquet", make_texts(40, seed=1) + make_texts(60)[:5])):
+        batches = [batch for batch, _ in take(open_at(config_of(folder, data), tokenizer))]
+        assert sorted(documents_in(batches)) == sorted(expected_documents(texts, tokenizer))
+        rows = np.concatenate([batch.segment_ids for batch in batches])
+        used = rows.any(axis=1).sum()
+        assert rows[: used - 1].all(), "padding before the last row"
+
+
+def test_plain_batches_hold_the_documents_in_order(folder, tokenizer):
+    config = config_of(folder, "a*.jsonl,b.parquet")
+    texts = make_texts(60) + make_texts(40, seed=1) + make_texts(60)[:5]
+    assert documents_in(plain_batches(config, tokenizer, 3)) == expected_documents(texts, tokenizer)
+
+
+def test_windows_shuffle_and_the_seed_and_the_epoch_decide_how(folder, tokenizer):
+    def order(seed, window=8, epochs=1):
+        config = config_of(folder, shuffle_window=window, epochs=epochs)
+        return documents_in([batch for batch, _ in take(open_at(config, tokenizer, seed=seed))])
+
+    in_order = expected_documents(make_texts(60), tokenizer)
+    assert order(3, window=1) == in_order
+    assert order(3) == order(3) != order(4) != in_order
+    twice = order(3, epochs=2)
+    assert len(twice) == 120
+    assert sorted(twice[:60]) == sorted(twice[60:]) == sorted(in_order)
+    assert twice[:60] != twice[60:]
+
+
+@pytest.mark.parametrize(
+    ("data", "epochs", "window"),
+    [("a*.jsonl", 1, 8), ("a*.jsonl", 3, 20), ("b.parquet", 2, 5), ("a*.jsonl=0.7,b.parquet=0.3", 2, 8),
+     ("a*.jsonl", 2, 1_000)],
+)  # fmt: skip
+def test_every_cursor_gives_the_very_same_next_batches(folder, tokenizer, data, epochs, window):
+    config = config_of(folder, data, epochs=epochs, shuffle_window=window)
+    phases = lambda step: 4 if step <= 12 else 2  # noqa: E731
+    straight = take(open_at(config, tokenizer, batch_size_at=phases))
+    assert len(straight) > 20
+    for i in range(len(straight)):
+        again = take(open_at(config, tokenizer, straight[i][1], batch_size_at=phases), 3)
+        assert len(again) == min(3, len(straight) - 1 - i)
+        for (batch, cursor), (expected, expected_cursor) in zip(again, straight[i + 1 : i + 4], strict=True):
+            assert same(batch, expected)
+            assert cursor == expected_cursor
+
+
+@given(stops=st.lists(st.integers(1, 7), min_size=1, max_size=12), epochs=st.integers(0, 3))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_resumes_of_resumes_equal_a_straight_run(folder, tokenizer, stops, epochs):
+    config = config_of(folder, "a*.jsonl=2,b.parquet", epochs=epochs)
+    straight = take(open_at(config, tokenizer), sum(stops))
+    cursor, pieces = None, []
+    for stop in stops:
+        piece = take(open_at(config, tokenizer, cursor), stop)
+        pieces += piece
+        cursor = piece[-1][1] if piece else cursor
+    assert len(pieces) == len(straight)
+    assert all(same(a[0], b[0]) and a[1] == b[1] for a, b in zip(pieces, straight, strict=True))
+
+
+def test_a_resume_behind_the_last_batch_ends_at_once(folder, tokenizer):
+    config = config_of(folder)
+    last = take(open_at(config, tokenizer))[-1][1]
+    assert take(open_at(config, tokenizer, last)) == []
+
+
+def test_the_stream_gives_as_many_batches_as_there_are_steps(folder, tokenizer):
+    config = config_of(folder, epochs=0)
+    taken = take(open_at(config, tokenizer, steps=50))
+    assert len(taken) == 50
+    assert len(take(open_at(config, tokenizer, taken[47][1], steps=50))) == 2
+
+
+def test_the_documents_of_a_batch_are_those_in_its_rows(folder, tokenizer):
+    config = config_of(folder, "a*.jsonl,b.parquet")
+    taken = take(open_at(config, tokenizer), 8)
+    stream = open_at(config, tokenizer)
+    for i in range(1, 8):
+        texts = [d["text"] for d in stream.documents_of(taken[i - 1][1])]
+        pieces = documents_in([taken[i][0]])
+        assert len(texts) == len(pieces)
+        for text, piece in zip(texts, pieces, strict=True):
+            assert str(piece)[1:-1] in str(expected_documents([text], tokenizer)[0])
+    stream.close()
+
+
+def test_a_mixture_keeps_its_shares_of_tokens(folder, tokenizer):
+    config = config_of(folder, "a*.jsonl=0.8,b.parquet=0.2", epochs=0)
+    state = take(open_at(config, tokenizer), 300)[-1][1]["lanes"]["0"]["sources"]
+    total = sum(part["tokens"] for part in state)
+    assert state[0]["tokens"] / total == pytest.approx(0.8, abs=0.01)
+
+
+def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, tokenizer):
+    texts = make_texts(60)
+    write_jsonl(tmp_path / "a.jsonl", texts + texts[9:30])  # copies of some held-out ones
+    write_parquet(tmp_path / "b.parquet", make_texts(40, seed=1) + texts)
+    for changes in ({}, {"eval_data": str(tmp_path / "b.parquet")}):
+        config = config_of(tmp_path, "a.jsonl,b.parquet", epochs=2, eval_documents=8, **changes)
+        held = heldout(config, tokenizer)
+        places = [(document.file[-5:], document.row) for document in held.documents]
+        if changes:
+            assert sorted(row for _, row in places) == list(range(8))
+        else:
+            assert sorted(row for _, row in places) == [9, 9, 19, 19, 29, 29, 39, 39]
+        out = {tuple(tokens.tolist()) for tokens in held.tokens}
+        trained = documents_in(b for b, _ in take(open_at(config, tokenizer, excluded=held.hashes)))
+        assert out.isdisjoint(map(tuple, trained))
+        everything = texts + texts[9:30] + make_texts(40, seed=1) + texts
+        kept = [text for text in everything if text_hash(text) not in held.hashes]
+        assert sorted(trained) == sorted(2 * expected_documents(kept, tokenizer))
+        assert documents_in(held.batches(2)) == [tokens.tolist() for tokens in held.tokens]
+
+
+def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, tokenizer):
+    from smollm_jax.tokenizer.tokenizer import train
+
+    config = config_of(folder)
+    cursor = take(open_at(config, tokenizer), 2)[1][1]
+    with pytest.raises(ValueError, match="held-out documents changed"):
+        open_at(config, tokenizer, cursor, excluded=[5])
+    with pytest.raises(ValueError, match="tokenizer changed"):
+        open_at(config, train(make_texts(50), 310), cursor)
+
+
+def test_changed_files_are_refused_by_name(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a1.jsonl", make_texts(30))
+    config = config_of(tmp_path)
+    cursor = take(open_at(config, tokenizer), 2)[1][1]
+    write_jsonl(tmp_path / "a2.jsonl", make_texts(30, seed=2))
+    with pytest.raises(ValueError, match=r"files of .*a\*\.jsonl changed .*new or changed: .*a2\.jsonl"):
+        open_at(config, tokenizer, cursor)
+    (tmp_path / "a2.jsonl").unlink()
+    texts = make_texts(30)
+    write_jsonl(tmp_path / "a1.jsonl", [texts[0][::-1], *texts[1:]])  # of the same length
+    with pytest.raises(ValueError, match=r"1 of 1 files gone or changed"):
+        open_at(config, tokenizer, cursor)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def damaged(draw, cursor):
+    """A cursor with one value at any depth replaced or taken out."""
+    cursor = json.loads(json.dumps(cursor))
+    node = cursor
+    while True:
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if isinstance(node[key], dict | list) and node[key] and draw(st.booleans()):
+            node = node[key]
+            continue
+        if draw(st.booleans()):
+            node[key] = draw(JSON)
+        else:
+            del node[key]
+        return cursor
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_cursor_is_refused_in_one_line(folder, tokenizer, data):
+    config = config_of(folder, "a*.jsonl,b.parquet")
+    good = take(open_at(config, tokenizer), 3)[2][1]
+    cursor = data.draw(damaged(good) | JSON.filter(lambda value: value is not None))
+    stream = None
+    try:
+        stream = open_at(config, tokenizer, cursor)
+        assert stream.get(timeout=30) is not None
+    except StopIteration:
+        pass  # a place behind the end
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        assert len(str(error)) < 600  # noqa: PT017
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def test_the_cursor_is_small(folder, tokenizer):
+    cursor = take(open_at(config_of(folder), tokenizer), 5)[4][1]
+    assert len(json.dumps(cursor)) < 650
+
+
+def test_a_source_without_documents_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no document to train on"):
+        take(open_at(config_of(tmp_path, "a.jsonl"), tokenizer))
+    write_jsonl(tmp_path / "b.jsonl", make_texts(3))
+    config = config_of(tmp_path, "b.jsonl", epochs=0)
+    with pytest.raises(ValueError, match="holds no document to train on"):
+        take(open_at(config, tokenizer, excluded=[text_hash(text) for text in make_texts(3)]))
+
+
+def test_skipped_rows_are_counted_once_however_often_the_run_resumes(tmp_path, tokenizer):
+    lines = [json.dumps({"text": text}) for text in make_texts(40)]
+    for i in (3, 17, 18, 39):
+        lines[i] = "{broken"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = config_of(tmp_path, "a.jsonl", on_bad_data="skip")
+    straight = take(open_at(config, tokenizer))
+    assert straight[-1][1]["skipped"] == 4
+    cursor = None
+    for _, expected in straight:
+        cursor = take(open_at(config, tokenizer, cursor), 1)[0][1]
+        assert cursor["skipped"] == expected["skipped"]
+
+
+def test_bad_data_stops_the_stream_where_it_is_reached_and_not_before(tmp_path, tokenizer):
+    lines = [json.dumps({"text": text}) for text in make_texts(40)]
+    lines[30] = "{broken"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    stream, taken = open_at(config_of(tmp_path, "a.jsonl"), tokenizer), []
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 30, cannot be read"):
+        taken.extend(iter(lambda: stream.get(timeout=30), None))
+    assert len(taken) > 5  # three windows of eight came before
+    with pytest.raises(ValueError, match="row 30"):
+        stream.get(timeout=1)
+    stream.close()
+
+
+def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
+    config = config_of(folder, epochs=0)
+    part = Shuffled(open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset())
+    for number in range(1, 6):
+        document, _ = part.draw()
+        place, ahead = part._coming
+        assert (place.epoch, place.number) == (0, number)
+        assert document not in [other for other, _ in ahead.result(30).drawn]
+        for _ in range(7):
+            part.draw()
+
+
+def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
+    stream = open_at(config_of(folder, epochs=0), tokenizer)
+    while not stream._queue.full():
+        time.sleep(0.01)
+    stream.close()
+    assert not stream._thread.is_alive()
+    assert all(part._coming[1].done for part in stream._batches.lanes[0].mix.parts)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
+    check_vocab(tokenizer, tokenizer.vocab_size)
+    with pytest.raises(ValueError, match="--vocab-size"):
+        check_vocab(tokenizer, tokenizer.vocab_size - 1)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_words_that_are_always_new(tmp_path, tokenizer):
+    psutil, rng = pytest.importorskip("psutil"), random.Random(0)
+    texts = (" ".join(f"{rng.getrandbits(60):x}" for _ in range(60)) for _ in range(4_000))
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    stream = open_at(config_of(tmp_path, "a.jsonl", epochs=0, seq_len=256, shuffle_window=256), tokenizer)
+    memory, epoch = [], 0
+    while epoch < 5:
+        _, cursor = stream.get(timeout=60)
+        if cursor["lanes"]["0"]["sources"][0]["epoch"] > epoch:
+            epoch += 1
+            memory.append(psutil.Process().memory_info().rss)
+    stream.close()
+    assert memory[-1] - memory[0] < 20 * 2**20
+
+
+def rows_of(batches):
+    return [(batch.tokens.tolist(), batch.segment_ids.tolist()) for batch, _ in batches]
+
+
+@pytest.mark.parametrize("data", ["a*.jsonl=0.7,b.parquet=0.3", "a*.jsonl", "builtin:python-docs"])
+def test_shards_share_the_documents_without_loss_or_repeat(folder, tokenizer, data):
+    """Fewer files than shards: by row. Every document of an epoch once, whatever the number of shards."""
+    if data.startswith("builtin"):
+        folder = None
+    seen = []
+    for shards in (1, 4):
+        config = (
+            config_of(folder, data, epochs=1, shards=shards)
+            if folder
+            else DataConfig(data=data, epochs=1, shards=shards, seq_len=64)
+        )
+        batches = batches_of(config, tokenizer)(None)
+        found = set()
+        with contextlib.suppress(StopIteration):
+            while True:
+                next(batches)
+                found |= {(d["source"], d["file"], d["row"]) for d in batches.documents()}
+        seen.append(found)
+    assert seen[0] == seen[1]
+
+
+def test_processes_make_the_rows_of_the_whole_between_them(folder, tokenizer):
+    config = config_of(folder, epochs=0, shards=4)
+    whole = [next(stream) for stream in [batches_of(config, tokenizer)(None)] for _ in range(12)]
+    parts = [batches_of(config, tokenizer, shards=lanes)(None) for lanes in ([0, 1], [2], [3])]
+    for batch, cursor in whole:
+        made = [next(part) for part in parts]
+        assert [part.first_row for part, _ in made] == [0, 2, 3]
+        np.testing.assert_array_equal(np.concatenate([part.tokens for part, _ in made]), batch.tokens)
+        assert merged([cursor for _, cursor in made]) == cursor
+
+
+def test_a_cursor_of_some_processes_goes_on_in_others(folder, tokenizer):
+    config = config_of(folder, epochs=0, shards=4)
+    stream = batches_of(config, tokenizer)(None)
+    straight = [next(stream) for _ in range(20)]
+    for n in (1, 7, 13):
+        cursor = json.loads(json.dumps(straight[n][1]))
+        parts = [batches_of(config, tokenizer, shards=lanes)(cursor) for lanes in ([0], [1, 2, 3])]
+        for batch, _ in straight[n + 1 :]:
+            tokens = np.concatenate([next(part)[0].tokens for part in parts])
+            np.testing.assert_array_equal(tokens, batch.tokens)
+
+
+def test_another_number_of_shards_is_refused(folder, tokenizer):
+    cursor = take(open_at(config_of(folder, shards=2), tokenizer), 2)[1][1]
+    with pytest.raises(ValueError, match="the shards changed since the checkpoint"):
+        open_at(config_of(folder, shards=4), tokenizer, cursor)
+
+
+def test_a_shard_without_documents_is_named(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(3))
+    with pytest.raises(ValueError, match="no document to train on in part 4 of the 4 that --shards makes of it"):
+        next(batches_of(config_of(tmp_path, "a.jsonl", shards=4), tokenizer)(None))
+
+
+def test_files_of_different_sizes_are_shared_by_row(tmp_path, tokenizer):
+    """Every shard gives as many rows: by file, the documents of a small one would come more often."""
+    write_jsonl(tmp_path / "a.jsonl", make_texts(90))
+    write_jsonl(tmp_path / "b.jsonl", make_texts(10, seed=5))
+    assert not open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
+    config = config_of(tmp_path, "*.jsonl", epochs=0, shards=2)
+    batches, drawn = batches_of(config, tokenizer)(None), Counter()
+    while sum(drawn.values()) < 600:
+        next(batches)
+        drawn.update((Path(d["file"]).stem, d["row"]) for d in batches.documents())
+    large, small = (np.mean([n for (file, _), n in drawn.items() if file == name]) for name in "ab")
+    assert len(drawn) == 100
+    assert 0.6 < large / small < 1.6
+
+
+def test_files_of_one_size_are_shared_whole(tmp_path, tokenizer):
+    for i in range(4):
+        write_jsonl(tmp_path / f"{i}.jsonl", make_texts(20))
+    assert open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
+    config = config_of(tmp_path, "*.jsonl", epochs=1, shards=2)
+    batches, files = batches_of(config, tokenizer, shards=[1])(None), set()
+    for _ in range(20):
+        next(batches)
+        files |= {document["file"][-7:] for document in batches.documents()}
+    assert files == {"1.jsonl", "3.jsonl"}

@@ -1,0 +1,219 @@
+"""Local sources: which files, which rows, and what happens to those that cannot be read."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data import sources
+from smollm_jax.data.python_docs import python_docs
+from smollm_jax.data.sources import mixture, open_source
+from tests.support.texts import make_texts, write_jsonl, write_parquet
+
+
+def texts_of(spec, **changes):
+    return [document.text for document in open_source(str(spec), DataConfig(**changes)).documents()]
+
+
+def assert_every_cursor_works(source):
+    documents = list(source.documents())
+    for i, document in enumerate(documents):
+        rest = list(source.documents(json.loads(json.dumps(document.cursor))))
+        assert rest == documents[i + 1 :]
+
+
+@pytest.fixture
+def every_kind(tmp_path):
+    """The same texts in each kind of file."""
+    texts = make_texts(23)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    write_parquet(tmp_path / "b.parquet", texts)
+    (tmp_path / "c.txt").write_text("\n\n".join(texts) + "\n")
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return tmp_path, texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.parquet", "c.txt", "d.jsonl.gz"])
+def test_every_kind_of_file_gives_its_texts_and_resumes_behind_each(every_kind, name):
+    folder, texts = every_kind
+    assert texts_of(folder / name) == texts
+    assert_every_cursor_works(open_source(str(folder / name), DataConfig()))
+
+
+def test_globs_and_folders_are_read_file_after_file_in_the_order_of_their_names(every_kind):
+    folder, texts = every_kind
+    assert texts_of(folder / "*") == texts * 4 == texts_of(folder)
+    assert_every_cursor_works(open_source(f"{folder}/[ac]*", DataConfig()))
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_any_unicode_survives_json_lines_and_parquet(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("unicode")
+    kept = [text for text in texts if text.strip()]
+    assert texts_of(write_jsonl(folder / "a.jsonl", texts)) == kept
+    if texts:
+        assert texts_of(write_parquet(folder / "a.parquet", texts, row_group_size=3)) == kept
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=150, deadline=None)
+def test_no_bytes_whatever_make_a_traceback(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("bytes")
+    for name in ("a.jsonl", "a.txt", "a.jsonl.gz", "a.parquet"):
+        (folder / name).write_bytes(content)
+        try:
+            texts_of(folder / name)
+        except ValueError as error:
+            assert name in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+        skipped = []
+        settings_ = DataConfig(on_bad_data="skip")
+        try:
+            list(open_source(str(folder / name), settings_).documents(skipped=skipped))
+        except ValueError as error:  # the column is missing, not the row bad
+            assert "column" in str(error)  # noqa: PT017
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\nline\r\n\r\n \r\ntwo\r\n")
+    assert texts_of(tmp_path / "a.txt") == ["one\r\nline", "two"]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}')
+    assert texts_of(tmp_path / "a.jsonl") == ["one", "two"]
+
+
+BAD_ROWS = {
+    "not JSON": b"{broken",
+    "no object": b"[1, 2]",
+    "no text": b'{"text": 5}',
+    "null": b'{"text": null}',
+    "no column": b'{"other": "x"}',
+    "not UTF-8": b'{"text": "\xff\xfe"}',
+    "a lone surrogate": b'{"text": "\\ud800"}',
+    "too deep": b'{"text": ' + b"[" * 100_000,
+    "too long a number": b'{"text": ' + b"9" * 5_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, kind):
+    good = [json.dumps({"text": text}).encode() for text in make_texts(6)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*good[:4], BAD_ROWS[kind], *good[4:]]))
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 4, cannot be read: .*--on-bad-data skip"):
+        texts_of(tmp_path / "a.jsonl")
+    source = open_source(str(tmp_path / "a.jsonl"), DataConfig(on_bad_data="skip"))
+    skipped = []
+    assert [d.text for d in source.documents(skipped=skipped)] == make_texts(6)
+    assert len(skipped) == 1
+    assert_every_cursor_works(source)
+
+
+def test_a_bad_value_in_parquet_is_named_or_skipped(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = make_texts(6)
+    raw = [text.encode() for text in texts]
+    raw[2] = b"\xff\xfe"
+    column = pa.array(raw, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2, cannot be read: UnicodeDecodeError"):
+        texts_of(tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet", on_bad_data="skip") == texts[:2] + texts[3:]
+    pq.write_table(pa.table({"text": ["a", None, "b"]}), tmp_path / "n.parquet")
+    with pytest.raises(ValueError, match=r"n\.parquet, row 1, cannot be read: text is NoneType"):
+        texts_of(tmp_path / "n.parquet")
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "d.jsonl.gz"])
+def test_a_truncated_file_is_named_or_the_rest_of_it_skipped(every_kind, name):
+    folder, texts = every_kind
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"{name}, from row \d+ on, cannot be read"):
+        texts_of(path)
+    skipped = []
+    source = open_source(str(folder / "*"), DataConfig(on_bad_data="skip"))
+    kept = [document.text for document in source.documents(skipped=skipped)]
+    assert len(skipped) == 1
+    assert 3 * len(texts) <= len(kept) < 4 * len(texts)
+
+
+def test_a_corrupt_row_group_is_named_and_the_groups_before_it_are_read(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", make_texts(21))
+    content = bytearray(path.read_bytes())
+    import pyarrow.parquet as pq
+
+    start = pq.ParquetFile(path).metadata.row_group(2).column(1).dictionary_page_offset
+    content[start : start + 24] = b"\xff" * 24
+    path.write_bytes(content)
+    source, read = open_source(str(path), DataConfig()), []
+    with pytest.raises(ValueError, match=r"a\.parquet, from row 14 on, cannot be read"):
+        read.extend(source.documents())
+    assert texts_of(path, on_bad_data="skip") == make_texts(21)[:14]
+
+
+@pytest.mark.parametrize("skip", ["stop", "skip"])
+def test_a_missing_column_is_a_mistake_whatever_is_done_with_bad_rows(every_kind, skip):
+    folder, _ = every_kind
+    for name in ("a.jsonl", "b.parquet"):
+        with pytest.raises(ValueError, match=rf"{name} has no column 'body' but .*text; give --text-column"):
+            texts_of(folder / name, text_column="body", on_bad_data=skip)
+
+
+def test_what_matches_nothing_or_cannot_be_read_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="matches no file"):
+        texts_of(tmp_path / "*.jsonl")
+    with pytest.raises(ValueError, match="matches no file"):
+        texts_of(tmp_path)
+    with pytest.raises(ValueError, match="matches no file"):
+        texts_of("nothing-of-the-kind")
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"is none of \.jsonl"):
+        texts_of(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="only built-in source"):
+        texts_of("builtin:poems")
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_named(every_kind):
+    folder, _ = every_kind
+    source = open_source(f"{folder}/*", DataConfig())
+    (folder / "c.txt").unlink()
+    with pytest.raises(ValueError, match=r"c\.txt, from row 0 on, cannot be read: FileNotFoundError"):
+        list(source.documents())
+
+
+def test_the_built_in_prose_is_distinct_and_resumes():
+    texts = texts_of("builtin:python-docs")
+    assert tuple(texts) == python_docs()
+    assert len(set(texts)) == len(texts) > 3_000
+    assert sum(map(len, texts)) > 1_500_000
+    source = open_source("builtin:python-docs", DataConfig())
+    third = [document for document, _ in zip(source.documents(), range(3), strict=False)][2]
+    assert next(source.documents(third.cursor)).text == texts[3]
+
+
+def test_weights_of_a_mixture():
+    assert mixture("a/b:c") == [("a/b:c", 1.0)]
+    assert mixture("a.jsonl=3, b.txt") == [("a.jsonl", 0.75), ("b.txt", 0.25)]
+    assert mixture("x=y.jsonl") == [("x=y.jsonl", 1.0)]
+    for wrong in ("", "a,,b", "a=0", "a=-1", "a=nan", "a=inf", "=1"):
+        with pytest.raises(ValueError, match="--data"):
+            mixture(wrong)
+
+
+@pytest.mark.parametrize("whole_bytes", [2**30, 0])
+def test_a_byte_changed_in_the_middle_of_a_file_changes_its_fingerprint(tmp_path, monkeypatch, whole_bytes):
+    monkeypatch.setattr(sources, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(sources, "PROBES", 3)
+    path = tmp_path / "a.txt"
+    text = bytearray(b"x" * (sources.PROBE_BYTES * 9))
+    path.write_bytes(text)
+    before = open_source(str(path), DataConfig()).fingerprint
+    text[len(text) // 2] += 1
+    path.write_bytes(text)
+    assert open_source(str(path), DataConfig()).fingerprint != before

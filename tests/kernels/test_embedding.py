@@ -1,0 +1,85 @@
+"""The embedding's repeatable gradient against the plain one."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from smollm_jax.kernels.embedding import repeatable_lookup, sums_by_token
+from smollm_jax.kernels.select import lookup_of
+from smollm_jax.model.ops import reference_embed
+
+
+@pytest.mark.parametrize(
+    ("shape", "vocab"),
+    [((1, 1), 1), ((2, 7), 5), ((3, 50), 11), ((2, 64), 4_096), ((4, 33), 1)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_equal_the_plain_ones(shape, vocab, dtype):
+    rng = np.random.default_rng(vocab)
+    embedding = jnp.asarray(rng.normal(size=(vocab, 6)), jnp.float32)
+    tokens = jnp.asarray(rng.zipf(1.3, shape) % vocab, jnp.int32)
+    dx = jnp.asarray(rng.normal(size=(*shape, 6)), dtype)
+    x, pull = jax.vjp(lambda e: repeatable_lookup(None)(e, tokens).astype(dtype), embedding)
+    plain, plain_pull = jax.vjp(lambda e: reference_embed(e, tokens).astype(dtype), embedding)
+    np.testing.assert_array_equal(x, plain)
+    assert pull(dx)[0].dtype == jnp.float32
+    np.testing.assert_allclose(pull(dx)[0], plain_pull(dx)[0], atol=1e-5)
+
+
+def test_sums_of_rows_of_all_magnitudes_are_those_of_f64():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 512, 3)) * 10.0 ** rng.integers(-4, 5, (1, 512, 1)), jnp.float32)
+    tokens = jnp.asarray(rng.integers(0, 2, (1, 512)), jnp.int32)
+    exact = np.zeros((9, 3))
+    np.add.at(exact, np.asarray(tokens)[0], np.asarray(x, np.float64)[0])
+    np.testing.assert_allclose(sums_by_token(x, tokens, 9), exact, rtol=1e-4)
+
+
+EIGHT_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1)])
+def test_rows_divided_among_devices_give_the_same(shape):
+    if len(jax.devices()) < np.prod(shape):
+        pytest.skip("too few devices; the test below has eight")
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    embedding = jnp.asarray(rng.normal(size=(13, 6)), jnp.float32)
+    tokens, dx = rng.integers(0, 13, (4, 20)), jnp.asarray(rng.normal(size=(4, 20, 6)), jnp.float32)
+
+    def gradient(lookup, embedding, tokens):
+        return jax.grad(lambda e: jnp.sum(lookup(e, tokens) * dx))(embedding)
+
+    layouts = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    divided = jax.jit(partial(gradient, repeatable_lookup(mesh, rows="data")), in_shardings=layouts)
+    np.testing.assert_allclose(divided(embedding, tokens), gradient(reference_embed, embedding, tokens), atol=1e-5)
+
+
+def test_with_eight_devices():
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "divided_among_devices"]
+    done = subprocess.run(command, env=os.environ | EIGHT_DEVICES, capture_output=True, text=True, check=False)
+    assert "2 passed" in done.stdout, done.stdout
+
+
+def test_on_a_gpu_no_place_is_added_to_twice():
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), size=1)
+    cpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="cpu")]), size=1)
+    assert lookup_of(None) is lookup_of(cpu) is reference_embed
+    tokens = jnp.zeros((2, 8), jnp.int32)
+
+    def scatters(lookup):
+        gradient = jax.jit(jax.grad(lambda e: lookup(e, tokens).sum()))
+        program = gradient.trace(jnp.ones((5, 4))).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r"stablehlo.scatter.*?unique_indices = (true|false)", program, re.DOTALL)
+
+    assert scatters(reference_embed) == ["false"]
+    assert scatters(lookup_of(gpu)) == ["true"]

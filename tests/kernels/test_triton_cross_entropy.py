@@ -1,0 +1,118 @@
+"""The loss's kernel for GPUs against the plain form, interpreted on a CPU, and compiled for its device."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smollm_jax.config.architecture import MODELS
+from smollm_jax.kernels import select as attention
+from smollm_jax.kernels import select as kernels
+from smollm_jax.kernels import triton_cross_entropy as gpu_loss
+from smollm_jax.kernels import triton_layer as gpu_layer
+from smollm_jax.model import loss
+from tests.support.lowering import KERNEL, lowered_for_cuda
+
+H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+
+
+def interpreted(logits_BCV, targets_BC, valid_BC, dtype):
+    M, V = targets_BC.size, logits_BCV.shape[-1]
+    nll_M, d_MV = gpu_loss.score(
+        logits_BCV.reshape(M, V), targets_BC.reshape(M), valid_BC.reshape(M), dtype, interpret=True
+    )
+    return nll_M.sum(), d_MV.reshape(logits_BCV.shape)
+
+
+def some(words, *, spread=4.0, seed=0):
+    rng = np.random.default_rng(seed)
+    logits_BCV = jnp.asarray(spread * rng.normal(size=(2, 3, words)), jnp.float32)
+    targets_BC = jnp.asarray(rng.integers(0, words, (2, 3)), jnp.int32)
+    return logits_BCV, targets_BC, jnp.array([[True, True, False], [True, False, True]])
+
+
+@pytest.mark.parametrize("words", [300, gpu_loss.WORDS, 49_152, 50_000])
+@pytest.mark.parametrize("spread", [0.1, 30.0])
+def test_the_kernel_gives_the_loss_and_its_gradient(words, spread):
+    logits, targets, valid = some(words, spread=spread)
+
+    def nll(logits):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(valid, picked, 0))
+
+    expected, gradient = jax.value_and_grad(nll)(logits)
+    for score in (interpreted, loss.plain_score):
+        found, d = score(logits, targets, valid, jnp.float32)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        np.testing.assert_allclose(d, gradient, atol=1e-5)
+        assert score(logits, targets, valid, jnp.bfloat16)[1].dtype == jnp.bfloat16
+
+
+def test_words_far_below_the_rest_and_equal_logits_stay_finite():
+    logits = jnp.stack([jnp.full(5_000, -80.0).at[7].set(80.0), jnp.zeros(5_000), jnp.full(5_000, 1e4)])[None]
+    nll, d = interpreted(logits, jnp.array([[7, 0, 1]]), jnp.ones((1, 3), bool), jnp.float32)
+    np.testing.assert_allclose(nll, 2 * np.log(5_000), rtol=1e-6)
+    assert np.isfinite(d).all()
+
+
+def test_the_sum_over_chunks_and_both_gradients_are_the_plain_ones():
+    rng = np.random.default_rng(1)
+    x_BTD, head_VD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (70, 8)))
+    targets_BT, valid_BT = (
+        jnp.asarray(rng.integers(0, 70, (2, 5)), jnp.int32),
+        jnp.asarray(rng.random((2, 5)) < 0.7),
+    )
+
+    def outcome(score):
+        def summed(x_BTD, head_VD):
+            return 3 * loss.summed_nll(x_BTD, head_VD, targets_BT, valid_BT, 4, score)
+
+        return jax.value_and_grad(summed, argnums=(0, 1))(x_BTD, head_VD)
+
+    for a, b in zip(
+        jax.tree.leaves(outcome(interpreted)), jax.tree.leaves(outcome(loss.plain_score)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [49_152, 8_193])
+def test_the_kernel_lowers_for_cuda(words):
+    shapes = [(64, words), (64,), (64,)]
+    arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.int32, bool), strict=True)]
+    score = jax.jit(lambda *given: gpu_loss.score(*given, jnp.bfloat16))
+    assert lowered_for_cuda(score, *arguments).count(KERNEL) == 1
+
+
+def test_the_check_at_the_start_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run():
+    def one_percent_more(*given):
+        nll, d = loss.plain_score(*given)
+        return nll * 1.01, d
+
+    def without_the_target(logits, targets, valid, dtype):
+        nll, _ = loss.plain_score(logits, targets, valid, dtype)
+        return nll, (jax.nn.softmax(logits) * valid[..., None]).astype(dtype)
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert loss.disagreement(interpreted, 5_000, dtype) == ""
+        assert "differs from the plain form's by 1.00%" in loss.disagreement(one_percent_more, 5_000, dtype)
+        assert "gradient differs by" in loss.disagreement(without_the_target, 5_000, dtype)
+        assert "the loss does not run here: ValueError" in loss.disagreement(loss.gpu_score, 5_000, dtype)
+
+
+def test_a_loss_or_a_layer_that_fails_its_check_takes_attention_with_it_to_the_plain_form(monkeypatch):
+    """On this CPU, where the kernel for GPUs does not run, by a mesh that says it is one."""
+    mesh = SimpleNamespace(devices=np.array([H100]))
+    monkeypatch.setattr(attention, "disagreement", lambda *_: "")
+    name, notes = kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)
+    assert name == "plain"
+    assert notes[0].startswith("attention   plain: pallas failed its check, the loss does not run here")
+    with pytest.raises(ValueError, match="attention=pallas failed its check: the loss does not run here"):
+        kernels.choose_checked("pallas", mesh, MODELS["quickstart"], jnp.bfloat16)
+    monkeypatch.setattr(loss, "gpu_score", interpreted)
+    name, notes = kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)
+    assert name == "plain"
+    assert notes[0].startswith("attention   plain: pallas failed its check, a layer does not run here")
+    monkeypatch.setattr(gpu_layer, "disagreement", lambda *_: "")
+    assert kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)[0] == "pallas"

@@ -1,0 +1,158 @@
+"""A run, an export and an import are one and the same model to whoever opens them."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from smollm_jax.checkpoint.manager import CheckpointManager, read_params
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.hf import export as convert
+from smollm_jax.hf.export import export
+from smollm_jax.hf.reader import read_folder
+from smollm_jax.model.transformer import init_params
+from smollm_jax.runs.convert import import_run
+from smollm_jax.runs.load import is_run, load_model, read_run
+from smollm_jax.tokenizer.tokenizer import train
+
+CONFIG = ModelConfig(
+    vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
+    rope_theta=5_000.0, max_seq_len=64, eos_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    train([convert.TEXT], CONFIG.vocab_size).save(tmp_path / "tokenizer")
+    params = jax.tree.map(np.asarray, init_params(CONFIG, 7))
+    export(params, CONFIG, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer", verify=False)
+    return tmp_path / "hf"
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+def test_an_import_is_a_run_with_the_same_bits_architecture_and_tokenizer(folder, tmp_path):
+    assert import_run(folder, tmp_path / "run") == CONFIG
+    assert is_run(tmp_path / "run")
+    found, params = read_params(tmp_path / "run" / "checkpoints")
+    assert found.step == 0
+    assert "progress" not in found.meta  # weights to begin with, no run to go on with
+    assert_same_bits(params, read_folder(folder)[1])
+    assert read_run(tmp_path / "run").model == CONFIG
+    assert (tmp_path / "run/tokenizer/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    for name in ("hf", "run"):
+        model, again, tokenizer = load_model(tmp_path / name)
+        assert model == CONFIG
+        assert tokenizer.eos_id == 0
+        assert_same_bits(again, params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run", "tokenizer"]
+
+
+def test_a_folder_goes_through_an_import_and_an_export_unchanged(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    model, params, _ = load_model(tmp_path / "run")
+    export(params, model, tmp_path / "out", tokenizer_folder=tmp_path / "run" / "tokenizer", verify=False)
+    assert_same_bits(load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors"))
+    for file in folder.iterdir():
+        # safetensors writes the notes in its header in any order
+        if file.name != "model.safetensors":
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_context_shorter_than_a_recipes_rows_still_makes_a_run(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    assert read_run(tmp_path / "run").data.seq_len == CONFIG.max_seq_len
+
+
+def test_an_import_that_fails_leaves_nothing_and_one_that_would_overwrite_is_refused(folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(ValueError, match="full is not empty; give another --out"):
+        import_run(folder, tmp_path / "full")
+    with pytest.raises(ValueError, match="is a file"):
+        import_run(folder, tmp_path / "full" / "mine")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        import_run(folder, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "hf", "tokenizer"]
+
+
+def test_a_disk_that_fills_up_leaves_no_half_imported_run(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("smollm_jax.checkpoint.manager.store", full)
+    with pytest.raises(ValueError, match=r"run could not be written: step 0: .*No space left"):
+        import_run(folder, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "tokenizer"]
+
+
+def test_a_step_is_picked_by_number_and_a_missing_one_is_named(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", keep_last=5, keep_every=0)
+    later = jax.tree.map(lambda p: p + 1, read_folder(folder)[1])
+    checkpoints.save(3, {"params": later}, {})
+    assert checkpoints.close()
+    assert_same_bits(load_model(tmp_path / "run")[1], later)
+    assert_same_bits(load_model(tmp_path / "run", 0)[1], read_folder(folder)[1])
+    with pytest.raises(ValueError, match="2"):
+        load_model(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match="is not a run, so it has no step 3"):
+        load_model(folder, 3)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"run": 3}', '{"model": {"vocab_size": "x"}}', '{"nix": 1}'])
+def test_a_damaged_run_config_is_one_line(folder, tmp_path, content):
+    import_run(folder, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json|vocab_size|nix") as caught:
+        load_model(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_neither_run_nor_folder_nor_id_is_named(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a run: "):
+        read_run(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_and_one_with_too_large_a_tokenizer_are_named(folder):
+    train([convert.TEXT * 3 + "Sphinx of black quartz, judge my vow."], 320).save(folder)
+    with pytest.raises(ValueError, match="the tokenizer has 320 entries, the model only 300"):
+        load_model(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json"):
+        load_model(folder)
+
+
+def test_train_and_serve_start_from_an_import(folder, tmp_path):
+    from smollm_jax.config.settings import Config
+    from smollm_jax.generation.sampling import Sampling
+    from smollm_jax.serving.completion import open_completer
+    from smollm_jax.training.restore import find_start
+
+    import_run(folder, tmp_path / "run")
+    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=1)
+    asked = Config(data=replace(Config().data, seq_len=CONFIG.max_seq_len))
+    origin = find_start(asked, tmp_path / "run", checkpoints)
+    assert origin.checkpoint is None
+    assert origin.config.model == CONFIG
+    assert_same_bits(origin.weights[0], read_folder(folder)[1])
+    texts = []
+    for name in ("run", "hf"):
+        pieces = open_completer(tmp_path / name).stream("The water", Sampling(max_new_tokens=8), ())
+        texts.append("".join(piece.text for piece in pieces))
+    assert texts[0] == texts[1]
+
+
+def test_a_run_config_is_plain_json(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["hidden_size"] == 16

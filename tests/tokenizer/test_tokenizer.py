@@ -1,0 +1,117 @@
+"""Tokenizers: trained on the spot, read from folders, and refused in one line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train
+from tests.support.texts import make_texts
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train(make_texts(50), 300)
+
+
+@given(TEXT)
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back_from_its_ids(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
+
+
+@given(st.lists(TEXT, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_a_batch_gives_what_each_text_gives_alone(tokenizer, texts):
+    batch = tokenizer.encode_batch(texts)
+    assert all(np.array_equal(ids, tokenizer.encode(text)) for ids, text in zip(batch, texts, strict=True))
+
+
+def test_a_document_that_spells_out_the_end_of_text_does_not_end_itself(tokenizer):
+    ids = tokenizer.encode(f"before {EOS} after")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == f"before {EOS} after"
+
+
+def test_training_gives_the_same_tokenizer_in_every_process():
+    # another hash seed, and another number of threads
+    script = (
+        "from smollm_jax.tokenizer import train\nfrom texts import make_texts\n"
+        "print(train(make_texts(400, longest=200), 700).fingerprint)"
+    )
+    folder = str(__import__("pathlib").Path(__file__).parent)
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed, "PYTHONPATH": folder, "PATH": ""},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2", "5")
+    }  # fmt: skip
+    assert len(prints) == 1
+
+
+def test_saving_and_loading_keep_every_file_and_every_id(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "kept")
+    again = load_tokenizer(str(tmp_path / "kept"))
+    assert again.files == tokenizer.files
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.eos_id == tokenizer.eos_id == 0
+    text = " ".join(make_texts(5)) + EOS
+    assert np.array_equal(again.encode(text), tokenizer.encode(text))
+
+
+def test_truncation_and_padding_that_a_file_asks_for_are_left_out(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": EOS,
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for text in ("a", " ".join(make_texts(3))):
+        assert np.array_equal(Tokenizer(tmp_path).encode(text), tokenizer.encode(text))
+
+
+def test_the_vocabulary_has_the_size_asked_for_and_eos_first(tokenizer):
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.decode([0], skip_special=False) == EOS
+    assert tokenizer.token_bytes[0] == 0
+    assert (tokenizer.token_bytes[1:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["train:", "train:many", "train:-5", "train:256", "train:1.5"])
+def test_a_vocabulary_that_cannot_be_is_refused(name):
+    with pytest.raises(ValueError, match=f"--tokenizer {name}"):
+        load_tokenizer(name, documents=["a"])
+
+
+def test_a_folder_without_a_usable_tokenizer_is_refused_in_one_line(tokenizer, tmp_path):
+    def refused(match):
+        with pytest.raises(ValueError, match=match) as caught:
+            load_tokenizer(str(tmp_path))
+        assert "\n" not in str(caught.value)
+
+    refused("no tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refused("tokenizer.json cannot be read")
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    refused("tokenizer.json cannot be read")
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</nothing>"}')
+    refused("no end-of-text token '</nothing>'")
+    (tmp_path / "tokenizer_config.json").write_text("{broken")
+    refused("tokenizer_config.json cannot be read")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    assert load_tokenizer(str(tmp_path)).eos_id == 0
+    with pytest.raises(ValueError, match="no tokenizer folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
