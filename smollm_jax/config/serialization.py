@@ -64,11 +64,3 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
     require(fits and isinstance(value, bool) == (hint is bool), f"{where} must be {hint.__name__}, {value!r} came")
     return value
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"run": {"seed": 0}}` as `{"run.seed": 0}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -20,10 +20,11 @@ from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.recipes import RECIPES
-from smollm_jax.config.serialization import flatten, from_dict, to_dict
+from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.step import learning_rate_schedule
 
@@ -125,7 +126,7 @@ def check_settings(
 
     `schedule_of(config)` gives learning rate and batch size of every update up to `step`.
     """
-    before, now = flatten(old), flatten(to_dict(config))
+    before, now = flatten(old, "."), flatten(to_dict(config), ".")
     changed = [name for name in now if before.get(name) != now[name] and name not in NEUTRAL]
     notes = [
         f"{name} changed from {before.get(name)} to {now[name]}: same maths, the last bits may differ"
