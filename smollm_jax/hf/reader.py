@@ -70,7 +70,9 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(WANTED)))
     except Exception as error:  # the kinds differ with every release of three libraries
-        raise UserError(f"{path} is no folder, and the Hub does not give it ({one_line(error)})") from None
+        raise UserError(
+            f"{path} is no folder here and cannot be fetched from the Hub ({one_line(error)})"
+        ) from None
 
 
 def read_json(file: Path) -> Any:

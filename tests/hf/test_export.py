@@ -569,7 +569,9 @@ def test_no_folder_and_a_hub_that_does_not_answer_are_one_line(tmp_path, monkeyp
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
-    with pytest.raises(ValueError, match=r"^owner/name is no folder here and cannot be fetched .*\(no route\)$"):
+    with pytest.raises(
+        ValueError, match=r"^owner/name is no folder here and cannot be fetched .*\(OSError: no route to host\)$"
+    ):
         read_folder("owner/name")
 
 
