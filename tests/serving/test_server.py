@@ -489,7 +489,7 @@ def test_a_model_without_a_template_has_no_chat(tmp_path):
     from smollm_jax.tokenizer.tokenizer import train
 
     train(["plain text"] * 4, 300).save(tmp_path / "tokenizer")
-    convert.export(init_params(CONFIG, 0), CONFIG, tmp_path / "plain", tokenizer_folder=tmp_path / "tokenizer",
+    convert.export_folder(init_params(CONFIG, 0), CONFIG, tmp_path / "plain", tokenizer_folder=tmp_path / "tokenizer",
                    verify=False)  # fmt: skip
     with Server(tmp_path / "plain") as server:
         assert (
