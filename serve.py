@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from smollm_jax.cli.arguments import parse_command
-from smollm_jax.runtime.console import guarded
+from smollm_jax.runtime.console import run_main
 from smollm_jax.runtime.errors import require
 
 if TYPE_CHECKING:
@@ -185,4 +185,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_main(main))

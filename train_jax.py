@@ -7,7 +7,7 @@ The same command again resumes. Exit codes: 0 finished; 2 a mistake in the argum
 import sys
 
 from smollm_jax.cli.arguments import parse
-from smollm_jax.runtime.console import guarded
+from smollm_jax.runtime.console import run_main
 from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 from smollm_jax.runtime.signals import StopRequest, leave
 
@@ -22,4 +22,4 @@ def main(stop: StopRequest) -> int:
 if __name__ == "__main__":
     restart_with_huge_pages()
     with StopRequest() as request:
-        leave(guarded(lambda: main(request)))
+        leave(run_main(lambda: main(request)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.cli.arguments import parse_command
-from smollm_jax.runtime.console import guarded
+from smollm_jax.runtime.console import run_main
 
 Row = dict[str, Any]
 
@@ -98,4 +98,4 @@ def as_command(benchmark: Callable[..., int], name: str) -> None:
     def main() -> int:
         return parse_command(benchmark, sys.argv[1:], f"python -m benchmarks.{name}")()
 
-    sys.exit(guarded(main))
+    sys.exit(run_main(main))

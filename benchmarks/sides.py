@@ -23,6 +23,7 @@ from unittest import mock
 
 from benchmarks.measure import resident
 from smollm_jax.runtime.devices import has_accelerator
+from smollm_jax.runtime.errors import one_line
 
 Seconds = dict[str, float]
 TURNS_ALONE = 2
@@ -196,10 +197,9 @@ def _received(connection: Connection) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if any(words in text for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
+    if any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")):
         return "out of memory"
-    return text[:200] if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:200]}"
+    return one_line(error)
 
 
 def _processor_so_far() -> dict[str, float]:

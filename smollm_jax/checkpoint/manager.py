@@ -45,7 +45,7 @@ from smollm_jax.checkpoint.orbax_io import (
     store,
 )
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, one_line
 from smollm_jax.runtime.files import Damaged, fsync, write_json
 
 if TYPE_CHECKING:
@@ -330,4 +330,4 @@ def _reason(error: Exception) -> str:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(error)

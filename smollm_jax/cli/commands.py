@@ -185,9 +185,9 @@ def batch(run: Positional, *, step: int) -> int:
         run: Run folder.
         step: Update, counted from 1.
     """
-    from smollm_jax.runs.replay import documents_of_step
+    from smollm_jax.runs.replay import replay_step
 
-    replayed = documents_of_step(run, step)
+    replayed = replay_step(run, step)
     for document in replayed.documents:
         print(json.dumps(document, ensure_ascii=False))
     say(replayed.verdict)

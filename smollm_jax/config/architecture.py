@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
+from smollm_jax.config.fields import ABOVE_0, AT_LEAST_1, FREE, check_fields
 from smollm_jax.runtime.errors import require
-
-
-def require_finite(settings: Any) -> None:
-    """Raise `ValueError` naming a field that is NaN or infinite."""
-    for name, value in vars(settings).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"{name}={value} must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture: the numbers of a published `config.json`."""
 
-    vocab_size: int = 49_152
-    hidden_size: int = 576
-    num_layers: int = 30
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    head_dim: int = 64
-    intermediate_size: int = 1_536
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 100_000.0
-    max_seq_len: int = 8_192
-    initializer_range: float = 1 / 24
+    vocab_size: int = field(default=49_152, metadata=AT_LEAST_1)
+    hidden_size: int = field(default=576, metadata=AT_LEAST_1)
+    num_layers: int = field(default=30, metadata=AT_LEAST_1)
+    num_heads: int = field(default=9, metadata=AT_LEAST_1)
+    num_kv_heads: int = field(default=3, metadata=AT_LEAST_1)
+    head_dim: int = field(default=64, metadata=AT_LEAST_1)
+    intermediate_size: int = field(default=1_536, metadata=AT_LEAST_1)
+    rms_norm_eps: float = field(default=1e-5, metadata=ABOVE_0)
+    rope_theta: float = field(default=100_000.0, metadata=ABOVE_0)
+    max_seq_len: int = field(default=8_192, metadata=AT_LEAST_1)
+    initializer_range: float = field(default=1 / 24, metadata=ABOVE_0)
     tie_embeddings: bool = True
-    bos_token_id: int = 0
-    eos_token_id: int = 0
+    bos_token_id: int = field(default=0, metadata=FREE)
+    eos_token_id: int = field(default=0, metadata=FREE)
 
     def __post_init__(self) -> None:
-        require_finite(self)
-        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "intermediate_size", "max_seq_len"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
+        check_fields(self)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}; "
             "SmolLM2-135M uses 9 and 3",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
 
     @property
     def num_parameters(self) -> int:

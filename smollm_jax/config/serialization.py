@@ -1,6 +1,6 @@
-"""A `Config` as plain JSON values and back: what config.json and every checkpoint hold.
+"""Convert a `Config` to the JSON of config.json and of every checkpoint, and back.
 
-Reading trusts nothing: a name that is not known or a value of another type is a `ValueError` that names it.
+An unknown name or a value of another type raises `UserError` naming the field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from smollm_jax.runtime.errors import require
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Every setting, with what was left open filled in, as plain JSON values."""
+    """Return every setting as plain JSON values, defaults that depend on others filled in."""
     values = dataclasses.asdict(config)
     values["run"] |= {
         "run_dir": config.run_dir,
@@ -29,16 +29,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Any) -> Config:
-    """The `Config` whose `to_dict` is `values`; raises `ValueError` naming what is unknown or unusable."""
+    """Return the `Config` whose `to_dict` is `values`; raises `UserError` naming an unknown or unusable field."""
     require(isinstance(values, dict), f"config.json must hold an object, {type(values).__name__} came")
-    optimizer = values.get("optimizer")
+    optimizer, compute = values.get("optimizer"), values.get("compute")
     if isinstance(optimizer, dict) and optimizer.get("schedule") != "wsd":
         values = values | {"optimizer": {k: v for k, v in optimizer.items() if k != "decay_steps"}}
+    if isinstance(compute, dict) and compute.get("attention") == "cudnn":  # a kernel of earlier versions
+        values = values | {"compute": compute | {"attention": "auto"}}
     return _built(Config, values, "config.json")
 
 
 def _built(kind: type, values: Any, where: str) -> Any:
-    """An instance of the dataclass `kind` from `values`, fields that are missing at their defaults."""
+    """Return the dataclass `kind` made from `values`; missing fields have their defaults."""
     require(isinstance(values, dict), f"{where} must be an object, {values!r} came")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - {item.name for item in dataclasses.fields(kind)})
@@ -47,7 +49,7 @@ def _built(kind: type, values: Any, where: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` if it is of the type `hint`."""
+    """Return `value` if it has the type `hint`."""
     if dataclasses.is_dataclass(hint):
         return _built(typing.cast(type, hint), value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -64,11 +66,3 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
     require(fits and isinstance(value, bool) == (hint is bool), f"{where} must be {hint.__name__}, {value!r} came")
     return value
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"run": {"seed": 0}}` as `{"run.seed": 0}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

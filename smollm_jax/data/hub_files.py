@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from smollm_jax.runtime.background import BackgroundTask
-from smollm_jax.runtime.errors import SourceTimeout, UserError, brief
+from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line
 from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, request_seconds, retry
 
 POLL_SECONDS = 0.1
@@ -66,7 +66,7 @@ def list_files(spec: str, split: str, *, patience: float) -> list[Remote]:
         raise UserError(f"--data {spec}: {known}") from None
     except Exception as error:  # whatever a library made of it: without the list of files there is no stream
         ways_out = f"; {WAYS_OUT}" if isinstance(error, OSError) else ""
-        raise UserError(f"--data {spec}: {brief(error)}{ways_out}") from None
+        raise UserError(f"--data {spec}: {one_line(error)}{ways_out}") from None
 
 
 def _list(repo: str, config: str | None, split: str) -> list[Remote]:
@@ -132,7 +132,7 @@ class HubFile(io.RawIOBase):
             try:
                 view[at : at + size] = retry(ask, self.file.name, self.timeout, self._stopped)
             except (OSError, ValueError) as error:
-                raise Refused(f"the Hub refuses {self.file.name}: {brief(error)}") from None
+                raise Refused(f"the Hub refuses {self.file.name}: {one_line(error)}") from None
             self._position += size
         return count
 

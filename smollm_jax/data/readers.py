@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from smollm_jax.runtime.errors import UserError, brief
+from smollm_jax.runtime.errors import UserError, one_line
 
 Cursor = dict[str, Any]
 RowFilter = Callable[[int], bool]
@@ -54,7 +54,7 @@ def read_parquet(
                     try:
                         value = values[offset].as_py()
                     except UnicodeDecodeError as error:
-                        fault = brief(error)
+                        fault = one_line(error)
                     yield Record(value, row, {**start, "row": row + 1}, fault)
             first += rows
 
@@ -78,7 +78,7 @@ def read_text(
             except MissingColumn:
                 raise
             except (ValueError, RecursionError) as error:
-                fault = brief(error)
+                fault = one_line(error)
             if not wanted(row):
                 continue
             yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)

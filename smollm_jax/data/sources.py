@@ -25,7 +25,7 @@ from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubFile, Refused, Remote, list_files
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, MissingColumn, Record, RowFilter, read_parquet, read_text
-from smollm_jax.runtime.errors import SourceTimeout, UserError, brief, require
+from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
@@ -113,10 +113,10 @@ class Source:
                     raise
                 tries += 1
                 if self.remote and tries < PARSE_TRIES:
-                    logger.warning("reading %s again from row %d: %s", path, cursor["row"], brief(error))
+                    logger.warning("reading %s again from row %d: %s", path, cursor["row"], one_line(error))
                     continue
                 if by_file or share.index == 0:  # where it is in all shares, one tells
-                    self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {brief(error)}", skipped)
+                    self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {one_line(error)}", skipped)
             cursor, tries = {**START, "file": cursor["file"] + 1}, 0
 
     def is_even(self, shares: int) -> bool:
@@ -223,7 +223,7 @@ def _local(pattern: str, settings: DataConfig) -> Source:
             for path, size in zip(files, sizes, strict=True)
         ]
     except OSError as error:
-        raise UserError(f"--data {pattern}: {brief(error)}") from None
+        raise UserError(f"--data {pattern}: {one_line(error)}") from None
     return Source(pattern, files, " ".join(prints), settings, lambda i: _open_local(files[i]), sizes)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.distributed.processes import LEAVING, Processes
 from smollm_jax.distributed.watchdog import AGAIN
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, UserError, require
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, UserError, one_line, require
 from smollm_jax.runtime.signals import end_with
 
 # the library's own watch ends a process by a crash; ours comes first, in words and with an exit code
@@ -59,8 +59,9 @@ def join(compute: ComputeConfig) -> Processes:
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
             return Processes()
         where = compute.coordinator or "found by the launcher"
-        words = " ".join(str(error).split())
-        raise UserError(f"the job's processes did not come together (coordinator {where}): {words:.300}") from None
+        raise UserError(
+            f"the job's processes did not come together (coordinator {where}): {one_line(error)}"
+        ) from None
     LEAVING.clear()
     return Processes(jax.process_index(), jax.process_count())
 

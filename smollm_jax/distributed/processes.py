@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smollm_jax.distributed.watchdog import AGAIN, BEAT_SECONDS, SILENT_SECONDS, Watchdog, read
-from smollm_jax.runtime.console import explained
-from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, require
+from smollm_jax.runtime.console import explain
+from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, one_line, require
 from smollm_jax.runtime.signals import end_with
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class Processes:
                 padded[: data.size] = data
                 rows = np.asarray(process_allgather(padded)).reshape(self.count, -1)
         except (ValueError, RuntimeError) as error:  # Gloo's comes as the one, others' as the other
-            raise PeerLost(" ".join(str(error).split())[:300]) from error
+            raise PeerLost(one_line(error)) from error
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def require_same(self, value: Any, what: str) -> None:
@@ -123,7 +123,7 @@ class Processes:
         try:
             code = work()
         except UserError as error:
-            code = explained(error)
+            code = explain(error)
         if not self._left:
             self._left = True
             LEAVING.append(code)

@@ -28,7 +28,7 @@ from smollm_jax.kernels.triton_decode import KEYS
 from smollm_jax.model.attention import MASKED
 from smollm_jax.model.ops import rotate, swiglu
 from smollm_jax.model.transformer import RMSNorm, SmolLM, params_of, rope_angles
-from smollm_jax.runtime.errors import said_by
+from smollm_jax.runtime.errors import one_line
 
 QUERY_BLOCK = 512  # of a long prompt
 
@@ -244,7 +244,7 @@ def decode_disagreement(config: ModelConfig, dtype: Any, *, interpret: bool = Fa
     try:
         return _decode_disagreement(replace(config, num_layers=1, vocab_size=8), dtype, interpret, seed)
     except Exception as error:  # whatever a compiler may raise: better slow text than none
-        return f"they do not run here: {said_by(error)}"
+        return f"they do not run here: {one_line(error)}"
 
 
 def _decode_disagreement(config: ModelConfig, dtype: Any, interpret: bool, seed: int) -> str:

@@ -1,51 +1,19 @@
-"""config.json of Hugging Face, both ways: read field by field, nothing of it on trust."""
+"""Convert Hugging Face's config.json to a `ModelConfig` and back; every field read is checked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, require
 
-# past any Llama: a damaged size shall not ask for an exabyte, nor for a list of a billion names
+# more than any Llama has: a damaged size must not request an exabyte, nor a list of a billion names
 LARGEST_SIZE, MOST_LAYERS = 2**31, 10_000
 
-
-def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The content of config.json; both spellings of theta, since readers before transformers 5 know only one."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "is_llama_config": True,
-        "max_position_embeddings": config.max_seq_len,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_interleaved": False,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_scaling": None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": config.vocab_size,
-    }
-
-
-# what our model does, and the value a config.json without the field stands for
-FIXED = {
+# values of a config.json that our model cannot change, and their defaults in LlamaConfig
+ONLY = {
     "attention_bias": False,
     "mlp_bias": False,
     "hidden_act": "silu",
@@ -53,91 +21,109 @@ FIXED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+# written beside the fields of `FIELDS`
+CONSTANT = {
+    **{name: ONLY[name] for name in ("attention_bias", "mlp_bias", "hidden_act", "rope_interleaved")},
+    "architectures": ["LlamaForCausalLM"],
+    "attention_dropout": 0.0,
+    "is_llama_config": True,
+    "model_type": "llama",
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "use_cache": True,
+}
+# LlamaConfig's own
+DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+
+
+def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Return the content of config.json; theta stands twice because transformers 4 knows only `rope_theta`."""
+    values = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
+    rope = {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"}}
+    return dict(sorted((CONSTANT | values | rope | {"torch_dtype": dtype}).items()))
 
 
 def model_config(hf: Any) -> ModelConfig:
-    """The architecture that a config.json describes; raises `ValueError` naming a field that we do not do."""
+    """Return the architecture of a config.json; raises `UserError` naming a field that our model does not have."""
     require(isinstance(hf, dict), f"config.json must hold an object, {type(hf).__name__} came")
     require(hf.get("model_type") == "llama", f"model_type is {hf.get('model_type')!r}; only llama can be read")
-    for name, value in FIXED.items():
+    for name, value in ONLY.items():
         came = hf.get(name, value)
         require(came == value, f"config.json: {name} is {came!r}; only {value!r} can be read")
-    heads = _size(hf, "num_attention_heads")
-    hidden = _size(hf, "hidden_size")
-    head_dim = hidden // heads if hf.get("head_dim") is None else _size(hf, "head_dim")
-    tied = hf.get("tie_word_embeddings", False)  # LlamaConfig's own default
-    require(isinstance(tied, bool), f"config.json: tie_word_embeddings must be true or false, {tied!r} came")
-    vocab_size = _size(hf, "vocab_size")
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        num_layers=_size(hf, "num_hidden_layers", MOST_LAYERS),
-        num_heads=heads,
-        num_kv_heads=heads if hf.get("num_key_value_heads") is None else _size(hf, "num_key_value_heads"),
-        head_dim=head_dim,
-        intermediate_size=_size(hf, "intermediate_size"),
-        rms_norm_eps=_positive(hf, "rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(hf),
-        max_seq_len=_size(hf, "max_position_embeddings"),
-        initializer_range=_positive(hf, "initializer_range", 0.02),
-        tie_embeddings=tied,
-        bos_token_id=_token_id(hf, "bos_token_id", vocab_size),
-        eos_token_id=_token_id(hf, "eos_token_id", vocab_size),
-    )
+    hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
+    derived = {"head_dim": hidden // heads, "num_key_value_heads": heads}
+    hf = DEFAULTS | hf | {name: value for name, value in derived.items() if hf.get(name) is None}
+    return ModelConfig(**{ours: read(hf, theirs) for ours, (theirs, read) in FIELDS.items()})
 
 
-def _rope_theta(hf: dict[str, Any]) -> float:
-    """Theta, wherever it stands: transformers 5 keeps it in rope_parameters, older ones at the top."""
-    thetas = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = hf.get(name)
+def _rope_theta(hf: dict[str, Any], name: str) -> float:
+    """Return theta: transformers 5 keeps it in rope_parameters, older releases at the top."""
+    thetas = {name: _positive(hf, name)} if hf.get(name) is not None else {}
+    for group in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(group)
         if rope is None:
             continue
-        require(isinstance(rope, dict), f"config.json: {name} must be an object, {rope!r} came")
+        require(isinstance(rope, dict), f"config.json: {group} must be an object, {rope!r} came")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        require(kind == "default", f"config.json: {name} asks for {kind!r}; only plain RoPE can be read")
-        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        unknown = sorted(map(str, set(rope) - known))
-        require(not unknown, f"config.json: {name} has {', '.join(unknown)}; only plain RoPE can be read")
+        require(kind == "default", f"config.json: {group} asks for {kind!r}; only plain RoPE can be read")
+        unknown = sorted(map(str, set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}))
+        require(not unknown, f"config.json: {group} has {', '.join(unknown)}; only plain RoPE can be read")
         part = rope.get("partial_rotary_factor", 1.0)
-        require(part == 1.0, f"config.json: {name}.partial_rotary_factor is {part!r}; only 1.0 can be read")
-        if "rope_theta" in rope:
-            thetas[f"{name}.rope_theta"] = _positive(rope, "rope_theta")
-    if hf.get("rope_theta") is not None:
-        thetas["rope_theta"] = _positive(hf, "rope_theta")
+        require(part == 1.0, f"config.json: {group}.partial_rotary_factor is {part!r}; only 1.0 can be read")
+        if name in rope:
+            thetas = {f"{group}.{name}": _positive(rope, name)} | thetas
     require(bool(thetas), "config.json has neither rope_theta nor rope_parameters.rope_theta")
-    said = ", ".join(f"{name}={theta:g}" for name, theta in thetas.items())
-    require(len(set(thetas.values())) == 1, f"config.json contradicts itself: {said}")
+    found = ", ".join(f"{place}={theta:g}" for place, theta in thetas.items())
+    require(len(set(thetas.values())) == 1, f"config.json contradicts itself: {found}")
     return next(iter(thetas.values()))
 
 
 def _size(hf: dict[str, Any], name: str, most: int = LARGEST_SIZE) -> int:
     value = hf.get(name)
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most,
-        f"config.json: {name} must be a whole number from 1 to {most:,}, {value!r} came",
-    )
-    return int(value)  # type: ignore[arg-type]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
+        return value
+    raise UserError(f"config.json: {name} must be a whole number from 1 to {most:,}, {value!r} came")
 
 
-def _positive(hf: dict[str, Any], name: str, default: float | None = None) -> float:
-    value = hf.get(name, default)
-    require(
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30,
-        f"config.json: {name} must be a number above 0, {value!r} came",
-    )
-    return float(value)  # type: ignore[arg-type]
+def _positive(hf: dict[str, Any], name: str) -> float:
+    value = hf[name]
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30:
+        return float(value)
+    raise UserError(f"config.json: {name} must be a number above 0, {value!r} came")
 
 
-def _token_id(hf: dict[str, Any], name: str, vocab_size: int) -> int:
-    """The id, or the first of several; 0 where there is none."""
-    value = hf.get(name)
+def _flag(hf: dict[str, Any], name: str) -> bool:
+    if isinstance(value := hf[name], bool):
+        return value
+    raise UserError(f"config.json: {name} must be true or false, {value!r} came")
+
+
+def _token_id(hf: dict[str, Any], name: str) -> int:
+    """Return the id, the first of several, or 0 if there is none."""
+    value, vocab_size = hf.get(name), _size(hf, "vocab_size")
     if isinstance(value, list) and value:
         value = value[0]
     if value is None:
         return 0
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size,
-        f"config.json: {name} must be an id below vocab_size={vocab_size}, {value!r} came",
-    )
-    return int(value)  # type: ignore[arg-type]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size:
+        return value
+    raise UserError(f"config.json: {name} must be an id below vocab_size={vocab_size}, {value!r} came")
+
+
+# our name: Hugging Face's name, and how its value is read
+FIELDS: dict[str, tuple[str, Callable[[dict[str, Any], str], Any]]] = {
+    "vocab_size": ("vocab_size", _size),
+    "hidden_size": ("hidden_size", _size),
+    "num_layers": ("num_hidden_layers", partial(_size, most=MOST_LAYERS)),
+    "num_heads": ("num_attention_heads", _size),
+    "num_kv_heads": ("num_key_value_heads", _size),
+    "head_dim": ("head_dim", _size),
+    "intermediate_size": ("intermediate_size", _size),
+    "rms_norm_eps": ("rms_norm_eps", _positive),
+    "rope_theta": ("rope_theta", _rope_theta),
+    "max_seq_len": ("max_position_embeddings", _size),
+    "initializer_range": ("initializer_range", _positive),
+    "tie_embeddings": ("tie_word_embeddings", _flag),
+    "bos_token_id": ("bos_token_id", _token_id),
+    "eos_token_id": ("eos_token_id", _token_id),
+}

@@ -1,17 +1,18 @@
-"""Our parameters to a Hugging Face folder, checked before it is put in place, and back.
+"""Export our parameters as a Hugging Face folder, which is checked before it appears under its name.
 
-The only door to Hugging Face models: names and layouts are in layout.py, reading in hf_folder.py. numpy and
-safetensors do the work. Where torch is installed, every folder written is loaded by transformers and its
-logits on real text are compared with ours; a folder that disagrees is not left behind.
+numpy and safetensors do the work. If torch is installed, transformers loads every folder written, and its logits
+on real text are compared with ours; a folder that disagrees is removed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import hf_config
-from smollm_jax.hf.mapping import Params, Tensor, leaf, shapes_of, tensors, to_hf
+from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.model_card import model_card
-from smollm_jax.hf.reader import INDEX, WANTED, WEIGHTS, metadata_of, read_folder, tensor_files
+from smollm_jax.hf.reader import INDEX, WANTED, metadata_of, read_folder, tensor_files
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.files import written_aside
+from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import FILES as TOKENIZER_FILES
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -32,7 +35,7 @@ SHARD_BYTES = 5 * 10**9
 CHECKED_TOKENS = 64
 # of the largest logit: f32 sums in another order differ by 1e-6 to 1e-5, a wrong layout by about 1
 LARGEST_DIFFERENCE = 1e-3
-# real text: random ids meet neither the frequent tokens nor what attention makes of a sentence
+# real text: random ids reach neither the frequent tokens nor attention over a sentence
 TEXT = """The water cycle moves water between the sea, the air and the land. When the sun warms the surface of
 the ocean, water evaporates and rises as vapour; high up it cools, condenses into clouds, and falls again as
 rain or snow. In 1580 Bernard Palissy wrote that rivers are fed by rain alone, which few people then believed."""
@@ -43,30 +46,26 @@ def write_folder(
 ) -> None:
     """Write config, weights and tokenizer files into the new folder `out`; `params` are numpy arrays."""
     import ml_dtypes
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
     targets = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
     require(dtype in targets, f"dtype {dtype!r}: expected float32 or bfloat16")
     target = targets[dtype]
     out.mkdir(parents=True)
-    shards: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors(config):
-        nbytes = int(np.prod(tensor.shape)) * target.itemsize
-        if size + nbytes > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += nbytes
-    index: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        values = {t.name: np.ascontiguousarray(to_hf(params, t).astype(target)) for t in shard}
+    held = {tensor.name: tensor for tensor in tensors(config)}
+    split = split_state_dict_into_shards_factory(
+        held,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * target.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
+        values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(target)) for name in names}
         save_file(values, out / file, metadata={"format": "pt", "note": MARK})
-        index |= dict.fromkeys(values, file)
-    if len(shards) > 1:
-        total = sum(int(np.prod(t.shape)) for t in tensors(config)) * target.itemsize
-        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        _sort_metadata(out / file)
+    if split.is_sharded:
+        _write_json(out / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     _write_json(out / "config.json", hf_config(config, dtype))
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
@@ -74,7 +73,7 @@ def write_folder(
         _copy_tokenizer(Path(tokenizer_folder), out, config)
 
 
-def export(
+def export_folder(
     params: Params,
     config: ModelConfig,
     out: str | Path,
@@ -84,17 +83,15 @@ def export(
     card_facts: dict[str, Any] | None = None,
     verify: bool = True,
 ) -> str:
-    """Write a Hugging Face folder, check it, and only then put it in place; returns how it was checked.
+    """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
 
-    Raises `ValueError` when `out` holds something else, `RuntimeError` when the check fails: an older export
-    stays as it is then.
+    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails; an older export then
+    stays as it is.
     """
     out = Path(os.path.abspath(out))  # "." has no name of its own
     _refuse_foreign(out)
-    params = _numpy(params)
-    part, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("part", "old"))
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    params = unflatten({name: np.asarray(leaf) for name, leaf in flatten(params, "/").items()}, "/")
+    with written_aside(out) as part:
         write_folder(params, config, part, dtype=dtype, tokenizer_folder=tokenizer_folder)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
         facts = dict(card_facts or {})
@@ -103,19 +100,11 @@ def export(
             shutil.copyfile(curve, part / CURVE)
         card = model_card(config, facts, dtype=dtype, checked=checked, curve=curve is not None)
         (part / CARD).write_text(card, encoding="utf-8")
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return checked
 
 
 def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
-    """Compare what was written with `params`; returns what was compared, raises `RuntimeError` on a difference."""
+    """Compare a written folder with `params`; returns what was compared, raises `RuntimeError` on a difference."""
     import ml_dtypes
 
     try:
@@ -124,17 +113,13 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
         raise RuntimeError(f"the export cannot be read back: {error}") from None
     if read_config != config:
         raise RuntimeError(f"config.json reads back as {read_config}, not {config}")
-    for path in shapes_of(config):
-        ours = leaf(params, path)
-        if dtype == "bfloat16":
-            ours = ours.astype(ml_dtypes.bfloat16).astype(np.float32)
+    read_back = flatten(read, "/")
+    for name, leaf in flatten(params, "/").items():
+        ours = leaf.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else leaf
         # as integers: NaN equals itself, and 0 is not -0
-        if not np.array_equal(ours.view(np.uint32), leaf(read, path).view(np.uint32)):
-            raise RuntimeError(f"{'/'.join(path)} reads back otherwise than it was written")
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError:
+        if not np.array_equal(ours.view(np.uint32), read_back[name].view(np.uint32)):
+            raise RuntimeError(f"{name} reads back otherwise than it was written")
+    if not (find_spec("torch") and find_spec("transformers")):
         return "read back through our own import, bit for bit; torch is not installed, so no logits were compared"
     tokens, kind = _tokens_to_check(folder, config)
     difference = _logit_difference(folder, read_config, read, tokens)
@@ -150,7 +135,7 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
 
 
 def load_hf(path: str | Path) -> Any:
-    """The `SmolLM` of a Hugging Face folder or Hub id, in f32; raises `ValueError` naming what does not fit."""
+    """Return the `SmolLM` of a Hugging Face folder or Hub id in f32; raises `UserError` naming a misfit."""
     import jax
     import jax.numpy as jnp
 
@@ -161,19 +146,19 @@ def load_hf(path: str | Path) -> Any:
 
 
 def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
-    """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, ours, or one of transformers'."""
+    """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, a `Tokenizer` or transformers'."""
     from smollm_jax.model.transformer import params_of
 
     if tokenizer is None or isinstance(tokenizer, str | Path):
-        export(params_of(model), model.config, path, tokenizer_folder=tokenizer)
+        export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
         return
     with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
         (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
-        export(params_of(model), model.config, path, tokenizer_folder=folder)
+        export_folder(params_of(model), model.config, path, tokenizer_folder=folder)
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raise `ValueError` unless `out` is free, empty, or an export of ours with nothing added to it."""
+    """Raise `UserError` unless `out` is free, empty, or an export of ours to which nothing was added."""
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     held = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if not held:
@@ -190,7 +175,7 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> None:
-    """The tokenizer files alone: a whole Hugging Face folder may be given, whose config.json is another."""
+    """Copy the tokenizer files alone: `folder` may be another model's folder, with a config.json of its own."""
     tokenizer = Tokenizer(folder)
     require(
         tokenizer.vocab_size <= config.vocab_size,
@@ -202,7 +187,7 @@ def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> None:
 
 
 def _tokens_to_check(folder: Path, config: ModelConfig) -> tuple[np.ndarray, str]:
-    """Ids (1, T) to compare logits on: `TEXT` where there is a tokenizer, and what they are."""
+    """Return ids (1, T) to compare logits on, and what they are: `TEXT` if there is a tokenizer."""
     length = min(CHECKED_TOKENS, config.max_seq_len)
     if (folder / "tokenizer.json").exists():
         return Tokenizer(folder).encode(TEXT)[None, :length], "English text"
@@ -210,7 +195,7 @@ def _tokens_to_check(folder: Path, config: ModelConfig) -> tuple[np.ndarray, str
 
 
 def _logit_difference(folder: Path, config: ModelConfig, params: Params, tokens: np.ndarray) -> float:
-    """Largest difference of logits between transformers and us, as a share of the largest logit."""
+    """Return the largest difference between transformers' logits and ours, as a share of the largest logit."""
     import jax
     import torch
     from transformers import AutoModelForCausalLM
@@ -234,8 +219,16 @@ def _logit_difference(folder: Path, config: ModelConfig, params: Params, tokens:
     return float(np.abs(ours - expected).max() / np.abs(expected).max())
 
 
-def _numpy(tree: Any) -> Any:
-    return {name: _numpy(value) for name, value in tree.items()} if isinstance(tree, dict) else np.asarray(tree)
+def _sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors header, which has another order in every process."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(written) == size, "safetensors writes its header otherwise than json.dumps"
+        opened.seek(8)
+        opened.write(written)
 
 
 def _write_json(path: Path, value: Any) -> None:

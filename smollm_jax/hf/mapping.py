@@ -1,8 +1,7 @@
-"""Our parameters in Hugging Face's names and layouts, and config.json in ours: numpy alone.
+"""Convert our parameters to Hugging Face's names and layouts and back, with numpy alone.
 
-One table serves both directions, so that they cannot disagree. HF keeps a matrix as (outputs, inputs) and
-each layer apart; ours are (inputs..., outputs...) with the layers stacked. Turning one into the other moves
-bits and rounds nothing. A config.json is read field by field, nothing of it on trust.
+One table serves both directions, so that they cannot disagree. HF keeps a matrix as (outputs, inputs) and each
+layer apart; ours are (inputs..., outputs...) with the layers stacked. A conversion moves bits and rounds nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +15,19 @@ import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.trees import flatten, unflatten
 
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One parameter: our path, HF's name ("{}" is the layer), and HF's shape as ours flattened and turned."""
+    """One parameter: our path and HF's name, in which "{}" is the layer."""
 
     ours: tuple[str, ...]
     theirs: str
     inputs: int = 0
-    """Leading dims of ours (the layer's not counted) that are HF's second, input, dim; 0: the same layout."""
+    """Number of our leading dims, the layer dim not counted, that are HF's second dim; 0: the same layout."""
 
 
 TABLE = (
@@ -48,7 +48,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face folder; `layer` is None for what is not stacked."""
+    """One tensor of a Hugging Face folder; `layer` is None if the parameter has no layer dim."""
 
     name: str
     entry: WeightMapping
@@ -73,7 +73,7 @@ def shapes_of(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-    """Every tensor that a folder of this config holds; a tied head is not one of them."""
+    """Return every tensor that a folder of this config holds, without a tied head."""
     shapes, out = shapes_of(config), []
     for entry in TABLE:
         if entry.ours not in shapes:
@@ -86,38 +86,29 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     return out
 
 
-def leaf(params: Params, path: tuple[str, ...]) -> Any:
-    for part in path:
-        params = params[part]
-    return params
-
-
 def to_hf(params: Params, tensor: Tensor) -> np.ndarray:
-    """HF's tensor out of our numpy parameters, a view of them."""
-    value = leaf(params, tensor.entry.ours)
+    """Return HF's tensor as a view of our numpy parameters."""
+    value = flatten(params, "/")["/".join(tensor.entry.ours)]
     if tensor.layer is not None:
         value = value[tensor.layer]
     return value.reshape(tensor.shape[::-1]).T if tensor.entry.inputs else value
 
 
 def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
-    """Our f32 parameters from `read(name)`; raises `ValueError` naming a tensor of another shape."""
+    """Return our f32 parameters from `read(name)`; raises `UserError` naming a tensor of another shape."""
     shapes = shapes_of(config)
-    params: Params = {}
+    named: dict[str, np.ndarray] = {}
     for tensor in tensors(config):
-        value, path = read(tensor.name), tensor.entry.ours
+        value, path = read(tensor.name), "/".join(tensor.entry.ours)
         require(
             value.shape == tensor.shape,
             f"tensor {tensor.name}: expected shape {tensor.shape} from config.json, got {value.shape}",
         )
-        value = (value.T if tensor.entry.inputs else value).reshape(shapes[path])
-        branch = params
-        for part in path[:-1]:
-            branch = branch.setdefault(part, {})
+        shape = shapes[tensor.entry.ours]
+        value = (value.T if tensor.entry.inputs else value).reshape(shape)
         if tensor.layer is None:
-            branch[path[-1]] = value.astype(np.float32)
+            named[path] = value.astype(np.float32)
         else:
-            # made as it is met: a folder whose first tensors do not fit asks for no memory
-            stacked = branch.setdefault(path[-1], np.empty((config.num_layers, *shapes[path]), np.float32))
-            stacked[tensor.layer] = value
-    return params
+            # allocated when its first tensor fits: a folder that does not fit takes no memory
+            named.setdefault(path, np.empty((config.num_layers, *shape), np.float32))[tensor.layer] = value
+    return unflatten(named, "/")

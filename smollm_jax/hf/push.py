@@ -13,7 +13,7 @@ from pathlib import Path
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.export import CARD, CURVE
 from smollm_jax.hf.reader import WANTED, read_json, tensor_files
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -57,6 +57,5 @@ def _upload(folder: Path, repo: str, names: list[str], private: bool) -> str:
             repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Exported by smollm-jax"
         )
     except Exception as error:  # the kinds differ with every release of the client and of what it stands on
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{repo} could not be written on the Hub: {reason}") from None
+        raise UserError(f"{repo} could not be written on the Hub: {one_line(error)}") from None
     return str(address)

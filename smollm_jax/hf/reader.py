@@ -15,7 +15,7 @@ import numpy as np
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.mapping import Params, from_hf, tensors
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what is asked of the Hub: no pickle and no code among it
@@ -70,8 +70,9 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(WANTED)))
     except Exception as error:  # the kinds differ with every release of three libraries
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"{path} is no folder here and cannot be fetched from the Hub ({reason})") from None
+        raise UserError(
+            f"{path} is no folder here and cannot be fetched from the Hub ({one_line(error)})"
+        ) from None
 
 
 def read_json(file: Path) -> Any:

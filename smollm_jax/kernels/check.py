@@ -15,7 +15,7 @@ from smollm_jax.model.attention import packed_attention, starts_of
 from smollm_jax.model.loss import Score, reference_cross_entropy
 from smollm_jax.model.ops import Joined, Kernel, reference_linear
 from smollm_jax.model.transformer import Block, rope_angles
-from smollm_jax.runtime.errors import said_by
+from smollm_jax.runtime.errors import one_line
 
 # Of the largest entry. Rounding alone was seen to give 0.005 and 0.000001, a leak between documents 1
 TOLERANCE = {"bfloat16": 0.02, "float32": 0.0001}
@@ -41,7 +41,7 @@ def disagreement(kernel: Kernel, config: ModelConfig, dtype: Any, *, seed: int =
     try:
         ours = jax.jit(partial(outcome, kernel))(q, k, v)
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
-        return f"it does not run here: {said_by(error)}"
+        return f"it does not run here: {one_line(error)}"
     with jax.default_matmul_precision("highest"):  # else a GPU or TPU rounds the operands of f32 products down
         exact = jax.jit(partial(outcome, packed_attention))(*(x.astype(jnp.float32) for x in (q, k, v)))
     for name, a, b in zip(("the output", "dq", "dk", "dv"), ours, exact, strict=True):
@@ -67,7 +67,7 @@ def loss_disagreement(score: Score, words: int, dtype: Any, *, seed: int = 0) ->
             logits_BCV, targets_BC, valid_BC
         )
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
-        return f"the loss does not run here: {said_by(error)}"
+        return f"the loss does not run here: {one_line(error)}"
     exact, exact_BCV = reference_cross_entropy(logits_BCV, targets_BC, valid_BC, jnp.float32)
     if not abs(nll / exact - 1) <= LOSS_TOLERANCE["float32"]:
         return f"the loss differs from the plain form's by {abs(nll / exact - 1):.2%}"
@@ -102,7 +102,7 @@ def layer_disagreement(ours: Joined, config: ModelConfig, dtype: Any, *, seed: i
     try:
         found = jax.jit(partial(outcome, ours))(x_BTD.astype(dtype))
     except Exception as error:  # whatever a compiler may raise: better a slow run than none
-        return f"a layer does not run here: {said_by(error)}"
+        return f"a layer does not run here: {one_line(error)}"
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(partial(outcome, None))(x_BTD)
     for a, b in zip(found, exact, strict=True):

@@ -14,7 +14,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.hf.export import export
+from smollm_jax.hf.export import export_folder
 from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.metrics import plot, read_metrics
 from smollm_jax.runtime.errors import require
@@ -52,7 +52,7 @@ def export_run(
         "curve": plot(run_dir),
     }
     tokenizer = run_dir / "tokenizer"
-    checked = export(
+    checked = export_folder(
         params, config.model, out, dtype=dtype, tokenizer_folder=tokenizer, card_facts=facts, verify=verify
     )
     return ExportedRun(Path(out), found.step, checked)

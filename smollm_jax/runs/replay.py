@@ -28,7 +28,7 @@ class Replayed:
     """Whether the ledger agrees with the one on record."""
 
 
-def documents_of_step(run_dir: str | Path, step: int) -> Replayed:
+def replay_step(run_dir: str | Path, step: int) -> Replayed:
     """The documents that update `step` (counted from 1) of a run was made from.
 
     Raises `ValueError` when the run never came that far, or its data is not what it was.

@@ -8,40 +8,39 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError
-
-
-def say(message: str) -> None:
-    """A line to stderr; results alone go to stdout."""
-    print(message, file=sys.stderr, flush=True)
-
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError, one_line
 
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
-def guarded(main: Callable[[], int]) -> int:
-    """Run `main`; a mistake of the user becomes one line and exit code 2, a fault of ours a traceback."""
+def say(message: str) -> None:
+    """Print a line to stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_main(main: Callable[[], int]) -> int:
+    """Run `main` and return its exit code; an exception is explained on stderr and becomes an exit code."""
     try:
         code = main()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return EXIT_STOPPED
-    except BrokenPipeError:  # whoever read our output has read enough
+    except BrokenPipeError:  # the reader of our output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
-        return explained(error)
+        return explain(error)
 
 
-def explained(error: Exception) -> int:
-    """Say what went wrong; returns the exit code."""
+def explain(error: Exception) -> int:
+    """Print what went wrong to stderr and return the exit code; only a bug of ours gets a traceback."""
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        say(f"error: {error.filename or 'a file'}: {error.strerror}")
         return EXIT_FAILED
     if isinstance(error, UserError):
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {one_line(error, limit=None)}")
         return EXIT_MISTAKE
     traceback.print_exception(error)
     return EXIT_FAILED

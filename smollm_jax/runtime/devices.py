@@ -1,7 +1,6 @@
-"""What is known of the devices: peak FLOP/s for the MFU, memory for the remat choice, and how fast memory and
-interconnect are, for plans.
+"""Facts about devices: peak FLOP/s for the MFU, memory for the remat choice, compute dtype, compilation cache.
 
-Peaks are the vendors' dense bf16 figures (no sparsity); an unknown device has none and reports no MFU.
+Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has no peak, and its run no MFU.
 """
 
 from __future__ import annotations
@@ -11,10 +10,6 @@ import sys
 from glob import glob
 from pathlib import Path
 from typing import Any
-
-import jax
-
-from smollm_jax.config.settings import Config
 
 # TFLOP/s, bf16, dense: NVIDIA's data sheets, Google Cloud's TPU pages
 PEAK_TFLOPS = {
@@ -36,48 +31,46 @@ PEAK_TFLOPS = {
     "TPU v6 lite": 918,
     "TPU v6e": 918,
 }
-
-
-TRITON_CAPABILITY = 8.0  # Ampere: what the GPU kernels are compiled by begins with it
+TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for nothing older
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
-MEMORY_SHARE = 0.9  # of what the device has; the rest is left to the runtime and the evaluation
-# On a CPU a run's process lives in the same memory: libraries and compiler; of each parameter, a save's copy of
-# the state (12 bytes), and what the writer makes of the moments (8). Three runs of 135M, with steps of 3.3, 7.2
-# and 20 GiB, took within 8 % of all that.
+MEMORY_SHARE = 0.9  # of a device's memory; the rest is for the runtime and the evaluation
+# A CPU run's process shares the memory: libraries and compiler take PROCESS_BYTES. Per parameter, a save copies
+# the state (12 bytes) and the writer converts the moments (8). Three runs of 135M, with steps of 3.3, 7.2 and
+# 20 GiB, took within 8 % of this sum.
 PROCESS_BYTES, SAVED_BYTES = 600 * 2**20, 20
+CACHED_COMPILE_SECONDS = 0.5  # a program that compiles faster than this is not worth a file
 
 
 def has_accelerator() -> bool:
-    """Whether the machine seems to have a GPU or TPU, and JAX may use it; told without JAX, which would take its
-    memory."""
+    """Return whether the machine has a GPU or TPU that JAX may use, without JAX, which would take its memory."""
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
 def peak_flops(device: Any) -> float | None:
-    """Dense bf16 FLOP/s of one device, None where it is not known."""
+    """Return the dense bf16 FLOP/s of one device, None if unknown."""
     kind = device.device_kind
     return next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in kind), None)
 
 
 def memory_bytes(device: Any, parameters: int, *, devices: int = 1) -> int:
-    """Bytes that the step of a model may use on each of the `devices` of a process."""
+    """Return the bytes that the step of a model may use on each of the `devices` of a process."""
     beside = beside_the_step(device.platform, parameters, devices=devices)
     return max(0, int(total_bytes(device, devices=devices) * MEMORY_SHARE) - beside)
 
 
 def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
-    """Bytes that a run takes of a device's memory besides its step; on a CPU the process's `devices` share it."""
+    """Return the bytes per device that a run needs besides its step; a CPU's `devices` share the process."""
     return (PROCESS_BYTES + SAVED_BYTES * parameters) // devices if platform == "cpu" else 0
 
 
 def total_bytes(device: Any, *, devices: int = 1) -> int:
-    """Bytes of one device's memory; on a CPU, its part of the machine's or the container's."""
+    """Return the memory of one device in bytes; a CPU device has its share of the machine or container."""
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit") or min(_machine_bytes(), _container_bytes()) // devices
 
 
 def compute_dtype(asked: str, platform: str) -> Any:
-    """The dtype that "auto" comes to on a platform, or the one asked for."""
+    """Return the compute dtype that was asked for; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     import jax.numpy as jnp
 
     if asked == "auto":
@@ -86,10 +79,19 @@ def compute_dtype(asked: str, platform: str) -> Any:
 
 
 def use_precision_of(dtype: Any) -> None:
-    """Have matrix products of float32 done in float32: GPU and TPU would round the operands down."""
+    """Compute float32 matmuls in float32: GPU and TPU would round the operands down."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest" if dtype.name == "float32" else None)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keep compiled programs in `folder` between processes; "" keeps none."""
+    import jax
+
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_COMPILE_SECONDS)
 
 
 def _machine_bytes() -> int:
@@ -101,10 +103,3 @@ def _container_bytes() -> int:
         return int(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):  # no such group, or "max"
         return sys.maxsize
-
-
-def use_compilation_cache(config: Config) -> None:
-    if config.compute.compilation_cache_dir:
-        folder = os.path.expanduser(config.compute.compilation_cache_dir)
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

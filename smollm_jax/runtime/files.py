@@ -1,10 +1,13 @@
-"""Files that are whole or absent: atomic JSON, fsync, and reading JSON that may be damaged."""
+"""Files that are complete or absent: written aside and renamed, and JSON that may be damaged."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,11 @@ from smollm_jax.runtime.errors import UserError
 
 
 class Damaged(UserError):
-    """A sealed folder is not what was written; the message says what is wrong with it."""
+    """A file is not what was written; the message says what is wrong with it."""
 
 
 def fsync(path: Path) -> None:
-    """Have the file or folder on the disk before going on."""
+    """Wait until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,8 +27,28 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a hidden path beside `path`; rename it to `path` if the block succeeds, else remove it.
+
+    A reader finds the old file or folder or the new one, never a part of it, also after a crash.
+    """
+    part, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("part", "old"))
+    _remove(part)
+    try:
+        yield part
+        if path.is_dir():  # a rename replaces a file, but no folder that holds something
+            path.rename(old)
+        part.replace(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        _remove(part)
+        _remove(old)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a file that nobody reads yet, and have it on the disk."""
+    """Write `value` as JSON to a new file and fsync it."""
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
         file.flush()
@@ -33,20 +56,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Replace the file by `value` as JSON: whoever reads it, also after a crash, finds the old or the new."""
+    """Replace the file by `value` as JSON, and wait until it is on the disk."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write_json(temporary, value)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with written_aside(path) as part:
+        write_json(part, value)
     fsync(path.parent)
 
 
 def read_json(path: Path) -> Any:
-    """What the file holds; raises `Damaged` when that is not JSON, or not a file."""
+    """Return the content of a JSON file; raises `Damaged` if it is missing, unreadable or not JSON."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise Damaged(f"{path.name} is not a file")
@@ -59,3 +77,10 @@ def read_json(path: Path) -> Any:
         raise
     except (ValueError, RecursionError):
         raise Damaged(f"{path.name} is not JSON") from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

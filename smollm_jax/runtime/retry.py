@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from smollm_jax.runtime.errors import SourceTimeout, brief
+from smollm_jax.runtime.errors import SourceTimeout, one_line
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Ev
                 raise
             silent = time.monotonic() - began
             if silent >= patience:
-                raise SourceTimeout(f"{name} has not answered for {silent:.0f} s ({brief(error)})") from None
+                raise SourceTimeout(f"{name} has not answered for {silent:.0f} s ({one_line(error)})") from None
             pause = min(max(wait, _asked_to_wait(error)), max(patience - silent, 0.0))
-            logger.warning("waiting for %s: %s; trying again in %.1f s", name, brief(error), pause)
+            logger.warning("waiting for %s: %s; trying again in %.1f s", name, one_line(error), pause)
             if closed.wait(pause):
                 raise SourceTimeout(f"{name}: closed while waiting") from None
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
+from smollm_jax.runtime.devices import use_compilation_cache
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -194,9 +195,7 @@ def _open_jax(path: str | Path, dtype: Dtype) -> Completer:
     config, params, tokenizer = load_model(path)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model meets the same few programs each time it is opened
-        folder = Path(ComputeConfig().compilation_cache_dir).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        use_compilation_cache(ComputeConfig().compilation_cache_dir)
     device = jax.devices()[0]
     if dtype == "auto":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"

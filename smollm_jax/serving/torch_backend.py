@@ -17,7 +17,7 @@ import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -141,8 +141,7 @@ def _transformers_model(folder: Path, dtype: str) -> Any:
             folder, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True
         )
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} cannot be loaded by transformers: {reason[:200]}") from None
+        raise UserError(f"{folder} cannot be loaded by transformers: {one_line(error)}") from None
     model, report = loaded
     # transformers fills in what is missing at random, with no more than a warning
     problems = {kind: names for kind, names in report.items() if names}

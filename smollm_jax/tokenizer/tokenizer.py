@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.runtime.errors import SourceTimeout, UserError, brief, require
+from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
+from smollm_jax.runtime.files import written_aside
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT, be_quiet, may_pass, request_seconds, retry
 
 EOS = "<|endoftext|>"
@@ -49,7 +50,7 @@ class Tokenizer:
         try:
             self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
         except Exception as error:
-            raise UserError(f"{path} cannot be read: {brief(error)}") from None
+            raise UserError(f"{path} cannot be read: {one_line(error)}") from None
         self._fast.no_truncation()
         self._fast.no_padding()
         # a document that spells out <|endoftext|> must not end itself
@@ -66,7 +67,7 @@ class Tokenizer:
         try:
             value = json.loads(self.files.get(name, b"{}"))
         except ValueError as error:
-            raise UserError(f"{folder / name} cannot be read: {brief(error)}") from None
+            raise UserError(f"{folder / name} cannot be read: {one_line(error)}") from None
         require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
         return value
 
@@ -115,9 +116,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            part = folder / f".{name}.part"
-            part.write_bytes(content)
-            part.replace(folder / name)
+            with written_aside(folder / name) as part:
+                part.write_bytes(content)
 
 
 def _default_template(given: Any) -> str | None:
@@ -161,7 +161,7 @@ def _download(repo: str) -> Path:
         raise UserError(f"--tokenizer {repo}: no such folder here and no such repository on the Hub") from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--tokenizer {repo} cannot be fetched from the Hub ({brief(error)}); {WAYS_OUT}"
+            f"--tokenizer {repo} cannot be fetched from the Hub ({one_line(error)}); {WAYS_OUT}"
         ) from None
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from smollm_jax.config.serialization import flatten, to_dict
+from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.launch import join
 from smollm_jax.distributed.processes import Processes
@@ -20,6 +20,7 @@ from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.console import say
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout
 from smollm_jax.runtime.signals import StopRequest
+from smollm_jax.runtime.trees import flatten
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.loop import DATA_ENDED, DONE, STOPPED, train
 from smollm_jax.training.progress import TooManyBadSteps
@@ -37,7 +38,7 @@ def fit(config: Config, stop: StopRequest) -> int:
 
 
 def _fit(config: Config, stop: StopRequest, processes: Processes) -> int:
-    processes.agree_on({n: v for n, v in flatten(to_dict(config)).items() if n != "compute.process_id"})
+    processes.agree_on({n: v for n, v in flatten(to_dict(config), ".").items() if n != "compute.process_id"})
     processes.require_shared(Path(config.run_dir))
     with processes.together(lambda: acquire_run_dir(config, processes)) as run_dir, processes.watched(run_dir):
         return processes.ending(lambda: _claimed(config, run_dir, stop, processes))

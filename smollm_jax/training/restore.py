@@ -19,11 +19,13 @@ import numpy as np
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
-from smollm_jax.config.serialization import flatten, from_dict, to_dict
+from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.step import learning_rate_schedule
 
@@ -99,41 +101,23 @@ def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
     return config
 
 
-NEUTRAL = {
-    "run.run_dir", "run.new_run", "run.stop_after", "run.log_every", "run.eval_every", "run.checkpoint_every",
-    "run.keep_last", "run.keep_every", "run.sample_prompts", "run.sample_tokens", "run.export",
-    "data.data_timeout", "data.on_bad_data", "optimizer.max_bad_steps", "compute.compilation_cache_dir",
-    "compute.dtype",  # what it came to is compared at the start
-    "compute.coordinator", "compute.num_processes", "compute.process_id",
-    "preset", "recipe",
-    "model.bos_token_id", "model.eos_token_id",  # the tokenizer's, and the run keeps its own
-}  # fmt: skip
-SAME_MATHS = {
-    "compute.remat", "compute.unroll", "compute.loss_chunk", "compute.grad_accum",
-    "compute.mesh", "compute.attention",
-}  # fmt: skip
-OF_THE_SCHEDULE = {
-    "run.steps", "run.phases", "run.batch_size", "optimizer.schedule", "optimizer.warmup_steps",
-    "optimizer.decay_steps", "optimizer.final_learning_rate", "optimizer.learning_rate",
-}  # fmt: skip
-
-
 def check_settings(
     old: dict[str, Any], config: Config, step: int, schedule_of: Callable[[Config], list[tuple[float, int]]]
 ) -> list[str]:
-    """Notes on harmless changes since `old` (a config.json); `ValueError` names the fields that are not.
+    """Return notes on harmless changes since `old`, a config.json; raises `UserError` naming any other change.
 
-    `schedule_of(config)` gives learning rate and batch size of every update up to `step`.
+    `schedule_of(config)` gives the learning rate and batch size of every update up to `step`.
     """
-    before, now = flatten(old), flatten(to_dict(config))
-    changed = [name for name in now if before.get(name) != now[name] and name not in NEUTRAL]
+    before, now = flatten(old, "."), flatten(to_dict(config), ".")
+    changed: dict[str, list[str]] = {rule: [] for rule in ("free", "same maths", "schedule", "")}
+    for name, rule in resume_rules(config).items():
+        if before.get(name) != now[name]:
+            changed[rule].append(name)
     notes = [
         f"{name} changed from {before.get(name)} to {now[name]}: same maths, the last bits may differ"
-        for name in changed
-        if name in SAME_MATHS
+        for name in changed["same maths"]
     ]
-    refused = [name for name in changed if name not in SAME_MATHS | OF_THE_SCHEDULE]
-    of_schedule = [name for name in changed if name in OF_THE_SCHEDULE]
+    refused, of_schedule = changed[""], changed["schedule"]
     require(
         config.total_steps >= step,
         f"the run stands at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run",

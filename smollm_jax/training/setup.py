@@ -54,7 +54,7 @@ def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes
         clean(run_dir, checkpoints)
     origin, tokenizer = processes.in_turn(lambda: known(config, run_dir, checkpoints, processes))
     config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
-    use_compilation_cache(config)
+    use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     held_out, stream = processes.together(lambda: open_data(config, tokenizer, found, mesh))
     processes.require_same(stream.fixed, "the files of --data, or what is held out of them,")

@@ -153,7 +153,7 @@ def _same(x: Any, y: Any) -> bool:
 
 
 if __name__ == "__main__":
-    from smollm_jax.runtime.console import guarded
+    from smollm_jax.runtime.console import run_main
 
     def main(stop: StopRequest) -> int:
         from smollm_jax.training.fit import fit
@@ -161,4 +161,4 @@ if __name__ == "__main__":
         return fit(from_dict(json.loads(Path(sys.argv[1]).read_text())), stop)
 
     with StopRequest() as request:
-        leave(guarded(lambda: main(request)))
+        leave(run_main(lambda: main(request)))

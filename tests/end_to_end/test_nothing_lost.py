@@ -17,7 +17,7 @@ from smollm_jax.checkpoint.listing import list_checkpoints
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.data.sources import open_source
 from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runs.replay import documents_of_step
+from smollm_jax.runs.replay import replay_step
 from smollm_jax.runtime.files import read_json
 from smollm_jax.training.verify_resume import compare_runs, start, verify_resume
 from tests.chaos.__main__ import chaos, scenarios, table
@@ -78,7 +78,7 @@ def test_verify_resume_as_a_command_prints_a_verdict(short_run):
 @pytest.mark.parametrize("step", [1, 8, 30])
 def test_the_documents_of_a_step_are_those_it_was_trained_on(short_run, step):
     run_dir, config = short_run
-    replayed = documents_of_step(run_dir, step)
+    replayed = replay_step(run_dir, step)
     assert replayed.verdict.endswith("as on record")
     known = {
         (document.source, document.file, document.row): document.text
@@ -92,7 +92,7 @@ def test_the_documents_of_a_step_are_those_it_was_trained_on(short_run, step):
 
 def test_a_step_that_never_was_is_refused(short_run):
     with pytest.raises(ValueError, match="the run has steps 1 to 30"):
-        documents_of_step(short_run[0], 31)
+        replay_step(short_run[0], 31)
 
 
 @pytest.fixture

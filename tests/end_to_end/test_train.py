@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.checkpoint.manager import read_params
-from smollm_jax.runs.replay import documents_of_step
+from smollm_jax.runs.replay import replay_step
 from tests.support.paths import ROOT
 from tests.support.runs import assert_same_run, ended, leaves, records, wait_for_step
 
@@ -278,7 +278,7 @@ def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(train
     (written,) = run.glob("bad_step_*.jsonl")
     step = int(written.stem.rpartition("_")[2])
     documents = [json.loads(line) for line in written.read_text().splitlines()]
-    assert documents == documents_of_step(run, step).documents
+    assert documents == replay_step(run, step).documents
     assert all({"source", "file", "row", "text"} == set(document) for document in documents)
     shown = [line for line in records(run) if line["bad_steps"]]
     assert [line["bad_steps"] for line in shown] == list(range(1, len(shown) + 1))

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf import export as convert
-from smollm_jax.hf.export import export
+from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
 from smollm_jax.runs.convert import import_run
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 def folder(tmp_path):
     train([convert.TEXT], CONFIG.vocab_size).save(tmp_path / "tokenizer")
     params = jax.tree.map(np.asarray, init_params(CONFIG, 7))
-    export(params, CONFIG, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer", verify=False)
+    export_folder(params, CONFIG, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer", verify=False)
     return tmp_path / "hf"
 
 
@@ -58,7 +58,7 @@ def test_an_import_is_a_run_with_the_same_bits_architecture_and_tokenizer(folder
 def test_a_folder_goes_through_an_import_and_an_export_unchanged(folder, tmp_path):
     import_run(folder, tmp_path / "run")
     model, params, _ = load_model(tmp_path / "run")
-    export(params, model, tmp_path / "out", tokenizer_folder=tmp_path / "run" / "tokenizer", verify=False)
+    export_folder(params, model, tmp_path / "out", tokenizer_folder=tmp_path / "run" / "tokenizer", verify=False)
     assert_same_bits(load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors"))
     for file in folder.iterdir():
         # safetensors writes the notes in its header in any order

@@ -1,0 +1,73 @@
+"""From a command line to a Config, and from a mistake to one line."""
+
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from smollm_jax.cli.arguments import parse
+from tests.support.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--steps", "0"], "steps=0 must be at least 1"),
+        (["--steps", "many"], "many"),
+        (["--step", "5"], "--step"),
+        (["--recipe", "replicate"], "expected one of replica, smollm2, quickstart"),
+        (["--preset", "7B"], "expected one of 135M, 360M, 1.7B, quickstart"),
+        (["--num-heads", "9", "--num-kv-heads", "4"], "num_heads=9 must be a multiple of num_kv_heads=4"),
+        (["--learning-rate", "-1"], "learning_rate=-1.0 must be above 0"),
+        (["--learning-rate", "nan"], "learning_rate=nan must be a finite number"),
+        (["--learning-rate", "inf"], "learning_rate=inf must be a finite number"),
+        (["--grad-accum", "3"], "grad_accum=3 must divide the batch size 32"),
+        (["--decay-steps", "5"], "decay_steps=5 belongs to --schedule wsd"),
+        (["--schedule", "wsd", "--warmup-steps", "80", "--decay-steps", "80", "--steps", "100"], "together"),
+        (["--seq-len", "9000"], "seq_len=9000 must not exceed the model's max_seq_len=8192"),
+        (["--dtype", "float16"], "float16"),
+        (["--phases", "5x"], "must read STEPSxBATCH"),
+        (["--beta2", "1"], "beta2=1.0 must lie in [0, 1)"),
+        (["--final-learning-rate", "1"], "must not be above"),
+        (["--data-timeout", "0"], "data_timeout=0.0"),
+        (["--seed", str(2**32)], "seed=4294967296 must be below 2**32"),
+        (["--steps", "9999999999"], "must be below 2**31"),
+        (["--sample-prompts", "a", ""], "every prompt must have text"),
+        (["--schedule", "constant", "--final-learning-rate", "1e-5"], "belongs to a schedule that decays"),
+        (["--eval-data", "x.jsonl", "--eval-documents", "0"], "must be above 0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(argv, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        parse(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_on_the_command_line_exits_with_2_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_jax.py"), "--steps", "0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: steps=0 must be at least 1; see train_jax.py --help\n"
+
+
+@pytest.mark.parametrize("command", [["train_jax.py"], ["-m", "smollm_jax"], ["-m", "smollm_jax", "export"]])
+def test_help_answers_at_once(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert "usage" in done.stdout
+    heavy = {"jax", "numpy", "torch", "datasets", "transformers", "gradio", "orbax"}
+    assert not heavy & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # of the processor: the wall is shared

@@ -1,0 +1,57 @@
+"""Push an export to the Hub."""
+
+import pytest
+
+from smollm_jax.hf.export import MARK
+from smollm_jax.hf.push import push
+
+
+def test_a_dry_run_lists_files_and_sizes_without_a_token_or_the_network(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: pytest.fail("asked for a token"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("went to the Hub"))
+    (folder / "secrets.env").write_text("TOKEN")
+    listed = push(folder, "me/model", dry_run=True, private=True)
+    size = (folder / "model.safetensors").stat().st_size
+    assert f"{size:,}  model.safetensors" in listed
+    assert "README.md" in listed
+    assert "secrets.env" not in listed
+    assert listed.splitlines()[-1].endswith("would go to me/model (private)")
+
+
+def test_a_push_sends_the_listed_files_alone(folder, monkeypatch):
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo, **kw):
+            sent["made"] = (repo, kw)
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, **kw):
+            sent["files"] = kw["allow_patterns"]
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "x")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    (folder / "secrets.env").write_text("TOKEN")
+    assert push(folder, "me/model") == "https://hub/me/model"
+    assert sent["made"] == ("me/model", {"private": False, "exist_ok": True})
+    assert sorted(sent["files"]) == sorted(p.name for p in folder.iterdir() if p.name != "secrets.env")
+
+
+def test_a_push_without_token_network_or_export_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match="no Hub token; set HF_TOKEN or run: hf auth login"):
+        push(folder, "me/model")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "x")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="me/model could not be written on the Hub: ") as caught:
+        push(folder, "me/model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="must read OWNER/NAME"):
+        push(folder, "model")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        push(tmp_path, "me/model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+        push(folder, "me/model", dry_run=True)
+    assert MARK
