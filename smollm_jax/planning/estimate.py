@@ -1,14 +1,16 @@
-"""Arithmetic of a train step: its FLOPs, memory and messages by formula, and from them an estimate of its time.
+"""Estimate the FLOPs, memory, messages and time of a train step by formula.
 
-XLA's own counts take the body of a loop once however often it turns, so FLOPs and bytes are ours. A step is
-held to take the longer of computing and reading memory, and then the time of its messages, none of which is
-taken to hide behind the computing. It is an estimate: no device has been asked.
+No device and no compiler confirms these figures. XLA's own counts are not used because they take the body of a
+loop once. A step is taken to last as long as the slower of computing and memory traffic, plus its messages,
+none of which overlap with the computing.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,42 +18,76 @@ from jax.sharding import Mesh
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.sharding import padded_rows, row_shards, with_layout
-from smollm_jax.model.transformer import init_params
-from smollm_jax.planning.hlo import Collective
+from smollm_jax.model.transformer import Policy, init_params
 from smollm_jax.planning.topology import Chip
-from smollm_jax.runtime.devices import peak_flops
+from smollm_jax.runtime.devices import compute_dtype, peak_flops
 
-# assumptions! What large matrix products reach of a chip's peak, reads and writes in order of the memory's; small
-# slices lack the links that would close a ring, so that half of the interconnect lies idle.
+# assumptions! Large matrix products reach half of a chip's peak, ordered reads and writes 80 % of the memory's.
+# Small slices lack the links that would close a ring, so half of the interconnect is idle.
 COMPUTE_SHARE, BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.5, 0.8, 0.5
 
-STATE_BYTES = 12  # a parameter and its two moments, f32
-# the gradient is written; the update reads it, parameter and moments, and writes the last three
-UPDATE_BYTES = 4 + 4 * 4 + 3 * 4
+STATE_BYTES = 12  # per parameter: the parameter and its two moments, f32
+UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written; gradient, parameter, moments read, the last three written
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Seconds of one step on one chip."""
+@dataclass(frozen=True)
+class Step:
+    """A train step to estimate: `batch_size` rows of `config` on `mesh`, with `remat` decided."""
 
-    compute: float
-    memory: float
-    interconnect: float
+    config: Config
+    mesh: Mesh
+    remat: Policy
+    batch_size: int
 
     @property
-    def step(self) -> float:
-        return max(self.compute, self.memory) + self.interconnect
+    def dtype(self) -> Any:
+        return compute_dtype(self.config.compute.dtype, self.mesh.devices.flat[0].platform)
+
+    @property
+    def rows_per_chip(self) -> int:
+        """Rows of the batch on one chip, padding included; chips along the axis `tensor` share their rows."""
+        return padded_rows(self.batch_size, self.mesh, self.config.compute.grad_accum) // row_shards(self.mesh)
+
+    @property
+    def tokens_per_chip(self) -> int:
+        return self.rows_per_chip * self.config.data.seq_len
+
+    @cached_property
+    def parameters_per_chip(self) -> int:
+        """Parameters that one chip holds, by the sharding rule of a run."""
+        shapes = jax.eval_shape(lambda: init_params(self.config.model, self.config.run.seed))
+        leaves = jax.tree.leaves(with_layout(shapes, self.mesh))
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
-def rows_a_chip(config: Config, mesh: Mesh, batch_size: int) -> int:
-    """Rows of a batch on one chip, padding included; those of an axis `tensor` have the same."""
-    return padded_rows(batch_size, mesh, config.compute.grad_accum) // row_shards(mesh)
+def estimate(step: Step, chip: Chip) -> dict[str, float]:
+    """Estimate seconds, tokens/s and MFU of `step` in bfloat16 on chips of the kind `chip`.
+
+    The MFU counts the model's FLOPs, not those of recomputation, against the peak of all chips.
+    """
+    peak = peak_flops(chip)
+    assert peak is not None, chip.device_kind
+    config, tokens = step.config, step.batch_size * step.config.data.seq_len
+    flops = flops_per_token(config, step.remat) * step.tokens_per_chip / step.mesh.shape["tensor"]
+    compute = flops / (peak * COMPUTE_SHARE)
+    memory = traffic_bytes(step) / (chip.memory_bytes_per_second * BANDWIDTH_SHARE)
+    interconnect = sum(sent_bytes(step).values()) / (chip.interconnect_bytes_per_second * INTERCONNECT_SHARE)
+    seconds = max(compute, memory) + interconnect
+    return {
+        "compute_seconds": compute,
+        "memory_seconds": memory,
+        "interconnect_seconds": interconnect,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": config.model.flops_per_token(config.data.seq_len) * tokens / (peak * step.mesh.size * seconds),
+    }
 
 
-def executed_flops_per_token(config: Config, remat: str) -> float:
-    """`flops_per_token` and, with remat full, the forward pass of the blocks again; attention is a fused kernel.
+def flops_per_token(config: Config, remat: Policy) -> float:
+    """FLOPs executed per token, recomputation included.
 
-    dots computes attention's forward again, a third of its share; the head is never computed twice.
+    full recomputes the forward pass of the blocks. dots recomputes attention's forward, a third of its FLOPs,
+    because attention is a fused kernel. The head is never recomputed.
     """
     model, seq_len = config.model, config.data.seq_len
     whole = model.flops_per_token(seq_len)
@@ -63,84 +99,46 @@ def executed_flops_per_token(config: Config, remat: str) -> float:
     return whole + again[remat] / 3
 
 
-def traffic_bytes(config: Config, mesh: Mesh, remat: str, batch_size: int) -> float:
-    """Bytes that a step moves between one chip and its memory.
+def traffic_bytes(step: Step) -> float:
+    """Bytes per step between one chip and its memory.
 
-    Each matrix product reads its inputs and writes its outputs once, forward and twice backward, in the compute
-    dtype's 2 bytes; what lies between is fused into them. Of a token's logits an f32 is written and read three
-    times, of their gradient 2 bytes once and twice. AdamW goes once over the state.
+    Each matrix product reads its inputs and writes its output once, forward and twice backward, at 2 bytes;
+    everything between products is fused into them. Per token, f32 logits are written and read three times, and
+    their 2-byte gradient once and twice. AdamW passes once over the state.
     """
-    model = config.model
+    model = step.config.model
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     D, F = model.hidden_size, model.intermediate_size
     ends = 2 * (D + N_H) + 2 * (D + K_H) + 3 * (D + F)
-    passes = 4 if remat == "full" else 3
-    of_token = model.num_layers * ends * 2 * passes + model.vocab_size * (3 * 4 + 3 * 2)
-    of_weights = model.num_parameters * 2 * passes * config.compute.grad_accum
-    tokens = rows_a_chip(config, mesh, batch_size) * config.data.seq_len
-    return (tokens * of_token + of_weights) / mesh.shape["tensor"] + parameters_a_chip(config, mesh) * UPDATE_BYTES
+    passes = 4 if step.remat == "full" else 3
+    per_token = model.num_layers * ends * 2 * passes + model.vocab_size * (3 * 4 + 3 * 2)
+    weights = model.num_parameters * 2 * passes * step.config.compute.grad_accum
+    divided = (step.tokens_per_chip * per_token + weights) / step.mesh.shape["tensor"]
+    return divided + step.parameters_per_chip * UPDATE_BYTES
 
 
-def estimate(
-    config: Config, chip: Chip, mesh: Mesh, remat: str, *, batch_size: int, messages: list[Collective]
-) -> Estimate:
-    """The time of a step of `batch_size` rows that sends `messages`."""
-    peak = peak_flops(chip)
-    assert peak is not None, chip.device_kind
-    tokens = rows_a_chip(config, mesh, batch_size) * config.data.seq_len / mesh.shape["tensor"]
-    flops = executed_flops_per_token(config, remat) * tokens
-    traffic = traffic_bytes(config, mesh, remat, batch_size)
-    sent = sum(message.bytes_sent for message in messages)
-    return Estimate(
-        compute=flops / (peak * COMPUTE_SHARE),
-        memory=traffic / (chip.memory_bytes_per_second * BANDWIDTH_SHARE),
-        interconnect=sent / (chip.interconnect_bytes_per_second * INTERCONNECT_SHARE),
-    )
+def memory_bytes(step: Step) -> int:
+    """Bytes per chip that the step needs at once, for devices without a compiler here.
 
-
-def utilisation(config: Config, chip: Chip, mesh: Mesh, *, batch_size: int, seconds: float) -> float:
-    """MFU of a step that takes so long: model FLOPs, remat not counted, of the chips' peak."""
-    peak = peak_flops(chip)
-    assert peak is not None, chip.device_kind
-    return (
-        config.model.flops_per_token(config.data.seq_len)
-        * batch_size
-        * config.data.seq_len
-        / (peak * mesh.size * seconds)
-    )
-
-
-def parameters_a_chip(config: Config, mesh: Mesh) -> int:
-    """Parameters of which one chip holds its own, or its part; by the same rule as a run's."""
-    shapes = jax.eval_shape(lambda: init_params(config.model, config.run.seed))
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(with_layout(shapes, mesh))
-    )
-
-
-def memory_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: int, *, dtype_bytes: int) -> int:
-    """Bytes of one chip that a step needs at once, where no compiler can be asked.
-
-    The state, f32 gradients, the weights in the compute dtype, what the backward pass needs of each layer (and
-    of one layer whole, where remat computes it again; attention is a fused kernel), and the logits of a chunk with
-    their gradient.
+    The sum of the state, f32 gradients, the weights in the compute dtype, the residuals of each layer, all
+    residuals of one layer if remat recomputes them, and one chunk of logits with their gradient.
     """
-    model = config.model
-    parameters = parameters_a_chip(config, mesh)
-    tokens = rows_a_chip(config, mesh, batch_size) // config.compute.grad_accum * config.data.seq_len
-    one_layer = kept_bytes(model, "none") if remat != "none" else 0
-    of_token = (kept_bytes(model, remat) * model.num_layers + one_layer) * dtype_bytes / 2
-    kept = tokens * of_token / mesh.shape["tensor"]
-    together = min(config.compute.loss_chunk_for(remat, on_gpu=mesh.devices.flat[0].platform == "gpu"), tokens)
-    chunk = together * model.vocab_size * 10 + model.vocab_size * model.hidden_size * 4
-    return int(parameters * (STATE_BYTES + 4 + dtype_bytes) + kept + chunk)
+    model, compute, dtype_bytes = step.config.model, step.config.compute, step.dtype.itemsize
+    tokens = step.tokens_per_chip // compute.grad_accum
+    one_layer = residual_bytes(model, "none") if step.remat != "none" else 0
+    per_token = (residual_bytes(model, step.remat) * model.num_layers + one_layer) * dtype_bytes / 2
+    on_gpu = step.mesh.devices.flat[0].platform == "gpu"
+    chunk_tokens = min(compute.loss_chunk_for(step.remat, on_gpu=on_gpu), tokens)
+    chunk = chunk_tokens * model.vocab_size * 10 + model.vocab_size * model.hidden_size * 4
+    state = step.parameters_per_chip * (STATE_BYTES + 4 + dtype_bytes)
+    return int(state + tokens * per_token / step.mesh.shape["tensor"] + chunk)
 
 
-def kept_bytes(model: ModelConfig, remat: str) -> int:
-    """Bytes a token and layer that the forward pass leaves for the backward one, bf16 where not said.
+def residual_bytes(model: ModelConfig, remat: Policy) -> int:
+    """Bytes per token and layer that the forward pass keeps for the backward pass, in bf16.
 
-    full: the layer's input. dots: and each product's output that anything needs. none: and what the norms and
-    the attention kernel give, with a number in f32 for each of its softmaxes.
+    full: the layer's input. dots: also the output of each product. none: also the outputs of the norms and of
+    the attention kernel, and one f32 per softmax of that kernel.
     """
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     D, F = model.hidden_size, model.intermediate_size
@@ -151,32 +149,20 @@ def kept_bytes(model: ModelConfig, remat: str) -> int:
     }[remat]
 
 
-def collectives_by_formula(config: Config, mesh: Mesh, remat: str, batch_size: int) -> list[Collective]:
-    """What a step says to other chips, where no compiler can be asked.
+def sent_bytes(step: Step) -> dict[str, float]:
+    """Bytes per step that each chip sends along each mesh axis, in rings (Patarasuk & Yuan 2009).
 
-    data adds up the gradients once a micro-batch (2 bytes; the embedding's, which comes from both its ends, 6);
-    fsdp brings the weights together for each pass and adds up the gradients in parts (Rajbhandari et al. 2020);
-    tensor adds up the outputs of attention and feed-forward, forward and backward (Shoeybi et al. 2019).
+    data sums the gradients once per microbatch (2 bytes each; 6 for the embedding, used at both ends). fsdp
+    gathers the weights for each pass and reduce-scatters the gradients (Rajbhandari et al. 2020). tensor sums
+    activations six times per layer, forward and backward (Shoeybi et al. 2019).
     """
-    model, micros = config.model, config.compute.grad_accum
-    whole = model.num_parameters // mesh.shape["tensor"]
-    gradients = (2 * whole + 4 * model.vocab_size * model.hidden_size // mesh.shape["tensor"]) * micros
-    passes = 3 if remat == "full" else 2
-    found = []
-    if (fsdp := mesh.shape["fsdp"]) > 1:
-        brought = {"count": model.num_layers * passes * micros, "bytes": whole * 2 * passes * micros}
-        found.append(Collective(kind="all-gather", group=fsdp, **brought))
-        found.append(
-            Collective(kind="reduce-scatter", group=fsdp, count=model.num_layers * micros, bytes=gradients)
-        )
-    if (data := mesh.shape["data"]) > 1:
-        found.append(
-            Collective(kind="all-reduce", group=data, count=model.num_layers * micros, bytes=gradients // fsdp)
-        )
-    if (tensor := mesh.shape["tensor"]) > 1:
-        tokens = rows_a_chip(config, mesh, batch_size) * config.data.seq_len
-        count = 2 * (passes + (remat != "full")) * model.num_layers
-        found.append(
-            Collective(kind="all-reduce", group=tensor, count=count, bytes=count * tokens * model.hidden_size * 2)
-        )
-    return found
+    model, micros, sizes = step.config.model, step.config.compute.grad_accum, step.mesh.shape
+    weights = model.num_parameters // sizes["tensor"]
+    gradients = (2 * weights + 4 * model.vocab_size * model.hidden_size // sizes["tensor"]) * micros
+    passes = 3 if step.remat == "full" else 2
+    arrays = {  # a gather or scatter sends an array once around the ring, a sum twice
+        "data": 2 * gradients // sizes["fsdp"],
+        "fsdp": weights * 2 * passes * micros + gradients,
+        "tensor": 2 * 6 * model.num_layers * step.tokens_per_chip * model.hidden_size * 2,
+    }
+    return {axis: size * (sizes[axis] - 1) / sizes[axis] for axis, size in arrays.items()}
