@@ -1,4 +1,4 @@
-"""What is measured, and against whom: `python -m benchmarks.NAME`, each tables on stderr and JSON on stdout.
+"""The benchmarks: `python -m benchmarks.NAME` prints tables to stderr and one line of JSON to stdout.
 
-The sides of a comparison are processes of their own that take turns (sides.py); figures are medians of rounds.
+The sides of a comparison run in processes of their own and take turns (harness/sides.py); figures are medians.
 """

@@ -1,7 +1,7 @@
-"""Attention over packed rows alone, forward and backward: `python -m benchmarks.attention`.
+"""Time attention over packed rows alone, forward and backward: `python -m benchmarks.attention`.
 
-The plain form and every fused kernel that takes its place, and PyTorch's SDPA, on a layer's queries, keys and
-values. SDPA sees one document a row, which is more work for those who use that there are several.
+The sides are the reference, the fused kernels and PyTorch's SDPA, on a layer's queries, keys and values. SDPA sees
+one document per row, which is more work than several documents are for the kernels that skip across them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from benchmarks.measure import Row, as_command, finish, gib, spread
-from benchmarks.sides import Outcome, Ready, compare, kind_of
-from benchmarks.work import Dtype, Preset, Work, config_of
+from benchmarks.harness.peers import torch_device, torch_peak, torch_wait
+from benchmarks.harness.sides import Outcome, Ready, compare, kind_of, peak_bytes_on, repeated
+from benchmarks.harness.tables import Row, as_command, finish, gib, spread
+from benchmarks.harness.workload import Dtype, Preset, StepWork, config_of
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import AttentionName
 
 Name = Literal["plain", "pallas", "splash", "sdpa"]
 
 
-def kernel(work: Work, name: AttentionName) -> Ready:
-    """One of ours, compiled, on random heads and the segments of `work`."""
+def kernel(work: StepWork, name: AttentionName) -> Ready:
+    """Make one of our kernels ready on random heads and the segments of `work`."""
     import jax
     import jax.numpy as jnp
 
@@ -34,7 +35,7 @@ def kernel(work: Work, name: AttentionName) -> Ready:
 
     dtype, device = jnp.dtype(work.dtype), jax.devices()[0]
     use_precision_of(dtype)
-    choose(name, device, dtype)  # raises where it cannot run
+    choose(name, device, dtype)  # raises if it cannot run here
     wrong = disagreement(kernel_of(name), work.config.model, dtype)
     require(not wrong, f"{name} is not timed, it is wrong: {wrong}")
     start_BT = starts_of(jnp.asarray(work.rows()[1][:, :-1]))
@@ -48,41 +49,30 @@ def kernel(work: Work, name: AttentionName) -> Ready:
     program = with_gradients(kernel_of(name), do, q, k, v, given=(start_BT,))
     facts = {"compile": time.perf_counter() - began, "device": kind_of(device)}
 
-    def run() -> dict[str, float]:
-        start = time.perf_counter()
-        for _ in range(work.steps):
-            made = program()
-        jax.block_until_ready(made)
-        return {"round": time.perf_counter() - start}
-
-    return Ready(run, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"))
+    return Ready(repeated(program, work.steps, jax.block_until_ready), facts, peak_bytes_on(device))
 
 
-def sdpa(work: Work) -> Ready:
+def sdpa(work: StepWork) -> Ready:
+    """Make PyTorch's scaled_dot_product_attention ready on random heads."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("highest")
+    device = torch_device()
     size, length = work.config.model.head_dim, work.config.data.seq_len
     options: Any = {"device": device, "dtype": getattr(torch, work.dtype), "requires_grad": True}
     q, k, v, do = (
         torch.randn(work.batch_size, n, length, size, **options) for n in _head_counts(work.config.model)
     )
+    wait = torch_wait(device)
 
-    def run() -> dict[str, float]:
-        start = time.perf_counter()
-        for _ in range(work.steps):
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            torch.autograd.grad(out, (q, k, v), do)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return {"round": time.perf_counter() - start}
+    def call() -> None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, (q, k, v), do)
 
-    return Ready(run, {"device": device}, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
+    return Ready(repeated(call, work.steps, lambda _: wait()), {"device": device}, torch_peak(device))
 
 
 def _head_counts(model: ModelConfig) -> tuple[int, int, int, int]:
-    """Of queries, keys, values and the gradient of what comes out."""
+    """Return the heads of queries, keys, values and the gradient of the output."""
     return model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads
 
 
@@ -103,15 +93,15 @@ def attention(
     Args:
         preset: Architecture, for its heads.
         batch_size: Rows.
-        seq_len: Tokens a row.
+        seq_len: Tokens per row.
         documents: Documents packed into a row.
-        dtype: Of queries, keys and values.
-        kernels: Ours by name, and sdpa, PyTorch's; one that cannot run here says why.
-        calls: Calls a round.
+        dtype: Dtype of queries, keys and values.
+        kernels: Our kernels by name, and PyTorch's sdpa; a kernel that cannot run here says why.
+        calls: Calls per round.
         rounds: Rounds counted.
-        seed: Of values and documents.
+        seed: Seed of values and documents.
     """
-    work = Work(config_of(preset, batch_size, seq_len), dtype, documents, calls, seed)
+    work = StepWork(config_of(preset, batch_size, seq_len), dtype, documents, calls, seed)
     sides: dict[str, Callable[[], Ready]] = {}
     for name in kernels:
         sides[name] = partial(sdpa, work) if name == "sdpa" else partial(kernel, work, name)
@@ -122,7 +112,7 @@ def attention(
     return 0
 
 
-def _row(name: str, outcome: Outcome, first: Outcome, work: Work) -> Row:
+def _row(name: str, outcome: Outcome, first: Outcome, work: StepWork) -> Row:
     if outcome.failed:
         return {"kernel": name, "failed": outcome.failed}
     seconds = outcome.of("round")

@@ -1,9 +1,9 @@
-"""Where the time of a train step goes: `python -m benchmarks.breakdown`.
+"""Time each part of a train step alone, beside the whole step: `python -m benchmarks.breakdown`.
 
-Each part is compiled alone, forward and backward over all layers on the step's own shapes, and timed in turn
-with the whole step; the rest is what the parts do not explain. A part alone cannot be fused with its
-neighbours, so the rest can be negative: that much is won by compiling all together. What the step itself spends
-where, `benchmarks.profile` says; this says what a part could cost at least, and how fast its products run.
+Each part is compiled alone, forward and backward over all layers on the step's own shapes, and takes turns with
+the whole step. The rest is the time that the parts do not explain. A part alone cannot be fused with its
+neighbours, so the rest can be negative: fusion saves that much. `benchmarks.profile` shows where the step
+itself spends its time; this command shows what a part costs at least, and how fast its products run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.measure import Row, as_command, finish, spread
-from benchmarks.work import COMPUTE, Dtype, OurStep, Preset, Work, config_of, our_step
+from benchmarks.harness.tables import Row, as_command, finish, spread
+from benchmarks.harness.workload import COMPUTE, Dtype, OurStep, Preset, StepWork, config_of, our_step
 from smollm_jax.config.settings import ComputeConfig, Config
 from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 Program = Callable[[], Any]
-"""Starts the work of a part, and returns arrays to wait for."""
+"""A function that starts the work of a part and returns arrays to wait for."""
 
 
 def breakdown(
@@ -33,22 +33,22 @@ def breakdown(
     compute: ComputeConfig = COMPUTE,
     seed: int = 0,
 ) -> int:
-    """Time the parts of a train step and the whole.
+    """Time the parts of a train step and the whole step.
 
     Args:
         preset: Architecture.
-        batch_size: Rows a step.
-        seq_len: Tokens a row.
+        batch_size: Rows per step.
+        seq_len: Tokens per row.
         documents: Documents packed into a row.
         dtype: Compute dtype over float32 parameters.
         rounds: Rounds counted.
-        compute: Of the whole step, but for its dtype; the parts compute nothing again.
-        seed: Of tokens, documents and weights.
+        compute: Settings of the whole step, except its dtype; the parts recompute nothing.
+        seed: Seed of tokens, documents and weights.
     """
     import jax
 
     config = config_of(preset, batch_size, seq_len, compute)
-    work = Work(config, dtype, documents, steps=1, seed=seed)
+    work = StepWork(config, dtype, documents, steps=1, seed=seed)
     whole = our_step(work)
     programs = {"whole step": whole.run, **parts(work, whole)}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -63,8 +63,8 @@ def breakdown(
     return 0
 
 
-def parts(work: Work, whole: OurStep) -> dict[str, Program]:
-    """Every part as a program of its own: what it computes in the step, and its gradients."""
+def parts(work: StepWork, whole: OurStep) -> dict[str, Program]:
+    """Return every part as a program of its own, with its gradients."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def parts(work: Work, whole: OurStep) -> dict[str, Program]:
 
 
 def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Program]:
-    """The parts of the blocks, over all layers."""
+    """Return the parts of the blocks, over all layers."""
     import jax
     import jax.numpy as jnp
 
@@ -119,7 +119,7 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
 
     def mixed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        """In place of attention, so that only the projections are timed."""
+        """Replace attention, so that only the projections are timed."""
         return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, config.num_heads // config.num_kv_heads, axis=2)
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
 def _over_layers(
     modules: Any, apply: Callable[[Any, Any], Any], *, x_BTD: Any, unroll: int, keep: Callable
 ) -> Program:
-    """`apply(modules of a layer, x)` through all layers."""
+    """Compile `apply(modules of a layer, x)` through all layers."""
     import jax
     from flax import nnx
 
@@ -162,8 +162,9 @@ def _over_layers(
 def with_gradients(
     forward: Callable[..., Any], cotangent: Any, *arguments: Any, given: tuple[Any, ...] = ()
 ) -> Program:
-    """`forward(*arguments, *given)` and the gradients of the arguments, compiled. What is given is no constant
-    either: the compiler would sort and mask it once and for all.
+    """Compile `forward(*arguments, *given)` and the gradients of `arguments`.
+
+    `given` is passed at run time too: the compiler would sort and mask a constant once and for all.
     """
     import jax
 
@@ -203,7 +204,7 @@ def _optimizer(config: Config, params: Any) -> Program:
 
 
 def part_flops(config: Config) -> dict[str, int]:
-    """FLOPs a token of the parts that are matrix products, in the convention of `flops_per_token`."""
+    """Return FLOPs per token of the parts that are matrix products, counted as in `flops_per_token`."""
     m, T = config.model, config.data.seq_len
     return {
         "attention: projections and rope": 12
@@ -219,7 +220,7 @@ def part_flops(config: Config) -> dict[str, int]:
 
 
 def rows_of(seconds: dict[str, list[float]], config: Config, tokens: int) -> list[Row]:
-    """A row a part, then their sum, the rest and the whole; shares are of the whole's median."""
+    """Return a row per part, then their sum, the rest and the whole; shares are of the whole's median."""
     names = [*(name for name in seconds if name != "whole step"), "whole step"]
     flops = part_flops(config)
     rows: list[Row] = []

@@ -1,7 +1,7 @@
-"""What nothing-lost costs: `python -m benchmarks.checkpoint`.
+"""Time checkpoints and the batch hash: `python -m benchmarks.checkpoint`.
 
-How long the loop stands still for a checkpoint, how long it is written and verified behind it, and what the
-ledger takes of a batch, for the whole state of a model: parameters and both moments, f32.
+The state is a model's parameters and both moments in f32. A save blocks the loop for a short time, is written and
+verified in the background, and is restored; the ledger hashes a batch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from benchmarks.measure import as_command, finish, spread
+from benchmarks.harness.tables import as_command, finish, spread
+from benchmarks.harness.workload import Preset
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import DataConfig
 
 
-def checkpoint(
-    *, preset: Literal["135M", "360M", "1.7B", "quickstart"] = "135M", rounds: int = 5, folder: str | None = None
-) -> int:
+def checkpoint(*, preset: Preset = "135M", rounds: int = 5, folder: str | None = None) -> int:
     """Time saving, verifying and restoring a training state, and hashing a batch.
 
     Args:

@@ -1,9 +1,9 @@
-"""Real training runs, one for each dtype, and their losses side by side: `python -m benchmarks.curve`.
+"""Train one run per dtype and compare their losses: `python -m benchmarks.curve`.
 
-The command a user runs, on the documents inside every CPython, with the model's own checkpoint and held-out
-loss at the end. No speed counts unless the curves agree, but for noise. One more run in the reference's dtype
-with another seed, other weights to begin with and the documents in another order, shows how large that is: in
-the held-out loss, since its steps see other documents.
+Each run is the command a user runs, on the documents inside every CPython, with a held-out loss at the end. No
+speed counts unless the curves agree up to noise. One more run in the reference's dtype with another seed, so with
+other initial weights and another order of documents, shows the size of the noise; only held-out losses compare it,
+because its steps see other documents.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import Row, as_command, finish
-from benchmarks.work import Dtype, Preset
+from benchmarks.harness.tables import ROOT, Row, as_command, finish
+from benchmarks.harness.workload import Dtype, Preset
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.runs.metrics import read_metrics
 
-ROOT = Path(__file__).parent.parent
-ROWS = 10  # of the table: every step is in metrics.jsonl
+ROWS = 10  # rows of the table; metrics.jsonl has every step
 
 
 def curve(
@@ -42,14 +41,14 @@ def curve(
     Args:
         preset: Architecture.
         steps: Updates.
-        batch_size: Rows a step.
-        seq_len: Tokens a row; default: 2,048, or what the model takes.
-        learning_rate: Peak.
-        seed: Of all runs but the last, which has the one after it.
-        dtypes: Compute dtypes; the last is the reference, what the others are compared with.
-        tokenizer: train:VOCAB or a folder; default: trained, of as many entries as the model has, 8,192 at most.
-        out: Folder to keep the run folders in; default: a temporary one.
-        flags: More flags for train_jax.py, each a word.
+        batch_size: Rows per step.
+        seq_len: Tokens per row; default: 2,048, or the model's maximum if smaller.
+        learning_rate: Peak learning rate.
+        seed: Seed of all runs but the last, which has the next seed.
+        dtypes: Compute dtypes; the last is the reference for the others.
+        tokenizer: train:VOCAB or a folder; default: train as many entries as the model has, at most 8,192.
+        out: Folder to keep the run folders in; default: a temporary folder.
+        flags: More flags for train_jax.py, one word each.
     """
     seq_len = seq_len or min(2_048, MODELS[preset].max_seq_len)
     tokenizer = tokenizer or f"train:{min(8_192, MODELS[preset].vocab_size)}"
@@ -72,7 +71,7 @@ def curve(
                 env=os.environ | {"HF_HUB_OFFLINE": "1"},
             ).returncode
             if code != 0:
-                print(f"the run {name} ended with exit code {code}; what it said stands above", file=sys.stderr)
+                print(f"the run {name} ended with exit code {code}; its output is above", file=sys.stderr)
                 return 1
             metrics[name] = read_metrics(run_dir)
     finish(
@@ -91,7 +90,7 @@ def _by_step(lines: list[Row]) -> dict[int, float]:
 
 
 def _at_the_end(lines: list[Row], name: str) -> float | None:
-    """`name` of the last evaluation; None where there was none, or it is no number."""
+    """Return `name` of the last evaluation; None if there was no evaluation, or the value is no number."""
     return next((line[name] for line in reversed(lines) if name in line), None)
 
 
@@ -100,16 +99,16 @@ def _difference(a: float | None, b: float | None) -> float | None:
 
 
 def _losses(metrics: dict[str, list[Row]], steps: int) -> list[Row]:
-    """The losses at every tenth of the way."""
+    """Return the losses at every tenth of the run."""
     losses = {name: _by_step(lines) for name, lines in metrics.items()}
     shown = sorted({1, *(max(1, steps * i // ROWS) for i in range(1, ROWS + 1))})
     return [{"step": step} | {f"loss {name}": losses[name].get(step) for name in losses} for step in shown]
 
 
 def _run(name: str, lines: list[Row], reference: list[Row]) -> Row:
-    """Speed of a run, its waits for data, its held-out loss, and how far its losses are from the reference's."""
+    """Return a run's speed, waits for data, held-out loss, and the gaps of its losses to the reference."""
     train = [line for line in lines if "tokens_per_second" in line]
-    later = train[len(train) // 2 :]  # a line a step; the first are those of a program warming up
+    later = train[len(train) // 2 :]  # a line per step; the first half warms up
     seconds = sum(line["step_seconds"] for line in later)
     ours, theirs = _by_step(lines), _by_step(reference)
     gaps = [abs(ours[step] - theirs[step]) for step in ours.keys() & theirs.keys()]

@@ -1,7 +1,7 @@
-"""How fast documents become batches, stage by stage: `python -m benchmarks.data`.
+"""Time how documents become batches, stage by stage: `python -m benchmarks.data`.
 
-Each stage runs alone over the same documents, but for the stream, which is all of them as a run uses them.
-The bare tokenizer on the same text is what it can be at most; `--device-tokens-per-second` is what it must be.
+Each stage runs alone over the same documents; the stream runs all of them as a run does. The bare tokenizer on the
+same text is the upper bound; `--device-tokens-per-second` is the speed that the stream must reach.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from benchmarks.measure import Row, as_command, finish, spread
+from benchmarks.harness.tables import Row, as_command, finish, spread
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import head_texts
 from smollm_jax.data.loader import PrefetchLoader, open_stream
@@ -41,19 +41,19 @@ def data(
         data: A source, as in train_jax.py.
         tokenizer: Hub id, folder or train:VOCAB.
         documents: Documents from the head of the source.
-        seq_len: Tokens a row.
-        batch_size: Rows a batch.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch.
         shuffle_window: Documents shuffled together.
         rounds: Rounds counted.
-        device_tokens_per_second: What the device eats, to set the stages against.
+        device_tokens_per_second: Tokens/s that a device consumes, to compare the stages with.
     """
     config = DataConfig(data=data, seq_len=seq_len, shuffle_window=shuffle_window, eval_documents=0)
     fast = load_tokenizer(tokenizer, documents=islice(head_texts(config), documents))
-    # once for what is only done once: imports, the list of files, the standard library's docstrings
+    # read once beforehand: imports, the list of files and the standard library's docstrings are done only once
     found = list(islice(_documents(config), documents))
     rates: dict[str, list[float]] = {}
     tokens, waits = 0, []
-    for _ in range(rounds):  # all stages in each round, so that other load meets them alike
+    for _ in range(rounds):  # all stages in each round, so that other load affects them alike
         tokens, seconds = _stages(config, found, fast, batch_size)
         waited, streaming, count = read_stream(endless(config, fast, batch_size), tokens)
         waits.append(waited)
@@ -81,7 +81,7 @@ def _documents(config: DataConfig) -> Iterator[Document]:
 def _stages(
     config: DataConfig, found: list[Document], fast: Tokenizer, batch_size: int
 ) -> tuple[int, dict[str, float]]:
-    """Tokens in the documents, an eos each included, and the seconds of each stage alone."""
+    """Return the tokens in the documents, one eos each included, and the seconds of each stage alone."""
     seconds = {"read": seconds_of(lambda: list(islice(_documents(config), len(found))))[0]}
     texts = [document.text for document in found]
     seconds[BARE], encoded = seconds_of(lambda: fast._fast.encode_batch(texts, add_special_tokens=False))
@@ -103,7 +103,7 @@ def endless(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Prefet
 
 
 def read_stream(stream: PrefetchLoader, targets: int) -> tuple[float, float, int]:
-    """Seconds to the first batch, seconds from there on, and targets in those."""
+    """Return the seconds to the first batch, the seconds after it, and the targets of those seconds."""
     began, first, count = time.perf_counter(), 0.0, 0
     try:
         while count < targets:
@@ -122,7 +122,7 @@ def read_stream(stream: PrefetchLoader, targets: int) -> tuple[float, float, int
 
 
 def _rows(rates: dict[str, list[float]], length: float, needed: int | None) -> list[Row]:
-    """`length` tokens a document."""
+    """Return a row per stage; `length` is the tokens per document."""
     rows: list[Row] = []
     for name, values in rates.items():
         rate = spread(values)

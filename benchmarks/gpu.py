@@ -1,9 +1,9 @@
-"""What is worth knowing about a GPU, in one command: `python -m benchmarks.gpu`, what tells most in ten minutes,
-with `--minutes 30` all of it.
+"""Run the benchmarks that concern a GPU, in one command: `python -m benchmarks.gpu`.
 
-Each part is a command of its own. One that fails, or takes too long, is named and the others go on. In the
-folder: results.jsonl, a line of JSON a part; tables.txt, what a person reads; talk.txt, everything that was
-said; runs/, the real training runs. `--small` does it all in tiny shapes, to see that it works.
+Ten minutes, the default, hold the most telling parts; `--minutes 30` holds all of them. Each part is a command; if
+one fails or takes too long, it is named and the others go on. The folder then has results.jsonl (a line of JSON
+per part), tables.txt (tables to read), talk.txt (all output) and runs/ (the training runs). `--small` runs
+everything in tiny shapes, to see that it works.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from benchmarks.measure import as_command
+from benchmarks.harness.tables import ROOT, as_command
 
-ROOT = Path(__file__).parent.parent
-SMALLEST_LIMIT_SECONDS = 20  # less is not worth the start of a part
+SMALLEST_LIMIT_SECONDS = 20  # with less, a part is not started
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, and how long it may take."""
+    """A command and its time limit."""
 
     name: str
     words: str
     seconds: int
     compiles_anew: bool = False
-    """Gets nothing of what the parts before it have compiled. (Runs of train_jax.py have a cache of their own.)"""
+    """Do not use the compilation cache of the parts before it. (Runs of train_jax.py have their own.)"""
 
     @property
     def command(self) -> list[str]:
@@ -44,8 +43,8 @@ TRAIN = (
     "benchmarks.train --batch-sizes {size} --seq-len 2048 --documents 4 --dtypes bfloat16 --peers compile "
     "--steps 5 --rounds 5"
 )
-# In the order of their worth: the first six are to fit in ten minutes, what comes after is what a short lease goes
-# without. Limits leave room for a fresh machine, which reads PyTorch and XLA for the first time
+# The most useful first: the first six should fit in ten minutes, and a short lease goes without the rest. The
+# limits leave room for a fresh machine, which reads PyTorch and XLA for the first time
 PARTS = (
     Part("train, 32 rows", TRAIN.format(size=32), 240),
     Part("curve", "benchmarks.curve --steps 200 --batch-size 2 --out {out}/runs", 300),
@@ -71,13 +70,6 @@ PARTS = (
     Part("train, 64 rows", TRAIN.format(size=64), 240, compiles_anew=True),
     Part("limits", "benchmarks.limits --tokens 65536 --dtypes bfloat16 --rounds 3", 60),
     Part("breakdown", "benchmarks.breakdown --batch-size 16 --seq-len 2048 --documents 4 --dtype bfloat16", 120),
-    Part(
-        "train, cuDNN's attention, ours alone",
-        "benchmarks.train --batch-sizes 32 --seq-len 2048 --documents 4 --dtypes bfloat16 --peers --steps 5 "
-        "--rounds 3 --compute.attention cudnn",
-        120,
-        compiles_anew=True,
-    ),
     Part(
         "decode, the peer's static cache",
         "benchmarks.decode --batch-sizes 1 8 --dtypes bfloat16 --peers static --new-tokens 64 --rounds 3",
@@ -122,12 +114,12 @@ SMALL_PARTS = (
 def gpu(
     *, out: str = "runs/benchmarks", minutes: float = 10.0, parts: tuple[str, ...] = (), small: bool = False
 ) -> int:
-    """Run every benchmark, and keep what they find in a folder.
+    """Run every benchmark and keep the results in a folder.
 
     Args:
-        out: Folder for the results; what is there is added to.
-        minutes: Time for all of it; parts that no time is left for are named.
-        parts: Only these; default: all.
+        out: Folder for the results; existing files are appended to.
+        minutes: Time for all parts; parts without time left are named.
+        parts: Names of the parts to run; default: all.
         small: Tiny shapes, for a CPU.
     """
     folder, ends = Path(out).resolve(), time.monotonic() + minutes * 60
@@ -147,7 +139,7 @@ def gpu(
 
 
 def run(part: Part, folder: Path, limit: float, talk: TextIO, compiled: str) -> str:
-    """Run a part and file what it says; returns "done", or what went wrong. `compiled` has JAX's cache."""
+    """Run a part and file its output; return "done" or the failure. `compiled` is the compilation cache."""
     cache = {} if part.compiles_anew else {"JAX_COMPILATION_CACHE_DIR": compiled}
     command = [word.replace("{out}", str(folder)) for word in part.command]
     print(f"\n$ {' '.join(command)}", file=talk, flush=True)
@@ -165,7 +157,7 @@ def run(part: Part, folder: Path, limit: float, talk: TextIO, compiled: str) -> 
     talk.write(said + results)
     talk.flush()
     if late:
-        return f"took longer than {limit:.0f} s; what it had found by then is in talk.txt"
+        return f"took longer than {limit:.0f} s; its output until then is in talk.txt"
     if process.returncode:
         return f"failed with exit code {process.returncode}: {(said.strip().splitlines() or [''])[-1][:200]}"
     _file(part, folder, results, said)
@@ -173,14 +165,14 @@ def run(part: Part, folder: Path, limit: float, talk: TextIO, compiled: str) -> 
 
 
 def _file(part: Part, folder: Path, results: str, said: str) -> None:
-    """The line of JSON to results.jsonl, the tables to tables.txt; what prints no JSON goes there whole."""
+    """Append the JSON to results.jsonl and the tables to tables.txt; output without JSON goes there whole."""
     line = (results.strip().splitlines() or [""])[-1]
     try:
         found = json.loads(line)
     except ValueError:
         found, table = {"benchmark": part.name, "said": results}, results
     else:
-        # the tables begin at the title and are the last thing said
+        # the tables start at the title and end the output
         table = said[said.rfind(f"{found['benchmark']}\n") :]
     with (folder / "results.jsonl").open("a") as file:
         file.write(json.dumps({"part": part.name} | found) + "\n")

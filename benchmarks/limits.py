@@ -1,8 +1,8 @@
-"""What the machine allows, whatever the program: `python -m benchmarks.limits`.
+"""Measure the machine's limits for any program: `python -m benchmarks.limits`.
 
-Reading memory, and matrix products in the three orientations of a layer's forward and backward pass, in JAX and
-in PyTorch; from them the most tokens a second that a model could train at, or decode at row by row. A bound is
-what was measured here, not what cannot be passed: another program may find a faster product.
+It times reading memory, and matrix products in the three orientations of a layer's forward and backward pass,
+in JAX and in PyTorch. From these follow bounds on training and on decoding one row, in tokens/s. Another
+program may find a faster product and exceed them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.measure import Row, as_command, finish, spread
-from benchmarks.sides import Outcome, Ready, compare
-from benchmarks.work import Dtype, Preset
+from benchmarks.harness.peers import torch_device, torch_wait
+from benchmarks.harness.sides import Outcome, Ready, compare
+from benchmarks.harness.tables import Row, as_command, finish, spread
+from benchmarks.harness.workload import Dtype, Preset
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.runtime.errors import require
 
@@ -29,11 +30,11 @@ def by_jax(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
 
     from smollm_jax.runtime.devices import use_precision_of
 
-    use_precision_of(jnp.dtype(dtype))  # else products of float32 are rounded down
+    use_precision_of(jnp.dtype(dtype))  # otherwise operands of float32 products are rounded
     x, w, g, memory = (
         jnp.ones(shape, dtype) for shape in _shapes(tokens, inputs, outputs, jnp.dtype(dtype).itemsize)
     )
-    # two dims of tokens, as in the model: with one XLA:CPU takes another, slower form of X.T @ G in bfloat16
+    # two dims of tokens, as in the model: with one, XLA:CPU takes a slower form of X.T @ G in bfloat16
     x, g = (array.reshape(2, tokens // 2, -1) for array in (x, g))
     float32: Any = jnp.float32
     product = partial(jnp.einsum, preferred_element_type=float32)
@@ -54,8 +55,8 @@ def by_jax(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
 def by_torch(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("highest")
+    device = torch_device()
+    wait = torch_wait(device)
     kind = getattr(torch, dtype)
     x, w, g, memory = (
         torch.ones(shape, dtype=kind, device=device) for shape in _shapes(tokens, inputs, outputs, kind.itemsize)
@@ -69,19 +70,18 @@ def by_torch(tokens: int, inputs: int, outputs: int, dtype: Dtype) -> Ready:
 
     def call(name: str) -> None:
         programs[name]()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait()
 
     return Ready(partial(_round, call), {"device": device})
 
 
 def _shapes(tokens: int, inputs: int, outputs: int, itemsize: int) -> tuple[tuple[int, int], ...]:
-    """Of X, W, G and of what is read."""
+    """Return the shapes of X, W, G and of the array that is read."""
     return (tokens, inputs), (inputs, outputs), (tokens, outputs), (READ_BYTES // itemsize // 2**12, 2**12)
 
 
 def _round(call: Callable[[str], None]) -> dict[str, float]:
-    """Seconds of each; the faster of two calls, for what is asked is a limit."""
+    """Return the seconds of each, the faster of two calls, because a limit is wanted."""
     found = {}
     for name in (*PRODUCTS, "read"):
         seconds = []
@@ -101,13 +101,13 @@ def limits(
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16"),
     rounds: int = 5,
 ) -> int:
-    """Time products of a feed-forward layer and a read of memory, and say what they allow.
+    """Time products of a feed-forward layer and a read of memory, and derive bounds from them.
 
     Args:
         preset: Architecture, for the shapes.
         tokens: Rows of the products, an even number.
-        seq_len: Tokens a row of the step that is bounded.
-        dtypes: Of the operands.
+        seq_len: Tokens per row of the train step to bound.
+        dtypes: Dtypes of the operands.
         rounds: Rounds counted.
     """
     require(tokens % 2 == 0, f"--tokens {tokens} must be even")

@@ -1,7 +1,7 @@
-"""What the stream holds of memory as it goes on: `python -m benchmarks.memory --minutes 60`.
+"""Watch the memory of the stream over time: `python -m benchmarks.memory --minutes 60`.
 
-It is read at the pace of a device, so that everything that runs ahead of it is full, in this one process and
-with no model beside it.
+The stream is read at the pace of a device, so that every prefetch buffer is full. It runs in this process,
+without a model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from benchmarks.data import endless
-from benchmarks.measure import Row, as_command, finish, gib, resident
+from benchmarks.harness.tables import Row, as_command, finish, gib, resident
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import head_texts
 from smollm_jax.data.loader import PrefetchLoader
@@ -19,7 +19,7 @@ from smollm_jax.data.packing import num_targets
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
-LOOKS = 12  # looks at the memory, evenly over the minutes
+LOOKS = 12  # samples of the memory, evenly over the minutes
 
 
 def memory(
@@ -33,20 +33,20 @@ def memory(
     minutes: float = 60,
     tokens_per_second: int = 20_000,
 ) -> int:
-    """Read the stream for some minutes and look at the process's memory.
+    """Read the stream for some minutes and sample the process's memory.
 
     Args:
         data: A source, as in train_jax.py.
         tokenizer: Hub id, folder or train:VOCAB.
         documents: Documents from the head of the source for train:VOCAB.
-        seq_len: Tokens a row.
-        batch_size: Rows a batch.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch.
         shuffle_window: Documents shuffled together.
-        minutes: How long.
-        tokens_per_second: The pace of the device.
+        minutes: Duration.
+        tokens_per_second: Pace of the device.
     """
-    require(minutes > 0 and tokens_per_second > 0, "--minutes and --tokens-per-second: more than 0")
-    require(resident() is not None, "memory: this system has no /proc to read it from")
+    require(minutes > 0 and tokens_per_second > 0, "--minutes and --tokens-per-second must be more than 0")
+    require(resident() is not None, "this system has no /proc to read the memory from")
     config = DataConfig(data=data, seq_len=seq_len, shuffle_window=shuffle_window, eval_documents=0)
     fast = load_tokenizer(tokenizer, documents=islice(head_texts(config), documents))
     stream = endless(config, fast, batch_size)
@@ -61,7 +61,7 @@ def memory(
 
 
 def _looks(stream: PrefetchLoader, seconds: float, pace: int) -> Iterator[Row]:
-    """A row after each part of `seconds`."""
+    """Yield a row after each part of `seconds`."""
     began, tokens = time.perf_counter(), 0
     for part in range(1, LOOKS + 1):
         while (passed := time.perf_counter() - began) < seconds * part / LOOKS:

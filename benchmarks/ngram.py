@@ -1,7 +1,7 @@
-"""How well counting predicts the held-out text of a recipe: `python -m benchmarks.ngram`.
+"""Score n-gram models on the held-out text of a recipe: `python -m benchmarks.ngram`.
 
-Interpolated n-grams of the run's own tokens (Witten & Bell 1991), trained on every document that a run may
-train on and scored on the very targets of its held-out loss: what a language model has to beat.
+Interpolated n-grams of the run's own tokens (Witten & Bell 1991) are trained on every document that a run may
+train on and scored on the very targets of its held-out loss. A language model has to beat them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from benchmarks.measure import as_command, finish
+from benchmarks.harness.tables import as_command, finish
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.data.heldout import head_texts, heldout
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ class NGram:
                 self.seen[gram] += 1
 
     def _grams(self, ids: list[int]) -> Iterator[tuple[int, ...]]:
-        for end in range(1, len(ids)):  # as in training, a document's first token is no target
+        for end in range(1, len(ids)):  # as in training, the first token of a document is no target
             for n in range(1, min(self.order, end + 1) + 1):
                 yield tuple(ids[end + 1 - n : end + 1])
 
@@ -47,7 +47,7 @@ class NGram:
         return p
 
     def nats(self, ids: list[int]) -> float:
-        """Summed over all but the first token."""
+        """Return the nats, summed over all but the first token."""
         context = self.order - 1
         return -sum(
             math.log(self.probability(tuple(ids[max(0, i - context) : i]) if context else (), ids[i]))
@@ -59,8 +59,8 @@ def ngram(*, recipe: str = "quickstart", orders: tuple[int, ...] = (1, 2, 3, 4))
     """Score n-grams on the held-out text of a recipe.
 
     Args:
-        recipe: Whose data and tokenizer.
-        orders: Lengths of n-gram.
+        recipe: Recipe that names the data and the tokenizer.
+        orders: Lengths of n-grams.
     """
     config = RECIPES[recipe].data
     tokenizer = load_tokenizer(config.tokenizer, documents=head_texts(config))

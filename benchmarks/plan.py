@@ -1,7 +1,7 @@
-"""Plans at the limit of memory: the largest batch a chip, a power of two, whose step the TPU's compiler accepts.
+"""Find the largest batch per chip that fits TPU slices which are not here: `python -m benchmarks.plan`.
 
-No TPU has run any of it: memory and collectives are those of the compiled program, speed is an estimate. The
-search begins at what the formulas say and goes up or down from there.
+The batch is a power of two whose step the TPU's compiler accepts; the search starts at the size that the formulas
+give. No TPU has run any of it: memory is the compiled program's; messages and speed are estimates.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import Row, as_command, finish, gib
-from benchmarks.work import Preset, config_of
+from benchmarks.harness.tables import Row, as_command, finish, gib
+from benchmarks.harness.workload import Preset, config_of
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.config.settings import ComputeConfig, Config
 
 if TYPE_CHECKING:
-    from smollm_jax.planning.plan import CompileResult
     from smollm_jax.planning.topology import Topology
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v5e:4x4", "v5e:16x16", "v5p:4x4x4")
@@ -36,8 +35,8 @@ def plan(
     Args:
         presets: Architectures.
         topologies: As `python -m smollm_jax plan` takes them.
-        seq_len: Tokens a row.
-        minutes: No row is begun after so many.
+        seq_len: Tokens per row.
+        minutes: No row begins after this time.
     """
     import jax
 
@@ -55,47 +54,40 @@ def plan(
 
 
 def at_the_limit(preset: Preset, topology: str, seq_len: int) -> Row:
-    """A row of the table: the plan with the largest batch that fits."""
-    import jax.numpy as jnp
-
-    from smollm_jax.planning.plan import attempt, plan_of
+    """Return a row of the table: the plan with the largest batch that fits."""
+    from smollm_jax.planning.plan import Plan, attempt
     from smollm_jax.planning.report import as_dict
     from smollm_jax.planning.topology import topology_of
 
-    began, target, dtype = time.monotonic(), topology_of(topology), jnp.dtype("bfloat16")
+    began, target = time.monotonic(), topology_of(topology)
     chips = len(target.devices)
     mesh = mesh_for(preset, chips, target.memory_bytes)
 
-    def config_for(batch_a_chip: int) -> Config:
-        return config_of(preset, batch_a_chip * chips, seq_len, ComputeConfig(mesh=mesh, remat="full"))
+    def config_for(batch_per_chip: int) -> Config:
+        compute = ComputeConfig(mesh=mesh, remat="full")
+        return config_of(preset, batch_per_chip * chips, seq_len, compute)
 
-    def tried(batch_a_chip: int) -> CompileResult:
-        return attempt(config_for(batch_a_chip), target, dtype, "full")
+    def tried(batch_per_chip: int) -> Plan:
+        return attempt(config_for(batch_per_chip), target, "full")
 
     batch = first_guess(config_for, target)
     best = tried(batch)
-    if best.memory_bytes <= target.memory_bytes:
-        while (larger := tried(2 * batch)).memory_bytes <= target.memory_bytes:
+    if best.fits:
+        while (larger := tried(2 * batch)).fits:
             best, batch = larger, 2 * batch
     else:
-        while best.memory_bytes > target.memory_bytes and batch > 1:
+        while not best.fits and batch > 1:
             batch //= 2
             best = tried(batch)
-    found = as_dict(plan_of(target, best, dtype))
+    row, found = {"model": preset, "topology": topology, "mesh": mesh}, as_dict(best)
     if not found["fits"]:
-        return {"model": preset, "topology": topology, "mesh": mesh, "batch a chip": "none"}
+        return row | {"batch a chip": "none"}
     speed = found["estimate"]
-    return {
-        "model": preset,
-        "topology": topology,
-        "mesh": mesh,
+    return row | {
         "batch a chip": batch,
         "memory, GiB": gib(found["memory_bytes"]),
         "of": gib(found["memory_limit_bytes"]),
-        "collectives a step": sum(each["count"] for each in found["collectives"]),
-        "their MB": sum(each["bytes"] for each in found["collectives"]) / 1e6,
-        "MB sent a chip": sum(each["bytes_sent"] for each in found["collectives"]) / 1e6,
-        "kernels": found["kernels"],
+        "estimated MB sent a chip": sum(found["bytes_sent_per_step"].values()) / 1e6,
         "estimated step, s": speed["step_seconds"],
         "estimated tokens/s": speed["tokens_per_second"],
         "estimated MFU": speed["mfu"],
@@ -104,7 +96,7 @@ def at_the_limit(preset: Preset, topology: str, seq_len: int) -> Row:
 
 
 def mesh_for(preset: Preset, chips: int, memory_bytes: int) -> str:
-    """All on data, or the smallest fsdp with which the state and its gradients take half the memory."""
+    """Return all chips on data, or the smallest fsdp that leaves half the memory beside state and gradients."""
     needed, fsdp = 18 * MODELS[preset].num_parameters, 1
     while needed / fsdp > memory_bytes / 2 and fsdp < chips:
         fsdp *= 2
@@ -112,16 +104,12 @@ def mesh_for(preset: Preset, chips: int, memory_bytes: int) -> str:
 
 
 def first_guess(config_for: Callable[[int], Config], target: Topology) -> int:
-    """The largest power of two that by formula takes no more than the memory."""
-    from smollm_jax.planning.estimate import memory_by_formula
-    from smollm_jax.planning.plan import mesh_of
+    """Return the largest power of two that by formula fits the memory."""
+    from smollm_jax.planning.estimate import memory_bytes
+    from smollm_jax.planning.plan import step_of
 
     batch = 1
-    while batch < 4_096:
-        config = config_for(2 * batch)
-        needed = memory_by_formula(config, mesh_of(config, target), "full", config.main_batch_size, dtype_bytes=2)
-        if needed > target.memory_bytes:
-            break
+    while batch < 4_096 and memory_bytes(step_of(config_for(2 * batch), target, "full")) <= target.memory_bytes:
         batch *= 2
     return batch
 

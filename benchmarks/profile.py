@@ -1,9 +1,8 @@
-"""Where the device's time goes in the step as it really runs: `python -m benchmarks.profile`.
+"""Profile whole train steps and attribute the device's time to parts: `python -m benchmarks.profile`.
 
-A profile of whole steps, each operation put down to the part of the model that asked for it: the parts have scopes
-(`jax.named_scope`), which XLA keeps through differentiation and fusion, and the innermost decides. A fusion counts
-as what its last operation is. On a GPU or TPU times are the device's own; on a CPU they are summed over threads,
-so that shares alone mean something.
+Each operation belongs to the innermost scope (`jax.named_scope`) of the model around it; XLA keeps scopes through
+differentiation and fusion. A fusion counts as its last operation. On a GPU or TPU, times are the device's own; on
+a CPU they are summed over threads, so only the shares are meaningful.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Row, as_command, finish
-from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
+from benchmarks.harness.tables import Row, as_command, finish
+from benchmarks.harness.workload import COMPUTE, Dtype, Preset, StepWork, config_of, our_step
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.runtime.devices import has_accelerator
 from smollm_jax.runtime.errors import require
@@ -36,10 +35,10 @@ PARTS = {
     "optimizer": "optimizer",
 }
 UNKNOWN = ("", "not in the program")
-# their time is that of what they hold
+# their time is the time of the operations inside
 CONTAINERS = ("while", "conditional", "call", "async-start", "async-done")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([\w\-]+)\(")
-SCOPES_OF = re.compile(r'op_name="([^"\[]*)"')  # with a bracket it names a parameter, as copies of one do
+SCOPES_OF = re.compile(r'op_name="([^"\[]*)"')  # with a bracket it names a parameter, as in copies
 
 
 def profile(
@@ -55,26 +54,26 @@ def profile(
     out: str | None = None,
     seed: int = 0,
 ) -> int:
-    """Profile whole train steps and put the device's time down to the parts of the model.
+    """Profile whole train steps and attribute the device's time to the parts of the model.
 
     Args:
         preset: Architecture.
-        batch_size: Rows a step.
-        seq_len: Tokens a row.
+        batch_size: Rows per step.
+        seq_len: Tokens per row.
         documents: Documents packed into a row.
         dtype: Compute dtype over float32 parameters.
         steps: Steps in the profile.
-        compute: Of the step, but for its dtype.
+        compute: Settings of the step, except its dtype.
         top: Longest operations shown.
         out: Folder to keep the profile in, for TensorBoard or Perfetto.
-        seed: Of the tokens and documents.
+        seed: Seed of the tokens and documents.
     """
-    if has_accelerator():  # kernels started as one graph do not say which operation they belong to
+    if has_accelerator():  # kernels of one graph do not name their operation
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     config = config_of(preset, batch_size, seq_len, compute)
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-benchmark-")))
-        text, note = _profiled(Work(config, dtype, documents, steps, seed), folder)
+        text, note = _profiled(StepWork(config, dtype, documents, steps, seed), folder)
         seconds, wall = read_profile(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime))
     require(bool(seconds), "the profile holds no operation of the step: this backend does not name them")
     operations = read_operations(text)
@@ -92,8 +91,8 @@ def profile(
     return 0
 
 
-def _profiled(work: Work, folder: Path) -> tuple[str, str]:
-    """Run the steps under the profiler; returns the program as XLA compiled it, and a word on how."""
+def _profiled(work: StepWork, folder: Path) -> tuple[str, str]:
+    """Run the steps under the profiler; return the compiled program's text and a note on its kernels."""
     import jax
 
     step = our_step(work)
@@ -106,7 +105,7 @@ def _profiled(work: Work, folder: Path) -> tuple[str, str]:
 
 
 def read_profile(path: Path) -> tuple[Counter[str], float]:
-    """Seconds of each operation of the train step over all steps, and from the first's start to the last's end."""
+    """Return the seconds of each operation over all steps, and from the first start to the last end."""
     import jax
 
     seconds: Counter[str] = Counter()
@@ -120,7 +119,7 @@ def read_profile(path: Path) -> tuple[Counter[str], float]:
 
 
 def _events(data: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Events of operations: of the devices where there are any, else of the CPU's threads."""
+    """Yield the events of operations: from devices if there are any, else from the CPU's threads."""
     planes = list(data.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     for plane in devices or planes:
@@ -134,7 +133,7 @@ def _events(data: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def read_operations(text: str) -> dict[str, tuple[str, str]]:
-    """Of each operation in a compiled program its kind, and the part of the model that asked for it."""
+    """Map each operation of a compiled program to its kind and its part of the model."""
     operations = {}
     for line in text.splitlines():
         if found := INSTRUCTION.match(line):
@@ -144,7 +143,7 @@ def read_operations(text: str) -> dict[str, tuple[str, str]]:
 
 
 def part_of(scopes: str) -> str:
-    """The part of the innermost scope in such as `jit(step)/transpose(jvp(layers))/while/body/norm/mul`."""
+    """Return the part of the innermost scope, as in `jit(step)/transpose(jvp(layers))/while/body/norm/mul`."""
     names = [name for name in re.findall(r"\w+", scopes) if name in PARTS]
     return PARTS[names[-1]] if names else REST
 

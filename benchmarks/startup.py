@@ -1,8 +1,8 @@
-"""How long until it does something: `python -m benchmarks.startup`.
+"""Time the start: `python -m benchmarks.startup`.
 
-The real commands as processes of their own: `--help`, the imports, and `train_jax.py` on a small local file up
-to the first line of its metrics, once with an empty compilation cache and once again with what that left.
-The tokenizer is made beforehand, as a published one lies on disk.
+The real commands run as processes: `--help`, the imports, and `train_jax.py` on a small local file up to the
+first line of its metrics, once with an empty compilation cache and once with the cache of that run. The
+tokenizer is made beforehand, because a published one is on disk too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
 
-from benchmarks.measure import Row, as_command, finish, spread
+from benchmarks.harness.tables import ROOT, Row, as_command, finish, spread
+from benchmarks.harness.workload import Preset
 
-ROOT = Path(__file__).parent.parent
-TARGET_SECONDS = {"--help": 0.5, "first step, cold": 60.0, "first step, warm": 15.0}  # the latter for 135M
+TARGET_SECONDS = {"--help": 0.5, "first step, cold": 60.0, "first step, warm": 15.0}  # first steps: for 135M
 POLL_SECONDS = 0.02
 TIMEOUT_SECONDS = 600
 WORDS = "the cat sat on a mat and saw one bird fly over tall grey hills near our old red house".split()
@@ -28,27 +27,27 @@ WORDS = "the cat sat on a mat and saw one bird fly over tall grey hills near our
 
 def startup(
     *,
-    preset: Literal["135M", "360M", "1.7B", "quickstart"] = "135M",
+    preset: Preset = "135M",
     batch_size: int = 2,
     seq_len: int = 256,
     rounds: int = 3,
     first_steps: int = 1,
 ) -> int:
-    """Time --help, the imports, and the way to the first step with a cold and a warm compilation cache.
+    """Time --help, the imports, and the first step with a cold and a warm compilation cache.
 
     Args:
         preset: Architecture.
-        batch_size: Rows a step.
-        seq_len: Tokens a row.
-        rounds: Times that --help and the imports are started.
-        first_steps: Times that a run is started cold, and then warm.
+        batch_size: Rows per step.
+        seq_len: Tokens per row.
+        rounds: Starts of --help and of the imports.
+        first_steps: Starts of a run, each cold and then warm.
     """
     commands = {
         "python itself": ["-c", "pass"],
         "--help": [str(ROOT / "train_jax.py"), "--help"],
         "import smollm_jax": ["-c", "import smollm_jax"],
         "import jax": ["-c", "import jax"],
-        "import smollm_jax.train": ["-c", "import smollm_jax.train"],
+        "import smollm_jax.training.fit": ["-c", "import smollm_jax.training.fit"],
     }
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -81,7 +80,7 @@ def seconds_of(arguments: list[str]) -> float:
 
 
 def prepare(folder: Path) -> list[str]:
-    """Write documents and a tokenizer below `folder`; the flags of a run that reads them."""
+    """Write documents and a tokenizer into `folder`; return the flags of a run that reads them."""
     from smollm_jax.tokenizer.tokenizer import train
 
     rng = random.Random(0)
@@ -95,7 +94,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def first_step_seconds(run_dir: Path, flags: list[str]) -> float:
-    """Seconds from the start of the command to the first line of its metrics; it is ended then."""
+    """Return the seconds from the start of the command to the first line of its metrics; then end it."""
     command = [sys.executable, str(ROOT / "train_jax.py"), "--run-dir", str(run_dir), *flags]
     began = time.perf_counter()
     with (run_dir.parent / "talk.txt").open("w+") as talk:
@@ -108,7 +107,7 @@ def first_step_seconds(run_dir: Path, flags: list[str]) -> float:
                 time.sleep(POLL_SECONDS)
                 if process.poll() is not None or time.perf_counter() - began > TIMEOUT_SECONDS:
                     talk.seek(0)
-                    raise RuntimeError(f"the run came to no first step: {talk.read()[-2_000:]}")
+                    raise RuntimeError(f"the run reached no first step: {talk.read()[-2_000:]}")
             return time.perf_counter() - began
         finally:
             process.kill()

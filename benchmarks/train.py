@@ -1,31 +1,28 @@
-"""A train step of ours and of Hugging Face Llama + PyTorch: `python -m benchmarks.train`.
+"""Time a train step, ours and Hugging Face Llama + PyTorch: `python -m benchmarks.train`.
 
-Same architecture, weights, rows, AdamW, clip and precision; attention in PyTorch is SDPA. The peer does not keep
-packed documents apart: its rows are one document each, ours hold `--documents`. With several
-`--batch-sizes` a second table sets the best of each side against the best of the other.
+Architecture, weights, rows, AdamW, clip and precision are the same; attention in PyTorch is SDPA. The peer does
+not keep packed documents apart, so its rows are one document each, and ours hold `--documents`. With several
+`--batch-sizes`, a second table compares the sides at their best batch size.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
-from benchmarks.measure import Row, as_command, finish, gib, show, spread
-from benchmarks.sides import Outcome, Ready, compare, in_child, kind_of
-from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step, write_model
+from benchmarks.harness.peers import Form, torch_training
+from benchmarks.harness.sides import Outcome, Ready, compare, in_child, kind_of, peak_bytes_on, repeated
+from benchmarks.harness.tables import Row, as_command, finish, gib, show, spread
+from benchmarks.harness.workload import COMPUTE, Dtype, Preset, StepWork, config_of, our_step, write_model
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.runtime import huge_pages
 
-Form = Literal["eager", "compile", "max-autotune"]
 
-
-def ours(work: Work) -> Ready:
+def ours(work: StepWork) -> Ready:
     import jax
 
     from smollm_jax.training.compile import compiled_bytes
@@ -33,112 +30,34 @@ def ours(work: Work) -> Ready:
     step = our_step(work)
     began = time.perf_counter()
     loss = float(step.run()["loss"])
+    device = step.mesh.devices.flat[0]
     facts = {
         "first step": step.compile_seconds + time.perf_counter() - began,
         "remat": step.remat,
         "attention": step.attention,
         "planned GiB": gib(compiled_bytes(step.program)),
         "loss": loss,
-        "device": kind_of(step.mesh.devices.flat[0]),
+        "device": kind_of(device),
     }
-
-    def run() -> dict[str, float]:
-        start = time.perf_counter()
-        for _ in range(work.steps):
-            metrics = step.run()
-        jax.block_until_ready(metrics)
-        return {"round": time.perf_counter() - start}
-
-    device = step.mesh.devices.flat[0]
-    return Ready(run, facts, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"))
+    return Ready(repeated(step.run, work.steps, jax.block_until_ready), facts, peak_bytes_on(device))
 
 
-def peer(work: Work, form: Form, folder: Path) -> Ready:
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # ours compiles from nothing too
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("highest")
-    step = _torch_step(work, form, device, folder)
-    tokens = torch.tensor(work.rows()[0], device=device).long()
-    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def run() -> dict[str, float]:
-        start = time.perf_counter()
-        for _ in range(work.steps):
-            step(ids, labels)
-        wait()
-        return {"round": time.perf_counter() - start}
-
-    wait()
-    began = time.perf_counter()
-    loss = step(ids, labels).item()
-    wait()
-    facts = {"first step": time.perf_counter() - began, "loss": loss, "device": device}
-    return Ready(run, facts, torch.cuda.max_memory_allocated if device == "cuda" else lambda: None)
-
-
-def _torch_step(work: Work, form: Form, device: str, folder: Path) -> Callable[..., Any]:
-    """The step of a person who knows PyTorch: compiled with its loss, fused AdamW."""
-    import torch
-    from transformers import AttentionInterface, LlamaForCausalLM
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface
-
-    # of rows that are one document each SDPA needs to know no more than that they are causal; compiled,
-    # transformers would give it a mask of all pairs of tokens, with which it is slow
-    AttentionInterface.register("causal", sdpa_attention_forward)
-    AttentionMaskInterface.register("causal", lambda *_, **__: None)
-    settings = work.config.optimizer
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.set_attn_implementation("causal")
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-
-    def loss_of(ids: Any, labels: Any) -> Any:
-        with torch.autocast(device, torch.bfloat16, enabled=work.dtype == "bfloat16"):
-            logits = model(input_ids=ids, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-
-    if form != "eager":
-        mode = "max-autotune-no-cudagraphs" if form == "max-autotune" else None
-        loss_of = torch.compile(loss_of, dynamic=False, mode=mode)
-
-    def step(ids: Any, labels: Any) -> Any:
-        loss = loss_of(ids, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
-def measured(work: Work, peers: tuple[Form, ...], rounds: int, *, alone: bool = False) -> list[Row]:
-    """A row a side."""
+def measured(work: StepWork, peers: tuple[Form, ...], rounds: int, *, alone: bool = False) -> list[Row]:
+    """Return a row per side."""
     sides: dict[str, Callable[[], Ready]] = {"ours": partial(ours, work)}
     with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
         if peers:
             in_child(write_model, work.config.model, work.config.run.seed, Path(folder) / "hf")
-        sides |= {f"HF + PyTorch {form}": partial(peer, work, form, Path(folder) / "hf") for form in peers}
-        # ours as train_jax.py runs it, the peer as its users do
+        sides |= {
+            f"HF + PyTorch {form}": partial(torch_training, work, form, Path(folder) / "hf") for form in peers
+        }
+        # our side runs as in train_jax.py, the peer as its users run it
         outcomes = compare(sides, rounds=rounds, alone=alone, environments={"ours": huge_pages.environment()})
     ours_ran = outcomes["ours"]
     return [_row(name, outcome.on(ours_ran), ours_ran, work, alone) for name, outcome in outcomes.items()]
 
 
-def _row(name: str, outcome: Outcome, reference: Outcome, work: Work, alone: bool) -> Row:
+def _row(name: str, outcome: Outcome, reference: Outcome, work: StepWork, alone: bool) -> Row:
     row: Row = {"side": name, "dtype": work.dtype, "batch": work.batch_size}
     if outcome.failed:
         return row | {"failed": outcome.failed}
@@ -149,7 +68,7 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: Work, alone: boo
     if name != "ours" and not reference.failed:
         rounds = reference.of("round")
         faster = spread([a / b for a, b in zip(seconds, rounds, strict=True)])
-        if alone:  # the rounds of two sides were minutes apart
+        if alone:  # the rounds of two sides are minutes apart
             faster = spread([statistics.median(seconds) / statistics.median(rounds)])
     return row | {
         "tokens/s": rate,
@@ -167,7 +86,7 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: Work, alone: boo
 
 
 def with_mfu(rows: list[Row]) -> list[Row]:
-    """The rows with their share of the device's peak, where that is known; asked last, as JAX takes memory."""
+    """Add the MFU to the rows if the device's peak is known; last, because JAX takes its memory then."""
     import jax
 
     from smollm_jax.runtime.devices import peak_flops
@@ -177,7 +96,7 @@ def with_mfu(rows: list[Row]) -> list[Row]:
 
 
 def best_of(rows: list[Row]) -> list[Row]:
-    """Each side at its best batch size, a row for each dtype, and how much faster ours is there."""
+    """Return each side at its best batch size, a row per dtype, and how much faster ours is there."""
     table: list[Row] = []
     for side, dtype in dict.fromkeys((row["side"], row["dtype"]) for row in rows):
         ran = [row for row in rows if (row["side"], row["dtype"]) == (side, dtype) and "tokens/s" in row]
@@ -212,22 +131,22 @@ def train(
 
     Args:
         preset: Architecture.
-        batch_sizes: Rows a step; several to find the best of each side.
-        seq_len: Tokens a row.
-        documents: Documents packed into a row of ours.
+        batch_sizes: Rows per step; give several to find the best of each side.
+        seq_len: Tokens per row.
+        documents: Documents packed into a row of our side.
         dtypes: Compute dtypes over float32 parameters.
-        peers: Forms of Hugging Face + PyTorch to time beside ours; none: ours alone.
-        steps: Steps a round.
+        peers: Forms of Hugging Face + PyTorch to compare with; none: our side only.
+        steps: Steps per round.
         rounds: Rounds counted; with `alone` twice as many.
-        alone: No other side is alive while one is timed, as on an accelerator.
-        compute: Of our side, but for its dtype.
-        seed: Of the tokens and documents.
+        alone: Time each side while no other is alive, as on an accelerator.
+        compute: Settings of our side, except its dtype.
+        seed: Seed of the tokens and documents.
     """
     rows: list[Row] = []
     for dtype in dtypes:
         for size in batch_sizes:
             config = config_of(preset, size, seq_len, compute)
-            found = measured(Work(config, dtype, documents, steps, seed), peers, rounds, alone=alone)
+            found = measured(StepWork(config, dtype, documents, steps, seed), peers, rounds, alone=alone)
             if len(dtypes) * len(batch_sizes) > 1:
                 show(f"so far: {dtype}, batch {size}", found)
             rows += found

@@ -1,7 +1,7 @@
-"""Our parameters as a GGUF file, which llama.cpp reads; needs the `gguf` package.
+"""Write our parameters as a GGUF file for llama.cpp; needs the `gguf` package.
 
-The vocabulary is numbers: the benchmark hands llama.cpp token ids and takes token ids back. llama.cpp turns
-neighbouring dims of a head where Hugging Face turns dim i with i + H/2, so query and key rows change places.
+The vocabulary is numbers, because the benchmark exchanges token ids with llama.cpp. llama.cpp rotates neighbouring
+dims of a head, Hugging Face rotates dim i with i + H/2, so query and key rows are permuted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAMES = {
 
 
 def write_gguf(params: Params, config: ModelConfig, path: Path, kind: Kind) -> None:
-    """Write `params`, numpy arrays, with their matrices in `kind` and their norms in f32."""
+    """Write `params`, numpy arrays: matrices in `kind`, norms in f32."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
@@ -67,7 +67,7 @@ def _describe(writer: Any, config: ModelConfig) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["< 0"])  # llama.cpp will not do without one
+    writer.add_token_merges(["< 0"])  # llama.cpp refuses a file without merges
 
 
 def _name(hf: str) -> str:

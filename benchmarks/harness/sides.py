@@ -1,8 +1,8 @@
-"""The sides of a comparison, each in a process of its own: its memory is its own, its fault ends it alone.
+"""Run each side of a comparison in a process of its own, so that memory and faults stay with their side.
 
-On a CPU all sides live at once and take turns round by round, so that other load on the machine meets them
-alike, or each has it for itself, twice. An accelerator is nobody else's, and its memory is scarce: there each
-side has it for itself.
+On a CPU all sides live at once and take turns round by round, so that other load on the machine affects them
+alike; or each side has the machine for itself, twice. On an accelerator each side has the device for itself,
+because nobody else uses it and its memory is scarce.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import resource
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.measure import resident
+from benchmarks.harness.tables import resident
 from smollm_jax.runtime.devices import has_accelerator
 from smollm_jax.runtime.errors import one_line
 
@@ -31,39 +32,57 @@ TURNS_ALONE = 2
 
 @dataclass
 class Ready:
-    """A side made ready: `run` does one round and returns its seconds by name."""
+    """A side that is ready: `run` does one round and returns its seconds by name."""
 
     run: Callable[[], Seconds]
     facts: dict[str, Any] = field(default_factory=dict)
     device_peak_bytes: Callable[[], int | None] = lambda: None
-    """Most memory held on the device so far; None on a CPU, where the process's own memory counts."""
+    """Peak memory on the device so far; None on a CPU, where the process's own memory counts."""
 
 
 @dataclass
 class Outcome:
-    """What became of a side; `failed` says in one line why it has no rounds."""
+    """The result of a side; `failed` is one line on why it has no rounds."""
 
     rounds: list[Seconds] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     peak_bytes: int | None = None
     processor: dict[str, float] = field(default_factory=dict)
-    """What a round takes of the host, on average: seconds of threads, of the system for them, and page faults."""
+    """Host costs per round, on average: seconds of threads, seconds of the system for them, page faults."""
     failed: str | None = None
 
     def of(self, name: str) -> list[float]:
-        """The seconds `name` of each round."""
+        """Return the seconds called `name` of each round."""
         return [seconds[name] for seconds in self.rounds]
 
     def on(self, reference: Outcome) -> Outcome:
-        """This, or the failure that it ran on another kind of device than the one it is compared with."""
+        """Return this outcome, or a failure if it ran on another kind of device than `reference`."""
         here, there = self.facts.get("device"), reference.facts.get("device")
         if self.failed or here == there or None in (here, there):
             return self
         return Outcome(failed=f"it ran on {here}, the other side on {there}")
 
 
+def repeated(call: Callable[[], Any], times: int, wait: Callable[[Any], Any]) -> Callable[[], Seconds]:
+    """Return a round of `times` calls, then `wait(what the last returned)`; its seconds are called "round"."""
+
+    def run() -> Seconds:
+        start = time.perf_counter()
+        for _ in range(times):
+            made = call()
+        wait(made)
+        return {"round": time.perf_counter() - start}
+
+    return run
+
+
+def peak_bytes_on(device: Any) -> Callable[[], int | None]:
+    """Return a function that gives the peak bytes allocated on a JAX device; None on a CPU."""
+    return lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def kind_of(device: Any) -> str:
-    """What PyTorch calls the kind of a device of JAX."""
+    """Return PyTorch's name for the kind of a JAX device."""
     return "cuda" if device.platform == "gpu" else str(device.platform)
 
 
@@ -74,10 +93,10 @@ def compare(
     alone: bool = False,
     environments: Mapping[str, dict[str, str]] | None = None,
 ) -> dict[str, Outcome]:
-    """Make every side ready and have it do its rounds, after one that is not counted.
+    """Make every side ready and run its rounds, after one round that is not counted.
 
-    `alone`, on a CPU: no other side is alive meanwhile, and each is made ready again for the same rounds once
-    more, after the others. `environments` has what a side's process finds set besides.
+    `alone`, on a CPU: no other side is alive meanwhile, and after the others each is made ready once more for the
+    same rounds. `environments` holds extra environment variables for a side's process.
     """
     environments = environments or {}
     if not (alone or has_accelerator()):
@@ -86,7 +105,7 @@ def compare(
     for _ in range(1 if has_accelerator() else TURNS_ALONE):
         for name, make in sides.items():
             found, before = _in_turn({name: make}, rounds, environments)[name], outcomes.get(name)
-            _show(name, found)  # a lease may end before the table comes
+            _show(name, found)  # the lease of a machine may end before the table
             outcomes[name] = _joined(before, found) if before else found
     return outcomes
 
@@ -99,7 +118,7 @@ def _show(name: str, outcome: Outcome) -> None:
 
 
 def _joined(before: Outcome, found: Outcome) -> Outcome:
-    """The rounds of both, and what else the first was asked; of one that failed, why."""
+    """Return the first outcome with the rounds of both, or the one that failed."""
     if before.failed or found.failed:
         return before if before.failed else found
     before.rounds += found.rounds
@@ -111,7 +130,7 @@ def _in_turn(
 ) -> dict[str, Outcome]:
     sides: dict[str, _Side] = {}
     try:
-        for name, make in makes.items():  # one after the other: each reports how long it took
+        for name, make in makes.items():  # one after the other, because each times its own start
             with mock.patch.dict(os.environ, environments.get(name, {})):
                 sides[name] = _Side(name, make)
         for round_ in range(-1, rounds):
@@ -132,7 +151,7 @@ def _in_turn(
 class _Side:
     def __init__(self, name: str, make: Callable[[], Ready]):
         self.outcome = Outcome()
-        context = multiprocessing.get_context("spawn")  # a fork of JAX or CUDA is no use
+        context = multiprocessing.get_context("spawn")  # JAX and CUDA do not survive a fork
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), name=name)
         self._process.start()
@@ -140,7 +159,7 @@ class _Side:
         self.outcome.facts = self._answer() or {}
 
     def ask(self, order: str) -> Any:
-        """The answer; None from a side that has failed."""
+        """Return the answer; None from a side that has failed."""
         if self.outcome.failed is not None:
             return None
         self._connection.send(order)
@@ -168,7 +187,7 @@ class _Side:
 
 
 def _serve(connection: Connection, make: Callable[[], Ready]) -> None:
-    """The life of a side's process: made ready, then a round for each order until nobody asks any more."""
+    """Make the side ready, then do a round per order until the connection closes."""
     try:
         ready = make()
         connection.send((True, ready.facts))
@@ -184,7 +203,7 @@ def _serve(connection: Connection, make: Callable[[], Ready]) -> None:
                 warm = _processor_so_far()
             connection.send((True, answer))
     except Exception as error:
-        if not isinstance(error, ValueError | ImportError):  # those say it all in a line
+        if not isinstance(error, ValueError | ImportError):  # their message is enough
             traceback.print_exc()
         connection.send((False, _reason(error)))
 
@@ -208,13 +227,13 @@ def _processor_so_far() -> dict[str, float]:
 
 
 def _forget_resident_peak() -> None:
-    """What a compiler held once is no part of what a round needs."""
+    """Reset the peak: memory that the compiler held once is not needed by a round."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_child(work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work` in a process that ends with it, and gives back what it took of an accelerator's memory."""
+    """Call `work` in a process that ends afterwards and so frees its memory on an accelerator."""
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""Medians and spread, and the tables and the line of JSON that each benchmark ends in."""
+"""Medians and ranges, and the tables and the line of JSON that every benchmark prints at its end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from smollm_jax.cli.arguments import parse_command
 from smollm_jax.runtime.console import run_main
 
 Row = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -28,7 +29,7 @@ def gib(size: int | None) -> float | None:
 
 
 def resident(figure: str = "VmRSS") -> int | None:
-    """Bytes this process holds, libraries included, or held at most (VmHWM); None where there is no /proc."""
+    """Return the bytes that this process holds, or held at most (VmHWM); None without /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -37,7 +38,7 @@ def resident(figure: str = "VmRSS") -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Describe the machine, the packages and the date."""
     import jax
 
     packages = {}
@@ -66,7 +67,7 @@ def _processor() -> str:
 
 
 def finish(title: str, rows: list[Row], *, summary: list[Row] | None = None, **settings: Any) -> None:
-    """Tables to stderr, for a person; all of it as one line of JSON to stdout."""
+    """Print tables to stderr and everything as one line of JSON to stdout."""
     show(title, rows)
     if summary:
         show("", summary)
@@ -75,7 +76,7 @@ def finish(title: str, rows: list[Row], *, summary: list[Row] | None = None, **s
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """A table to stderr of the columns that hold anything."""
+    """Print a table to stderr, without empty columns."""
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]

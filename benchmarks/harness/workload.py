@@ -1,4 +1,4 @@
-"""The work that the benchmarks of the train step have in common, and our step made ready for it as a run does."""
+"""The workloads of the benchmarks, and our train step compiled for one as a run compiles it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.harness.sides import Ready
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import AttentionName, ComputeConfig, Config, DataConfig, RunConfig
@@ -21,8 +22,8 @@ COMPUTE = ComputeConfig()
 
 
 @dataclass(frozen=True)
-class Work:
-    """`steps` steps a round of the rows that `config` and `seed` give; `dtype` is that of the computation."""
+class StepWork:
+    """`steps` train steps per round, on random rows by `config` and `seed`, computed in `dtype`."""
 
     config: Config
     dtype: Dtype
@@ -39,7 +40,7 @@ class Work:
         return self.batch_size * self.config.data.seq_len
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Random tokens, and segment ids that cut each row into its documents at random: (B, T+1)."""
+        """Return random tokens, and segment ids that cut each row into documents at random: (B, T+1)."""
         rng = np.random.default_rng(self.seed)
         shape = (self.batch_size, self.config.data.seq_len + 1)
         tokens = rng.integers(0, self.config.model.vocab_size, shape).astype(np.int32)
@@ -48,6 +49,44 @@ class Work:
             for cut in rng.choice(np.arange(1, shape[1]), self.documents - 1, replace=False):
                 row[cut:] += 1
         return tokens, segment_ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one length to continue; `folder` holds the model in the formats of Hugging Face and GGUF."""
+
+    folder: Path
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    vocab_size: int
+    seed: int
+
+    def prompts(self) -> list[list[int]]:
+        shape = (self.batch_size, self.prompt_tokens)
+        return np.random.default_rng(self.seed).integers(0, self.vocab_size, shape).tolist()
+
+
+def ready_to_decode(
+    work: Prompts,
+    generate: Callable[[int], list[list[int]]],
+    facts: dict[str, Any] | None = None,
+    peak_bytes: Callable[[], int | None] = lambda: None,
+) -> Ready:
+    """Return a side whose rounds make one new token per prompt, then all of them, by `generate(new tokens)`.
+
+    Its facts hold the first tokens, by which sides are compared.
+    """
+
+    def run() -> dict[str, float]:
+        began = time.perf_counter()
+        generate(1)
+        first = time.perf_counter()
+        texts = generate(work.new_tokens)
+        assert [len(text) for text in texts] == [work.new_tokens] * work.batch_size
+        return {"first token": first - began, "all": time.perf_counter() - first}
+
+    return Ready(run, {"tokens": generate(work.new_tokens)[0][:8]} | (facts or {}), peak_bytes)
 
 
 def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeConfig = COMPUTE) -> Config:
@@ -62,9 +101,9 @@ def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeCon
 
 
 def write_model(model: ModelConfig, seed: int, folder: Path) -> Any:
-    """Fresh weights, as a run of that seed begins with, in a folder as Hugging Face has them; and as numpy arrays.
+    """Write the initial weights of a run with `seed` as a Hugging Face folder; return them as numpy arrays.
 
-    JAX is told to stay on the CPU for it.
+    JAX computes them on the CPU.
     """
     import jax
 
@@ -79,7 +118,7 @@ def write_model(model: ModelConfig, seed: int, folder: Path) -> Any:
 
 @dataclass
 class OurStep:
-    """The compiled step; `run` does one and returns its metrics, not waited for."""
+    """The compiled step; `run` starts one and returns its metrics without waiting."""
 
     run: Callable[[], Any]
     program: Any
@@ -93,8 +132,8 @@ class OurStep:
         return f"remat {self.remat}, attention {self.attention}"
 
 
-def our_step(work: Work) -> OurStep:
-    """Compile the train step for `work`, the attention kernel chosen and checked as at the start of a run."""
+def our_step(work: StepWork) -> OurStep:
+    """Compile the train step for `work`, with the kernels selected and checked as at the start of a run."""
     import jax
     import jax.numpy as jnp
 

@@ -1,5 +1,6 @@
-"""Every benchmark runs, in tiny shapes, and ends in a line of JSON with the fields that others read."""
+"""Every benchmark runs in tiny shapes and prints a line of JSON with the documented fields."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,35 +10,39 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sides import Outcome
+from benchmarks.harness.sides import Outcome
+from smollm_jax.cli.arguments import parse_command
 from tests.support.paths import ROOT
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="the peer is PyTorch")
 ALONE = ("--preset", "quickstart", "--seq-len", "32", "--documents", "2", "--rounds", "1")
 
 
-def ran(name, *flags, code=0):
-    """The last line of what the benchmark prints, as JSON, and what it says to a person."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == code, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 1, "only the line of JSON belongs on stdout"
-    return json.loads(lines[0]), done.stderr
+@pytest.fixture
+def ran(capfd, monkeypatch):
+    """Run a benchmark in this process; return its line of JSON, and the tables that it prints to stderr."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # of the sides, which are processes
+
+    def run(name, *flags, code=0):
+        benchmark = getattr(importlib.import_module(f"benchmarks.{name}"), name)
+        capfd.readouterr()
+        assert parse_command(benchmark, list(flags), f"python -m benchmarks.{name}")() == code
+        out, err = capfd.readouterr()
+        lines = out.splitlines()
+        assert len(lines) == 1, "only the line of JSON belongs on stdout"
+        return json.loads(lines[0]), err
+
+    yield run
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", None)  # a command sets it for its dtype
 
 
 def positive(spread):
     return 0 < spread["min"] <= spread["median"] <= spread["max"]
 
 
-def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
+def test_train_gives_speed_memory_and_compile_time_of_each_batch_size(ran):
     found, table = ran("train", *ALONE, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
     assert [(row["side"], row["batch"]) for row in found["rows"]] == [("ours", 1), ("ours", 2)]
     for row in found["rows"]:
@@ -46,7 +51,7 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
         assert row["threads, s a step"] > 0
         assert row["system, s a step"] >= 0
         assert row["page faults a step"] >= 0
-        assert row["MFU"] is None  # of a CPU no peak is known
+        assert row["MFU"] is None  # no peak is known for a CPU
     best = max(row["tokens/s"]["median"] for row in found["rows"])
     assert [row["tokens/s"] for row in found["summary"]] == [best]
     assert "tokens/s" in table
@@ -55,7 +60,7 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size():
 
 @needs_torch
 @pytest.mark.parametrize("more", [[], ["--alone"]])
-def test_train_sets_the_peer_beside_ours(more):
+def test_train_sets_the_peer_beside_ours(ran, more):
     found, _ = ran("train", *ALONE, "--documents", "1", "--dtypes", "float32", "--peers", "eager", *more)
     ours, peer = found["rows"]
     assert peer["side"] == "HF + PyTorch eager"
@@ -67,7 +72,7 @@ def test_train_sets_the_peer_beside_ours(more):
 
 @needs_torch
 @pytest.mark.slow
-def test_train_runs_torch_compile_on_a_cpu():
+def test_train_runs_torch_compile_on_a_cpu(ran):
     found, _ = ran("train", *ALONE, "--dtypes", "float32", "--peers", "compile")
     assert positive(found["rows"][1]["tokens/s"])
 
@@ -75,7 +80,7 @@ def test_train_runs_torch_compile_on_a_cpu():
 def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
     script = (
         "from functools import partial\n"
-        "from benchmarks.sides import Ready, compare\n"
+        "from benchmarks.harness.sides import Ready, compare\n"
         "import os\n"
         "def good(): return Ready(lambda: {'round': float(os.environ['FOR_GOOD'])})\n"
         "def bad(): raise MemoryError('out of memory')\n"
@@ -102,7 +107,7 @@ def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_breakdown_adds_up_to_the_whole_step():
+def test_breakdown_adds_up_to_the_whole_step(ran):
     found, _ = ran("breakdown", *ALONE)
     rows = {row["part"]: row for row in found["rows"]}
     whole = rows.pop("whole step")
@@ -113,7 +118,7 @@ def test_breakdown_adds_up_to_the_whole_step():
     assert whole["share"] == 1
 
 
-def test_profile_puts_the_time_of_a_step_down_to_the_parts_of_the_model(tmp_path):
+def test_profile_attributes_the_time_of_a_step_to_the_parts_of_the_model(ran, tmp_path):
     found, _ = ran("profile", *ALONE[:-2], "--steps", "2", "--out", str(tmp_path))
     shares = {row["part"]: row["share"] for row in found["rows"]}
     parts = {"attention: scores to values", "attention: projections and rope", "feed-forward", "norms"}
@@ -126,7 +131,7 @@ def test_profile_puts_the_time_of_a_step_down_to_the_parts_of_the_model(tmp_path
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_the_time_of_a_loop_is_that_of_what_it_holds():
+def test_the_time_of_a_loop_is_the_time_of_its_operations():
     from collections import Counter
 
     from benchmarks.profile import by_part
@@ -155,9 +160,9 @@ def test_an_operation_belongs_to_its_innermost_scope():
     assert read_operations(program) == {"dot.2": ("dot", "norms"), "copy.3": own, "copy.4": own}
 
 
-def test_the_flops_of_the_parts_are_those_of_the_whole():
+def test_the_flops_of_the_parts_add_up_to_the_whole():
     from benchmarks.breakdown import part_flops
-    from benchmarks.work import config_of
+    from benchmarks.harness.workload import config_of
     from smollm_jax.config.architecture import MODELS
 
     config = config_of("135M", 2, 2_048)
@@ -167,15 +172,15 @@ def test_the_flops_of_the_parts_are_those_of_the_whole():
     assert sum(flops.values()) + norms == whole
 
 
-def test_attention_times_what_runs_here_and_says_why_the_rest_does_not():
-    found, _ = ran("attention", *ALONE, "--kernels", "plain", "cudnn")
-    plain, cudnn = found["rows"]
+def test_attention_times_the_kernels_that_run_here_and_says_why_others_do_not(ran):
+    found, _ = ran("attention", *ALONE, "--kernels", "plain", "pallas")
+    plain, pallas = found["rows"]
     assert positive(plain["ms"])
     assert plain["faster than the first"]["median"] == 1
-    assert "GPU" in cudnn["failed"]
+    assert "GPU" in pallas["failed"]
 
 
-def test_decode_gives_prefill_and_decoding_apart():
+def test_decode_gives_prefill_and_decoding_apart(ran):
     flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
     found, _ = ran("decode", *flags, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
     assert [(row["batch"], row["side"]) for row in found["rows"]] == [(1, "ours"), (2, "ours")]
@@ -187,10 +192,10 @@ def test_decode_gives_prefill_and_decoding_apart():
 
 
 def test_decoding_alone_is_all_tokens_but_the_first():
-    from benchmarks.decode import Work, row_of
-    from benchmarks.sides import Outcome
+    from benchmarks.decode import row_of
+    from benchmarks.harness.workload import Prompts
 
-    work = Work(Path(), batch_size=2, prompt_tokens=7, new_tokens=5, vocab_size=9, seed=0)
+    work = Prompts(Path(), batch_size=2, prompt_tokens=7, new_tokens=5, vocab_size=9, seed=0)
     outcome = Outcome([{"first token": 1.0, "all": 3.0}], {"tokens": [1, 2, 3, 4, 5]})
     row = row_of("ours", "float32", outcome, work)
     assert row["tokens/s"]["median"] == pytest.approx(2 * 5 / 3)
@@ -201,7 +206,7 @@ def test_decoding_alone_is_all_tokens_but_the_first():
 
 @needs_torch
 @pytest.mark.slow
-def test_all_sides_decode_the_same_tokens():
+def test_all_sides_decode_the_same_tokens(ran):
     flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
     found, _ = ran("decode", *flags, "--batch-sizes", "1", "--dtypes", "float32", "--kinds", "f32")
     sides = [row["side"] for row in found["rows"]]
@@ -210,14 +215,14 @@ def test_all_sides_decode_the_same_tokens():
     assert len({row["begins"] for row in found["rows"]}) == 1
 
 
-def test_startup_times_help_imports_and_both_first_steps():
+def test_startup_times_help_imports_and_both_first_steps(ran):
     found, _ = ran("startup", "--preset", "quickstart", "--seq-len", "32", "--rounds", "1")
     seconds = {row["what"]: row["seconds"]["median"] for row in found["rows"]}
     assert seconds["import jax"] < seconds["first step, warm"] < seconds["first step, cold"]
     assert seconds["python itself"] < seconds["--help"]
 
 
-def test_data_sets_the_stream_against_the_tokenizer():
+def test_data_sets_the_stream_against_the_tokenizer(ran):
     flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--rounds", "1")
     found, _ = ran("data", *flags, "--device-tokens-per-second", "1000")
     rows = {row["stage"]: row for row in found["rows"]}
@@ -227,7 +232,7 @@ def test_data_sets_the_stream_against_the_tokenizer():
     assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
 
 
-def test_memory_looks_twelve_times_and_reads_at_the_pace():
+def test_memory_samples_twelve_times_and_reads_at_the_pace(ran):
     flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--minutes", "0.05")
     found, _ = ran("memory", *flags, "--tokens-per-second", "5000")
     rows = found["rows"]
@@ -236,7 +241,7 @@ def test_memory_looks_twelve_times_and_reads_at_the_pace():
     assert 0 < rows[-1]["resident GiB"] <= rows[-1]["at most"] < 2
 
 
-def test_limits_bound_training_and_decoding():
+def test_limits_bound_training_and_decoding(ran):
     found, _ = ran("limits", "--preset", "quickstart", "--tokens", "64", "--rounds", "1", "--dtypes", "float32")
     row = found["rows"][0]
     assert (row["side"], row["on"]) == ("JAX float32", "cpu")
@@ -252,7 +257,7 @@ def test_sides_on_different_devices_are_not_compared():
     assert ours.on(ours) is ours
 
 
-def test_checkpoint_times_the_save_and_what_is_behind_it():
+def test_checkpoint_times_the_save_and_the_work_in_the_background(ran):
     found, _ = ran("checkpoint", "--preset", "quickstart", "--rounds", "1")
     assert {"the loop stands still", "written behind it", "verified", "restored"} < {
         row["what"] for row in found["rows"]
@@ -261,7 +266,7 @@ def test_checkpoint_times_the_save_and_what_is_behind_it():
 
 
 @pytest.mark.slow
-def test_curve_sets_the_losses_of_two_dtypes_beside_those_of_another_seed():
+def test_curve_compares_the_losses_of_two_dtypes_and_another_seed(ran):
     flags = ("--preset", "quickstart", "--steps", "4", "--batch-size", "2", "--seq-len", "32")
     found, _ = ran("curve", *flags)
     assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4]
@@ -273,21 +278,21 @@ def test_curve_sets_the_losses_of_two_dtypes_beside_those_of_another_seed():
     assert 0 < abs(bf16["held-out gap"]) < abs(other["held-out gap"])
 
 
-def test_curve_names_the_run_that_failed():
-    command = [sys.executable, "-m", "benchmarks.curve", "--preset", "quickstart", "--seq-len", "99999"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("the run bfloat16 ended with exit code 2")
+def test_curve_names_the_run_that_failed(capfd):
+    from benchmarks.curve import curve
+
+    assert curve(preset="quickstart", seq_len=99_999) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("the run bfloat16 ended with exit code 2")
 
 
 @pytest.mark.slow
-def test_ngram_beats_a_guess():
+def test_ngram_beats_a_guess(ran):
     found, _ = ran("ngram", "--orders", "1", "2")
     unigram, bigram = found["rows"]
     assert bigram["nats a token"] < unigram["nats a token"] < 8.3
 
 
-def test_gpu_files_what_its_parts_find_and_names_what_had_no_time(tmp_path):
+def test_gpu_files_the_results_of_its_parts_and_names_parts_without_time(ran, tmp_path):
     flags = ("--small", "--out", str(tmp_path), "--parts", "data")
     found, _ = ran("gpu", *flags)
     assert found["parts"] == {"data": "done"}
@@ -299,7 +304,7 @@ def test_gpu_files_what_its_parts_find_and_names_what_had_no_time(tmp_path):
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_a_part_of_gpu_leaves_what_it_compiles_to_the_next_or_has_no_part_in_it(anew, tmp_path):
+def test_a_part_of_gpu_shares_the_compilation_cache_or_does_not_use_it(anew, tmp_path):
     import io
 
     from benchmarks.gpu import Part, run
