@@ -58,6 +58,7 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size(ran):
     assert found["machine"]["cores"] == os.cpu_count()
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("more", [[], ["--alone"]])
 def test_train_sets_the_peer_beside_ours(ran, more):
@@ -215,6 +216,7 @@ def test_all_sides_decode_the_same_tokens(ran):
     assert len({row["begins"] for row in found["rows"]}) == 1
 
 
+@pytest.mark.slow
 def test_startup_times_help_imports_and_both_first_steps(ran):
     found, _ = ran("startup", "--preset", "quickstart", "--seq-len", "32", "--rounds", "1")
     seconds = {row["what"]: row["seconds"]["median"] for row in found["rows"]}
@@ -303,6 +305,7 @@ def test_gpu_files_the_results_of_its_parts_and_names_parts_without_time(ran, tm
     assert found["parts"] == {"data": "no time left"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_part_of_gpu_shares_the_compilation_cache_or_does_not_use_it(anew, tmp_path):
     import io
