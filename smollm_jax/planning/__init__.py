@@ -1,1 +1,1 @@
-"""Planning: does a run fit devices that are not here, and how fast would it be?"""
+"""Find out whether a run fits devices that are not here, and estimate how fast it would be."""

@@ -7,20 +7,19 @@ none of which overlap with the computing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import Config
-from smollm_jax.distributed.sharding import padded_rows, row_shards, with_layout
-from smollm_jax.model.transformer import Policy, init_params
+from smollm_jax.distributed.sharding import bytes_a_device, padded_rows, row_shards
+from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.topology import Chip
 from smollm_jax.runtime.devices import compute_dtype, peak_flops
+from smollm_jax.training.step import abstract_state
 
 # assumptions! Large matrix products reach half of a chip's peak, ordered reads and writes 80 % of the memory's.
 # Small slices lack the links that would close a ring, so half of the interconnect is idle.
@@ -55,9 +54,7 @@ class Step:
     @cached_property
     def parameters_per_chip(self) -> int:
         """Parameters that one chip holds, by the sharding rule of a run."""
-        shapes = jax.eval_shape(lambda: init_params(self.config.model, self.config.run.seed))
-        leaves = jax.tree.leaves(with_layout(shapes, self.mesh))
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        return bytes_a_device(abstract_state(self.config, self.mesh)["params"]) // 4
 
 
 def estimate(step: Step, chip: Chip) -> dict[str, float]:

@@ -44,7 +44,6 @@ class Plan:
 
     @property
     def attention(self) -> str:
-        """The kernel that a run would select."""
         return choose(self.step.config.compute.attention, self.topology.devices[0], self.step.dtype)[0]
 
 
@@ -124,6 +123,7 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
         yield from ({"remat": remat} for remat in POLICIES[POLICIES.index(given) + 1 :])
     yield from ({"remat": "full", "grad_accum": accum} for accum in accums)
     for fsdp in (2**n for n in range(1, 9)):
-        if devices % (fsdp * tensor) == 0 and fsdp > sizes.get("fsdp", 1):
-            mesh = f"data={devices // (fsdp * tensor)},fsdp={fsdp}" + (f",tensor={tensor}" if tensor > 1 else "")
+        data, left = divmod(devices, fsdp * tensor)
+        if not left and fsdp > sizes.get("fsdp", 1):
+            mesh = f"data={data},fsdp={fsdp}" + (f",tensor={tensor}" if tensor > 1 else "")
             yield from ({"remat": "full", "grad_accum": accum, "mesh": mesh} for accum in [now, *accums])

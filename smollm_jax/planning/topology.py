@@ -20,15 +20,15 @@ from smollm_jax.runtime.errors import UserError, require
 
 
 class Chip(NamedTuple):
-    """A kind of device as a plan sees it."""
+    """A kind of device: JAX's name for it, the memory left to a program, and its rates.
+
+    The interconnect's rate is one way, all links of a chip together. Only TPUs have a torus and a pod.
+    """
 
     device_kind: str
-    """JAX's name of the device, the key to its peak FLOP/s."""
     memory_bytes: int
-    """Memory a program can have: the vendor's figure less the runtime's share."""
     memory_bytes_per_second: float
     interconnect_bytes_per_second: float
-    """One way, all links of a chip together."""
     torus_dims: int = 0
     pod_chips: int = 0
     compute_capability: str = ""
