@@ -60,7 +60,7 @@ def checkpoint(*, preset: Preset = "135M", rounds: int = 5, folder: str | None =
     try:
         checkpoints = CheckpointManager(where, keep_last=1, keep_every=0)
         checkpoints.prepare(state)
-        timed("memory made ready, while the compiler is at work", checkpoints.prepared)
+        timed("memory made ready, while the compiler is at work", checkpoints.copies.wait)
         for step in range(1, rounds + 1):
             timed("the loop stands still", lambda step=step: checkpoints.save(step, state, {}))  # type: ignore[misc]
             timed("written behind it", checkpoints.wait)

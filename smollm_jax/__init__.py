@@ -4,7 +4,7 @@
     logits_BTV = model(tokens_BT)
     smollm_jax.save_hf(model, "folder")
 
-Names load when they are first asked for, so that `--help` need not wait for JAX.
+A name loads when it is first used, so that `--help` does not wait for JAX.
 """
 
 from importlib import import_module

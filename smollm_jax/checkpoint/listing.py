@@ -1,7 +1,7 @@
-"""Which checkpoints a run has, and which of them are what was written.
+"""List and verify the checkpoints of a run.
 
-It reads names, manifests and `meta.json`, never an array, and imports nothing heavy, so that listing is
-quick. It deletes nothing: what is damaged is reported and, where a run is about to go on, renamed.
+This module reads names, manifests and `meta.json`, never an array, and imports nothing heavy, so that a listing is
+quick. It deletes nothing: a damaged checkpoint is reported and, if a run is about to continue, renamed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class VerifiedCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """A folder as `checkpoints RUN` lists it; `verdict` is "good" or what is wrong."""
+    """A checkpoint folder as `checkpoints RUN` lists it; `verdict` is "good" or what is wrong."""
 
     name: str
     step: int
@@ -47,7 +47,7 @@ class CheckpointInfo:
 
 
 def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
-    """All checkpoints of a run, set-aside ones too, each fully verified, in the order of their steps."""
+    """Return all checkpoints of a run, quarantined ones too, fully verified and ordered by step."""
     infos = []
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         base = path.name.split(BAD, maxsplit=1)[0]
@@ -64,14 +64,14 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
         try:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             age = time.time() - path.stat().st_mtime
-        except FileNotFoundError:  # retention of a run under way took it
+        except FileNotFoundError:  # a run under way has just removed it
             continue
         infos.append(CheckpointInfo(name=path.name, step=step, bytes=size, age_seconds=age, verdict=verdict))
     return sorted(infos, key=lambda info: (info.step, info.name))
 
 
 def table(run_dir: Path) -> str:
-    """The checkpoints of a run as lines of step, size, age and verdict; raises `ValueError` for no run."""
+    """Return a line of step, size, age and verdict per checkpoint; raises `UserError` if `run_dir` is no run."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run_dir} is not a run: it has no checkpoints/")
@@ -90,7 +90,7 @@ def _age(seconds: float) -> str:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps that have a folder, newest first."""
+    """Return the steps that have a folder, newest first."""
     if not folder.is_dir():
         return []
     return sorted((s for p in folder.iterdir() if (s := _step_of(p.name)) is not None), reverse=True)
@@ -112,7 +112,7 @@ def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpo
 
 
 def named_step(folder: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
-    """The checkpoint of a step that somebody asked for; raises `ValueError`."""
+    """Return the checkpoint of `step`; raises `UserError` if it is missing or damaged."""
     steps = steps_in(folder)
     if step not in steps:
         there = ", ".join(map(str, reversed(steps))) or "none"
@@ -126,7 +126,7 @@ def named_step(folder: Path, step: int, *, group: str | None = None) -> Verified
 def verified_checkpoints(
     folder: Path, *, group: str | None = None, rename: bool = False
 ) -> Iterator[VerifiedCheckpoint]:
-    """The checkpoints that verify, newest first, each bad one on the way reported."""
+    """Yield the checkpoints that verify, newest first; a damaged one is logged and, with `rename`, renamed."""
     for step in steps_in(folder):
         path = folder / str(step)
         try:
@@ -139,7 +139,7 @@ def verified_checkpoints(
 
 
 def compare(found: VerifiedCheckpoint, expected: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    """Raise `ValueError` unless names, shapes and dtypes of the leaves are those of the checkpoint."""
+    """Raise `UserError` unless the leaves of the checkpoint have the expected names, shapes and dtypes."""
 
     def words(leaf: tuple[tuple[int, ...], str] | None) -> str:
         return "nothing" if leaf is None else f"{leaf[1]} ({','.join(map(str, leaf[0]))})"
@@ -155,6 +155,7 @@ def compare(found: VerifiedCheckpoint, expected: dict[str, tuple[tuple[int, ...]
 
 
 def quarantine(path: Path, reason: Damaged) -> None:
+    """Rename a damaged checkpoint to STEP.bad, and log why."""
     aside, number = path.with_name(path.name + BAD), 1
     while aside.exists():
         number += 1
@@ -165,5 +166,5 @@ def quarantine(path: Path, reason: Damaged) -> None:
 
 
 def _step_of(name: str) -> int | None:
-    """The step whose checkpoint has this folder name; None: the name is something else."""
+    """Return the step whose checkpoint has this folder name, None if the name is something else."""
     return int(name) if re.fullmatch(r"0|[1-9][0-9]{0,17}", name) else None

@@ -1,9 +1,9 @@
-"""What keeps a run folder whole: atomic JSON, one process at a time, and folders sealed by a manifest.
+"""Seal a folder with a manifest, and verify it later.
 
-It knows bytes and names, and nothing of arrays, orbax or JAX. A sealed folder holds a `manifest.json`
-with size and checksum of every file in it and a digest of itself, so that a flipped bit, a missing or
-a half-written file is found by reading, whatever library wrote the files. The checksum is xxh3_128: it
-guards against accidents at the speed of memory, not against an attacker.
+This module knows bytes and names, and nothing of arrays, orbax or JAX. A sealed folder holds a `manifest.json`
+with the size and checksum of every file and a digest of itself. So a flipped bit, a missing or a half-written file
+is found by reading, whatever library wrote the files. The checksum xxh3_128 guards against accidents at the speed
+of memory, not against an attacker.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from smollm_jax.runtime.files import Damaged, fsync, read_json, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-
-
 BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
 
 
@@ -39,7 +37,7 @@ def _manifest_digest(manifest: dict[str, Any]) -> str:
 
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
-    """Write the manifest of all files below `folder`, with `about` in it, and have everything on the disk."""
+    """Write the manifest of all files below `folder`, with `about` in it, and fsync everything."""
     files, folders = {}, [folder]
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -57,7 +55,7 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a sealed folder, its form and digest checked; raises `Damaged`."""
+    """Return the manifest of a sealed folder after checking its form and digest; raises `Damaged`."""
     try:
         if not any(folder.iterdir()):
             raise Damaged("the folder is empty")
@@ -83,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, parts: set[str] | None = None, checksums: bool = True) -> dict[str, Any]:
-    """The manifest of a sealed folder all of whose files are as they were written; raises `Damaged`.
+    """Return the manifest of a sealed folder if every file is as it was written; raises `Damaged`.
 
     `parts` limits the check to files whose first path component is among them.
     """

@@ -1,7 +1,7 @@
-"""From a command line to a `Config`, and from a mistake to one clear line.
+"""Parse a command line into a `Config`, and report a mistake in one line.
 
-The recipe and the preset are looked up first, because they are the defaults that `--help` shows. tyro
-builds the flags from the dataclasses, one group for each; its error boxes are folded into a single line.
+The recipe and the preset are parsed first, because they are the defaults that `--help` shows. tyro builds the
+flags from the dataclasses, one group per dataclass; its error boxes are folded into a single line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Command = Callable[..., int]
 
 
 def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
-    """The `Config` that `argv` asks for; raises `ValueError` in one line, `SystemExit(0)` after `--help`."""
+    """Return the `Config` of `argv`; raises `UserError` on a mistake and `SystemExit(0)` after `--help`."""
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -41,7 +41,7 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
         model = MODELS[given.preset]
         data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
         default = replace(default, preset=given.preset, model=model, data=data)
-    return _one_line(
+    return _usage_in_one_line(
         prog,
         lambda: tyro.cli(
             Config,
@@ -55,7 +55,7 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
 
 
 def split_flag(argv: list[str], name: str, default: int) -> tuple[int, list[str]]:
-    """The value of the whole-number flag `name`, and the other arguments; raises `ValueError`."""
+    """Return the value of the integer flag `name` and the other arguments; raises `UserError`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(name, type=int, default=default, dest="value")
     try:
@@ -68,23 +68,23 @@ def split_flag(argv: list[str], name: str, default: int) -> tuple[int, list[str]
 def parse_command(
     commands: dict[str, Command] | Command, argv: list[str], prog: str, *, description: str | None = None
 ) -> Callable[[], int]:
-    """The command that `argv` asks for, its arguments filled in, ready to be called.
+    """Return the command of `argv` with its arguments, ready to be called; raises like `parse`.
 
-    Flags, types and help are those of the command's signature and docstring. Raises like `parse`.
+    The flags, types and help come from the command's signature and docstring.
     """
     import tyro
 
     if callable(commands):
         only = _deferred(commands)
-        return _one_line(prog, lambda: tyro.cli(only, args=argv, prog=prog))
+        return _usage_in_one_line(prog, lambda: tyro.cli(only, args=argv, prog=prog))
     named = {name: _deferred(command) for name, command in commands.items()}
-    return _one_line(
+    return _usage_in_one_line(
         prog, lambda: tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
     )
 
 
 def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
-    """tyro calls what it has parsed while its talk is caught; the work itself is to be done after that."""
+    """Return a function that only fills in arguments: tyro calls it while its output is captured."""
 
     @functools.wraps(command)
     def fill_in(*args: Any, **kwargs: Any) -> Callable[[], int]:
@@ -93,20 +93,20 @@ def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
     return fill_in
 
 
-def _one_line(prog: str, read: Callable[[], Any]) -> Any:
-    """What `read` makes of the arguments, a mistake in them as a `ValueError` of one line."""
-    talk = io.StringIO()
+def _usage_in_one_line(prog: str, read: Callable[[], Any]) -> Any:
+    """Return `read()`; a mistake in the arguments raises `UserError` with one line."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(talk):
+        with contextlib.redirect_stderr(output):
             return read()
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise UserError(f"{_fold(talk.getvalue())}; see {prog} --help") from None
+        raise UserError(f"{_fold(output.getvalue())}; see {prog} --help") from None
 
 
 def _fold(boxes: str) -> str:
-    """The message in tyro's first box, as one line without its frame."""
+    """Return the message in tyro's first box as one line without the frame."""
     words = []
     for line in boxes.splitlines():
         text = line.strip("╭╮╰╯│─ ")

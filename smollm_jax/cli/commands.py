@@ -1,8 +1,8 @@
-"""The commands beside training: `python -m smollm_jax export | import | generate | evaluate | push |
+"""The commands besides training: `python -m smollm_jax export | import | generate | evaluate | push |
 checkpoints | batch | plan | verify-resume`.
 
-Results go to stdout, talk to stderr. A command is a function: its signature is its flags, its docstring its
-help. What it needs is imported when it runs, so that `--help` answers at once.
+Results go to stdout, everything else to stderr. A command is a function: its signature gives the flags, its
+docstring the help. It imports what it needs when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def export(
     Args:
         run: Run folder.
         out: Folder to write.
-        step: Checkpoint; default: the newest good one.
-        dtype: Dtype of the file; float32 keeps the masters' own bits.
-        verify: Compare what was written with the checkpoint, and leave nothing behind if they differ.
+        step: Step of the checkpoint; default: the newest good one.
+        dtype: Dtype of the file; float32 keeps the bits of the checkpoint.
+        verify: Compare the written folder with the checkpoint, and remove it if they differ.
     """
     from smollm_jax.runs.convert import export_run
 
     try:
         done = export_run(run, out, step=step, dtype=dtype, verify=verify)
     except RuntimeError as error:
-        say(f"error: the export was taken back: {error}")
+        say(f"error: the export was rolled back: {error}")
         return EXIT_FAILED
     say(f"step {done.step:,}: {done.checked}")
     print(done.folder)
@@ -49,7 +49,7 @@ def export(
 
 
 def import_(path: Positional, *, out: str) -> int:
-    """Make a run of Hugging Face weights, which train_jax.py continues and serve.py serves.
+    """Make a run of Hugging Face weights, for train_jax.py to continue or serve.py to serve.
 
     Args:
         path: Hugging Face folder or Hub id.
@@ -58,7 +58,7 @@ def import_(path: Positional, *, out: str) -> int:
     from smollm_jax.runs.convert import import_run
 
     model = import_run(path, out)
-    say(f"{model.num_parameters:,} parameters; go on with: python train_jax.py --init-from {out} --data ...")
+    say(f"{model.num_parameters:,} parameters; continue with: python train_jax.py --init-from {out} --data ...")
     print(out)
     return 0
 
@@ -78,21 +78,21 @@ def generate(
     backend: Literal["jax", "torch"] = "jax",
     dtype: Dtype = "float32",
 ) -> int:
-    """Continue a prompt; the text goes to stdout as it comes.
+    """Continue a prompt; the text goes to stdout while it is generated.
 
     Args:
         path: Run, exported folder or Hub id.
         prompt: Text to continue.
-        max_new_tokens: Longest continuation.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Keep the likeliest tokens that make up this probability.
-        top_k: Keep the k likeliest tokens; 0: all.
-        min_p: Keep tokens at least this likely relative to the likeliest.
-        repetition_penalty: Above 1, tokens already there become less likely.
-        seed: Of the draws.
-        stop: Texts at which to stop.
-        backend: What computes.
-        dtype: What it computes in.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: Sampling temperature; 0: always the most likely token.
+        top_p: Sample from the most likely tokens whose probabilities add up to this.
+        top_k: Sample from the k most likely tokens; 0: all.
+        min_p: Sample from tokens at least this likely, relative to the most likely token.
+        repetition_penalty: Above 1, tokens that occurred before become less likely.
+        seed: Seed of the sampling.
+        stop: Stop before any of these texts.
+        backend: Library that computes.
+        dtype: Compute dtype.
     """
     from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import open_completer
@@ -108,7 +108,7 @@ def generate(
     )
     completer = open_completer(path, backend=backend, dtype=dtype)
     pieces = completer.stream(prompt, sampling, stop)
-    first = list(islice(pieces, 1))  # a prompt that is refused leaves nothing on stdout
+    first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
     sys.stdout.write(prompt)
     for piece in chain(first, pieces):
         sys.stdout.write(piece.text)
@@ -133,13 +133,13 @@ def evaluate(
 
     Args:
         path: Run, exported folder or Hub id.
-        data: Any source that train_jax.py takes.
+        data: Any source that train_jax.py reads.
         text_column: Column that holds the text.
         split: Split of a Hub dataset.
-        seq_len: Tokens a row; default: what the run was trained on, else 2,048 or the model's context.
-        batch_size: Rows at a time.
-        max_batches: Read no more than this; default: all of it.
-        dtype: What is computed in.
+        seq_len: Tokens per sequence; default: the run's own, else 2,048 or the model's context if shorter.
+        batch_size: Sequences per batch.
+        max_batches: Maximum number of batches; default: all the data.
+        dtype: Compute dtype.
     """
     from smollm_jax.training.evaluation import evaluate_model
 
@@ -155,10 +155,10 @@ def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private
     """Upload an exported folder to the Hugging Face Hub.
 
     Args:
-        folder: What `export` wrote.
+        folder: Folder that `export` wrote.
         repo: OWNER/NAME on the Hub.
-        dry_run: Only list what would go.
-        private: Make a new repository private.
+        dry_run: List the files and upload nothing.
+        private: Make the repository private if it is new.
     """
     from smollm_jax.hf.push import push
 
@@ -179,11 +179,11 @@ def checkpoints(run: Positional) -> int:
 
 
 def batch(run: Positional, *, step: int) -> int:
-    """Show the documents that a step was trained on, a JSON line each with source, file, row and text.
+    """Print the documents of a training step, one JSON line each with source, file, row and text.
 
     Args:
         run: Run folder.
-        step: Update, counted from 1.
+        step: Number of the step, counted from 1.
     """
     from smollm_jax.runs.replay import replay_step
 
@@ -195,10 +195,10 @@ def batch(run: Positional, *, step: int) -> int:
 
 
 def verify_resume(argv: list[str]) -> int:
-    """Run a recipe for a few steps straight and in pieces, killed hard, and print a verdict.
+    """Train a few steps without a break and again with kill -9 in between, and print whether both agree.
 
-    It takes every flag of train_jax.py, and --verify-steps N (default 12). The two runs live in a temporary
-    folder, or below --run-dir where that is given, and are removed when they agree.
+    Takes every flag of train_jax.py, and --verify-steps N (default 12). The two runs are in a temporary folder, or
+    below --run-dir if given, and are removed if they agree.
     """
     import shutil
     import tempfile
@@ -228,10 +228,10 @@ def verify_resume(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
-    """Plan a run on devices that are not here; exit code 1 where it would not fit.
+    """Plan a run on devices that this machine does not have; exit code 1 if it would not fit.
 
-    It takes every flag of train_jax.py, --topology (v5e:4x4, v5p:2x2x1, gpu-h100:8, cpu:1 and the like) and
-    --json for one line of JSON in the table's place.
+    Takes every flag of train_jax.py, --topology (such as v5e:4x4, v5p:2x2x1, gpu-h100:8 or cpu:1), and --json to
+    print one line of JSON instead of the table.
     """
     import argparse
 
@@ -247,7 +247,7 @@ def plan(argv: list[str]) -> int:
     config = parse(rest, prog="python -m smollm_jax plan --topology NAME:AxB [--json]")
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be taken
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators of this machine to other programs
     from smollm_jax.planning.plan import make_plan
     from smollm_jax.planning.report import as_dict, table
 
@@ -268,9 +268,9 @@ COMMANDS: dict[str, Command] = {
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["verify-resume"]:  # its flags are those of train_jax.py
+    if sys.argv[1:2] == ["verify-resume"]:  # takes the flags of train_jax.py
         return verify_resume(sys.argv[2:])
-    if sys.argv[1:2] == ["plan"]:  # as are these
+    if sys.argv[1:2] == ["plan"]:  # so does plan
         return plan(sys.argv[2:])
     description = (
         "Beside these, with the flags of train_jax.py: verify-resume [--verify-steps N] proves an exact resume; "

@@ -8,8 +8,8 @@ from smollm_jax.config.architecture import ModelConfig
 
 
 def model_card(config: ModelConfig, facts: dict[str, Any], *, dtype: str, checked: str, curve: bool) -> str:
-    """Markdown with the front matter that the Hub reads; facts that are None are left out."""
-    words = {
+    """Return Markdown with the front matter that the Hub reads; facts that are None are left out."""
+    labels = {
         "recipe": "Recipe",
         "data": "Data",
         "steps": "Steps",
@@ -18,7 +18,7 @@ def model_card(config: ModelConfig, facts: dict[str, Any], *, dtype: str, checke
         "bits_per_byte": "Held-out bits per byte",
     }
     rows = [("Parameters", f"{config.num_parameters:,}"), ("File dtype", dtype)]
-    for name, label in words.items():
+    for name, label in labels.items():
         value = facts.get(name)
         if value is not None:
             rows.append((label, _cell(value)))

@@ -1,7 +1,7 @@
-"""Upload an exported folder to the Hugging Face Hub, or list what would go.
+"""Upload an exported folder to the Hugging Face Hub, or list the files it would upload.
 
-Only files that an export consists of are sent: nothing that happens to lie beside them. The token is
-huggingface_hub's own business (HF_TOKEN or `hf auth login`); it is neither read nor shown here.
+Only files that an export consists of are uploaded, no other file in the folder. huggingface_hub handles the token
+(HF_TOKEN or `hf auth login`); this module neither reads nor prints it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool = False) -> str:
-    """Upload `folder` to the model repository `repo`, making it if need be; returns its address.
+    """Upload `folder` to the model repository `repo`, created if it is missing; returns the address.
 
-    `dry_run` returns the list of files and sizes instead, and needs no token and no network. Raises
-    `ValueError` in one line when the folder is no export, without a token, or when the Hub cannot be reached.
+    `dry_run` returns the list of files and sizes instead, and needs no token and no network. Raises `UserError` if
+    the folder is no export, if there is no token, or if the Hub cannot be reached.
     """
     folder = Path(folder)
     require(bool(REPO.fullmatch(repo)), f"repository {repo!r} must read OWNER/NAME")
@@ -36,11 +36,11 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
-    """The files of an export and their bytes; raises `ValueError` when `folder` is no whole export."""
+    """Return the files of an export and their bytes; raises `UserError` if the export is incomplete."""
     require(folder.is_dir(), f"there is no folder {folder}; python -m smollm_jax export makes one")
     require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
     model_config(read_json(folder / "config.json"))
-    tensor_files(folder)  # whole weights, or a `ValueError`
+    tensor_files(folder)  # raises if weights are missing
     patterns = (*WANTED, CARD, CURVE)
     files = sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch(p.name, x) for x in patterns))
     return {path.name: path.stat().st_size for path in files}
@@ -56,6 +56,6 @@ def _upload(folder: Path, repo: str, names: list[str], private: bool) -> str:
         hub.upload_folder(
             repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Exported by smollm-jax"
         )
-    except Exception as error:  # the kinds differ with every release of the client and of what it stands on
+    except Exception as error:  # its kind differs between releases of the client
         raise UserError(f"{repo} could not be written on the Hub: {one_line(error)}") from None
     return str(address)

@@ -1,7 +1,7 @@
-"""Read a Hugging Face folder or Hub id: config.json and safetensors, nothing else.
+"""Read config.json and safetensors of a Hugging Face folder or Hub id, nothing else.
 
-No pickle is ever loaded and no remote code trusted: a folder that holds only those is refused. Whatever is
-missing, damaged or of another kind is a `ValueError` that names the field, tensor or file.
+No pickle is loaded and no remote code run: a folder with only those is refused. Whatever is missing, damaged or
+unsupported raises `UserError` naming the field, tensor or file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# what is asked of the Hub: no pickle and no code among it
+# files to download from the Hub: no pickles and no code
 WANTED = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
           "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -26,7 +26,7 @@ READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without
 
 
 def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
-    """Architecture and f32 numpy parameters of a Hugging Face folder or Hub id; raises `ValueError`."""
+    """Return architecture and f32 numpy parameters of a Hugging Face folder or Hub id; raises `UserError`."""
     folder = local_folder(path)
     require(
         (folder / "config.json").is_file(),
@@ -57,7 +57,7 @@ def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
 
 
 def local_folder(path: str | Path) -> Path:
-    """`path` itself if it is a folder, otherwise the snapshot of that Hub id; raises `ValueError`."""
+    """Return `path` if it is a folder, else the snapshot of that Hub id; raises `UserError`."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -69,14 +69,14 @@ def local_folder(path: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(WANTED)))
-    except Exception as error:  # the kinds differ with every release of three libraries
+    except Exception as error:  # its kind differs between releases of three libraries
         raise UserError(
             f"{path} is no folder here and cannot be fetched from the Hub ({one_line(error)})"
         ) from None
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file; raises `ValueError` in one line."""
+    """Return the content of a JSON file; raises `UserError`."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -84,7 +84,7 @@ def read_json(file: Path) -> Any:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The safetensors file of each tensor in `folder`; raises `ValueError`."""
+    """Return the safetensors file of each tensor in `folder`; raises `UserError`."""
     if (folder / INDEX).exists():
         index = _weight_map(folder / INDEX)
         files = sorted({folder / name for name in index.values()})
@@ -108,7 +108,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """The free text in a safetensors header; empty where it cannot be read."""
+    """Return the metadata in a safetensors header, empty if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -119,7 +119,7 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 
 def _weight_map(file: Path) -> dict[str, str]:
-    """Which file holds which tensor, as the index says; raises `ValueError` when it points elsewhere."""
+    """Return the file name of each tensor in an index; raises `UserError` if a name leaves the folder."""
     content = read_json(file)
     index = content.get("weight_map") if isinstance(content, dict) else None
     require(isinstance(index, dict) and bool(index), f"{file} holds no weight_map")

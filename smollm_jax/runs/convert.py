@@ -1,12 +1,11 @@
-"""A run as a Hugging Face folder: the weights of a checkpoint, the run's tokenizer, a card from its records.
+"""Convert a run to a Hugging Face folder, and a Hugging Face folder to a run.
 
-The end of a run and `python -m smollm_jax export` both come here, so that they cannot differ.
+The end of a run and `python -m smollm_jax export` both call `export_run`, so that they cannot differ.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +17,13 @@ from smollm_jax.hf.export import export_folder
 from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.metrics import plot, read_metrics
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.files import write_json_atomic
+from smollm_jax.runtime.files import write_json_atomic, written_aside
 
 
 @dataclass(frozen=True)
 class ExportedRun:
+    """An export of a run at `step`."""
+
     folder: Path
     step: int
     checked: str
@@ -32,10 +33,10 @@ class ExportedRun:
 def export_run(
     run_dir: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", verify: bool = True
 ) -> ExportedRun:
-    """Export checkpoint `step` (the newest good one without it) of a run to the folder `out`.
+    """Export checkpoint `step` of a run, by default the newest good one, to the folder `out`.
 
-    Raises `ValueError` when `run_dir` is no run or `out` holds something else, `RuntimeError` when what was
-    written does not agree with the checkpoint; nothing is left behind then.
+    Raises `UserError` if `run_dir` is no run or `out` holds something else, and `RuntimeError` if the written
+    folder does not agree with the checkpoint; no folder is left then.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
@@ -59,32 +60,22 @@ def export_run(
 
 
 def import_run(path: str | Path, out: str | Path) -> ModelConfig:
-    """Make a run of a Hugging Face folder or Hub id: its weights are checkpoint 0, nothing is trained yet.
+    """Make a run of a Hugging Face folder or Hub id, whose weights become checkpoint 0.
 
-    The run appears by one rename. Raises `ValueError` when `out` holds something or `path` cannot be read.
+    The run appears by one rename. Raises `UserError` if `out` holds something or `path` cannot be read.
     """
     out = Path(os.path.abspath(out))  # "." has no name of its own
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
     model, params, tokenizer = load_model(path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    default = Config()
+    data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
+    with written_aside(out) as part:
         checkpoints = CheckpointManager(part / "checkpoints", keep_last=1, keep_every=1)
-        # no "progress" in the meta: that is how a start knows weights to begin with from a run to go on with
+        # without "progress" in the meta, a start takes the weights and does not resume
         checkpoints.save(0, {"params": params}, {"imported_from": str(path)})
         require(checkpoints.wait(), f"{out} could not be written: {checkpoints.failed}")
         tokenizer.save(part / "tokenizer")
-        write_json_atomic(part / "config.json", to_dict(_config_of(model)))
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        write_json_atomic(part / "config.json", to_dict(replace(default, model=model, data=data)))
     return model
-
-
-def _config_of(model: ModelConfig) -> Config:
-    """The default settings around `model`; rows no longer than its context."""
-    default = Config()
-    data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
-    return replace(default, model=model, data=data)

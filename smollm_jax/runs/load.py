@@ -1,7 +1,6 @@
-"""Open whatever a person calls a model: a run, an exported folder, or a Hub id; and make a run of any of them.
+"""Open a run, an exported folder or a Hub id as a model.
 
-What is opened is an architecture, f32 numpy parameters and a tokenizer, wherever they came from; what cannot
-be opened is one line of `ValueError`.
+A model is an architecture, f32 numpy parameters and a tokenizer. A path that cannot be opened raises `UserError`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 def is_run(path: str | Path) -> bool:
+    """Return whether `path` is a run folder."""
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
 
 
 def read_run(path: str | Path) -> Config:
-    """The config of a run folder, also before its first checkpoint; raises `ValueError` when it is none."""
+    """Return the config of a run folder, also before its first checkpoint; raises `UserError` if it is no run."""
     try:
         return from_dict(read_json(Path(path) / "config.json"))
     except ValueError as error:
@@ -31,9 +31,9 @@ def read_run(path: str | Path) -> Config:
 
 
 def load_model(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
-    """Architecture, f32 numpy parameters and tokenizer; raises `ValueError` in one line.
+    """Return architecture, f32 numpy parameters and tokenizer; raises `UserError`.
 
-    `step` picks a checkpoint of a run; by default the newest good one.
+    `step` selects a checkpoint of a run; the default is the newest good one.
     """
     if is_run(path):
         config = read_run(path)

@@ -16,9 +16,9 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """Holds a run folder for this process; raises `ValueError` naming the process that holds it already.
+    """A context manager that locks a run folder; raises `UserError` naming the process that holds the lock.
 
-    The kernel drops the lock with its process, so that of a dead one needs no clearing away.
+    The kernel releases the lock when its process dies, so a dead process leaves nothing to clear away.
     """
 
     def __init__(self, run_dir: str | Path):
@@ -42,7 +42,7 @@ class RunLock:
             os.close(descriptor)
             raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
         self._descriptor = descriptor
-        # a forked child would otherwise hold on to the lock after this process has died
+        # otherwise a forked child would keep the lock after this process has died
         os.register_at_fork(after_in_child=self._forget)
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
         myself = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})

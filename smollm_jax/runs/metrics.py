@@ -1,10 +1,11 @@
-"""What a person sees of a run: progress, metrics.jsonl, TensorBoard, samples.txt and loss.png.
+"""Record a run: progress lines, metrics.jsonl, TensorBoard, samples.txt and loss.png.
 
-Talk goes to stderr, numbers to files. Every line is flushed, so that a kill loses nothing that was shown.
+Progress goes to stderr, numbers to files. Every line is flushed, so that a kill loses nothing that was shown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.runtime.console import say
+from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
 
 
 class RunMetrics:
-    """Writes the records of one run; `start` is the step it goes on from, `total` its last."""
+    """Writes the records of a run that continues at step `start` and ends at step `total`."""
 
     def __init__(self, run_dir: Path, *, start: int, total: int):
         from tqdm import tqdm
@@ -49,9 +51,9 @@ class RunMetrics:
         )
 
     def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
-        """Record a held-out loss and the continuations of prompts that go with it, and draw loss.png.
+        """Record a held-out loss and the continuations of prompts, and draw loss.png.
 
-        The line in metrics.jsonl comes last: where it stands, the samples do too.
+        The line in metrics.jsonl comes last: if it is there, the samples are too.
         """
         step = line["step"]
         written = [f"{SAMPLES_OF}{step}"]
@@ -74,6 +76,7 @@ class RunMetrics:
             self.say(f"loss.png could not be drawn: {error.strerror}")
 
     def say(self, message: str) -> None:
+        """Print a line to stderr, above the progress bar if there is one."""
         if self._bar is None:
             say(message)
         else:
@@ -93,7 +96,7 @@ class RunMetrics:
 
 
 class NullMetrics:
-    """Stands for the `RunMetrics` in all processes but the first."""
+    """Takes the place of `RunMetrics` in every process but the first, and records nothing."""
 
     def progress(self, step: int) -> None:
         pass
@@ -112,7 +115,7 @@ class NullMetrics:
 
 
 class LineFile:
-    """A file that lines are added to. What a full disk does not take is kept and comes first the next time."""
+    """A file that grows by lines; text that a full disk refuses is kept and written first the next time."""
 
     def __init__(self, path: Path):
         self._file, self._left = path.open("ab", buffering=0), b""
@@ -133,7 +136,7 @@ class LineFile:
 
 
 class Board:
-    """TensorBoard events, written where they arise: the library's own writer thread hangs on a full disk."""
+    """Writes TensorBoard events in the calling thread: the library's writer thread hangs on a full disk."""
 
     def __init__(self, folder: Path, start: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -141,7 +144,7 @@ class Board:
 
         folder.mkdir(exist_ok=True)
         self._writer: Any = EventsWriter(str(folder / "events"))
-        # what an earlier process showed behind the checkpoint comes again
+        # TensorBoard drops what an earlier process wrote after the checkpoint
         self._write(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -171,20 +174,13 @@ class Board:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """Return `value`, or None if it is NaN or infinite, which JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without one that a kill cut short."""
-    lines = []
-    path = run_dir / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    """Return the lines of metrics.jsonl, without one that a kill cut short."""
+    return [values for _, values in _lines(run_dir / "metrics.jsonl")]
 
 
 def plot(run_dir: Path) -> Path | None:
@@ -221,15 +217,14 @@ def plot(run_dir: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
-    part, path = run_dir / "loss.part.png", run_dir / "loss.png"
-    figure.savefig(part)
+    with written_aside(run_dir / "loss.png") as part:
+        figure.savefig(part, format="png")
     plt.close(figure)
-    part.replace(path)
-    return path
+    return run_dir / "loss.png"
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """Exponential mean with bias correction; its memory is a twentieth of the curve."""
+    """Return an exponential mean with bias correction over about a twentieth of the curve."""
     keep = 1 - 1 / max(len(values) / 20, 1)
     mean, weight, out = 0.0, 0.0, []
     for value in values:
@@ -250,23 +245,22 @@ def _duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Records:
-    """What a run's records say after they were cut back to a checkpoint."""
+    """What is on record of a run after its files were cut back to a checkpoint."""
 
     evaluated: int
     """Last step whose evaluation is on record."""
     ledgers: dict[int, str]
-    """The ledger of every step that was on record, those behind the checkpoint too: they must come again."""
+    """Batch hash of every step on record, also of steps after the checkpoint: a repeated step must agree."""
 
 
 def keep_records(run_dir: Path, step: int) -> Records:
-    """Cut metrics.jsonl and samples.txt back to `step`: what came after the checkpoint comes again."""
+    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats every later step."""
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
-    evaluated, ledgers = 0, {}
+    lines = _lines(metrics)
+    ledgers = {values["step"]: values["ledger"] for _, values in lines if "ledger" in values}
+    kept = [(line, values) for line, values in lines if values["step"] <= step]
+    evaluated = max((values["step"] for _, values in kept if "eval_loss" in values), default=0)
     if metrics.exists():
-        lines = [(line, read) for line in metrics.read_text().splitlines() if (read := _read(line)) is not None]
-        ledgers = {read["step"]: read["ledger"] for _, read in lines if "ledger" in read}
-        kept = [(line, read) for line, read in lines if read["step"] <= step]
-        evaluated = max((read["step"] for _, read in kept if "eval_loss" in read), default=0)
         _rewrite(metrics, [line for line, _ in kept])
     if samples.exists():
         texts = []
@@ -280,16 +274,17 @@ def keep_records(run_dir: Path, step: int) -> Records:
     return Records(evaluated, ledgers)
 
 
-def _read(line: str) -> dict[str, Any] | None:
-    """A line of metrics; None for one that a kill cut short."""
-    try:
-        values = json.loads(line)
-        return values if isinstance(values["step"], int) else None
-    except (ValueError, KeyError, TypeError):
-        return None
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the lines of metrics.jsonl as text and values, without a line that a kill cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            values = json.loads(line)
+            if isinstance(values["step"], int):
+                lines.append((line, values))
+    return lines
 
 
 def _rewrite(path: Path, lines: list[str]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    part.replace(path)
+    with written_aside(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Look back at what a run read: the documents of any step, and the ledger that proves it.
+"""Replay the documents of any step of a run, and compare the batch hash with the one on record.
 
-The stream is started again at the newest checkpoint before the step and moved forward; nothing is trained.
+The data loader starts at the newest checkpoint before the step and reads forward; nothing is trained.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Replayed:
+    """The documents of a replayed step."""
+
     documents: list[dict[str, Any]]
     """Source, file, row and text of each document of the batch, in order."""
     verdict: str
-    """Whether the ledger agrees with the one on record."""
+    """A sentence on whether the batch hash agrees with the one on record."""
 
 
 def replay_step(run_dir: str | Path, step: int) -> Replayed:
-    """The documents that update `step` (counted from 1) of a run was made from.
+    """Return the documents in the batch of update `step`, counted from 1.
 
-    Raises `ValueError` when the run never came that far, or its data is not what it was.
+    Raises `UserError` if the run has no such step, or if its data has changed.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
@@ -60,7 +62,7 @@ def replay_step(run_dir: str | Path, step: int) -> Replayed:
 
 
 def _before(run_dir: Path, step: int) -> tuple[Any, str]:
-    """Cursor and ledger of the newest good checkpoint before `step`."""
+    """Return cursor and batch hash of the newest good checkpoint before `step`."""
     for found in verified_checkpoints(run_dir / "checkpoints", group="step"):
         if found.step < step and found.meta.get("cursor") is not None:
             return found.meta["cursor"], found.meta["progress"]["ledger"]

@@ -1,7 +1,7 @@
-"""Work done ahead of its use, in a thread that never keeps the process from ending.
+"""A task in a background thread that never keeps the process from ending.
 
-The threads of `concurrent.futures` are joined when Python ends; a read that stalls in one would hold a
-finished run. These are daemons, and whoever waits for one may put a limit on it.
+Python joins the threads of `concurrent.futures` at exit, so a read that stalls in one would keep a finished run
+from ending. A `BackgroundTask` is a daemon thread, and waiting for its result can have a time limit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class BackgroundTask(Generic[T]):
-    """`work()` under way; `result` waits for it and returns or raises what it did."""
+    """Runs `work()` in a thread; `result` returns its value or raises its error."""
 
     def __init__(self, work: Callable[[], T]):
         self._work = work
@@ -28,12 +28,12 @@ class BackgroundTask(Generic[T]):
         return not self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it is done after at most `seconds`."""
+        """Wait at most `seconds`; returns whether the work is done."""
         self._thread.join(seconds)
         return self.done
 
     def result(self, seconds: float | None = None) -> T:
-        """Its outcome; raises `TimeoutError` when it is not done within `seconds`."""
+        """Return the value of `work()`; raises its error, or `TimeoutError` after `seconds`."""
         if not self.wait(seconds):
             raise TimeoutError(f"no answer within {seconds:.0f} s")
         if self.error is not None:
@@ -43,5 +43,5 @@ class BackgroundTask(Generic[T]):
     def _run(self) -> None:
         try:
             self._value = self._work()
-        except BaseException as error:  # it is raised where the result is asked for
+        except BaseException as error:  # raised again by `result`
             self.error = error

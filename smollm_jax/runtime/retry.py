@@ -13,17 +13,14 @@ from smollm_jax.runtime.errors import SourceTimeout, one_line
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-
 WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
-FRESH_SECONDS = 8.0  # a new run in vain waits no longer than this for an answer; one that resumes, --data-timeout
+FRESH_SECONDS = 8.0  # a new run waits this long for a first answer; a resumed run, --data-timeout
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
-
-
-PASSING = (408, 425, 429)  # HTTP status codes below 500 that go away by themselves
+PASSING = (408, 425, 429)  # HTTP status codes below 500 that may pass: timeout, too early, too many requests
 
 
 def be_quiet() -> None:
-    """Silence what the libraries say of each retry: it is said here once, in one line."""
+    """Silence the libraries' own reports of retries: `retry` logs one line per wait."""
     import datasets
     import huggingface_hub
 
@@ -33,16 +30,16 @@ def be_quiet() -> None:
 
 
 def request_seconds() -> float:
-    """Silence after which a request is given up: HF_HUB_DOWNLOAD_TIMEOUT, by default 10."""
+    """Return the seconds after which a silent request is given up: HF_HUB_DOWNLOAD_TIMEOUT, by default 10."""
     from huggingface_hub import constants
 
     return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Event) -> T:
-    """`ask()`, again and again while its failure may pass, each wait shown.
+    """Return `ask()`; repeat it while its failure may pass, and log every wait.
 
-    Raises `SourceTimeout` after `patience` seconds, or when `closed` is set meanwhile.
+    Raises `SourceTimeout` after `patience` seconds, or once `closed` is set, and any other failure at once.
     """
     began, wait = time.monotonic(), FIRST_WAIT_SECONDS
     while True:
@@ -62,7 +59,7 @@ def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Ev
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a failed request may succeed when it is made again."""
+    """Return whether a failed request may succeed if repeated."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     response = getattr(error, "response", None)
@@ -77,7 +74,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def _asked_to_wait(error: Exception) -> float:
-    """Seconds that the answer asks for, within reason."""
+    """Return the seconds that the answer asks to wait (Retry-After), at most the longest wait."""
     response = getattr(error, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
     return min(float(asked), LONGEST_WAIT_SECONDS) if asked.isdecimal() else 0.0

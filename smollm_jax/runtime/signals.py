@@ -1,8 +1,8 @@
-"""Stop on request: SIGTERM and Ctrl-C become a flag that the loop reads between steps.
+"""Stop on request: SIGTERM and Ctrl-C set a flag that the loop reads between steps.
 
-Python runs a signal handler only between two bytecodes of the main thread, which may sit in a compile for
-minutes. So the signal also wakes a thread of our own: while nothing would be lost it leaves at once, a second
-signal always does, and where the main thread is known to be away it saves in its place.
+Python runs a signal handler only between two bytecodes of the main thread, which may be in a compile for minutes.
+So the signal also wakes a thread of ours. It exits at once if nothing would be lost, or on a second signal.
+While the main thread is known to be busy, another thread saves in its place.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import NoReturn
 
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED
 
-AGAIN_SECONDS = 1.0  # sooner after the first it is the same request: `timeout` and schedulers send it twice
-SAY_SECONDS = 1.0  # for last words; a full pipe or a stopped terminal takes none
-LOOK_SECONDS = 0.1  # between two looks of the thread that saves in the main thread's place
+AGAIN_SECONDS = 1.0  # a signal sooner after the first is the same request: `timeout` and schedulers send two
+SAY_SECONDS = 1.0  # to print the last message; a full pipe or a stopped terminal blocks it
+LOOK_SECONDS = 0.1  # between two checks of the thread that saves in the main thread's place
 
 
 def leave(code: int) -> NoReturn:
-    """End a process that has nothing left to do: in the interpreter's own teardown no handler stands any more,
-    and a late signal would turn a finished run into a failed one.
+    """Exit at once, without the interpreter's teardown.
+
+    No handler is installed during the teardown, so a late signal would turn a finished run into a failed one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -35,11 +36,11 @@ def leave(code: int) -> NoReturn:
 
 
 class StopRequest:
-    """Context manager around a run. `requested` turns true with the first SIGTERM or SIGINT."""
+    """A context manager around a run; the first SIGTERM or SIGINT sets `requested`."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.nothing_to_lose: Callable[[], bool] = lambda: True  # whether the run stands where its disk does
+        self.nothing_to_lose: Callable[[], bool] = lambda: True  # whether everything is on disk
         self._first: float | None = None
         self._save: Callable[[], None] | None = None
         self._lock = threading.Lock()
@@ -61,14 +62,15 @@ class StopRequest:
 
     @contextmanager
     def away(self, save: Callable[[], None] | None) -> Iterator[None]:
-        """Around what may keep the main thread for minutes, such as a compile: a request is then met by another
-        thread, which calls `save` and ends the process as soon as there is nothing to lose; None: by none.
+        """While the main thread is busy for minutes, let another thread handle a stop request.
+
+        That thread calls `save` and exits once there is nothing to lose. With None, no thread does.
         """
         self._save = save
         try:
             yield
         finally:
-            with self._lock:  # not in the middle of it
+            with self._lock:  # not during a save
                 self._save = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -106,7 +108,7 @@ def _say(message: str) -> None:
 
 
 def end_with(message: str, code: int) -> NoReturn:
-    """End the process at once, from whatever thread, and whoever holds up what it says."""
+    """Print `message` and exit immediately, from any thread, even if stderr is blocked."""
     words = threading.Thread(target=_say, args=(message,), daemon=True)
     words.start()
     words.join(SAY_SECONDS)

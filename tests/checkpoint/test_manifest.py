@@ -1,12 +1,7 @@
-"""The run folder: JSON that is old or new, one process at a time, manifests that are sound or refused."""
+"""Manifests that are sound or refused."""
 
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -14,100 +9,7 @@ from hypothesis import strategies as st
 
 from smollm_jax.checkpoint.listing import list_checkpoints
 from smollm_jax.checkpoint.manifest import MANIFEST, _manifest_digest, seal, verify
-from smollm_jax.runs.lock import LOCK, RunLock
-from smollm_jax.runtime.files import Damaged, write_json_atomic
-
-HOLD_LOCK = """
-import sys, time
-from smollm_jax.runs.lock import RunLock
-with RunLock(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def python(code, folder):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def holder(tmp_path):
-    with python(HOLD_LOCK, tmp_path) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
-def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path, holder):
-    year = time.strftime("%Y")
-    with pytest.raises(ValueError, match=f"in use by process {holder.pid} on .+ since {year}.*--run-dir"):
-        RunLock(tmp_path).__enter__()
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, holder):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert json.loads((tmp_path / LOCK).read_text())["pid"] == holder.pid
-    with RunLock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-
-
-def test_the_lock_is_free_after_leaving_also_by_an_error(tmp_path):
-    descriptors = len(os.listdir("/dev/fd"))
-    with pytest.raises(KeyError), RunLock(tmp_path / "new"):
-        raise KeyError
-    with RunLock(tmp_path / "new"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
-        RunLock(tmp_path / "new").__enter__()
-    assert len(os.listdir("/dev/fd")) == descriptors
-
-
-FORK_AND_BE_KILLED = """
-import os, sys, time
-from smollm_jax.runs.lock import RunLock
-RunLock(sys.argv[1]).__enter__()
-child = os.fork()
-if child == 0:
-    print(os.getpid(), flush=True)
-    time.sleep(60)
-time.sleep(60)
-"""
-
-
-def test_a_forked_child_that_outlives_its_killed_parent_does_not_hold_the_lock(tmp_path):
-    with python(FORK_AND_BE_KILLED, tmp_path) as parent:
-        child = int(parent.stdout.readline())
-        parent.kill()
-        parent.wait()
-        try:
-            with RunLock(tmp_path):
-                os.kill(child, 0)
-        finally:
-            os.kill(child, signal.SIGKILL)
-
-
-@given(content=st.binary(max_size=60) | st.sampled_from([b"{}", b"[]", b'{"pid": {}}', b"[" * 4096]))
-@settings(max_examples=50, deadline=None)
-def test_whatever_stands_in_a_held_lock_file_the_refusal_is_one_line(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("lock")
-    with RunLock(folder):
-        (folder / LOCK).write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(f"{folder} is in use by")) as refusal:
-            RunLock(folder).__enter__()
-        assert "\n" not in str(refusal.value)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "config.json"
-    write_json_atomic(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json_atomic(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["config.json"]
-    write_json_atomic(str(path), {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2}
-    assert os.listdir(tmp_path) == ["config.json"]
+from smollm_jax.runtime.files import Damaged
 
 
 def sealed(folder):

@@ -71,3 +71,23 @@ def test_help_answers_at_once(command):
     assert (
         after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     )  # of the processor: the wall is shared
+
+
+def test_a_listing_of_checkpoints_loads_no_jax(tmp_path):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "smollm_jax", "checkpoints", str(tmp_path)],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1].endswith("the folder is empty")
+    assert not {"jax", "orbax", "torch"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.mark.parametrize(
+    "package", ["runtime", "config", "tokenizer", "data", "hf", "checkpoint", "runs", "cli.commands"]
+)
+def test_public_names_of_a_package_need_no_jax(package):
+    program = f"import sys, smollm_jax.{package} as package"
+    program += "; [getattr(package, name) for name in getattr(package, '__all__', ())]"
+    program += "; assert not {'jax', 'flax', 'orbax', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
