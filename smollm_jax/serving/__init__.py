@@ -1,0 +1,1 @@
+"""Serve text from a model: completion, request queue, OpenAI's API, and a page."""

@@ -1,10 +1,9 @@
-"""Text in, text out: the layer between an engine over token ids and whatever shows the text.
+"""Text in, text out: the layer between an engine over token ids and everything that shows text.
 
-An engine streams ids: `generation.Generator` (JAX) or `torch_engine.TorchEngine`.
-`Completer` turns prompts into ids and ids into text that never ends in half a character, watches for stop
-strings and says why a text ended. Nothing here knows of pages, requests or command lines. Both engines draw a
-token from the seed and the token's place alone, so a text continued with the same seed reads on as if it had
-never stopped.
+An engine streams ids: `Generator` (JAX) or `TorchEngine`. A `Completer` encodes prompts, decodes ids to text that
+never ends inside a character, finds stop strings, and reports why a text ended. This file knows no page, request
+or command line. Both engines draw a token from the seed and its position alone, so a text continued with the
+same seed reads on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -13,27 +12,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from smollm_jax.config.settings import ComputeConfig
-from smollm_jax.generation.generator import Generator
+from smollm_jax.generation.generator import Generator, check_prompt
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.devices import use_compilation_cache
 from smollm_jax.runtime.errors import require
+from smollm_jax.tokenizer.chat_template import chat_prompt
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 Backend = Literal["jax", "torch"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Reason = Literal["eos", "length", "context", "stop string", "cancelled"]
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are not (yet) a character
-CONTEXT_IDS = 4  # of the prompt, decoded with the first new ids: some decoders treat the start of a text apart
+HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the bytes of an unfinished character to
+CONTEXT_IDS = 4  # of the prompt, decoded with new ids: some tokenizers decode the start of a text differently
 
 
 class Engine(Protocol):
-    """Streams token ids; a `Generator` is one."""
+    """A source of token ids, such as a `Generator`."""
 
     context: int
+    vocab_size: int
     stop_reason: str | None
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]: ...
@@ -41,21 +42,21 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextChunk:
-    """Text that is new, and how far the whole has come; the last piece has a `reason`."""
+    """New text and the progress so far; the last chunk of a text has a `reason`."""
 
     text: str
     tokens: int
-    """New tokens so far, the stop token not counted."""
+    """New tokens so far, without the stop token."""
     prompt_tokens: int
     seconds: float
-    """Since the start."""
+    """Since the request started."""
     seconds_to_first: float | None
-    """Until the first token; None before it, or where there was none."""
+    """Until the first token; None before it or without one."""
     reason: Reason | None = None
 
 
 class Completer:
-    """An engine and its tokenizer; `about` says in words what runs."""
+    """An engine with its tokenizer; `about` describes the back end to people."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, about: str = ""):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
@@ -63,16 +64,26 @@ class Completer:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and text may have together."""
+        """The most tokens of prompt and text together."""
         return self.engine.context
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of `prompt`; raises `ValueError` when it is empty or no text."""
+        """Encode a prompt; raises `UserError` if it is empty, no text, or too long for the context."""
         require(prompt != "", "the prompt is empty; write how the text begins")
-        for i, character in enumerate(prompt):
-            # JSON and browsers can send halves of UTF-16 pairs, which no UTF-8 holds
-            require(not "\ud800" <= character <= "\udfff", f"the prompt holds half a character at position {i}")
-        return self.tokenizer.encode(prompt).tolist()
+        check_text(prompt, "the prompt")
+        return self.checked(self.tokenizer.encode(prompt).tolist())
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Encode a conversation under the chat template; raises `UserError` as `encode` does."""
+        for message in messages:
+            check_text(message["content"], "a message")
+        return self.checked(chat_prompt(self.tokenizer, messages))
+
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a prompt; raises `UserError` unless model and tokenizer can read them."""
+        vocab_size = min(self.engine.vocab_size, self.tokenizer.vocab_size)
+        check_prompt(ids, context=self.context, vocab_size=vocab_size)
+        return list(ids)
 
     def stream(
         self,
@@ -81,19 +92,19 @@ class Completer:
         stop: tuple[str, ...] = (),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[TextChunk]:
-        """Pieces of the continuation of `prompt`, text or ids; the last one has the reason of the end.
+        """Yield the continuation of `prompt` (text or ids) in chunks; the last chunk has the reason of the end.
 
-        A stop string ends the text and is not part of it. `cancelled` is asked after each piece of the engine.
-        Closing the iterator ends the work. Raises `ValueError` for a prompt that does not fit.
+        A stop string ends the text and is not part of it. `cancelled` is called after every step of the engine.
+        Closing the iterator ends the work. Raises `UserError` as `encode` does.
         """
         require(all(stop), "a stop string is empty")
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
         sampling = replace(sampling, stop_ids=sampling.stop_ids or (self.tokenizer.eos_id,))
         text, gate = TextOfIds(self.tokenizer, ids), StopStrings(stop)
         started, first, made = time.perf_counter(), None, 0
         reason: Reason | None = None
 
-        def piece(shown: str) -> TextChunk:
+        def chunk(shown: str) -> TextChunk:
             seconds, self.stop_reason = time.perf_counter() - started, reason
             return TextChunk(text=shown, tokens=made, prompt_tokens=len(ids), seconds=seconds,
                          seconds_to_first=first, reason=reason)  # fmt: skip
@@ -105,21 +116,21 @@ class Completer:
                 shown = gate.feed(text.feed(new))
                 if gate.stopped or cancelled():
                     reason = "stop string" if gate.stopped else "cancelled"
-                    yield piece(shown)
+                    yield chunk(shown)
                     return
                 if shown:
-                    yield piece(shown)
+                    yield chunk(shown)
             reason = self.engine.stop_reason  # type: ignore[assignment]
             shown = gate.feed(text.rest())
             if gate.stopped:
                 reason = "stop string"
-            yield piece(shown + gate.rest())
+            yield chunk(shown + gate.rest())
         finally:
             getattr(stream, "close", lambda: None)()
 
 
 class TextOfIds:
-    """Ids to text, as far as whole characters go."""
+    """An incremental decoder of ids to text, which holds back unfinished characters."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
@@ -127,7 +138,7 @@ class TextOfIds:
         self._shown = len(tokenizer.decode(self._window))
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete."""
+        """Return the text that `ids` complete."""
         self._window += ids
         text = self._tokenizer.decode(self._window)
         # bytes of an unfinished character decode to one replacement character, always the last
@@ -139,21 +150,21 @@ class TextOfIds:
         return new
 
     def rest(self) -> str:
-        """What is left when no more ids come: the mark of half a character, or nothing."""
+        """Return the text left after the last id: the mark of an unfinished character, or an empty text."""
         new = self._tokenizer.decode(self._window)[self._shown :]
         self._shown += len(new)
         return new
 
 
 class StopStrings:
-    """Lets text through up to the first stop string, and holds back what may become one."""
+    """A filter that ends a text at the first stop string and holds back the beginnings of one."""
 
     def __init__(self, stop: Sequence[str]):
         self._stop, self._held = tuple(stop), ""
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now."""
+        """Return the text that can no longer be part of a stop string."""
         text = self._held + text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
@@ -164,17 +175,27 @@ class StopStrings:
         return shown
 
     def rest(self) -> str:
+        """Return the text held back, after the last `feed`."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
+    """Count the characters at the end of `text` that begin `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def check_text(text: Any, name: str) -> None:
+    """Raise `UserError` with the `name` of the text unless it is a str that UTF-8 and the page can hold."""
+    require(isinstance(text, str), f"{name} must be text")
+    require("\0" not in text, f"{name} holds a NUL character at position {text.find(chr(0))}; take it out")
+    # JSON and browsers can send halves of UTF-16 pairs, which UTF-8 cannot hold
+    half = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    require(half is None, f"{name} holds half a character at position {half}")
+
+
 def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype = "auto") -> Completer:
-    """The model of an exported folder, a Hub id or a run, ready; raises `ValueError` in one line.
+    """Load the model of an exported folder, a Hub id or a run; raises `UserError`.
 
     dtype auto: float32 on a CPU, bfloat16 on an accelerator.
     """
@@ -194,7 +215,7 @@ def _open_jax(path: str | Path, dtype: Dtype) -> Completer:
 
     config, params, tokenizer = load_model(path)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        # a model meets the same few programs each time it is opened
+        # a model runs the same few programs every time it is opened
         use_compilation_cache(ComputeConfig().compilation_cache_dir)
     device = jax.devices()[0]
     if dtype == "auto":

@@ -1,7 +1,7 @@
-"""How the page looks: a notebook whose text grows in place, and a chat where the model has a template.
+"""Layout of the page: a notebook whose text grows in place, and a chat if the model has a template.
 
-A base model completes text, so the page is one sheet that the model writes on with: Continue, Stop, Undo, Write
-again. What the buttons do is in writer.py; here is only where they stand, and a script and a style of ten lines.
+A base model completes text, so the page is one text that the model continues: Continue, Stop, Undo, Write again.
+handlers.py has what the buttons do; this file has the layout, three scripts and a style.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from smollm_jax.serving.handlers import Handlers, Turn, shown
+from smollm_jax.serving.handlers import Handlers, Turn, escaped
 from smollm_jax.serving.scheduler import RANGES, Scheduler
 
 GRADIO_QUEUE = 64
@@ -46,12 +46,12 @@ COPY = """() => {
   if (answer) navigator.clipboard.writeText(answer.innerText);
 }"""
 HELP = """
-URL stands for the address of this page.
+Replace URL by the address of this page.
 
 **Gradio:** `Client("URL").predict("Once upon a time", api_name="/generate")` with `gradio_client`; its parameters
-are listed under *Use via API* at the foot of the page.
+are listed under *Use via API* at the bottom of the page.
 
-**OpenAI:** `/v1/completions`{chat} and `/v1/models`, streaming too:
+**OpenAI:** `/v1/completions`{chat} and `/v1/models`, with streaming:
 
 ```
 curl URL/v1/completions -H 'Content-Type: application/json'{key} \\
@@ -60,12 +60,12 @@ curl URL/v1/completions -H 'Content-Type: application/json'{key} \\
 """
 
 
-def build_page(worker: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
-    """The whole page. Requests wait in the worker's line, which all doors share; Gradio's own only passes on."""
-    writer, has_chat = Handlers(worker), bool(worker.completer.tokenizer.chat_template)
+def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
+    """Build the page. Requests wait in the scheduler's queue; Gradio's own queue only forwards them."""
+    handlers, has_chat = Handlers(scheduler), bool(scheduler.completer.tokenizer.chat_template)
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
-            about = f"{worker.completer.about} · context {worker.completer.context:,} tokens"
+            about = f"{scheduler.completer.about} · context {scheduler.completer.context:,} tokens"
             gr.Markdown(f"# {name}\n{about}", elem_id="title")
             gr.Button("Light / dark", size="sm", elem_id="dark", scale=0).click(
                 None, js=DARK, api_visibility="private"
@@ -74,64 +74,70 @@ def build_page(worker: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
             side = gr.Column(scale=1, min_width=280, render=False)
             with gr.Column(scale=3, min_width=320):
                 with side:
-                    numbers = settings(worker)
+                    numbers = settings(scheduler)
                 if has_chat:
                     with gr.Tab("Notebook"):
-                        notebook(writer, numbers)
+                        notebook(handlers, numbers)
                     with gr.Tab("Chat"):
-                        chat(writer, numbers)
+                        chat(handlers, numbers)
                 else:
-                    notebook(writer, numbers)
+                    notebook(handlers, numbers)
             side.render()
-        with gr.Accordion("Use it from a program", open=False):
+        with gr.Accordion("API", open=False):
             key = " -H 'Authorization: Bearer KEY'" if with_key else ""
             routes = ", `/v1/chat/completions`" if has_chat else ""
             gr.Markdown(HELP.format(chat=routes, key=key))
-        gr.api(writer.generate, api_name="generate", concurrency_limit=None)
+        gr.api(handlers.generate, api_name="generate", concurrency_limit=None)
         page.load(None, js=REMEMBERED, api_visibility="private")
     for block in page.blocks.values():
-        # Gradio copies a file that a request names, any of this machine's or a URL, unless it launched the page
+        # a mounted Gradio app would copy any file of this machine, or any URL, that a request names
         block.async_move_resource_to_block_cache = no_files  # type: ignore[method-assign]
     return page.queue(max_size=GRADIO_QUEUE, api_open=False)
 
 
 async def no_files(*_: Any) -> str:
-    raise gr.Error("files are not taken here", print_exception=False)
+    raise gr.Error("this page accepts no files", print_exception=False)
 
 
-def settings(worker: Scheduler) -> list[gr.components.Component]:
-    """Presets and the numbers, in the order of `NAMES`."""
-    longest, (temperature, top_p, top_k, penalty) = worker.max_new_tokens, PRESETS[START]
+def settings(scheduler: Scheduler) -> list[gr.components.Component]:
+    """Add presets and inputs for the numbers; returns the inputs in the order of `NAMES`."""
+    longest, (temperature, top_p, top_k, penalty) = scheduler.max_new_tokens, PRESETS[START]
     preset = gr.Radio(list(PRESETS), value=START, label="Preset")
     sliders = [
-        gr.Slider(*RANGES["temperature"], temperature, step=0.05, label="Temperature", info="0: the likeliest"),
+        gr.Slider(
+            *RANGES["temperature"],
+            temperature,
+            step=0.05,
+            label="Temperature",
+            info="0: greedy",
+        ),
         gr.Slider(*RANGES["top_p"], top_p, step=0.01, label="Top-p"),
-        gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all"),
+        gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all tokens"),
         gr.Slider(*RANGES["repetition_penalty"], penalty, step=0.05, label="Repetition penalty", info="1: none"),
     ]
     length = gr.Slider(1, longest, min(200, longest), step=1, label="Length", info="in tokens", elem_id="length")
-    # a text, since an empty number field of Gradio's reads 0
-    seed = gr.Textbox(label="Seed", placeholder="empty: a new one each time", max_lines=1, elem_id="seed")
-    # .input, not .change: only a person's choice moves the sliders
+    # a text field, because an empty number field of Gradio's reads 0
+    seed = gr.Textbox(label="Seed", placeholder="empty: a new seed every time", max_lines=1, elem_id="seed")
+    # .input, not .change: only a person's choice may move the sliders
     preset.input(lambda name: PRESETS[name], preset, sliders, queue=False, api_visibility="private")
     return [*sliders, length, seed]
 
 
-def notebook(writer: Handlers, numbers: list[gr.components.Component]) -> None:
-    """The sheet and its buttons."""
+def notebook(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
+    """Add the text and its buttons."""
     history = gr.State([], time_to_live=STATE_SECONDS)
     sheet = gr.Textbox(
         lines=14, max_lines=20, label="Text", elem_id="sheet", buttons=["copy"], interactive=True,
-        placeholder="Write how a text begins, then press Continue: the model writes on.",
+        placeholder="Write how a text begins, then press Continue.",
     )  # fmt: skip
     line = gr.Markdown("", elem_id="status")
 
-    def back(text: str, history: list[str]) -> tuple[str, str, list[str]]:
+    def undone(text: str, history: list[str]) -> tuple[str, str, list[str]]:
         return (history[-1], "", history[:-1]) if history else (text, "nothing to undo", [])
 
     controls(
-        "Continue", (writer.write, writer.again), back, writer.stop, inputs=[sheet, history], numbers=numbers,
-        outputs=[sheet, line, history],
+        "Continue", (handlers.write, handlers.again), undone, handlers.stop,
+        inputs=[sheet, history], numbers=numbers, outputs=[sheet, line, history],
     )  # fmt: skip
     gr.Examples(
         [[opening] for opening in OPENINGS], sheet, label="Openings", cache_examples=False,
@@ -139,34 +145,34 @@ def notebook(writer: Handlers, numbers: list[gr.components.Component]) -> None:
     )  # fmt: skip
 
 
-def chat(writer: Handlers, numbers: list[gr.components.Component]) -> None:
-    """A conversation under the model's template."""
+def chat(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
+    """Add a conversation under the model's chat template."""
     talk = gr.State([], time_to_live=STATE_SECONDS)
-    # Gradio's own buttons would copy the text as it was escaped for the chatbot
+    # Gradio's own buttons would copy the escaped text
     view = gr.Chatbot(height=400, render_markdown=False, buttons=[], label="Conversation", feedback_options=None)
     with gr.Row():
         line = gr.Markdown("", elem_id="chat-status")
         copy = gr.Button("Copy answer", size="sm", elem_id="copy", scale=0, min_width=110)
     copy.click(None, js=COPY, api_visibility="private")
-    box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Enter sends it")
+    box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Press Enter to send")
 
-    def back(message: str, talk: list[Turn]) -> tuple[Any, ...]:
+    def undone(message: str, talk: list[Turn]) -> tuple[Any, ...]:
         asked = max((i for i, turn in enumerate(talk) if turn["role"] == "user"), default=None)
         if asked is None:
             return [], "nothing to undo", [], message
-        return shown(talk[:asked]), "", talk[:asked], talk[asked]["content"]
+        return escaped(talk[:asked]), "", talk[:asked], talk[asked]["content"]
 
     view.clear(lambda: ([], ""), None, [talk, line], queue=False, api_visibility="private")
     controls(
-        "Send", (writer.say, writer.say_again), back, writer.stop, inputs=[box, talk], numbers=numbers,
-        outputs=[view, line, talk, box], submit=box,
+        "Send", (handlers.answer, handlers.answer_again), undone, handlers.stop,
+        inputs=[box, talk], numbers=numbers, outputs=[view, line, talk, box], submit=box,
     )  # fmt: skip
 
 
 def controls(
     verb: str,
     handlers: tuple[Any, Any],
-    back: Any,
+    undone: Any,
     end: Any,
     *,
     inputs: list[Any],
@@ -174,7 +180,7 @@ def controls(
     outputs: list[Any],
     submit: gr.Textbox | None = None,
 ) -> None:
-    """Buttons that write, stop, take back and write again."""
+    """Add the buttons that write, stop, undo and write again."""
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(verb, variant="primary", elem_id=verb.lower())
         stop = gr.Button("Stop", variant="stop", visible=False, elem_id=f"stop-{verb.lower()}")
@@ -198,7 +204,7 @@ def controls(
             api_visibility="private",
         )  # fmt: skip
         event.success(lambda: buttons(False), None, switched, **quick)
-        # .then would leave failures out
+        # .then does not run after a failure
         event.failure(lambda: [*buttons(False), ""], None, [*switched, line], **quick)
     stop.click(end, None, None, **quick)
-    undo.click(back, inputs, outputs, **quick)
+    undo.click(undone, inputs, outputs, **quick)

@@ -1,14 +1,15 @@
-"""The PyTorch back end: a converted folder through transformers, streaming token ids.
+"""The PyTorch back end: a converted folder through transformers' `generate`, streaming token ids.
 
-The sampling is that of `sampling.choose`, written in numpy, and a token's draw depends on the seed and its
-place alone; greedy texts of both back ends are the same, drawn ones are not, since the random numbers differ.
-torch is an extra: it is imported when a model is opened.
+transformers is seeded before every draw with a hash of the seed and the token's position. A text continued with
+the same seed therefore reads on as if it had never stopped. Greedy texts equal those of the JAX back end; drawn
+texts differ, because the random numbers do. torch is an extra and is imported when a model is opened.
 """
 
 from __future__ import annotations
 
-import inspect
+import queue
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,96 +17,105 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling
 from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 
 class TorchEngine:
-    """A transformers model that streams ids, with the sampling of `sampling.choose`, one row at a time."""
+    """A transformers model that streams ids as `Generator` does; prompts are checked by the caller."""
 
     def __init__(self, model: Any, config: ModelConfig):
-        self._model, self._vocab_size = model.eval(), config.vocab_size
-        # transformers 5.2x renames the argument and warns of the old name
-        accepted = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
-        self.context = config.max_seq_len
+        from transformers import GenerationConfig
+
+        self._model = model.eval()
+        self._model.generation_config = GenerationConfig()  # a folder's own defaults would fill in our settings
+        self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
-        """New ids one by one, without the stop id; as `Generator.stream`."""
-        from transformers import DynamicCache
-
-        self._check(prompt)
+        """Yield new ids one by one, without the stop id; closing the iterator ends the work within a token."""
         self.stop_reason = "cancelled"
-        seen = np.zeros(self._vocab_size, bool)
-        seen[list(prompt)] = True
-        new, cache = list(prompt), DynamicCache()
-        for made in range(min(sampling.max_new_tokens, self.context - len(prompt))):
-            logits_V = self._step(new, cache)
-            token = choose(logits_V, seen, len(prompt) + made, sampling)
-            if token in sampling.stop_ids:
-                self.stop_reason = "eos"
-                return
-            seen[token], new = True, [token]
-            yield new
-        self.stop_reason = "length" if len(prompt) + sampling.max_new_tokens <= self.context else "context"
+        items: queue.SimpleQueue[list[int] | Exception | None] = queue.SimpleQueue()
+        closed = threading.Event()
+        room = min(sampling.max_new_tokens, self.context - len(prompt))
+        thread = threading.Thread(
+            target=self._generate, args=(list(prompt), room, sampling, items, closed), daemon=True
+        )
+        thread.start()
+        try:
+            while (item := items.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                if item[0] in sampling.stop_ids:
+                    self.stop_reason = "eos"
+                    return
+                yield item
+            self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
+        finally:
+            closed.set()
+            thread.join()
 
-    def _step(self, ids: list[int], cache: Any) -> np.ndarray:
-        """Logits (V,) after `ids`, which join the cache."""
+    def _generate(
+        self, prompt: list[int], room: int, sampling: Sampling, items: queue.SimpleQueue, closed: threading.Event
+    ) -> None:
+        """Run `generate` in its thread: every new id, then None or the error, goes to `items`."""
         import torch
+        from transformers import GenerationConfig
 
-        with torch.inference_mode():
-            tokens = torch.tensor([ids], device=self._model.device)
-            out = self._model(tokens, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
-            return out.logits[0, -1].float().cpu().numpy()
+        class Hooks:
+            """Called by `generate`: streamer, logits processor, and stopping criterion."""
 
-    def _check(self, prompt: Sequence[int]) -> None:
-        require(len(prompt) > 0, "the prompt is empty; give at least one token")
-        require(
-            len(prompt) < self.context,
-            f"the prompt has {len(prompt):,} tokens, the context {self.context:,}; shorten the prompt",
-        )
-        highest = max(prompt)
-        require(
-            min(prompt) >= 0 and highest < self._vocab_size,
-            f"token id {highest} lies outside of the vocabulary of {self._vocab_size:,}",
-        )
+            def put(self, ids: Any) -> None:
+                if ids.dim() == 1:  # the prompt comes first, as (1, T)
+                    items.put(ids.tolist())
+
+            def end(self) -> None:
+                items.put(None)
+
+            def seed(self, ids_BT: Any, scores_BV: Any) -> Any:
+                state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
+                torch.manual_seed(int(state[0]))
+                return scores_BV
+
+            def stop(self, ids_BT: Any, _: Any) -> Any:
+                return torch.full((len(ids_BT),), closed.is_set(), device=ids_BT.device)
+
+        try:
+            tokens_BT = torch.tensor([prompt], device=self._model.device)
+            hooks = Hooks()
+            self._model.generate(
+                tokens_BT, attention_mask=torch.ones_like(tokens_BT), streamer=hooks,
+                generation_config=GenerationConfig(max_new_tokens=room, **_settings(sampling)),
+                logits_processor=[hooks.seed], stopping_criteria=[hooks.stop],
+            )  # fmt: skip
+        except Exception as error:
+            items.put(error)
 
 
-def choose(logits_V: np.ndarray, seen_V: np.ndarray, position: int, sampling: Sampling) -> int:
-    """The token that follows, by the rules of `sampling.choose`; the draws themselves differ from JAX's."""
-    penalty = np.float32(sampling.repetition_penalty)
-    penalised = np.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-    logits_V = np.where(seen_V, penalised, logits_V)
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    """Translate a `Sampling` to fields of `GenerationConfig`, which takes no int for a float."""
+    settings = {
+        "repetition_penalty": float(sampling.repetition_penalty),
+        "eos_token_id": list(sampling.stop_ids) or None,
+        "pad_token_id": 0,  # never read: there is one row
+    }
     if sampling.temperature == 0:
-        return int(np.argmax(logits_V))
-    logits_V = logits_V / np.float32(sampling.temperature)
-    order_V = np.argsort(-logits_V, kind="stable")
-    sorted_V = logits_V[order_V]
-    keep_V = np.arange(len(order_V)) < (sampling.top_k or len(order_V))
-    p_V = _softmax(np.where(keep_V, sorted_V, -np.inf))
-    keep_V &= np.cumsum(p_V) - p_V < sampling.top_p
-    p_V = _softmax(np.where(keep_V, sorted_V, -np.inf))
-    keep_V &= p_V >= sampling.min_p * p_V[0]
-    keep_V[0] = True
-    total_V = np.cumsum(_softmax(np.where(keep_V, sorted_V, -np.inf)))
-    # a counter-based generator: the draw is a function of seed and place
-    draw = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
-    rank = int(np.searchsorted(total_V, draw * total_V[-1], side="right"))
-    return int(order_V[min(rank, int(keep_V.sum()) - 1)])
-
-
-def _softmax(x_V: np.ndarray) -> np.ndarray:
-    exp_V = np.exp(x_V.astype(np.float64) - x_V.max())
-    return exp_V / exp_V.sum()
+        return settings | {"do_sample": False}
+    return settings | {
+        "do_sample": True,
+        "temperature": max(float(sampling.temperature), SMALLEST_TEMPERATURE),
+        "top_k": sampling.top_k,
+        "top_p": float(sampling.top_p),
+        "min_p": float(sampling.min_p),
+    }
 
 
 def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, str]:
-    """Engine, tokenizer and a description of the model at `path`; raises `ValueError` in one line."""
+    """Load the model at `path`: engine, tokenizer and a description; raises `UserError`."""
     try:
         import torch
-        import transformers  # noqa: F401 - asked for here, so that the message comes before the work
+        import transformers  # noqa: F401 - imported now, so that its absence is reported before the work
     except ImportError:
         raise UserError("--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'") from None
     from smollm_jax.hf.config_json import model_config
@@ -130,7 +140,7 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
 
 
 def _transformers_model(folder: Path, dtype: str) -> Any:
-    """The model in `folder`, every weight of it from there; raises `ValueError` otherwise."""
+    """Load the model in `folder`; raises `UserError` unless the folder holds every weight."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -143,7 +153,7 @@ def _transformers_model(folder: Path, dtype: str) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{folder} cannot be loaded by transformers: {one_line(error)}") from None
     model, report = loaded
-    # transformers fills in what is missing at random, with no more than a warning
+    # transformers initializes missing weights at random and only warns
     problems = {kind: names for kind, names in report.items() if names}
-    require(not problems, f"{folder} does not hold the whole model; transformers reports {problems}")
+    require(not problems, f"{folder} does not hold every weight of the model; transformers reports {problems}")
     return model

@@ -215,11 +215,11 @@ def test_greedy_text_is_the_same_token_for_token(prompts, monkeypatch):
 
 
 def test_a_row_that_goes_on_past_the_end_of_the_cache_does_no_harm(monkeypatch):
-    model = SmolLM.from_params(TINY, init_params(TINY, 1))
+    model = SmolLM.from_params(replace(TINY, max_seq_len=40), init_params(TINY, 1))
     prompts, sampling = [[5] * 38, [9, 2, 4]], Sampling(max_new_tokens=30)
-    expected = Generator(model, context=40).generate(prompts, sampling)
+    expected = Generator(model).generate(prompts, sampling)
     monkeypatch.setattr(generation, "Decoder", Interpreted)
-    ours = Generator(model, context=40)
+    ours = Generator(model)
     assert ours.generate(prompts, sampling) == expected
     assert ours.generate(prompts[:1], sampling) == expected[:1]
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +52,7 @@ def run(completer, prompt, stop=(), **numbers):
 class Scripted:
     """An engine that says what it is told to, a few ids at a time."""
 
-    context = 1_000
+    context, vocab_size = 1_000, 320
 
     def __init__(self, ids, step=1):
         self.ids, self.step, self.stop_reason, self.closed = list(ids), step, None, False
@@ -193,30 +194,64 @@ def test_a_text_continued_with_its_seed_reads_on_as_if_never_stopped(completers,
     assert half + rest == whole
 
 
-def test_both_back_ends_leave_the_same_tokens_to_the_draw():
-    import jax.numpy as jnp
-
-    from smollm_jax.generation import sampling
-    from smollm_jax.serving import torch_backend as torch_engine
-
-    rng = np.random.default_rng(1)
-    logits, seen = rng.normal(size=24).astype(np.float32) * 2, rng.random(24) < 0.3
-    wanted = Sampling(temperature=0.8, top_k=9, top_p=0.85, min_p=0.05, repetition_penalty=1.4)
-    rows, knobs = 600, sampling.SamplingArrays.from_sampling(wanted)
-    ours = sampling.choose(
-        jnp.tile(logits, (rows, 1)), jnp.tile(seen, (rows, 1)), jnp.arange(rows), knobs, greedy=False
+def test_both_back_ends_leave_the_same_tokens_to_the_draw(completers):
+    wanted = Sampling(max_new_tokens=1, temperature=1.1, top_k=9, top_p=0.85, min_p=0.05, repetition_penalty=1.4)
+    prompt = completers["jax"].encode("Once upon")
+    ours, theirs = (
+        {
+            next(iter(completers[backend].engine.stream(prompt, replace(wanted, seed=seed))))[0]
+            for seed in range(150)
+        }
+        for backend in ("jax", "torch")
     )
-    theirs = {torch_engine.choose(logits, seen, position, wanted) for position in range(rows)}
-    assert set(ours.tolist()) == theirs
+    assert ours == theirs
     assert 2 < len(theirs) <= 9
 
 
-def test_draws_follow_the_probabilities():
-    from smollm_jax.serving import torch_backend as torch_engine
+def test_draws_of_torch_follow_the_probabilities(completers):
+    """Seeds differ in one bit or one position, so this also tests how they are hashed."""
+    engine = completers["torch"].engine
+    import torch
 
-    p = np.array([0.5, 0.3, 0.15, 0.05])
-    draws = [torch_engine.choose(np.log(p), np.zeros(4, bool), i, Sampling(temperature=1.0)) for i in range(4_000)]
-    assert np.abs(np.bincount(draws, minlength=4) / 4_000 - p).max() < 0.03
+    with torch.inference_mode():
+        logits_V = engine._model(torch.tensor([[5, 6, 7]])).logits[0, -1]
+    p_V = torch.softmax(logits_V / 0.5, dim=-1).numpy()
+    n, sampling = 1_000, Sampling(max_new_tokens=1, temperature=0.5)
+    draws = [next(iter(engine.stream([5, 6, 7], replace(sampling, seed=seed))))[0] for seed in range(n)]
+    assert np.abs(np.bincount(draws, minlength=len(p_V)) / n - p_V).max() < 0.05
+    assert p_V.max() < 0.9  # a draw worth testing
+
+
+def test_closing_the_stream_of_torch_ends_its_work_within_a_token(completers):
+    engine = completers["torch"].engine
+    before = threading.active_count()
+    stream = engine.stream([5, 6, 7], Sampling(max_new_tokens=10_000))
+    made = [next(stream), next(stream)]
+    assert threading.active_count() == before + 1
+    stream.close()
+    assert threading.active_count() == before  # the thread of `generate` has ended
+    assert engine.stop_reason == "cancelled"
+    assert len(made) == 2
+
+
+def test_an_error_of_torch_reaches_the_reader(completers, monkeypatch):
+    engine = completers["torch"].engine
+
+    def broken(*_, **__):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(engine._model, "generate", broken)
+    with pytest.raises(MemoryError, match="no more"):
+        list(engine.stream([5], Sampling()))
+
+
+@pytest.mark.parametrize("temperature", [1, 1e-40, 2.0])
+def test_every_temperature_of_sampling_works_with_torch(completers, temperature):
+    engine, drawn = completers["torch"].engine, Sampling(max_new_tokens=4, temperature=temperature)
+    ids = [i for (i,) in engine.stream([5, 6, 7], drawn)]
+    assert len(ids) == 4
+    if temperature == 1e-40:
+        assert ids == [i for (i,) in engine.stream([5, 6, 7], replace(drawn, temperature=0))]
 
 
 def test_torch_refuses_a_folder_that_lacks_a_tensor(folder, tmp_path):
@@ -253,7 +288,7 @@ def test_opening_for_jax_imports_no_torch(folder):
     import subprocess
 
     code = (
-        "import sys; from smollm_jax.completion import open_completer; "
+        "import sys; from smollm_jax.serving.completion import open_completer; "
         f"open_completer({str(folder)!r}); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

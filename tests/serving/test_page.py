@@ -6,8 +6,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.server import Server, export_model
-
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -19,12 +17,6 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 WAIT = 60_000  # milliseconds; the machine may be busy
 IMAGE = "<img src='http://198.51.100.1/x.png'>![x](http://198.51.100.2/y.png)"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(export_model(tmp_path_factory.mktemp("browsed")), "--max-new-tokens", "2000") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +182,7 @@ def test_a_mistake_is_a_toast_in_words_and_the_page_goes_on(page, text, seed, wo
         f".toast-body :text({words!r})" if "'" not in words else f'.toast-body :text("{words}")'
     )
     page.page.wait_for_selector("#continue", state="visible")
-    page.wait(lambda: "reads" not in page.status)
+    page.wait(lambda: "reading" not in page.status)
     page.set("Once", seed=3)
     page.press("continue")
     assert page.finish().startswith("Once")

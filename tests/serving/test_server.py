@@ -13,24 +13,14 @@ import time
 
 import pytest
 
+from smollm_jax.runtime.console import guarded
 from tests.support.paths import ROOT
-from tests.support.server import CONFIG, Server, export_model
+from tests.support.server import CONFIG, Server
 
 pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 
 LONG = 1_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return export_model(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with Server(folder, "--max-new-tokens", str(LONG), "--max-waiting", "8") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +66,19 @@ def test_help_answers_at_once_and_names_the_flags():
     assert best < 1.0
 
 
+def mistake(capsys, monkeypatch, *arguments):
+    """Run the command in this process: the one line it prints."""
+    import serve
+
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with contextlib.suppress(SystemExit):
+        assert guarded(serve.main) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.strip().splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -89,19 +92,21 @@ def test_help_answers_at_once_and_names_the_flags():
         ([".", "--port", "0"], "config.json"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(arguments, words):
-    result = command(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert words in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert result.stdout == ""
+def test_a_mistake_on_the_command_line_is_one_line(capsys, monkeypatch, arguments, words):
+    assert words in mistake(capsys, monkeypatch, *arguments)
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(folder):
+def test_a_mistake_on_the_command_line_exits_with_2():
+    for arguments in (["/no/such/folder"], [".", "--port", "x"]):
+        result = command(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_reported_before_the_model_is_loaded(capsys, monkeypatch, folder_of_chat_model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = command(str(folder), "--port", str(taken.getsockname()[1]))
-    assert result.returncode == 2
-    assert "cannot listen" in result.stderr
+        port = str(taken.getsockname()[1])
+        assert "cannot listen" in mistake(capsys, monkeypatch, str(folder_of_chat_model), "--port", port)
 
 
 def test_it_listens_on_loopback_alone_unless_it_is_on_a_space(server):
@@ -112,10 +117,10 @@ def test_it_listens_on_loopback_alone_unless_it_is_on_a_space(server):
 
 
 @pytest.mark.slow
-def test_the_page_says_which_back_end_serves(server, folder):
+def test_the_page_says_which_back_end_serves(server, folder_of_chat_model):
     config = httpx.get(f"{server.url}/config").text
     assert "PyTorch, float32" in config
-    with Server(folder, "--backend", "jax") as other:
+    with Server(folder_of_chat_model, "--backend", "jax") as other:
         assert "JAX, float32" in httpx.get(f"{other.url}/config").text
         asked = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
         texts = [post(one, asked).json()["choices"][0]["text"] for one in (server, other)]
@@ -414,7 +419,7 @@ def test_a_request_that_names_a_file_is_refused(server, tmp_path_factory, path):
         for target in ("continue", "send"):
             event = page_event(server, target)
             reply = ask_page(server, event, [file, None, 0.6, 0.9, 50, 1.1, 5, ""])
-            assert reply["output"]["error"] == "files are not taken here"
+            assert reply["output"]["error"] == "this page accepts no files"
     assert not list(server.cache.rglob("secret.txt")) + list(server.cache.rglob("passwd"))
 
 
@@ -446,10 +451,10 @@ def test_the_page_may_fetch_from_here_alone(server):
 
 
 @pytest.mark.slow
-def test_auth_guards_the_page_and_a_key_guards_v1(folder):
+def test_auth_guards_the_page_and_a_key_guards_v1(folder_of_chat_model):
     from gradio_client import Client
 
-    with Server(folder, "--auth", "ann:se:cret") as server:
+    with Server(folder_of_chat_model, "--auth", "ann:se:cret") as server:
         key = server.log.read_text().split("API key for /v1: ")[1].split()[0]
         assert httpx.get(f"{server.url}/config").status_code == 401
         assert post(server, {"data": []}, "/gradio_api/queue/join").status_code == 401
@@ -468,8 +473,8 @@ def test_auth_guards_the_page_and_a_key_guards_v1(folder):
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_server_with_0_even_under_way(folder):
-    with Server(folder) as server:
+def test_an_interrupt_ends_the_server_with_0_even_under_way(folder_of_chat_model):
+    with Server(folder_of_chat_model) as server:
         threading.Thread(target=lambda: post_quietly(server), daemon=True).start()
         time.sleep(1)
         started = time.monotonic()
