@@ -16,7 +16,6 @@ from typing import Any
 from benchmarks.measure import Row, as_command, finish, spread
 from benchmarks.work import COMPUTE, Dtype, OurStep, Preset, Work, config_of, our_step
 from smollm_jax.config.settings import ComputeConfig, Config
-from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 Program = Callable[[], Any]
 """Starts the work of a part, and returns arrays to wait for."""
@@ -238,5 +237,4 @@ def rows_of(seconds: dict[str, list[float]], config: Config, tokens: int) -> lis
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()  # as train_jax.py does
     as_command(breakdown, "breakdown")

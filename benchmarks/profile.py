@@ -22,7 +22,6 @@ from benchmarks.work import COMPUTE, Dtype, Preset, Work, config_of, our_step
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.runtime.devices import has_accelerator
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 PARTS = {
@@ -172,5 +171,4 @@ def _longest(seconds: Counter[str], operations: dict[str, tuple[str, str]], step
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()  # as train_jax.py does
     as_command(profile, "profile")

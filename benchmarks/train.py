@@ -132,7 +132,7 @@ def measured(work: Work, peers: tuple[Form, ...], rounds: int, *, alone: bool = 
         if peers:
             in_child(write_model, work.config.model, work.config.run.seed, Path(folder) / "hf")
         sides |= {f"HF + PyTorch {form}": partial(peer, work, form, Path(folder) / "hf") for form in peers}
-        # ours as train_jax.py runs it, the peer as its users do
+        # ours with the huge pages that a run advises to ask for, the peer as its users run it
         outcomes = compare(sides, rounds=rounds, alone=alone, environments={"ours": huge_pages.environment()})
     ours_ran = outcomes["ours"]
     return [_row(name, outcome.on(ours_ran), ours_ran, work, alone) for name, outcome in outcomes.items()]
