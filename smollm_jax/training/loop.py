@@ -113,11 +113,11 @@ def dispatch(run: Run, ballot: Ballot) -> Pending | None:
     step, rows = progress.step + 1, run.config.batch_size_at(progress.step + 1)
     batch, cursor = ballot.item or (_empty_batch(rows, run.config.data.seq_len), progress.cursor)
     padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
-    # the guard: an array that a step would copy to the device or back by itself makes it wait for the host
-    with run.job.watchdog.step(rows, f"step {step}"), jax.transfer_guard("disallow"):
-        arrays = (on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
-        votes = (_votes(run, ballot.vote),) if run.job.several else ()
-        run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
+    with run.job.watchdog.step(rows, f"step {step}"):
+        arrays = [on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids)]
+        votes = [_votes(run, ballot.vote)] if run.job.several else []
+        with jax.transfer_guard("disallow"):  # an array of the host among the arguments would stall the device
+            run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
     before, progress.cursor = progress.cursor, cursor
     progress.step = step
     return Pending(step, metrics, before, cursor, rows * run.config.data.seq_len, sent)
