@@ -125,7 +125,7 @@ def check_settings(
     refused, of_schedule = changed[""], changed["schedule"]
     require(
         config.total_steps >= step,
-        f"the run stands at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run",
+        f"the run is at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run",
     )
     if of_schedule:
         if schedule_of(from_dict(old)) == schedule_of(config):

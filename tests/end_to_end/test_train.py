@@ -12,7 +12,7 @@ import pytest
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
 from smollm_jax.runs.convert import import_run
-from smollm_jax.runs.replay import documents_of_step
+from smollm_jax.runs.replay import replay_step
 from smollm_jax.runtime.console import run_main
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.training.fit import fit
@@ -310,7 +310,7 @@ def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(fitte
     (written,) = run.glob("bad_step_*.jsonl")
     step = int(written.stem.rpartition("_")[2])
     documents = [json.loads(line) for line in written.read_text().splitlines()]
-    assert documents == documents_of_step(run, step).documents
+    assert documents == replay_step(run, step).documents
     assert all({"source", "file", "row", "text"} == set(document) for document in documents)
     shown = [line for line in records(run) if line["bad_steps"]]
     assert [line["bad_steps"] for line in shown] == list(range(1, len(shown) + 1))
