@@ -8,7 +8,6 @@ import sys
 
 from smollm_jax.cli.arguments import parse
 from smollm_jax.runtime.console import run_main
-from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 from smollm_jax.runtime.signals import StopRequest, leave
 
 
@@ -20,6 +19,5 @@ def main(stop: StopRequest) -> int:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
     with StopRequest() as request:
         leave(run_main(lambda: main(request)))

@@ -16,7 +16,6 @@ from typing import Any
 from benchmarks.harness.tables import Row, as_command, finish, spread
 from benchmarks.harness.workload import COMPUTE, Dtype, OurStep, Preset, StepWork, config_of, our_step
 from smollm_jax.config.settings import ComputeConfig, Config
-from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 Program = Callable[[], Any]
 """A function that starts the work of a part and returns arrays to wait for."""
@@ -239,5 +238,4 @@ def rows_of(seconds: dict[str, list[float]], config: Config, tokens: int) -> lis
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()  # as train_jax.py does
     as_command(breakdown, "breakdown")

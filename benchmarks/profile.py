@@ -21,7 +21,6 @@ from benchmarks.harness.workload import COMPUTE, Dtype, Preset, StepWork, config
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.runtime.devices import has_accelerator
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.huge_pages import restart_with_huge_pages
 
 REST, NOBODYS = "rest", "XLA's own: copies, fills"
 PARTS = {
@@ -171,5 +170,4 @@ def _longest(seconds: Counter[str], operations: dict[str, tuple[str, str]], step
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()  # as train_jax.py does
     as_command(profile, "profile")

@@ -51,7 +51,7 @@ def measured(work: StepWork, peers: tuple[Form, ...], rounds: int, *, alone: boo
         sides |= {
             f"HF + PyTorch {form}": partial(torch_training, work, form, Path(folder) / "hf") for form in peers
         }
-        # our side runs as in train_jax.py, the peer as its users run it
+        # our side runs with the huge pages that a run advises, the peer as its users run it
         outcomes = compare(sides, rounds=rounds, alone=alone, environments={"ours": huge_pages.environment()})
     ours_ran = outcomes["ours"]
     return [_row(name, outcome.on(ours_ran), ours_ran, work, alone) for name, outcome in outcomes.items()]

@@ -1,0 +1,1 @@
+"""The mesh, the shardings, and the processes of a job."""

@@ -1,6 +1,8 @@
-"""How the processes of a job find each other, and what becomes of them where they do not.
+"""Connect the processes of a job, and end them together.
 
-By flags, or by what SLURM, Open MPI, Cloud TPU or Kubernetes leave in the environment of those they start.
+They are named by --coordinator, or found by JAX itself, which reads what SLURM, Open MPI, Cloud TPU or Kubernetes
+set in the environment. JAX's heartbeats watch over the processes: when one is dead or stopped, or the first one is
+gone, JAX aborts all others, and a handler turns the abort into a message and exit code 75.
 """
 
 from __future__ import annotations
@@ -10,80 +12,128 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob
 from typing import Any
 
 from smollm_jax.config.settings import ComputeConfig
-from smollm_jax.distributed.processes import LEAVING, Processes
+from smollm_jax.distributed.processes import PeerLost, Processes
 from smollm_jax.distributed.watchdog import AGAIN
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, UserError, one_line, require
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError, one_line, require
 from smollm_jax.runtime.signals import end_with
 
-# the library's own watch ends a process by a crash; ours comes first, in words and with an exit code
-LIBRARY_SECONDS = 600
+# Measured with three processes, 2026-11-27: kill -9 of the first ends all others at once; SIGSTOP of the first,
+# and kill -9 or SIGSTOP of another, after 58 to 62 s.
+HEARTBEAT_SECONDS = 60
+VERDICT_SECONDS = HEARTBEAT_SECONDS + 10.0  # after which JAX would have aborted if a process were dead
 CONNECT_SECONDS = 300
-_KEPT: list[Any] = []  # what C code has a pointer to
+ANSWER_SECONDS = 2.0  # for the coordination service of a whole job
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+# an indexed Job or JobSet of Kubernetes sets the last, its manifest the others
+KUBERNETES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JOB_COMPLETION_INDEX",
+}
+_KEPT: list[Any] = []  # C code holds a pointer to it
 
 
-def join(compute: ComputeConfig) -> Processes:
-    """Connect with the other processes of the job, before anything else is asked of JAX.
+@contextmanager
+def join_job(compute: ComputeConfig) -> Iterator[Processes]:
+    """Connect with the other processes of the job; at the end, leave together with them.
 
-    They are those of `--coordinator`, or what SLURM, Open MPI, Cloud TPU or Kubernetes have started.
+    To be entered before anything else is asked of JAX. Raises `ValueError` if they do not connect in time.
     """
-    given = {
+    job = connect(compute)
+    if not job.several:
+        yield job
+        return
+    from jax._src import distributed
+
+    job.watchdog.start(distributed.global_state.client)
+    try:
+        with job.watchdog.patient("the work before or after training"):
+            try:
+                yield job
+            except UserError:  # the same in all processes
+                job.leave(EXIT_MISTAKE)
+                raise
+            job.leave(job.exit_code)
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, PeerLost) or "Gloo" in str(error):
+            end_with(f"the connection to another process broke: {one_line(error)}; {AGAIN}", EXIT_STOPPED)
+        if type(error).__module__.startswith("jax"):  # an error of the devices may be the death of another process
+            time.sleep(VERDICT_SECONDS)
+        raise
+    finally:
+        job.watchdog.over.set()
+
+
+def connect(compute: ComputeConfig) -> Processes:
+    """Connect with the other processes, if there are any."""
+    given: dict[str, Any] = {
         "coordinator_address": compute.coordinator,
         "num_processes": compute.num_processes,
         "process_id": compute.process_id,
     }
     if compute.coordinator is None:
-        if not _launched():
+        on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
+        may_be_a_pod = on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+        if not (_are_several() or may_be_a_pod):
             return Processes()
-        given = _of_an_indexed_job()
+        named = {name: os.environ.get(variable, "") for name, variable in KUBERNETES.items()}
+        given = {name: int(v) if v.isdecimal() else v for name, v in named.items()} if all(named.values()) else {}
     import jax
 
     _keep_stdout()
-    _explain_abort()
+    jobs = _explain_abort()
     if compute.coordinator is not None and compute.process_id:
         _wait_for(compute.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     try:
         jax.distributed.initialize(
-            **given,  # type: ignore[arg-type]
-            heartbeat_timeout_seconds=LIBRARY_SECONDS,
-            initialization_timeout=CONNECT_SECONDS,
+            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=CONNECT_SECONDS
         )
     except (RuntimeError, ValueError) as error:
-        if compute.coordinator is None and "coordinator_address" in str(error) and not _of_several():
-            LEAVING.clear()  # a TPU of one host, such as a notebook's: nobody to be found
+        if compute.coordinator is None and "coordinator_address" in str(error) and not _are_several():
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
-            return Processes()
+            return Processes()  # a TPU of one host, such as a notebook's
         where = compute.coordinator or "found by the launcher"
         raise UserError(
             f"the job's processes did not come together (coordinator {where}): {one_line(error)}"
         ) from None
-    LEAVING.clear()
-    return Processes(jax.process_index(), jax.process_count())
+    jobs.append(Processes(jax.process_index(), jax.process_count()))
+    return jobs[0]
+
+
+def _are_several() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    env = os.environ
+    # without a TPU, libtpu leaves a sentence in this variable for child processes
+    hosts = env.get("TPU_WORKER_HOSTNAMES", "")
+    counted = any(int(env.get(name, 1)) > 1 for name in TASK_COUNTS)
+    return counted or set(KUBERNETES.values()) <= env.keys() or ("," in hosts and " " not in hosts)
 
 
 def _wait_for(coordinator: str) -> None:
-    """Wait until the first process listens; raises `ValueError` where it does not in time."""
+    """Wait until the first process listens; raises `ValueError` if it does not in time."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + CONNECT_SECONDS
-    while not _answers(host, port):
-        require(
-            time.monotonic() < deadline,
-            f"--coordinator {coordinator} does not answer; is the process with --process-id 0 running there?",
-        )
-        time.sleep(0.2)
-
-
-def _answers(host: str, port: str) -> bool:
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError:
-        return False
-    return True
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            require(
+                time.monotonic() < deadline,
+                f"--coordinator {coordinator} does not answer; is the process with --process-id 0 running there?",
+            )
+            time.sleep(0.2)
 
 
 def _keep_stdout() -> None:
@@ -94,61 +144,41 @@ def _keep_stdout() -> None:
     sys.stdout = os.fdopen(results, "w", buffering=1)
 
 
-def _explain_abort() -> None:
-    """JAX's client has no callback that works for what it cannot bear: a process that does not come, or the first
-    one gone. It aborts; so the abort is caught, and becomes words and an exit code.
+def _explain_abort() -> list[Processes]:
+    """Turn an abort of JAX's client into a message and an exit code.
+
+    The client has no working callback for a process that does not connect or is gone: it aborts. The job is to be
+    added to the returned list once it is connected.
     """
+    jobs: list[Processes] = []
 
     def aborted(number: int) -> None:
-        if LEAVING == [None]:
+        if not jobs:
             end_with(f"the job's processes did not come together within {CONNECT_SECONDS} s", EXIT_FAILED)
-        if LEAVING:
-            os._exit(LEAVING[0] or 0)
-        if _first_is_gone():
-            end_with(f"the first process of the job is gone; {AGAIN}", EXIT_STOPPED)
+        if jobs[0].leaving:
+            os._exit(jobs[0].exit_code)
+        if not _is_whole():
+            end_with(f"another process of the job is gone; {AGAIN}", EXIT_STOPPED)
         os._exit(128 + number)
 
-    LEAVING[:] = [None]
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     _KEPT.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    return jobs
 
 
-def _first_is_gone() -> bool:
+def _is_whole() -> bool:
+    """Whether the coordination service answers; asked by a thread, because an aborting client holds a lock."""
     from jax._src import distributed
 
-    state = distributed.global_state
-    host, _, port = str(getattr(state, "coordinator_address", "")).rpartition(":")
-    return getattr(state, "process_id", 0) > 0 and port.isdecimal() and not _answers(host, port)
+    client = distributed.global_state.client
+    assert client is not None
 
+    answered = threading.Event()
 
-def _launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    env = os.environ
-    on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in env
-    return _of_several() or (on_tpu_machine and env.get("JAX_PLATFORMS", "tpu").startswith("tpu"))
+    def ask() -> None:
+        client.key_value_dir_get("smollm_jax")
+        answered.set()
 
-
-def _of_several() -> bool:
-    """Whether the environment itself says that there are others."""
-    env = os.environ
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return True
-    if _of_an_indexed_job():
-        return True
-    named = env.get("TPU_WORKER_HOSTNAMES", "")
-    # where there is no TPU, libtpu leaves a sentence there for child processes
-    hosts = [] if " " in named else [host for host in named.split(",") if host]
-    return len(hosts) > 1 or int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1
-
-
-def _of_an_indexed_job() -> dict[str, Any]:
-    """An indexed Job or JobSet of Kubernetes gives each pod its number; its manifest gives the rest."""
-    env = os.environ
-    if not {"JOB_COMPLETION_INDEX", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"} <= env.keys():
-        return {}
-    return {
-        "coordinator_address": env["JAX_COORDINATOR_ADDRESS"],
-        "num_processes": int(env["JAX_NUM_PROCESSES"]),
-        "process_id": int(env["JOB_COMPLETION_INDEX"]),
-    }
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(ANSWER_SECONDS)

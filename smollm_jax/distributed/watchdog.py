@@ -1,14 +1,14 @@
-"""The watch over the other processes of a job: who is dead, and what takes too long.
+"""Time limits for a process of a job, so that no process waits forever for another.
 
-Each process has a heart, a thread that counts on in a file of a folder that all see, and an ear that reads those
-of the others. One that is stopped or dead falls silent. What a process does has a limit of its own, and one that
-does not move while its heart beats ends itself by it. What all do together, such as a step, has one too, but only
-time counts in which no process is at something long: else all would leave because one waits for its data.
+JAX's heartbeats tell when a process is dead or stopped (see launch.py), not when it is alive and stuck. Therefore
+each activity of a process has a time limit, and a process that exceeds it ends itself. A step and other activities
+of all processes have a limit too. Its time counts only while no process is at a patient activity, such as waiting
+for data; otherwise all would leave because one waits. Each process publishes what it is at in the key-value store
+of JAX's coordination service.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
@@ -16,31 +16,30 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from smollm_jax.runtime.errors import EXIT_STOPPED
 from smollm_jax.runtime.signals import end_with
 
 AGAIN = "what was saved stands; run the same command in all processes to go on"
-BEAT_SECONDS = 1.0
-SILENT_SECONDS = 30.0  # after which a process is taken for dead
-OWN_SECONDS = 20.0  # for what a process does between two steps; with the silence after it less than a minute
-STEP_SECONDS = 45.0  # that a network may be down in a step, however short steps are
-EXCHANGE_SECONDS = 300.0  # for what all send each other, and the program that does it to compile
-LONGEST_SECONDS = 3600.0  # for what has no measure: the first step, a save, a batch of an evaluation, the start
-TIMES_THE_USUAL = 20  # what a step may take
-BEAT_BYTES = 32
+TICK_SECONDS = 1.0
+LONGEST_TICK_SECONDS = 15.0  # more has not passed between two ticks, whatever the clock says
+OWN_SECONDS = 20.0  # for the work of a process between two steps; with JAX's heartbeats less than two minutes
+STEP_SECONDS = 45.0  # for which a network may be down in a step, however short steps are
+EXCHANGE_SECONDS = 300.0  # for an exchange among processes, including the compilation of its program
+LONGEST_SECONDS = (
+    3600.0  # for activities without a measure: the first step, a save, a batch of an evaluation, setup
+)
+TIMES_THE_USUAL = 20  # the median of recent steps, for a step
 LONG, SHORT = "long", "short"
+KEY = "smollm_jax/activity/"
 
 
 @dataclass
 class Limit:
-    """Of what a process is at; `passed` seconds of it are over.
+    """The time limit of an activity, of which `passed` seconds are over.
 
-    `own`: what lies between two steps; `common`: what takes all of them; `long`: what the others wait for in
-    patience.
+    `own`: between two steps; `common`: takes all processes; `long`: the other processes wait patiently.
     """
 
     kind: Literal["own", "common", "long"]
@@ -50,7 +49,7 @@ class Limit:
 
 
 class Watchdog:
-    """Of one process, `index` of `count`; `over` ends it."""
+    """The time limits of process `index` of `count`; they hold after `start` until `over` is set."""
 
     def __init__(self, index: int, count: int):
         self.index, self.count = index, count
@@ -59,78 +58,62 @@ class Watchdog:
         self._limits: list[Limit] = []
         self._usual: dict[int, deque[float]] = {}
 
-    def start(self, folder: Path) -> None:
-        """Have a heart, an ear, and a clock, which waits for no disk."""
-        for work in (partial(self._beat, folder), partial(self._listen, folder), self._count):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+    def start(self, store: Any) -> None:
+        """Start two threads: one shares activities through `store`, a client of JAX's service; one counts time."""
+        threading.Thread(target=self._share, args=(store,), name="activities", daemon=True).start()
+        threading.Thread(target=self._count, name="watchdog", daemon=True).start()
 
-    def moving(self) -> AbstractContextManager[None]:
-        """Inside, leave with exit code 75 when this process stands still between two steps."""
-        return self._within(Limit("own", OWN_SECONDS, "what lies between steps"))
+    def limit(self) -> AbstractContextManager[None]:
+        """Leave with exit code 75 if this process makes no progress between two steps for `OWN_SECONDS`."""
+        return self._within(Limit("own", OWN_SECONDS, "the work between two steps"))
 
     def step(self, rows: int, what: str) -> AbstractContextManager[None]:
-        """As `moving`, for a step of so many rows, which may take many times what the like of it took of late."""
+        """Limit a step to 20 times the median duration of recent steps with this batch size."""
         took = self._usual.get(rows)
         usual = min(TIMES_THE_USUAL * statistics.median(took), LONGEST_SECONDS) if took else LONGEST_SECONDS
         return self._within(Limit("common", STEP_SECONDS + usual, what))
 
     def step_took(self, rows: int, seconds: float) -> None:
-        """Take these for what a step of so many rows takes, the wait for the next rows included."""
+        """Record the duration of a step with this batch size, including the wait for the next rows."""
         self._usual.setdefault(rows, deque(maxlen=9)).append(seconds)
 
     def exchange(self) -> AbstractContextManager[None]:
-        """As `moving`, for what all send each other."""
+        """Limit an exchange among all processes."""
         return self._within(Limit("common", EXCHANGE_SECONDS, "an exchange among the processes"))
 
-    def long(self, what: str, seconds: float = LONGEST_SECONDS) -> AbstractContextManager[None]:
-        """As `moving`, for what may take so many seconds, and is waited for by the others."""
+    def patient(self, what: str, seconds: float = LONGEST_SECONDS) -> AbstractContextManager[None]:
+        """Limit an activity that may take long; meanwhile the limits of the other processes stand still."""
         return self._within(Limit("long", seconds, what))
 
-    def moved(self) -> None:
-        """The limit that holds begins anew."""
+    def reset(self) -> None:
+        """Start the current limit again: the activity makes progress."""
         for limit in self._limits[-1:]:
             limit.passed = 0.0
 
     @contextmanager
     def _within(self, limit: Limit) -> Iterator[None]:
-        """What holds around it begins anew after it."""
+        """Hold `limit`; the limit around it starts again afterwards."""
         self._limits.append(limit)
         try:
             yield
         finally:
             self._limits.pop()
-            self.moved()
+            self.reset()
 
-    def _state(self) -> str:
-        return SHORT if any(limit.kind != "long" for limit in self._limits[-1:]) else LONG
-
-    def _beat(self, folder: Path) -> None:
-        """In place, and always as many bytes, so that the heart goes on where a disk is full; closed each time,
-        which is when a network's file system shows it to others.
-        """
-        beats = 0
-        while not self.over.wait(BEAT_SECONDS):
-            beats += 1
-            with suppress(OSError):  # a full disk is no death
-                file = os.open(folder / str(self.index), os.O_WRONLY | os.O_CREAT, 0o666)
-                try:
-                    os.pwrite(file, f"{os.getpid()} {beats} {self._state()}".ljust(BEAT_BYTES).encode(), 0)
-                finally:
-                    os.close(file)
-
-    def _listen(self, folder: Path) -> None:
-        heard: dict[int, tuple[str, float]] = {i: ("", 0.0) for i in range(self.count) if i != self.index}
-        for passed in self._ticks():
-            for i, (words, silent) in heard.items():
-                now = read(folder / str(i))
-                heard[i] = now, silent + passed if now == words else 0.0
-                if heard[i][1] > SILENT_SECONDS:
-                    silence = f"process {i} of {self.count} has been silent for {SILENT_SECONDS:.0f} s"
-                    end_with(f"{silence}; {AGAIN}", EXIT_STOPPED)
-            self.others_are_long = any(words.split()[-1:] != [SHORT] for words, _ in heard.values())
+    def _share(self, store: Any) -> None:
+        published = ""
+        for _ in self._ticks():
+            state = SHORT if any(limit.kind != "long" for limit in self._limits[-1:]) else LONG
+            with suppress(Exception):  # a service that does not answer: JAX's heartbeats end the process
+                if state != published:
+                    store.key_value_set(f"{KEY}{self.index}", state, allow_overwrite=True)
+                    published = state
+                found = dict(store.key_value_dir_get(KEY))
+                others = [found.get(f"{KEY}{i}") for i in range(self.count) if i != self.index]
+                self.others_are_long = any(other != SHORT for other in others)
 
     def _count(self) -> None:
-        """Take from the limit that holds what has passed, and leave when nothing is left."""
+        """Add the time that passes to the current limit; leave when the limit is exceeded."""
         for passed in self._ticks():
             for limit in self._limits[-1:]:
                 if limit.kind == "common" and self.others_are_long:
@@ -141,19 +124,10 @@ class Watchdog:
                     end_with(f"process {self.index} of {self.count}: {words}; {AGAIN}", EXIT_STOPPED)
 
     def _ticks(self) -> Iterator[float]:
-        """Seconds since the last of them, on a clock that stands while the machine sleeps or a scheduler has
-        suspended the job.
-        """
+        """Yield the seconds since the last tick, few even if the machine slept or the job was suspended."""
         before, worked = time.monotonic(), 0.0
-        while not self.over.wait(BEAT_SECONDS):
+        while not self.over.wait(TICK_SECONDS):
             now = time.monotonic()
-            yield min(now - before, 2 * BEAT_SECONDS) + worked
+            yield min(now - before, 2 * TICK_SECONDS) + worked
             before = time.monotonic()
-            worked = min(before - now, SILENT_SECONDS / 2)
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+            worked = min(before - now, LONGEST_TICK_SECONDS)

@@ -1,0 +1,1 @@
+"""Train a run: the step, the loop, evaluation, restart."""

@@ -97,9 +97,8 @@ def with_attention(
     config: Config, mesh: jax.sharding.Mesh, dtype: Any, processes: Processes
 ) -> tuple[Config, list[str]]:
     """The config with the attention kernel that has passed its check in all processes, and notes on it."""
-    attention, remarks = processes.together(
-        lambda: choose_checked(config.compute.attention, mesh, config.model, dtype)
-    )
+    with processes.all_or_none():
+        attention, remarks = choose_checked(config.compute.attention, mesh, config.model, dtype)
     if len(set(processes.gather(attention))) > 1:
         attention, remarks = "plain", ["attention   plain: the kernel's check did not go alike in all processes"]
     return replace(config, compute=replace(config.compute, attention=attention)), remarks

@@ -1,15 +1,16 @@
-"""Held-out loss and bits per byte: of a run under way, and of any model on any text.
+"""Held-out loss and bits per byte, of a run in progress and of any model on any text.
 
-Bits per byte compare across tokenizers: the nats of the targets over the UTF-8 bytes that those very targets
-stand for. Sums are kept to the end; a mean of means would weigh short batches more.
+Bits per byte are the nats of the targets over the UTF-8 bytes of the same targets, so they compare across
+tokenizers. Sums are kept to the end because a mean of means would weigh short batches more.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,16 @@ from smollm_jax.runs.load import is_run, load_model, read_run
 from smollm_jax.runs.metrics import finite_or_none
 from smollm_jax.runtime.devices import use_precision_of
 from smollm_jax.runtime.errors import require
-from smollm_jax.training.run import Run
+from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll
+
+# a greedy base model repeats itself; this shows what it learned and is still nearly deterministic
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
 
 
 @dataclass(frozen=True)
-class Score:
-    """Sums over the held-out targets: nats, targets, and bytes of text they stand for."""
+class HeldOutScore:
+    """Sums over the held-out targets: nats, targets, and the bytes of text they stand for."""
 
     nats: float
     tokens: int
@@ -44,7 +48,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / max(self.tokens, 1)
 
     @property
@@ -56,25 +60,18 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def score(
-    nll: Callable[..., jax.Array],
-    params: Any,
-    batches: Iterable[Batch],
-    token_bytes_V: np.ndarray,
-    *,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Score | None:
-    """Score `batches` with `nll(params, tokens, segment_ids)`; None when `stopped` turns true on the way."""
+def score_batches(
+    nll: Callable[..., jax.Array], params: Any, batches: Iterable[Batch], token_bytes_V: np.ndarray
+) -> HeldOutScore:
+    """Sum `nll(params, tokens, segment_ids)` over `batches`; `token_bytes_V` holds the bytes of each token."""
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
-        if stopped():
-            return None
         nats += float(nll(params, batch.tokens, batch.segment_ids))
         before, after = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
         targets = batch.tokens[:, 1:][(before == after) & (after != 0)]
         tokens += targets.size
         text_bytes += int(token_bytes_V[targets].sum())
-    return Score(nats, tokens, text_bytes)
+    return HeldOutScore(nats, tokens, text_bytes)
 
 
 def evaluate_model(
@@ -86,10 +83,10 @@ def evaluate_model(
     max_batches: int | None = None,
     dtype: str,
 ) -> dict[str, Any]:
-    """Score a run, exported folder or Hub id on all of `data.data`, in order; plain JSON values.
+    """Score a run, exported folder or Hub id on all of `data.data`, in order; returns plain JSON values.
 
-    Rows are as long as those that the run was trained on, or as `seq_len`, but never longer than the model's
-    context. Raises `ValueError` for what cannot be read or holds nothing to score.
+    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `ValueError` for
+    a path that cannot be read, or data without a target.
     """
     require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
@@ -97,14 +94,13 @@ def evaluate_model(
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
-    # plain: no kernel is checked here as a run checks its own
+    # plain: kernels are only used after a check, and only a run makes one
     config = Config(model=model, data=settings, compute=ComputeConfig(attention="plain"))
     use_precision_of(jnp.dtype(dtype))
     mesh = make_mesh(config, jax.devices()[:1])
     nll = jax.jit(make_nll(config, mesh, dtype=jnp.dtype(dtype), remat="none"))
     batches = islice(plain_batches(settings, tokenizer, batch_size), max_batches)
-    result = score(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
-    assert result is not None
+    result = score_batches(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
     require(result.tokens > 0, f"--data {settings.data} holds nothing to score: no document of two tokens")
     return {
         "path": str(path),
@@ -119,52 +115,51 @@ def evaluate_model(
     }
 
 
-# greedy base models repeat themselves; this shows what was learned and is still nearly deterministic
-SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
+def evaluate_run(run: Run) -> None:
+    """Record held-out loss and samples and draw loss.png; a stopped evaluation is left to the next start.
 
-
-def evaluate_run(run: Run, save: Callable[[], None]) -> None:
-    """Held-out loss, samples and loss.png; left for the next start when asked to stop on the way.
-
-    A stop that comes while there is much to compile is met by another thread, which calls `save`.
+    While the main thread compiles for minutes, another thread handles a stop request by calling `save`.
     """
     if run.heldout is None or run.interrupted:
         return
     began, config, step = time.monotonic(), run.config, run.progress.step
     parts = config.compute.grad_accum
     batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
-
-    def stopped() -> bool:
-        run.processes.watch.moved()
-        return run.interrupted
-
-    away = run.stop.away(None if run.processes.several else save)
-    with away, run.processes.watch.long("a batch of an evaluation, or samples"):
-        result = score(run.nll, run.state["params"], batches, run.tokenizer.token_bytes, stopped=stopped)
-        if result is None:
-            return
+    away = run.stop.away(None if run.job.several else partial(save, run))
+    with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
+        score = score_batches(
+            run.nll, run.state["params"], _until_stopped(run, batches), run.tokenizer.token_bytes
+        )
         texts = sample(run)
-    line = {
-        "step": step,
-        "eval_loss": finite_or_none(result.loss),
-        "eval_bits_per_byte": finite_or_none(result.bits_per_byte),
-        "eval_tokens": result.tokens,
-        "eval_seconds": time.monotonic() - began,
-    }
     if run.interrupted:
         return
-    with run.processes.watch.long("drawing loss.png"):
+    line = {
+        "step": step,
+        "eval_loss": finite_or_none(score.loss),
+        "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
+        "eval_tokens": score.tokens,
+        "eval_seconds": time.monotonic() - began,
+    }
+    with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)
-    run.evaluated = step
+    run.counters.evaluated = step
+
+
+def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        run.job.watchdog.reset()
+        if run.interrupted:
+            return
+        yield batch
 
 
 def sample(run: Run) -> list[tuple[str, str]]:
-    """The sample prompts and their continuations; those that were made when a stop was requested."""
+    """The sample prompts with their continuations; fewer if a stop is requested meanwhile."""
     settings = run.config.run
     if not settings.sample_tokens or run.interrupted:
         return []
     params = on_one_device(run.state["params"], run.mesh)
-    if not run.processes.first:
+    if not run.job.first:
         return []
     model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
     if run.generator is None:
@@ -186,5 +181,5 @@ def sample(run: Run) -> list[tuple[str, str]]:
             if run.interrupted:
                 break
         texts.append((prompt, run.tokenizer.decode(ids)))
-    run.generator.unload()  # the next step has use for the memory
+    run.generator.unload()  # the next step needs the memory
     return texts

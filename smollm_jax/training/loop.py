@@ -1,15 +1,15 @@
-"""The loop of several processes, who take every step together and end at the same one.
+"""The training loop, the same for one process and for many.
 
-Nobody can leave a step that the others have begun. So each process sends a vote along with its rows of a
-batch; the sum comes back with the metrics, the same for all, one step later. A process without rows votes the
-step void: it changes nothing, and all stand where they stood before it.
+A process cannot leave a step that others have begun. Therefore each process sends a `Vote` with its rows of a
+batch. The summed votes come back with the metrics, equal in all processes, while the next step runs. A step that
+one process votes `VOID` changes nothing, and all processes return to the state before it. A process alone needs
+no votes: it sends no step without rows, and its verdict is whether it was asked to stop.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,198 +17,152 @@ import numpy as np
 
 from smollm_jax.data.packing import Batch
 from smollm_jax.distributed.sharding import by_device, on_devices, padded_rows
-from smollm_jax.distributed.watchdog import AGAIN
-from smollm_jax.runtime.errors import SourceTimeout, UserError
+from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.training.evaluation import evaluate_run
-from smollm_jax.training.progress import Interval, Pending, report_step, write_line
-from smollm_jax.training.run import Run, evaluation_due, save, save_due
+from smollm_jax.training.progress import report_step, write_line
+from smollm_jax.training.run import Outcome, Pending, Run, evaluation_due, save, save_due
 from smollm_jax.training.step import ENDED, GO, STOP, VOID
 
-STUCK_SECONDS = 600.0  # after which what no source of data holds up any more is taken for dead
-
-Item = tuple[Batch, dict | None]
+POLL_SECONDS = 0.2
+STUCK_SECONDS = 600.0  # added to --data-timeout, so that a source's own error comes first
 
 
 @dataclass
 class Ballot:
-    """This process's part of a step: rows with the cursor behind them, its vote, and why it has no rows."""
+    """What a process contributes to a step: its vote, and rows with the cursor after them if it has any."""
 
-    item: Item
     vote: int
-    fault: str = ""
-    is_mistake: bool = False
-    """Whether the fault lies in the data, not in waiting for it."""
+    item: tuple[Batch, dict[str, Any] | None] | None = None
+    fault: Exception | None = None
+    """Why there are no rows: `SourceTimeout`, or a `ValueError` for data that cannot be read."""
 
 
-def train_together(run: Run) -> str:
-    """As `train`. Raises `ValueError` in all processes where the data of one cannot be read."""
-    if run.evaluated < run.progress.step and evaluation_due(run):
-        evaluate_run(run, partial(save, run))
-    pending, interval, ballot = None, Interval(), None
-    while run.progress.step < run.last_step:
-        waiting_since = time.monotonic()
-        ballot = cast(run, ballot)
-        interval.data_wait_seconds += time.monotonic() - waiting_since
-        step = run.progress.step + 1
-        with run.processes.watch.step(run.config.batch_size_at(step), f"step {step}"):
-            dispatched = dispatch(run, *ballot.item, votes(run, ballot.vote))
-        verdict = settle(run, pending, interval)
-        pending = dispatched
-        if verdict == GO and not (evaluation_due(run) or save_due(run)):
-            continue
-        second = settle(run, pending, interval)
-        verdict = verdict if verdict >= ENDED else max(verdict, second)
-        pending, paused = None, time.monotonic()
-        if verdict == ENDED:
-            write_line(run, interval)
-        if save_due(run) or verdict != GO:
-            save(run)
-        if verdict != GO:
-            return ended(run, verdict, ballot)
-        if evaluation_due(run):
-            evaluate_run(run, partial(save, run))
-        interval.began += time.monotonic() - paused
-    verdict = settle(run, pending, interval)
-    if verdict == ENDED:
-        write_line(run, interval)
-    save(run)
-    return DONE if verdict == GO or run.progress.step == run.last_step else ended(run, verdict, ballot)
+def train(run: Run) -> Outcome:
+    """Train until the last step, a stop request or the end of the data.
 
-
-def cast(run: Run, before: Ballot | None) -> Ballot:
-    """The next rows, or the reason why there are none, with the vote that says so.
-
-    Who once had none has none from then on, whatever comes: the step after a void one must be void too.
+    One step is on the device while the metrics of the one before are read, so the device never waits for the host.
+    Raises `TooManyBadSteps`, or in all processes `ValueError` if one cannot read its data.
     """
-    step = run.progress.step + 1
-    shape = (run.config.batch_size_at(step), run.config.data.seq_len + 1)
-    nothing = (Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32)), run.progress.cursor)
+    if run.counters.evaluated < run.progress.step and evaluation_due(run):
+        with run.counters.paused():
+            evaluate_run(run)
+    pending, ballot = None, None
+    while run.progress.step < run.last_step:
+        ballot = next_ballot(run, ballot)
+        sent = dispatch(run, ballot)
+        verdict = settle(run, pending)  # of the step before, while this one runs
+        if sent is not None and verdict == GO and not (evaluation_due(run) or save_due(run)):
+            pending = sent
+            continue
+        last = ballot.vote if sent is None else settle(run, sent)
+        verdict, pending = (verdict if verdict >= ENDED else max(verdict, last)), None
+        if verdict == ENDED:
+            write_line(run)
+        with run.counters.paused():
+            if save_due(run) or verdict != GO:
+                save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
+            if verdict != GO:
+                return outcome_of(run, verdict, ballot)
+            if evaluation_due(run):
+                evaluate_run(run)
+    verdict = settle(run, pending)
+    if verdict == ENDED:
+        write_line(run)
+    save(run)
+    reached = verdict == GO or run.progress.step == run.last_step
+    return Outcome.DONE if reached else outcome_of(run, verdict, ballot)
+
+
+def next_ballot(run: Run, before: Ballot | None) -> Ballot:
+    """The next rows, or the reason why there are none, with the vote that follows from it."""
     if before is not None and before.vote == VOID:
-        return replace(before, item=nothing)
-    patience = run.config.data.data_timeout + STUCK_SECONDS  # a source's own limit comes first, in its own words
-    deadline = time.monotonic() + patience
+        return before  # late rows do not change it: the step already in flight must be void as well
+    if run.interrupted:
+        return Ballot(STOP)  # a process alone takes no further step for the sake of others
+    began = time.monotonic()
     try:
-        with run.processes.watch.long("a batch of the data", patience + STUCK_SECONDS):
-            while (item := run.stream.get(timeout=POLL_SECONDS)) is None:
-                if run.stop.requested:
-                    return Ballot(nothing, VOID)
-                if time.monotonic() > deadline:
-                    raise SourceTimeout(f"no data came for {patience:g} s")
+        item = _wait_for_rows(run)
     except StopIteration:
-        return Ballot(nothing, STOP if run.stop.requested else ENDED)
-    except SourceTimeout as error:
-        return Ballot(nothing, VOID, f"{error}; {AGAIN}")
-    except ValueError as error:
-        return Ballot(nothing, VOID, str(error), is_mistake=True)
+        return Ballot(STOP if run.stop.requested else ENDED)
+    except (SourceTimeout, ValueError) as error:
+        return Ballot(VOID, fault=error)
+    finally:
+        run.counters.interval.data_wait_seconds += time.monotonic() - began
+    if item is None:
+        return Ballot(VOID)
     padding = not item[0].segment_ids.any()
-    return Ballot(item, STOP if run.stop.requested else ENDED if padding else GO)
+    return Ballot(STOP if run.stop.requested else ENDED if padding else GO, item)
 
 
-def votes(run: Run, vote: int) -> jax.Array:
+def _wait_for_rows(run: Run) -> tuple[Batch, dict[str, Any]] | None:
+    """The loader's next batch and cursor; None if a stop is requested while there is none."""
+    patience = run.config.data.data_timeout + STUCK_SECONDS
+    deadline = time.monotonic() + patience
+    with run.job.watchdog.patient("a batch of the data", patience + STUCK_SECONDS):
+        while (item := run.stream.get(timeout=POLL_SECONDS)) is None and not run.stop.requested:
+            if time.monotonic() > deadline:
+                raise SourceTimeout(f"no data came for {patience:g} s")
+    return item
+
+
+def dispatch(run: Run, ballot: Ballot) -> Pending | None:
+    """Send a step to the device without waiting for it; None if a process alone has no rows."""
+    sent, progress = time.monotonic(), run.progress
+    if ballot.item is None and not run.job.several:
+        return None
+    step, rows = progress.step + 1, run.config.batch_size_at(progress.step + 1)
+    batch, cursor = ballot.item or (_empty_batch(rows, run.config.data.seq_len), progress.cursor)
+    padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
+    with run.job.watchdog.step(rows, f"step {step}"):
+        arrays = [on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids)]
+        votes = [_votes(run, ballot.vote)] if run.job.several else []
+        with jax.transfer_guard("disallow"):  # an array of the host among the arguments would stall the device
+            run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
+    before, progress.cursor = progress.cursor, cursor
+    progress.step = step
+    return Pending(step, metrics, before, cursor, rows * run.config.data.seq_len, sent)
+
+
+def _empty_batch(rows: int, seq_len: int) -> Batch:
+    return Batch(np.zeros((rows, seq_len + 1), np.int32), np.zeros((rows, seq_len + 1), np.int32))
+
+
+def _votes(run: Run, vote: int) -> jax.Array:
     """An array with this process's vote for each of its devices."""
     mine = np.full(1, vote, np.int32)
     return jax.make_array_from_callback((run.mesh.size,), by_device(run.mesh), lambda _: mine)
 
 
-def settle(run: Run, pending: Pending | None, interval: Interval) -> int:
-    """Take up the outcome of a step: `GO` or `STOP` where it counts; else all go back to where they stood before
-    it, and it is `VOID` or `ENDED`.
+def settle(run: Run, pending: Pending | None) -> int:
+    """Wait for a step and return the verdict on it: `GO` or `STOP` if it counts, else `ENDED` or `VOID`.
+
+    A step that does not count is undone: progress returns to the step before it.
     """
     if pending is None:
         return GO
+    if not run.job.several:
+        report_step(run, pending)
+        return STOP if run.stop.requested else GO
     rows = run.config.batch_size_at(pending.step)
-    with run.processes.watch.step(rows, f"step {pending.step}"):
-        counted, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
-    run.processes.watch.step_took(rows, time.monotonic() - pending.sent)
+    with run.job.watchdog.step(rows, f"step {pending.step}"):
+        votes, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
+    run.job.watchdog.step_took(rows, time.monotonic() - pending.sent)
     progress = run.progress
     if not counts:
         if pending.step <= progress.step:
             progress.step, progress.cursor = pending.step - 1, pending.cursor_before
-        return VOID if counted[VOID] else ENDED
-    assert pending.step <= progress.step, "a step was taken after a void one"
-    report_step(run, pending, interval)
-    return STOP if counted[STOP] else GO
+        return VOID if votes[VOID] else ENDED
+    assert pending.step <= progress.step, "a step counted after a void one"
+    report_step(run, pending)
+    return STOP if votes[STOP] else GO
 
 
-def ended(run: Run, verdict: int, ballot: Ballot | None) -> str:
-    """Why all processes end here; raises `ValueError` for data that one of them cannot read."""
-    mine = (
-        {"fault": ballot.fault, "is_mistake": ballot.is_mistake} if ballot else {"fault": "", "is_mistake": False}
-    )
-    for index, theirs in enumerate(run.processes.gather(mine)):
-        if theirs["is_mistake"]:
-            raise UserError(theirs["fault"])
-        if theirs["fault"]:
-            run.report.say(f"process {index}: {theirs['fault']}")
-    return DATA_ENDED if verdict == ENDED else STOPPED
-
-
-DONE, STOPPED, DATA_ENDED = "done", "stopped", "data ended"
-POLL_SECONDS = 0.2
-
-
-def train(run: Run) -> str:
-    """The loop; returns why it ended: `DONE`, `STOPPED` or `DATA_ENDED`."""
-    if run.evaluated < run.progress.step and evaluation_due(run):
-        evaluate_run(run, partial(save, run))
-    pending, interval = None, Interval()
-    while run.progress.step < run.last_step:
-        waiting_since = time.monotonic()
-        try:
-            item = next_batch(run)
-        except ValueError:  # data that cannot be read costs nothing of what was trained before it
-            report_step(run, pending, interval)
-            save(run)
-            raise
-        if isinstance(item, str):
-            report_step(run, pending, interval)
-            if item == DATA_ENDED:
-                write_line(run, interval)
-            save(run)
-            return item
-        interval.data_wait_seconds += time.monotonic() - waiting_since
-        dispatched = dispatch(run, *item)
-        report_step(run, pending, interval)
-        pending = dispatched
-        if not (evaluation_due(run) or save_due(run) or run.stop.requested):
-            continue
-        report_step(run, pending, interval)
-        paused = time.monotonic()
-        if save_due(run) or run.stop.requested:
-            save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
-        if evaluation_due(run):
-            evaluate_run(run, partial(save, run))
-        interval.began += time.monotonic() - paused
-        if run.stop.requested:
-            save(run)  # again where the request came during the evaluation
-            return STOPPED
-    report_step(run, pending, interval)
-    save(run)
-    return DONE
-
-
-def next_batch(run: Run) -> tuple[Batch, dict[str, Any]] | str:
-    """The next batch and its cursor, or why there is none."""
-    while not run.stop.requested:
-        try:
-            item = run.stream.get(timeout=POLL_SECONDS)
-        except StopIteration:
-            return DATA_ENDED
-        except SourceTimeout as error:
-            run.report.say(f"{error}; run the same command to go on")
-            return STOPPED
-        if item is not None:
-            return item
-    return STOPPED
-
-
-def dispatch(run: Run, batch: Batch, cursor: dict[str, Any] | None, *votes: jax.Array) -> Pending:
-    """Send a step to the device without waiting for it; `votes` as `make_step` has it."""
-    sent, progress = time.monotonic(), run.progress
-    rows = run.config.batch_size_at(progress.step + 1)
-    padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
-    arrays = (on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
-    run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
-    before, progress.cursor = progress.cursor, cursor
-    progress.step += 1
-    return Pending(progress.step, metrics, before, cursor, rows * run.config.data.seq_len, sent)
+def outcome_of(run: Run, verdict: int, ballot: Ballot | None) -> Outcome:
+    """Why all processes end here; raises `ValueError` in all if one cannot read its data."""
+    try:
+        with run.job.all_or_none():
+            if ballot is not None and ballot.fault is not None:
+                raise ballot.fault
+    except SourceTimeout as error:
+        run.report.say(f"{error}; run the same command to go on")
+    return Outcome.DATA_ENDED if verdict == ENDED else Outcome.STOPPED

@@ -1,8 +1,7 @@
-"""What a run starts from: its own newest good checkpoint, the weights of another model, or nothing.
+"""Decide what a run starts from, and whether it may resume under changed settings.
 
-Weights bring their architecture and tokenizer along wherever the command line leaves these at the recipe's
-defaults; where it names them, they have to fit. A resume is refused when a setting that would change the
-result is not what it was.
+Weights bring their architecture and tokenizer along if the command line leaves these at the recipe's defaults;
+settings it names must fit the weights. A resume is refused if a changed setting would change the result.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.step import learning_rate_schedule
 
-# of no weight: they may be longer, or follow from the tokenizer
+# fields of the architecture that no weight's shape depends on
 FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id"}
 
 
 @dataclass(frozen=True)
 class StartState:
-    """`config` is what was asked for, completed by what is started from; at most one of the two others is set."""
+    """What a run starts from: a checkpoint, weights, or neither; `config` is completed by it."""
 
     config: Config
     checkpoint: VerifiedCheckpoint | None = None
@@ -44,22 +43,28 @@ class StartState:
     notes: list[str] = field(default_factory=list)
 
 
-def find_start(config: Config, run_dir: Path, checkpoints: CheckpointManager) -> StartState:
-    """Look for a checkpoint, then for imported weights, then for --init-from.
+def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager) -> StartState:
+    """Find what the run starts from; the first that exists of
 
-    Raises `ValueError` when the run cannot go on under `config`, or the weights are not of its architecture.
+    1. the newest good checkpoint in the run folder,
+    2. weights imported into the run folder,
+    3. the weights of --init-from,
+    4. fresh weights.
+
+    Raises `ValueError` if the run cannot resume under `config`, if all its checkpoints are damaged, or if the
+    weights have another architecture.
     """
     found = checkpoints.latest_good(quarantine=True)
     if found is not None and "progress" in found.meta:
         return _resumed(config, found)
-    left = [path.name for path in checkpoints.folder.glob("[!.]*")] if found is None else []
+    damaged = sorted(path.name for path in checkpoints.folder.glob("[!.]*")) if found is None else []
     require(
-        not left,
-        f"{checkpoints.folder} holds no good checkpoint, only {', '.join(sorted(left))}; "
+        not damaged,
+        f"{checkpoints.folder} holds no good checkpoint, only {', '.join(damaged)}; "
         "see python -m smollm_jax checkpoints, or start afresh with --new-run",
     )
     source = config.run.init_from
-    if found is not None and source is None:
+    if found is not None and source is None:  # an import is a checkpoint without progress
         source = str(run_dir)
     if source is None:
         return StartState(config)
@@ -85,7 +90,7 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
 
 
 def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
-    """`config` with the architecture and the tokenizer of the weights where it leaves them open."""
+    """`config` with the architecture and tokenizer of the weights if it leaves them at the defaults."""
     default = RECIPES[config.recipe]
     if config.data.tokenizer == default.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
@@ -120,7 +125,7 @@ def check_settings(
     refused, of_schedule = changed[""], changed["schedule"]
     require(
         config.total_steps >= step,
-        f"the run stands at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run",
+        f"the run is at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run",
     )
     if of_schedule:
         if schedule_of(from_dict(old)) == schedule_of(config):

@@ -1,10 +1,13 @@
-"""A run in motion: what the loop moves forward, and when it saves and evaluates."""
+"""A training run: the state the loop advances, and the rules for saving and evaluating it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,96 +20,157 @@ from smollm_jax.data.heldout import HeldOut
 from smollm_jax.data.loader import PrefetchLoader, merged
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.generation.generator import Generator
+from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 
+class Outcome(StrEnum):
+    """Why the training loop ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    DATA_ENDED = "data ended"
+
+
 @dataclass
 class Progress:
-    """What a checkpoint records beside the arrays."""
+    """Counters that a checkpoint stores next to the arrays."""
 
     step: int = 0
     tokens: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     ledger: str = ""
-    """Running hash of every batch so far."""
+    """Running hash of all batches so far."""
     cursor: dict[str, Any] | None = None
 
 
 @dataclass
-class Run:
-    """A run in motion. `steps` holds the compiled train step of each batch size."""
+class Pending:
+    """A step on the device; its metrics are read after the next step was dispatched."""
 
-    config: Config
-    run_dir: Path
-    stop: StopRequest
-    tokenizer: Tokenizer
-    stream: PrefetchLoader
-    heldout: HeldOut | None
-    mesh: jax.sharding.Mesh
-    dtype: Any
-    steps: dict[int, jax.stages.Compiled]
-    nll: Callable[..., jax.Array]
-    checkpoints: CheckpointManager
-    state: dict[str, Any]
-    report: RunMetrics | NullMetrics
-    progress: Progress = field(default_factory=Progress)
+    step: int
+    metrics: dict[str, jax.Array]
+    cursor_before: dict[str, Any] | None
+    cursor: dict[str, Any] | None
+    slots: int
+    """Token positions of the batch."""
+    sent: float
+    """Time of dispatch, by `time.monotonic`."""
+
+
+@dataclass
+class Interval:
+    """Sums since the last metrics line, without the time of evaluations and saves."""
+
+    began: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    targets: int = 0
+    slots: int = 0
+    data_wait_seconds: float = 0.0
+    latest: tuple[Pending, dict[str, Any]] | None = None
+    """The last step and its metrics."""
+
+
+@dataclass
+class Counters:
+    """The last step saved, read, recorded and evaluated, and the sums for the next metrics line."""
+
     saved: int = 0
     """Step of the last checkpoint begun."""
-    reported: int = 0
+    read: int = 0
     """Last step whose metrics were read."""
     recorded: int = 0
     """Last step with a line in metrics.jsonl."""
     evaluated: int = 0
     """Last step whose evaluation is on record."""
     ledgers: dict[int, str] = field(default_factory=dict)
-    """Of the steps that were on record at the start; those that come again must agree."""
+    """Batch hash per step on record at the start; a step trained again must have the same."""
+    interval: Interval = field(default_factory=Interval)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the time inside out of the interval."""
+        paused = time.monotonic()
+        yield
+        self.interval.began += time.monotonic() - paused
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in progress; `steps` maps a batch size to its compiled train step."""
+
+    config: Config
+    run_dir: Path
+    stop: StopRequest
+    job: Processes
+    tokenizer: Tokenizer
+    stream: PrefetchLoader
+    heldout: HeldOut | None
+    mesh: jax.sharding.Mesh
+    dtype: Any
+    remat: Policy
+    steps: dict[int, jax.stages.Compiled]
+    nll: Callable[..., jax.Array]
+    checkpoints: CheckpointManager
+    state: dict[str, Any]
+    report: RunMetrics | NullMetrics
+    progress: Progress = field(default_factory=Progress)
+    counters: Counters = field(default_factory=Counters)
     computed: dict[str, Any] = field(default_factory=dict)
-    """Dtype, platform and number of devices, kept in each checkpoint."""
-    processes: Processes = field(default_factory=Processes)
+    """Dtype, platform and number of devices, stored in each checkpoint."""
     kernels: bool | None = None
-    """False where samples do without kernels, as the steps do."""
+    """False if samples must not use kernels because the steps do not."""
     generator: Generator | None = None
-    """Of the samples, once there were some."""
+    """Decodes the samples; None before the first evaluation."""
+    setup_seconds: float = 0.0
 
     @property
     def interrupted(self) -> bool:
-        """Whether to drop what is being done. One of several processes goes on until all have agreed to stop."""
-        return self.stop.requested and not self.processes.several
+        """Whether to drop the current work; one of several processes goes on until all agree to stop."""
+        return self.stop.requested and not self.job.several
 
     @property
     def last_step(self) -> int:
-        """Where this process stops: the end of the run, or --stop-after."""
+        """The last step this process trains: the end of the run, or --stop-after."""
         return min(self.config.total_steps, self.config.run.stop_after or self.config.total_steps)
+
+    def close(self) -> None:
+        """Stop the loader, wait for a save in progress, close the records."""
+        self.stream.close()
+        self.checkpoints.close()
+        self.report.close()
 
 
 def save(run: Run) -> None:
-    """Begin a checkpoint of the step the run stands at, unless there is one."""
+    """Begin a checkpoint of the current step, unless the step is saved already."""
     step = run.progress.step
-    if step == run.saved:
+    if step == run.counters.saved:
         return
-    cursor = merged(run.processes.gather(run.progress.cursor))
+    cursor = merged(run.job.gather(run.progress.cursor))
     meta = {
         "cursor": cursor,
         "progress": dataclasses.asdict(run.progress) | {"cursor": cursor},
         "config": to_dict(run.config),
         "computed": run.computed,
     }
-    with run.processes.watch.long("a save"):
+    with run.job.watchdog.patient("a save"):
         run.checkpoints.save(step, run.state, meta)
-    run.saved = step
+    run.counters.saved = step
 
 
 def evaluation_due(run: Run) -> bool:
+    """Whether the current step is followed by an evaluation: every --eval-every steps, and the last."""
     every, step = run.config.run.eval_every, run.progress.step
     return every > 0 and (step % every == 0 or step == run.config.total_steps)
 
 
 def save_due(run: Run) -> bool:
+    """Whether the current step is followed by a checkpoint: every --checkpoint-every steps, and the last."""
     every, step = run.config.run.checkpoint_every, run.progress.step
-    # in a row of bad steps nothing new is to be kept, and an older good state must not make room for it
+    # in a row of bad steps there is nothing new to keep, and retention must not delete an older good state
     return step == run.config.total_steps or (
         every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row
     )

@@ -1,7 +1,7 @@
-"""Everything before the first step: the run folder, the data, the devices, and what the run starts from.
+"""Set up a run: everything before the first step.
 
-In the order in which a mistake is cheapest to find: settings against the run folder, tokenizer, data,
-compile, weights. The outcome is a `Run`, which the loop in train.py moves forward.
+The order is that in which a mistake is cheapest to find: settings against the run folder, tokenizer, data,
+compile, weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.data.heldout import HeldOut, head_texts, heldout
-from smollm_jax.data.loader import PrefetchLoader, check_vocab, open_stream
+from smollm_jax.data.heldout import head_texts, heldout
+from smollm_jax.data.loader import check_vocab, open_stream
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import make_mesh, shards_here
 from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
@@ -31,100 +31,97 @@ from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from smollm_jax.training.compile import compile_within, make_scorer, with_attention
-from smollm_jax.training.restore import StartState, find_start
-from smollm_jax.training.run import Progress, Run
+from smollm_jax.training.restore import StartState, resolve_start
+from smollm_jax.training.run import Counters, Progress, Run
 from smollm_jax.training.step import abstract_state, init_state
-from smollm_jax.training.summary import log_summary
 
-# documents from the head of the data that a `train:VOCAB` tokenizer is trained on
+# documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
 
 
-def begin(config: Config, run_dir: Path, stop: StopRequest, processes: Processes) -> Run:
-    """Build or restore the run, and say what it will do."""
+def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> tuple[Run, list[str]]:
+    """Build or restore a run; returns it with notes for the start-up summary.
+
+    Raises `ValueError` for a mistake in settings or input, `SourceTimeout` if the data does not answer.
+    """
     began = time.monotonic()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     checkpoints = CheckpointManager(
-        run_dir / "checkpoints",
-        keep_last=config.run.keep_last,
-        keep_every=config.run.keep_every,
-        processes=processes,
+        run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
-    if processes.first:
+    if job.first:
         clean(run_dir, checkpoints)
-    origin, tokenizer = processes.in_turn(lambda: known(config, run_dir, checkpoints, processes))
-    config, found = with_ids_of(origin.config, tokenizer), origin.checkpoint
+    with job.first_then_rest():  # the first process saves the tokenizer, the others load it
+        start = resolve_start(config, run_dir, checkpoints)
+        tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
+    found, config = start.checkpoint, start.config
+    # a text ends with the tokenizer's own eos
+    config = replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
-    held_out, stream = processes.together(lambda: open_data(config, tokenizer, found, mesh))
-    processes.require_same(stream.fixed, "the files of --data, or what is held out of them,")
-    if processes.first:
+    with job.all_or_none():
+        held_out = (
+            heldout(config.data, tokenizer, resumes=found is not None) if config.data.eval_documents else None
+        )
+        check_prompts(config, tokenizer)
+        stream = open_stream(
+            config.data,
+            tokenizer,
+            seed=config.run.seed,
+            batch_size_at=config.batch_size_at,
+            steps=config.total_steps,
+            cursor=found.meta["cursor"] if found else None,
+            excluded=held_out.hashes if held_out else frozenset(),
+            shards=shards_here(mesh, config),
+        )
+    job.require_same(stream.fixed, "the files of --data, or what is held out of them,")
+    if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
-    chosen, remarks = with_attention(config, mesh, dtype, processes)
-    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler is at work
+    chosen, remarks = with_attention(config, mesh, dtype, job)
+    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler works
     steps, remat, warnings = compile_within(chosen, mesh, dtype, checkpoints)
-    notes = [*origin.notes, *check_computed(found, computed), *remarks, *warnings]
-    nll, progress, start = make_scorer(chosen, mesh, dtype), Progress(), 0
+    notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
+    nll = make_scorer(chosen, mesh, dtype)
     if found is None:
-        state = init_state(config, mesh, origin.weights[0] if origin.weights else None)
+        progress = Progress()
+        state = init_state(config, mesh, start.weights[0] if start.weights else None)
     else:
+        progress = Progress(**found.meta["progress"])
         state = checkpoints.restore(found.step, abstract_state(config, mesh))
-        progress, start = Progress(**found.meta["progress"]), found.step
-    records = keep_records(run_dir, start) if processes.first else Records(0, {})
-    evaluated = processes.gather(records.evaluated)[0]
-    report = RunMetrics(run_dir, start=start, total=config.total_steps) if processes.first else NullMetrics()
+    counters, report = open_records(config, run_dir, job, found.step if found else 0)
+    checkpoints.newest = counters.saved
     run = Run(
-        config, run_dir, stop, tokenizer, stream, held_out, mesh, dtype, steps, nll, checkpoints, state, report,
-        progress, start, start, start, evaluated, records.ledgers, computed, processes,
-        kernels=False if chosen.compute.attention == "plain" else None,
+        config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held_out,
+        mesh=mesh, dtype=dtype, remat=remat, steps=steps, nll=nll, checkpoints=checkpoints, state=state,
+        report=report, progress=progress, counters=counters, computed=computed,
+        kernels=False if chosen.compute.attention == "plain" else None, setup_seconds=time.monotonic() - began,
     )  # fmt: skip
-    checkpoints.newest = start
-    # one of several cannot leave by itself
-    stop.nothing_to_lose = lambda: not processes.several and checkpoints.newest == run.progress.step
-    log_summary(run, notes, remat=remat, seconds=time.monotonic() - began)
-    return run
+    # one of several processes cannot leave by itself
+    stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
+    return run, notes
 
 
 def clean(run_dir: Path, checkpoints: CheckpointManager) -> None:
-    """Remove what dead processes left half written."""
+    """Remove files that dead processes left half written."""
     checkpoints.clean()
     for left_over in run_dir.glob(".export.*"):
         shutil.rmtree(left_over, ignore_errors=True)
 
 
-def known(
-    config: Config, run_dir: Path, checkpoints: CheckpointManager, processes: Processes
-) -> tuple[StartState, Tokenizer]:
-    """What the run starts from, and its tokenizer, from then on in the run folder."""
-    origin = find_start(config, run_dir, checkpoints)
-    return origin, prepare_tokenizer(origin, run_dir, in_place=not processes.first)
-
-
-def open_data(
-    config: Config, tokenizer: Tokenizer, found: VerifiedCheckpoint | None, mesh: jax.sharding.Mesh
-) -> tuple[HeldOut | None, PrefetchLoader]:
-    """What is held out, and the stream of what is not, or of the rows that this process has devices for."""
-    held_out = None
-    if config.data.eval_documents:
-        held_out = heldout(config.data, tokenizer, resumes=found is not None)
-    check_prompts(config, tokenizer)
-    stream = open_stream(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        batch_size_at=config.batch_size_at,
-        steps=config.total_steps,
-        cursor=found.meta["cursor"] if found else None,
-        excluded=held_out.hashes if held_out else frozenset(),
-        shards=shards_here(mesh, config),
-    )
-    return held_out, stream
+def open_records(
+    config: Config, run_dir: Path, job: Processes, step: int
+) -> tuple[Counters, RunMetrics | NullMetrics]:
+    """Cut the records back to `step`, the step of the checkpoint, and open them in the first process."""
+    records = keep_records(run_dir, step) if job.first else Records(0, {})
+    report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
+    evaluated = job.gather(records.evaluated)[0]
+    return Counters(saved=step, read=step, recorded=step, evaluated=evaluated, ledgers=records.ledgers), report
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
-    """Notes on what computes now and what did before; raises `ValueError` for another dtype."""
+    """Notes on changes of platform and devices since the checkpoint; raises `ValueError` for another dtype."""
     before = found.meta.get("computed", computed) if found else computed
     require(
         before["dtype"] == computed["dtype"],
@@ -139,7 +136,7 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
 
 
 def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` for a sample prompt that leaves no room in the context: now, not at an evaluation."""
+    """Raise `ValueError` for a sample prompt that fills the context, now rather than at an evaluation."""
     for prompt in config.run.sample_prompts if config.run.sample_tokens else ():
         length = len(tokenizer.encode(prompt))
         require(
@@ -149,7 +146,7 @@ def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def keep_config(config: Config, run_dir: Path) -> None:
-    """Write config.json unless it says just that."""
+    """Write config.json unless it holds the same settings."""
     path = run_dir / "config.json"
     try:
         if read_json(path) == to_dict(config):
@@ -159,33 +156,32 @@ def keep_config(config: Config, run_dir: Path) -> None:
     write_json_atomic(path, to_dict(config))
 
 
-def prepare_tokenizer(origin: StartState, run_dir: Path, *, in_place: bool) -> Tokenizer:
-    """The run's own tokenizer when it resumes or another process has put it there, else that of the weights or
-    the one asked for, kept in the run.
+def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> Tokenizer:
+    """Load the run's own tokenizer if it resumes or `is_saved` by another process; else make it and save it.
+
+    Raises `ValueError` if it is missing, or has more entries than the model.
     """
-    folder, config = run_dir / "tokenizer", origin.config
-    if origin.checkpoint is not None or in_place:
-        require((folder / "tokenizer.json").exists(), f"{folder} is missing; the run was tokenised with it")
+    folder = run_dir / "tokenizer"
+    if start.checkpoint is not None or is_saved:
+        shared = "; all processes have to see the same --run-dir" if is_saved else ""
+        missing = f"{folder} is missing; the run was tokenised with it{shared}"
+        require((folder / "tokenizer.json").exists(), missing)
         tokenizer = load_tokenizer(str(folder))
     else:
-        tokenizer = _asked_for(origin)
+        tokenizer = _new_tokenizer(start)
         tokenizer.save(folder)
-    check_vocab(tokenizer, config.model.vocab_size)
+    check_vocab(tokenizer, start.config.model.vocab_size)
     return tokenizer
 
 
-def _asked_for(origin: StartState) -> Tokenizer:
-    name, run = origin.config.data.tokenizer, origin.config.run
-    theirs = origin.weights[1] if origin.weights else None
-    if theirs is not None and name == run.init_from:
+def _new_tokenizer(start: StartState) -> Tokenizer:
+    """The tokenizer of the weights, or the one that --tokenizer asks for."""
+    name, init_from = start.config.data.tokenizer, start.config.run.init_from
+    theirs = start.weights[1] if start.weights else None
+    if theirs is not None and name == init_from:
         return theirs
-    documents = islice(head_texts(origin.config.data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
+    documents = islice(head_texts(start.config.data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
     tokenizer = load_tokenizer(name, documents=documents)
     if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
-        origin.notes.append(f"tokenizer {name} is not the one that the weights of {run.init_from} learned with")
+        start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
     return tokenizer
-
-
-def with_ids_of(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config whose model ends a text with the tokenizer's own eos."""
-    return replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))

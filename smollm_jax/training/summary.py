@@ -1,22 +1,18 @@
-"""What a run says of itself before its first step."""
+"""The summary a run logs before its first step."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import jax
 
 from smollm_jax.distributed.sharding import layout_table, padded_rows, row_shards
 from smollm_jax.runtime.devices import peak_flops
-from smollm_jax.runtime.huge_pages import asked_for
+from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.training.compile import compiled_bytes
-
-if TYPE_CHECKING:
-    from smollm_jax.training.run import Run
+from smollm_jax.training.run import Run
 
 
-def log_summary(run: Run, notes: list[str], *, remat: str, seconds: float) -> None:
-    """Say in a dozen lines what the run will do."""
+def log_summary(run: Run, notes: list[str]) -> None:
+    """Log in a dozen lines what the run will do, and `notes`, each a line."""
     config, model, device = run.config, run.config.model, run.mesh.devices.flat[0]
     phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {config.data.seq_len}" for p in config.phases)
     flops = model.flops_per_token(config.data.seq_len)
@@ -37,7 +33,7 @@ def log_summary(run: Run, notes: list[str], *, remat: str, seconds: float) -> No
         f"{_axes(run.mesh)}{_shared_by(run)}",
         f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
-        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, "
+        f"compute     {run.dtype.name} over float32 parameters, remat {run.remat}, "
         f"{compiled_bytes(largest) / 2**30:.2f} GiB a device",
         f"tokens      {config.main_batch_size * config.data.seq_len:,} a step, "
         f"{flops / 1e6:,.0f} MFLOP a token (causal){scale}",
@@ -47,12 +43,12 @@ def log_summary(run: Run, notes: list[str], *, remat: str, seconds: float) -> No
         f"held out    {held_out}",
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
-        f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
-        *([f"memory      in huge pages: {asked}"] if device.platform == "cpu" and (asked := asked_for()) else []),
+        f"starts      {_starting_point(run)} (ready in {run.setup_seconds:.1f} s)",
+        *([f"memory      {hint()}"] if hint() else []),
         *notes,
         *_padding(run),
     ]
-    if run.processes.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
+    if run.job.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
 
@@ -63,7 +59,7 @@ def _axes(mesh: jax.sharding.Mesh) -> str:
 
 
 def _padding(run: Run) -> list[str]:
-    """A line for each batch size that does not divide among the devices."""
+    """A line for each batch size that does not divide evenly among the devices."""
     found, shards = [], row_shards(run.mesh)
     for size in run.steps:
         rows = padded_rows(size, run.mesh, run.config.compute.grad_accum)
@@ -75,9 +71,9 @@ def _padding(run: Run) -> list[str]:
 
 
 def _shared_by(run: Run) -> str:
-    if not run.processes.several:
+    if not run.job.several:
         return ""
-    shards, count = run.config.data.shards, run.processes.count
+    shards, count = run.config.data.shards, run.job.count
     reads = "its own part of the data" if shards >= count else f"all of the data: --shards {count} would divide it"
     return f", {count} processes; each reads {reads}"
 

@@ -1,7 +1,7 @@
-"""Prove on a person's own recipe that a run killed hard goes on exactly: `python -m smollm_jax verify-resume`.
+"""Prove on a user's own recipe that a killed run resumes exactly: `python -m smollm_jax verify-resume`.
 
-The recipe runs for a few steps twice, in processes of their own: once straight through, once killed at steps
-drawn at random and started again. Ledger, losses and every bit of parameters and optimizer state must agree.
+The recipe runs for a few steps twice, each time as a process: once straight through, once killed at random steps
+and started again. Ledger, losses and every bit of parameters and optimizer state must agree.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from smollm_jax.checkpoint.listing import steps_in
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runtime.console import say
+from smollm_jax.runtime.console import run_main, say
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.huge_pages import environment
 from smollm_jax.runtime.signals import StopRequest, leave
 
 KILLS = 3
 POLL_SECONDS = 0.02
-# of a line of metrics: how long things took, which no two runs share
+# durations in a line of metrics, which differ from run to run
 TIMES = {"tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu"}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and the first difference of each kind; none: exact."""
+    """What was compared, each with its first difference or None."""
 
     steps: int
     compared: dict[str, str | None]
     resumes: int = 0
-    """Times that the run was killed with a checkpoint behind it, and went on from that."""
+    """How often the run was killed and resumed from a checkpoint."""
 
     @property
     def exact(self) -> bool:
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
-    """Run `config` to step `steps` straight and in pieces below `folder`, and compare.
+    """Run `config` to step `steps` straight and in pieces in `folder`, and compare.
 
     Raises `ValueError` when the recipe itself cannot run.
     """
@@ -74,7 +74,7 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
 
 
 def _short(config: Config, run_dir: Path, steps: int) -> Config:
-    """The same run up to `steps`, with a checkpoint often enough to go on from in between."""
+    """The same run up to `steps`, with checkpoints in between to resume from."""
     run = replace(
         config.run,
         run_dir=str(run_dir),
@@ -90,18 +90,18 @@ def _short(config: Config, run_dir: Path, steps: int) -> Config:
 
 
 def start(config: Config, **options: Any) -> subprocess.Popen[str]:
-    """`config` in a process of its own, as train_jax.py would run it."""
+    """Start `config` as a process of its own."""
     path = Path(config.run_dir).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(to_dict(config)))
-    options = {"stdout": sys.stderr} | options  # its result is not ours
+    options = {"stdout": sys.stderr} | options  # stdout is for our own result
     command = [sys.executable, "-m", "smollm_jax.training.verify_resume", str(path)]
     return subprocess.Popen(command, text=True, env=os.environ | environment(), **options)
 
 
 def _finish(config: Config) -> None:
     code = start(config).wait()
-    require(code == 0, f"the run itself ended with exit code {code}; its words are above")
+    require(code == 0, f"the run itself ended with exit code {code}; see its messages above")
 
 
 def last_step(run_dir: Path) -> int:
@@ -115,7 +115,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 
 
 def compare_runs(one: Path, other: Path) -> Comparison:
-    """Two runs that should have come to the same end: their records and every bit of their newest checkpoints."""
+    """Compare the records of two runs, and every bit of their newest checkpoints."""
     from smollm_jax.checkpoint.manager import read_params
 
     lines = [[{k: v for k, v in x.items() if k not in TIMES} for x in read_metrics(run)] for run in (one, other)]
@@ -145,15 +145,14 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _same(x: Any, y: Any) -> bool:
-    """Bit for bit, a NaN equal to itself."""
+    """Whether two arrays agree bit for bit; a NaN equals itself."""
     import numpy as np
 
     x, y = np.asarray(x), np.asarray(y)
     return bool(x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes())
 
 
-if __name__ == "__main__":
-    from smollm_jax.runtime.console import run_main
+if __name__ == "__main__":  # the child: train what a JSON file says
 
     def main(stop: StopRequest) -> int:
         from smollm_jax.training.fit import fit

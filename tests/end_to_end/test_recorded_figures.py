@@ -60,7 +60,9 @@ def assert_as_recorded(run, figures):
     assert [line["step"] for line in now] == [line["step"] for line in recorded]
     for then, line in zip(recorded, now, strict=True):
         for name, value in then.items():
-            assert line[name] == (close(value) if isinstance(value, float) else value), f"step {then['step']}: {name}"
+            assert line[name] == (close(value) if isinstance(value, float) else value), (
+                f"step {then['step']}: {name}"
+            )
     if same_machine():
         assert tensors_hash(run / "export") == figures["tensors_sha256"]
     for name, digest in figures["files_sha256"].items():

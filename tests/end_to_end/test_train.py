@@ -1,43 +1,88 @@
-"""Runs from end to end, as processes: what a person starts, stops, kills and starts again."""
+"""Runs from end to end: what a user starts, stops, kills and starts again."""
 
 import json
+import logging
 import random
 import signal
-import subprocess
-import sys
 
+import jax
 import numpy as np
 import pytest
 
 from smollm_jax.checkpoint.manager import read_params
+from smollm_jax.cli.arguments import parse
+from smollm_jax.runs.convert import import_run
 from smollm_jax.runs.replay import replay_step
-from tests.support.paths import ROOT
-from tests.support.runs import assert_same_run, ended, leaves, records, wait_for_step
+from smollm_jax.runtime.console import run_main
+from smollm_jax.runtime.signals import StopRequest
+from smollm_jax.training.fit import fit
+from tests.support.runs import TINY, assert_same_run, ended, leaves, records, wait_for_step
+
+SHORT = "--steps 6 --eval-every 3 --checkpoint-every 4".split()
 
 
-def test_a_run_leaves_what_the_contract_names(train, tmp_path):
-    out, err = ended(train("--steps", "6", "--eval-every", "3", "--checkpoint-every", "4"))
-    run = tmp_path / "run"
+@pytest.fixture(autouse=True, scope="module")
+def _restored():
+    """Put back what a run sets in its process."""
+    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
+    before, handlers = {name: getattr(jax.config, name) for name in options}, logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def flags_of(run_dir, cache, corpus, tokenizer):
+    flags = ["--data", f"{corpus}/*.jsonl", *TINY, "--tokenizer", str(tokenizer), "--run-dir", str(run_dir)]
+    return [*flags, "--compilation-cache-dir", str(cache)]
+
+
+@pytest.fixture
+def fitted(tmp_path, cache, corpus, tokenizer, capfd):
+    """Trains in this process until the run ends with exit code `code`; stdout and stderr."""
+
+    def start(*flags, run="run", data=None, code=0, bare=False):
+        given = [] if bare else flags_of(tmp_path / run, cache, corpus, tokenizer)
+        given += [*(["--data", data] if data else []), *flags]
+        found = run_main(lambda: fit(parse(given), StopRequest()))
+        out, err = capfd.readouterr()
+        assert found == code, err
+        return out, err
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, cache, corpus, tokenizer):
+    """The folder of a finished run of six steps; not to be changed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert fit(parse([*flags_of(run_dir, cache, corpus, tokenizer), *SHORT]), StopRequest()) == 0
+    return run_dir
+
+
+def test_the_command_prints_one_line_of_result(train):
+    out, err = ended(train(*SHORT))
     assert out.count("\n") == 1
     assert out.startswith("finished: step 6 of 6, ")
-    names = "config.json metrics.jsonl tensorboard loss.png samples.txt tokenizer checkpoints export"
-    for name in names.split():
-        assert (run / name).exists(), name
-    steps = [line["step"] for line in records(run) if "loss" in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in records(run) if "eval_loss" in line] == [3, 6]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "6"]
-    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    expected = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
-    assert expected | {"data_wait_seconds", "step_seconds"} <= set(line)
     assert "starts      from fresh weights" in err
 
 
-def test_exactly_n_updates_are_made_for_n_steps(train, tmp_path):
-    ended(train("--steps", "5", "--no-export", "--eval-every", "0"))
-    _, opt_state = read_params(tmp_path / "run" / "checkpoints", group="opt_state")
-    assert [int(x) for x in leaves(opt_state) if np.ndim(x) == 0] == [5]
-    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+def test_a_run_leaves_what_the_contract_names(finished_run):
+    names = "config.json metrics.jsonl tensorboard loss.png samples.txt tokenizer checkpoints export"
+    for name in names.split():
+        assert (finished_run / name).exists(), name
+    steps = [line["step"] for line in records(finished_run) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in records(finished_run) if "eval_loss" in line] == [3, 6]
+    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == ["4", "6"]
+    line = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert expected | {"data_wait_seconds", "step_seconds"} <= set(line)
+
+
+def test_exactly_n_updates_are_made_for_n_steps(finished_run):
+    _, opt_state = read_params(finished_run / "checkpoints", group="opt_state")
+    assert [int(x) for x in leaves(opt_state) if np.ndim(x) == 0] == [6]
 
 
 @pytest.mark.slow
@@ -96,18 +141,17 @@ def test_a_signal_in_an_evaluation_saves_the_step_it_came_at(train, tmp_path):
     assert (run / "export").exists()
 
 
-@pytest.mark.slow
-def test_where_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(train, tmp_path):
+def test_where_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(fitted, tmp_path):
     settings = ["--steps", "4", "--checkpoint-every", "2", "--no-export", "--eval-every", "0"]
-    ended(train(*settings))
+    fitted(*settings)
     run = tmp_path / "run"
     before = (run / "metrics.jsonl").read_text()
     for folder in (run / "checkpoints").iterdir():
         (folder / "meta.json").write_text("{}")
-    _, err = ended(train(*settings), 2)
+    _, err = fitted(*settings, code=2)
     assert "holds no good checkpoint, only 2.bad, 4.bad" in err
     assert (run / "metrics.jsonl").read_text() == before
-    ended(train(*settings, "--new-run"))
+    fitted(*settings, "--new-run")
 
 
 @pytest.mark.slow
@@ -136,58 +180,53 @@ def test_four_devices_train_like_one(train, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "four", tmp_path / "pieces")
 
 
-@pytest.mark.slow
-def test_bad_rows_are_skipped_and_counted_when_asked(train, tmp_path, corpus):
+def test_bad_rows_are_skipped_and_counted_when_asked(fitted, tmp_path, corpus):
     lines = (corpus / "part-0.jsonl").read_text().splitlines()
     path = tmp_path / "broken.jsonl"
     path.write_text("\n".join([*lines, "{not json", *lines[:20]]) + "\n")
     settings = "--steps 60 --shuffle-window 4 --checkpoint-every 10 --no-export --eval-every 0".split()
-    ended(train(*settings, data=str(path)), 2)
-    _, err = ended(train(*settings, "--on-bad-data", "skip", data=str(path)))
+    fitted(*settings, data=str(path), code=2)
+    _, err = fitted(*settings, "--on-bad-data", "skip", data=str(path))
     assert f"skipped: {path}, row 60, cannot be read" in err
     assert "starts      from checkpoint" in err
     assert records(tmp_path / "run")[-1]["skipped_documents"] >= 1
 
 
-@pytest.mark.slow
-def test_stop_after_leaves_the_schedule_alone(train, tmp_path):
-    ended(train("--steps", "9", "--no-export", run="straight"))
-    out, _ = ended(train("--steps", "9", "--no-export", "--stop-after", "4"))
+def test_stop_after_leaves_the_schedule_alone(fitted, tmp_path):
+    fitted("--steps", "9", "--no-export", run="straight")
+    out, _ = fitted("--steps", "9", "--no-export", "--stop-after", "4")
     assert "step 4 of 9" in out
-    ended(train("--steps", "9", "--no-export"))
+    fitted("--steps", "9", "--no-export")
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_a_folder_that_cannot_be_one_is_one_line(train, tmp_path):
+def test_a_folder_that_cannot_be_one_is_one_line(fitted, tmp_path):
     (tmp_path / "run").write_text("a file")
-    _, err = ended(train("--steps", "5"), 2)
+    _, err = fitted("--steps", "5", code=2)
     assert err == f"error: --run-dir {tmp_path}/run cannot be used as a folder: File exists\n"
 
 
-@pytest.mark.slow
-def test_a_changed_setting_is_refused_by_name_and_a_harmless_one_is_not(train, tmp_path):
-    ended(train("--steps", "4", "--schedule", "constant", "--no-export"))
+def test_a_changed_setting_is_refused_by_name_and_a_harmless_one_is_not(fitted, tmp_path):
+    fitted("--steps", "4", "--schedule", "constant", "--no-export")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = ["--steps", "4", "--schedule", "constant", "--no-export"]
-    _, err = ended(train(*again, "--learning-rate", "1e-3"), 2)
+    _, err = fitted(*again, "--learning-rate", "1e-3", code=2)
     assert err.startswith("error: ")
     assert "optimizer.learning_rate was 0.0006, is 0.001" in err
     assert err.count("\n") == 1
-    _, err = ended(train(*again, "--seed", "3", "--weight-decay", "0.3"), 2)
+    _, err = fitted(*again, "--seed", "3", "--weight-decay", "0.3", code=2)
     assert "run.seed was 0, is 3; " in err
     assert "optimizer.weight_decay was 0.01, is 0.3" in err
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    ended(train("--steps", "8", "--schedule", "constant", "--log-every", "2", "--no-export"))
+    fitted("--steps", "8", "--schedule", "constant", "--log-every", "2", "--no-export")
     assert [x["step"] for x in records(tmp_path / "run") if "loss" in x] == [1, 2, 3, 4, 6, 8]
-    _, err = ended(train("--steps", "8", "--schedule", "constant", "--seed", "3", "--new-run", "--no-export"))
+    _, err = fitted("--steps", "8", "--schedule", "constant", "--seed", "3", "--new-run", "--no-export")
     assert "moved the old run to" in err
     assert (tmp_path / "run.old1" / "checkpoints" / "8").is_dir()
 
 
-@pytest.mark.slow
-def test_data_that_ends_ends_the_run_with_everything_saved(train, tmp_path):
-    out, _ = ended(train("--steps", "500", "--epochs", "1", "--eval-every", "100"))
+def test_data_that_ends_ends_the_run_with_everything_saved(fitted, tmp_path):
+    out, _ = fitted("--steps", "500", "--epochs", "1", "--eval-every", "100")
     assert out.startswith("the data ended: step ")
     step = records(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
@@ -195,64 +234,58 @@ def test_data_that_ends_ends_the_run_with_everything_saved(train, tmp_path):
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_unreadable_data_costs_nothing_of_what_was_trained_before_it(train, tmp_path, corpus):
+def test_unreadable_data_costs_nothing_of_what_was_trained_before_it(fitted, tmp_path, corpus):
     lines = (corpus / "part-0.jsonl").read_text().splitlines()
     path = tmp_path / "broken.jsonl"
     path.write_text("\n".join([*lines, "{not json"]) + "\n")
     settings = "--steps 50 --shuffle-window 4 --checkpoint-every 100 --eval-every 0 --no-export".split()
-    _, err = ended(train(*settings, data=str(path)), 2)
+    _, err = fitted(*settings, data=str(path), code=2)
     assert err.rstrip().splitlines()[-1].startswith(f"error: {path}, row 60, cannot be read")
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [records(tmp_path / "run")[-1]["step"]]
     path.write_text("\n".join([*lines, *lines]) + "\n")
-    _, err = ended(train(*settings, data=str(path)), 2)
+    _, err = fitted(*settings, data=str(path), code=2)
     assert "changed since the checkpoint" in err
 
 
-@pytest.mark.slow
-def test_weights_to_start_from_bring_architecture_and_tokenizer_along(train, tmp_path):
-    ended(train("--steps", "6"))
-    command = [
-        sys.executable, str(ROOT / "train_jax.py"), "--data", f"{tmp_path}/more.jsonl", "--seq-len", "32",
-        "--batch-size", "2", "--steps", "2", "--eval-documents", "0", "--no-export", "--compilation-cache-dir", "",
-    ]  # fmt: skip
+def assert_same_params(one, other):
+    """Up to updates with next to no learning rate; returns the checkpoint of the second run."""
+    (_, before), (found, after) = (read_params(run / "checkpoints") for run in (one, other))
+    for x, y in zip(leaves(before), leaves(after), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-9)
+    return found
+
+
+def test_weights_to_start_from_bring_architecture_and_tokenizer_along(finished_run, fitted, tmp_path):
     texts = [{"text": "the old cat saw one red bird near our house " * 3}] * 20
     (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    into = ["--run-dir", str(tmp_path / "more"), "--init-from", str(tmp_path / "run" / "export")]
-    started = subprocess.run(
-        [*command, *into, "--learning-rate", "1e-12"], capture_output=True, text=True, check=True
-    )
-    assert f"starts      from the weights of {tmp_path}/run/export" in started.stderr
-    (_, before), (_, after) = (read_params(tmp_path / run / "checkpoints") for run in ("run", "more"))
-    for x, y in zip(leaves(before), leaves(after), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-9)
-    assert (tmp_path / "more/tokenizer/tokenizer.json").read_bytes() == (
-        tmp_path / "run/tokenizer/tokenizer.json"
-    ).read_bytes()
-    again = subprocess.run(
-        [*command, *into, "--learning-rate", "1e-12"], capture_output=True, text=True, check=True
-    )
-    assert "starts      from checkpoint 2" in again.stderr
-    other = subprocess.run(
-        [*command, *into, "--preset", "360M", "--new-run"], capture_output=True, text=True, check=False
-    )
-    assert other.returncode == 2
-    assert "the weights have vocab_size=300, this run asks for 49152" in other.stderr
+    flags = "--seq-len 32 --batch-size 2 --steps 2 --eval-documents 0 --no-export".split()
+    flags += [
+        "--data",
+        str(tmp_path / "more.jsonl"),
+        "--run-dir",
+        str(tmp_path / "more"),
+        "--init-from",
+        str(finished_run / "export"),
+    ]
+    _, err = fitted(*flags, "--learning-rate", "1e-12", bare=True)
+    assert f"starts      from the weights of {finished_run}/export" in err
+    assert_same_params(finished_run, tmp_path / "more")
+    ours, theirs = (run / "tokenizer" / "tokenizer.json" for run in (tmp_path / "more", finished_run))
+    assert ours.read_bytes() == theirs.read_bytes()
+    _, err = fitted(*flags, "--learning-rate", "1e-12", bare=True)
+    assert "starts      from checkpoint 2" in err
+    _, err = fitted(*flags, "--preset", "360M", "--new-run", bare=True, code=2)
+    assert "the weights have vocab_size=300, this run asks for 49152" in err
 
 
-@pytest.mark.slow
-def test_an_imported_run_goes_on_from_its_weights(train, tmp_path):
-    ended(train("--steps", "6"))
+def test_an_imported_run_goes_on_from_its_weights(finished_run, fitted, tmp_path):
     imported = tmp_path / "imported"
-    module = [sys.executable, "-m", "smollm_jax", "import"]
-    subprocess.run([*module, str(tmp_path / "run" / "export"), "--out", str(imported)], check=True, cwd=ROOT)
-    _, err = ended(train("--steps", "1", "--warmup-steps", "0", "--learning-rate", "1e-12", run="imported"))
+    import_run(finished_run / "export", imported)
+    flags = ["--steps", "1", "--warmup-steps", "0", "--learning-rate", "1e-12"]
+    _, err = fitted(*flags, run="imported")
     assert f"starts      from the weights of {imported}" in err
-    (_, before), (found, after) = (read_params(tmp_path / run / "checkpoints") for run in ("run", "imported"))
-    assert found.step == 1
-    for x, y in zip(leaves(before), leaves(after), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-9)
+    assert assert_same_params(finished_run, imported).step == 1
 
 
 @pytest.mark.slow
@@ -266,10 +299,9 @@ def test_a_second_process_on_a_run_is_refused(train, tmp_path):
     ended(train("--steps", "3000", "--stop-after", "1", "--no-export"))
 
 
-@pytest.mark.slow
-def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(train, tmp_path):
+def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(fitted, tmp_path):
     settings = ["--steps", "30", "--learning-rate", "1e30", "--warmup-steps", "0", "--max-bad-steps", "4"]
-    _, err = ended(train(*settings, "--checkpoint-every", "100", "--no-export", "--clip-norm", "1e9"), 1)
+    _, err = fitted(*settings, "--checkpoint-every", "100", "--no-export", "--clip-norm", "1e9", code=1)
     run = tmp_path / "run"
     assert "loss or gradient not finite; the update is skipped" in err
     assert "stopped: 4 steps in a row without a finite gradient" in err

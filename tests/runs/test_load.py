@@ -137,12 +137,12 @@ def test_train_and_serve_start_from_an_import(folder, tmp_path):
     from smollm_jax.config.settings import Config
     from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import open_completer
-    from smollm_jax.training.restore import find_start
+    from smollm_jax.training.restore import resolve_start
 
     import_run(folder, tmp_path / "run")
     checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", keep_last=1, keep_every=1)
     asked = Config(data=replace(Config().data, seq_len=CONFIG.max_seq_len))
-    origin = find_start(asked, tmp_path / "run", checkpoints)
+    origin = resolve_start(asked, tmp_path / "run", checkpoints)
     assert origin.checkpoint is None
     assert origin.config.model == CONFIG
     assert_same_bits(origin.weights[0], read_folder(folder)[1])

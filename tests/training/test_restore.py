@@ -26,7 +26,7 @@ def test_changes_are_refused_noted_or_let_pass():
     other = replace(config, data=replace(config.data, data="x.jsonl"), run=replace(config.run, seed=1))
     with pytest.raises(ValueError, match=r"run\.seed was 0, is 1; data\.data was .*, is x\.jsonl"):
         check_settings(saved, other, 10, updates_of(10))
-    with pytest.raises(ValueError, match="stands at step 10, past --steps 5"):
+    with pytest.raises(ValueError, match="is at step 10, past --steps 5"):
         check_settings(saved, replace(config, run=replace(config.run, steps=5)), 10, updates_of(10))
 
 
