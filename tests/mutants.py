@@ -43,7 +43,9 @@ def killer(mutant: Mutant, checkout: Path) -> str | None:
     path = checkout / mutant.file
     source = path.read_text()
     if source.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.name}: its text stands {source.count(mutant.old)} times in {mutant.file}, not once")
+        raise ValueError(
+            f"{mutant.name}: its text stands {source.count(mutant.old)} times in {mutant.file}, not once"
+        )
     path.write_text(source.replace(mutant.old, mutant.new))
     try:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
@@ -76,7 +78,10 @@ def main() -> int:
             test = killer(mutant, checkout)
             survivors += test is None
             seconds = time.monotonic() - began
-            print(f"{mutant.name:<44} {'SURVIVES' if test is None else 'killed by ' + test}  ({seconds:.0f} s)", flush=True)
+            print(
+                f"{mutant.name:<44} {'SURVIVES' if test is None else 'killed by ' + test}  ({seconds:.0f} s)",
+                flush=True,
+            )
     return 1 if survivors else 0
 
 
