@@ -1,0 +1,111 @@
+"""Figures of metrics.jsonl against arithmetic, and what counts as a bad step."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
+from smollm_jax.distributed.processes import Processes
+from smollm_jax.training import progress
+from smollm_jax.training.progress import report_step, write_line
+from smollm_jax.training.run import Counters, Interval, Pending, Progress, save_due
+
+
+class Recorded(list):
+    """A list of metrics lines in the place of the run's records."""
+
+    train = list.append
+
+    def say(self, message):
+        """Drop what would be shown."""
+
+    progress = say
+
+
+@pytest.fixture
+def run():
+    config = Config(run=RunConfig(phases="100x4", log_every=1000, checkpoint_every=3), data=DataConfig(seq_len=32))
+    return SimpleNamespace(
+        config=config, job=Processes(), report=Recorded(), progress=Progress(), counters=Counters(),
+        mesh=SimpleNamespace(devices=np.array(jax.devices()[:1] * 4), size=4),
+    )  # fmt: skip
+
+
+def pending(step, *, targets, finite=True):
+    metrics = {
+        "loss": np.float32(2.5), "grad_norm": np.float32(1.5), "learning_rate": np.float32(1e-3),
+        "targets": np.int32(targets), "finite": np.bool_(finite), "batch_hash": np.full(4, step, np.uint32),
+    }  # fmt: skip
+    return Pending(step, metrics, None, {"skipped": 7}, 4 * 32, time.monotonic())
+
+
+def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run):
+    for step, targets in ((2, 100), (3, 20), (4, 60)):
+        report_step(run, pending(step, targets=targets))
+    run.counters.interval.began = time.monotonic() - 10
+    write_line(run)
+    [line] = run.report
+    assert line["step"] == 4
+    assert line["tokens"] == 180
+    assert line["tokens_per_second"] == pytest.approx(18, rel=0.05)
+    assert line["step_seconds"] == pytest.approx(10 / 3, rel=0.05)
+    assert line["skipped_documents"] == 7
+    report_step(run, pending(5, targets=40))
+    run.counters.interval.began = time.monotonic() - 2
+    write_line(run)
+    assert run.report[1]["tokens"] == 220
+    assert run.report[1]["tokens_per_second"] == pytest.approx(20, rel=0.05)
+
+
+def test_mfu_is_the_flops_of_all_positions_over_the_peak_of_all_devices(run, monkeypatch):
+    monkeypatch.setattr(progress, "peak_flops", lambda _: 1e12)
+    report_step(run, pending(2, targets=10))
+    run.counters.interval.began = time.monotonic() - 5
+    write_line(run)
+    model = run.config.model
+    weights = model.num_parameters  # the head is tied: the embedding counts once, as the head
+    attention = model.num_layers * 32 * model.num_heads * model.head_dim
+    flops = 4 * 32 * 6 * (weights + attention)
+    assert run.report[0]["mfu"] == pytest.approx(flops / 5 / (4 * 1e12), rel=0.05)
+
+
+def test_no_mfu_where_the_peak_is_unknown(run):
+    report_step(run, pending(2, targets=10))
+    write_line(run)
+    assert "mfu" not in run.report[0]
+
+
+def test_a_line_is_written_once(run):
+    report_step(run, pending(2, targets=10))
+    write_line(run)
+    write_line(run)
+    assert len(run.report) == 1
+    json.dumps(run.report[0], allow_nan=False)
+
+
+def test_no_checkpoint_in_a_row_of_bad_steps_and_one_after_it(run):
+    run.progress.step = 3
+    assert save_due(run)
+    report_step(run, pending(3, targets=10, finite=False))
+    assert not save_due(run)
+    report_step(run, pending(4, targets=10))
+    run.progress.step = 6
+    assert (run.progress.bad_steps, run.progress.bad_steps_in_a_row) == (1, 0)
+    assert save_due(run)
+
+
+def test_the_last_step_is_saved_even_if_it_is_bad(run):
+    run.progress.step = 100
+    report_step(run, pending(100, targets=10, finite=False))
+    assert save_due(run)
+
+
+def test_a_new_interval_begins_with_each_line(run):
+    report_step(run, pending(2, targets=10))
+    write_line(run)
+    assert vars(run.counters.interval).keys() == vars(Interval()).keys()
+    assert run.counters.interval.targets == 0
