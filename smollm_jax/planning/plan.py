@@ -90,11 +90,8 @@ def step_of(config: Config, topology: Topology, remat: Policy) -> Step:
 
 def needed_by(refusal: str) -> int:
     """Read the bytes that a step needs from the TPU compiler's refusal; 0 if it does not name them."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of", refusal)
-    if found is None:
-        return 0
-    number, unit = found[1] or found[3], found[2] or found[4]
-    return int(float(number) * 2 ** (10 * ("KMGT".index(unit) + 1)))
+    found = re.search(r"([\d.]+)([KMGT])\)? (?:exceeds available HBM|of [\d.]+\w hbm)", refusal)
+    return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1))) if found else 0
 
 
 def find_remedy(config: Config, topology: Topology) -> str | None:
