@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,22 +97,10 @@ class RunMetrics:
 
 
 class NullMetrics:
-    """Takes the place of `RunMetrics` in every process but the first, and records nothing."""
+    """Takes the place of `RunMetrics` in every process but the first, and ignores every call."""
 
-    def progress(self, step: int) -> None:
-        pass
-
-    def train(self, line: dict[str, Any]) -> None:
-        pass
-
-    def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 class LineFile:
