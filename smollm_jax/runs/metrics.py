@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -19,6 +20,7 @@ from smollm_jax.runtime.console import say
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
+OURS = logging.getLogger("smollm_jax")
 
 
 class RunMetrics:
@@ -32,6 +34,9 @@ class RunMetrics:
         self._board = Board(run_dir / "tensorboard", start)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
+        self._handler = LinesAroundBar(self._bar)
+        if self._bar is not None:
+            OURS.addHandler(self._handler)
         self._began, self._start = time.monotonic(), start
 
     def progress(self, step: int) -> None:
@@ -84,6 +89,7 @@ class RunMetrics:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
+        OURS.removeHandler(self._handler)
         if self._bar is not None:
             self._bar.close()
         for file in (self._metrics, self._samples):
@@ -94,6 +100,17 @@ class RunMetrics:
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.scalar(name, value, line["step"])
+
+
+class LinesAroundBar(logging.Handler):
+    """Writes log messages to stderr above a progress bar."""
+
+    def __init__(self, bar: Any):
+        super().__init__()
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bar.write(self.format(record), file=sys.stderr)
 
 
 class NullMetrics:
