@@ -7,6 +7,8 @@ unsupported raises `UserError` naming the field, tensor or file.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,18 @@ READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without
 def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
     """Return architecture and f32 numpy parameters of a Hugging Face folder or Hub id; raises `UserError`."""
     folder = local_folder(path)
-    require(
-        (folder / "config.json").is_file(),
-        f"{path} holds no config.json; expected a Hugging Face folder or Hub id",
-    )
+    is_one = (folder / "config.json").is_file()
+    require(is_one, f"{path} holds no config.json; expected a Hugging Face folder or Hub id")
     config = model_config(read_json(folder / "config.json"))
     where = tensor_files(folder)
     names = [tensor.name for tensor in tensors(config)]
     missing = [name for name in names if name not in where]
     require(not missing, f"{folder} lacks tensor {(missing or [''])[0]} ({len(missing)} missing)")
     # old exports hold RoPE's frequencies, which follow from theta
-    extra = sorted(
-        n for n in set(where) - set(names) - {"lm_head.weight"} if not n.endswith("rotary_emb.inv_freq")
-    )
-    require(
-        not extra,
-        f"{folder} holds tensor {(extra or [''])[0]}, which a Llama of this config.json does not have "
-        f"({len(extra)} such)",
-    )
+    more = sorted(set(where) - {*names, "lm_head.weight"})
+    extra = [name for name in more if not name.endswith("rotary_emb.inv_freq")]
+    foreign = f"{folder} holds tensor {(extra or [''])[0]}, which a Llama of this config.json does not have"
+    require(not extra, f"{foreign} ({len(extra)} such)")
     params = from_hf(lambda name: _read_tensor(where[name], name), config)
     if config.tie_embeddings and "lm_head.weight" in where:
         head = _read_tensor(where["lm_head.weight"], "lm_head.weight").astype(np.float32)
@@ -96,7 +92,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             instead = f" but {pickles[0]}, a pickle, which can run code" if pickles else ""
             raise UserError(f"{folder} has no {file.name}{instead}; only safetensors are read")
-        names = _names_in(file)
+        with _opened(file) as tensors_of:
+            names = list(tensors_of.keys())
         twice = sorted(set(where) & set(names))
         require(not twice, f"{folder}: tensor {(twice or [''])[0]} stands in more than one file")
         where |= dict.fromkeys(names, file)
@@ -109,12 +106,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def metadata_of(file: Path) -> dict[str, str]:
     """Return the metadata in a safetensors header, empty if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError):
+        with _opened(file) as tensors_of:
+            return tensors_of.metadata() or {}
+    except UserError:
         return {}
 
 
@@ -129,27 +124,22 @@ def _weight_map(file: Path) -> dict[str, str]:
     return index  # type: ignore[return-value]
 
 
-def _names_in(file: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read, it may be cut short: {error}") from None
-
-
-def _read_tensor(file: Path, name: str) -> np.ndarray:
+@contextmanager
+def _opened(file: Path, part: str = "") -> Iterator[Any]:
+    """Open a safetensors file; raises `UserError` if the file, or the part read from it, is damaged."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy") as opened:
-            value = opened.get_tensor(name)
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: tensor {name} cannot be read: {error}") from None
-    require(
-        value.dtype.name in READABLE,
-        f"tensor {name} holds {value.dtype.name}; {', '.join(READABLE)} can be read",
-    )
+        with safe_open(file, framework="numpy") as tensors_of:
+            yield tensors_of
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}{part} cannot be read, it may be cut short: {one_line(error)}") from None
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    with _opened(file, f", tensor {name},") as tensors_of:
+        value = tensors_of.get_tensor(name)
+    held = f"tensor {name} holds {value.dtype.name}"
+    require(value.dtype.name in READABLE, f"{held}; {', '.join(READABLE)} can be read")
     return value

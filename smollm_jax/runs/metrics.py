@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from smollm_jax.runtime.console import say
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
+OURS = logging.getLogger("smollm_jax")
 
 
 class RunMetrics:
@@ -31,6 +34,9 @@ class RunMetrics:
         self._board = Board(run_dir / "tensorboard", start)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
+        self._handler = LinesAroundBar(self._bar)
+        if self._bar is not None:
+            OURS.addHandler(self._handler)
         self._began, self._start = time.monotonic(), start
 
     def progress(self, step: int) -> None:
@@ -83,6 +89,7 @@ class RunMetrics:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
+        OURS.removeHandler(self._handler)
         if self._bar is not None:
             self._bar.close()
         for file in (self._metrics, self._samples):
@@ -95,23 +102,22 @@ class RunMetrics:
                 self._board.scalar(name, value, line["step"])
 
 
+class LinesAroundBar(logging.Handler):
+    """Writes log messages to stderr above a progress bar."""
+
+    def __init__(self, bar: Any):
+        super().__init__()
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bar.write(self.format(record), file=sys.stderr)
+
+
 class NullMetrics:
-    """Takes the place of `RunMetrics` in every process but the first, and records nothing."""
+    """Takes the place of `RunMetrics` in every process but the first, and ignores every call."""
 
-    def progress(self, step: int) -> None:
-        pass
-
-    def train(self, line: dict[str, Any]) -> None:
-        pass
-
-    def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 class LineFile:

@@ -13,24 +13,10 @@ from typing import Any
 
 # TFLOP/s, bf16, dense: NVIDIA's data sheets, Google Cloud's TPU pages
 PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "T4": 65,
-    "V100": 125,
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5p": 459,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-}
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "T4": 65, "V100": 125, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
+    "TPU v6 lite": 918, "TPU v6e": 918,
+}  # fmt: skip
 TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for nothing older
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 MEMORY_SHARE = 0.9  # of a device's memory; the rest is for the runtime and the evaluation

@@ -1,8 +1,11 @@
 """The records of a run."""
 
+import io
 import json
+import logging
+import sys
 
-from smollm_jax.runs.metrics import keep_records
+from smollm_jax.runs.metrics import OURS, RunMetrics, keep_records
 
 
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
@@ -22,3 +25,22 @@ def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     assert (tmp_path / "samples.txt").read_text() == "=== step 2\n  a\n  === step 9\n"
     assert keep_records(tmp_path, 1).evaluated == 0
     assert (tmp_path / "samples.txt").read_text() == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_warning_is_written_around_the_progress_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    report = RunMetrics(tmp_path, start=0, total=10)
+    report.progress(3)
+    logging.getLogger("smollm_jax.data.loader").warning("waiting for %s", "the Hub")
+    report.say("step 3")
+    shown = sys.stderr.getvalue()
+    report.close()
+    assert "\rwaiting for the Hub\n" in shown.replace("\x1b[A", "")
+    assert "step 3\n" in shown
+    assert "3/10" in shown
+    assert not OURS.handlers
