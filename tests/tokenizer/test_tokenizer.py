@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train
+from tests.support.paths import ROOT
 from tests.support.texts import make_texts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -44,14 +45,13 @@ def test_a_document_that_spells_out_the_end_of_text_does_not_end_itself(tokenize
 def test_training_gives_the_same_tokenizer_in_every_process():
     # another hash seed, and another number of threads
     script = (
-        "from smollm_jax.tokenizer import train\nfrom texts import make_texts\n"
+        "from smollm_jax.tokenizer.tokenizer import train\nfrom tests.support.texts import make_texts\n"
         "print(train(make_texts(400, longest=200), 700).fingerprint)"
     )
-    folder = str(__import__("pathlib").Path(__file__).parent)
     prints = {
         subprocess.run(
             [sys.executable, "-c", script],
-            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed, "PYTHONPATH": folder, "PATH": ""},
+            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed, "PYTHONPATH": str(ROOT), "PATH": ""},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in ("1", "2", "5")
