@@ -1,7 +1,7 @@
-"""Conversations to token ids, under the chat template that a tokenizer brings along.
+"""Encode conversations to token ids with the chat template of a tokenizer.
 
-The template comes with the model, from anywhere, so it runs in jinja's sandbox. Its special tokens become their
-ids; the same words typed by a person stay words, so that nobody can end a turn from inside of it.
+The template comes with the model, from anywhere, so it runs in jinja's sandbox. The special tokens of the
+template become ids. The same characters in a message stay text, so that no message can end its own turn.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-# a code point that is no character, put into words that would read as a special token
+# a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Ids of a conversation, ready for the assistant's turn; a message has a role and content.
+    """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
 
-    Raises `ValueError` where there is no template, or the template refuses.
+    Raises `UserError` if there is no template, or the template refuses.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -34,7 +34,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # blocks are trimmed as in transformers, for which templates are written
+    # blocks are trimmed as in transformers, because templates are written for it
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -55,7 +55,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
 def _encode(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:
     ids: list[int] = []
     while text:
-        # the first special token, the longest where two begin there
+        # the first special token; the longest if several begin there
         found = [(text.find(token), -len(token), token) for token in special if token in text]
         at, _, token = min(found, default=(len(text), 0, ""))
         plain = text[:at].replace(MARK, "")

@@ -16,7 +16,6 @@ from smollm_jax.data.loader import open_loader
 from smollm_jax.data.sources import open_source
 from smollm_jax.runtime import retry
 from smollm_jax.runtime.errors import SourceTimeout
-from smollm_jax.tokenizer import tokenizer as tokenizer_module
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 from tests.support.hub import KINDS, Hub
 from tests.support.paths import ROOT
@@ -70,7 +69,7 @@ def hub(content, tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(sources, "FRESH_SECONDS", 0.5)
-    monkeypatch.setattr(tokenizer_module, "FRESH_SECONDS", 0.5)
+    monkeypatch.setattr(retry, "FRESH_SECONDS", 0.5)
     sources._files_of.cache_clear()
     yield hub
     hub.stop()
