@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable
 from functools import cached_property
@@ -41,24 +40,23 @@ class Tokenizer:
         from tokenizers import Tokenizer as Fast
 
         folder = Path(folder)
-        path = folder / "tokenizer.json"
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
-        require(path.is_file(), f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
             self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
         except Exception as error:
-            raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+            raise UserError(f"{folder}/tokenizer.json cannot be read: {one_line(error)}") from None
         self._fast.no_truncation()
         self._fast.no_padding()
         # a document that spells out <|endoftext|> must not end itself
         self._fast.encode_special_tokens = True
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        settings = self._json("tokenizer_config.json", folder)
-        self.chat_template = _default_template(settings.get("chat_template"))
+        self.settings = self._json("tokenizer_config.json", folder)
+        self.chat_template = _default_template(self.settings.get("chat_template"))
         if "chat_template.jinja" in self.files:
             self.chat_template = self.files["chat_template.jinja"].decode("utf-8", "replace")
-        self.eos_id = self._eos_id(settings, folder)
+        self.eos_id = self._eos_id(folder)
 
     def _json(self, name: str, folder: Path) -> dict[str, Any]:
         """Parse a JSON file; empty if there is none."""
@@ -69,13 +67,11 @@ class Tokenizer:
         require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
         return value
 
-    def _eos_id(self, settings: dict[str, Any], folder: Path) -> int:
-        eos = settings.get("eos_token")
+    def _eos_id(self, folder: Path) -> int:
+        eos = self.settings.get("eos_token")
         if eos is None:
             eos = self._json("special_tokens_map.json", folder).get("eos_token", EOS)
-        if isinstance(eos, dict):
-            eos = eos.get("content")
-        found = self._fast.token_to_id(str(eos))
+        found = self._fast.token_to_id(token_text(eos))
         if found is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
         return found
@@ -92,13 +88,19 @@ class Tokenizer:
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The id of each special token."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    @cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text per id: int32 (V,), 0 for special tokens.
 
         A byte-level token spells each byte as one character, so its length is the count.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
-        special = {i for i, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        special = set(self.special_tokens.values())
         byte_level = "ByteLevel" in str(json.loads(self.files["tokenizer.json"]).get("decoder"))
         for token, i in self._fast.get_vocab(with_added_tokens=True).items():
             if i not in special:
@@ -119,6 +121,11 @@ class Tokenizer:
             part.replace(folder / name)
 
 
+def token_text(token: Any) -> str:
+    """Return the text of a token in a settings file: a string, an object with its content, or null."""
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
+
+
 def _default_template(given: Any) -> str | None:
     """Return a chat template as it is, or the entry named default of a list, as older files hold."""
     if isinstance(given, list):
@@ -134,10 +141,12 @@ def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Toke
     """
     if name.startswith("train:"):
         size = name.removeprefix("train:")
-        require(size.isdecimal(), f"--tokenizer {name}: expected train:VOCAB with a number, such as train:4096")
-        require(int(size) > BYTES, f"--tokenizer {name}: a byte-level vocabulary has at least {BYTES + 1} entries")
+        require(
+            size.isdecimal() and int(size) > BYTES,
+            f"--tokenizer {name}: expected train:VOCAB, such as train:4096, with VOCAB of {BYTES + 1} or more",
+        )
         require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
-        return train(documents or (), int(size))
+        return train_tokenizer(documents or (), int(size))
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         return Tokenizer(Path(name).expanduser())
     return Tokenizer(_download(name))
@@ -159,7 +168,7 @@ def _download(repo: str) -> Path:
     raise UserError(f"--tokenizer {reason}")
 
 
-def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -176,15 +185,10 @@ def train(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     fast.train_from_iterator(documents, trainer)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOS,
-        "eos_token": EOS,
-        "unk_token": EOS,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS),
         "clean_up_tokenization_spaces": False,
     }
-    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
-    try:
-        fast.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(prefix="tokenizer-", ignore_cleanup_errors=True) as folder:
+        fast.save(f"{folder}/tokenizer.json")
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         return Tokenizer(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

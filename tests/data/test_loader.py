@@ -209,14 +209,14 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, toke
 
 
 def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, tokenizer):
-    from smollm_jax.tokenizer.tokenizer import train
+    from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
     config = config_of(folder)
     cursor = take(open_at(config, tokenizer), 2)[1][1]
     with pytest.raises(ValueError, match="held-out documents changed"):
         open_at(config, tokenizer, cursor, excluded=[5])
     with pytest.raises(ValueError, match="tokenizer changed"):
-        open_at(config, train(make_texts(50), 310), cursor)
+        open_at(config, train_tokenizer(make_texts(50), 310), cursor)
 
 
 def test_changed_files_are_refused_by_name(tmp_path, tokenizer):

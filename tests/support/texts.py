@@ -3,7 +3,7 @@
 import json
 import random
 
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
 WORDS = ["the", "a", "model", "reads", "text", "and", "learns", "what", "comes", "next", "in", "every", "row"]
 
@@ -15,7 +15,7 @@ def make_texts(count, *, seed=0, longest=40):
 
 
 def small_tokenizer():
-    return train(make_texts(50), 300)
+    return train_tokenizer(make_texts(50), 300)
 
 
 def write_jsonl(path, texts, column="text"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train_tokenizer
 from tests.support.paths import ROOT
 from tests.support.texts import make_texts
 
@@ -18,7 +18,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train(make_texts(50), 300)
+    return train_tokenizer(make_texts(50), 300)
 
 
 @given(TEXT)
@@ -45,8 +45,8 @@ def test_a_document_that_spells_out_the_end_of_text_does_not_end_itself(tokenize
 def test_training_gives_the_same_tokenizer_in_every_process():
     # another hash seed, and another number of threads
     script = (
-        "from smollm_jax.tokenizer.tokenizer import train\nfrom tests.support.texts import make_texts\n"
-        "print(train(make_texts(400, longest=200), 700).fingerprint)"
+        "from smollm_jax.tokenizer.tokenizer import train_tokenizer\nfrom tests.support.texts import make_texts\n"
+        "print(train_tokenizer(make_texts(400, longest=200), 700).fingerprint)"
     )
     prints = {
         subprocess.run(
