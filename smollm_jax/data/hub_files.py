@@ -25,10 +25,6 @@ BLOCK_SECONDS = 60.0  # a block that takes longer than this to arrive is request
 LISTING_SECONDS = 120.0  # some calls inside `datasets` have no time limit of their own
 
 
-class RefusedByHub(UserError):
-    """A file that the Hub does not give: the token expired, or the file is gone. Waiting does not help."""
-
-
 @dataclass(frozen=True)
 class HubFile:
     """One file: its name without a revision, its URL, and a hash of its content."""
@@ -93,7 +89,7 @@ def _without_revision(path: str) -> str:
 
 
 class HubReader(io.RawIOBase):
-    """A `HubFile` open for reading; a read gives all bytes, or raises `SourceTimeout` or `RefusedByHub`."""
+    """A `HubFile` open for reading; a read gives all bytes, or raises `SourceTimeout` or `UserError`."""
 
     def __init__(self, file: HubFile, *, timeout: float, closed: threading.Event):
         self.file, self.timeout, self._stopped = file, timeout, closed
@@ -122,7 +118,8 @@ class HubReader(io.RawIOBase):
             try:
                 view[at : at + size] = retry(ask, self.file.name, self.timeout, self._stopped)
             except (OSError, ValueError) as error:
-                raise RefusedByHub(f"the Hub refuses {self.file.name}: {one_line(error)}") from None
+                # the token expired, or the file is gone: waiting does not help
+                raise UserError(f"the Hub refuses {self.file.name}: {one_line(error)}") from None
             self._position += size
         return count
 

@@ -48,7 +48,7 @@ class ShardStream:
     """
 
     def __init__(self, sources: list[ShuffledSource], weights: list[float], seq_len: int):
-        self.sources, self.weights = sources, weights
+        self.sources, self.mixture = sources, list(zip(sources, weights, strict=True))
         self.packer: Packer[Document] = Packer(seq_len)
         self.ended = False
         self._before: list[Cursor] = []  # states of the sources before the last document was drawn
@@ -91,10 +91,9 @@ class ShardStream:
         return [dict(source.state) for source in self.sources]
 
     def _draw(self) -> TokenizedDocument | None:
-        while live := [i for i, source in enumerate(self.sources) if not source.state["ended"]]:
-            furthest = min(live, key=lambda i: (self.sources[i].state["tokens"] / self.weights[i], i))
-            drawn = self.sources[furthest].draw()
-            if drawn is not None:
+        while live := [(source, weight) for source, weight in self.mixture if not source.state["ended"]]:
+            source, _ = min(live, key=lambda pair: pair[0].state["tokens"] / pair[1])  # the first of equals
+            if (drawn := source.draw()) is not None:
                 return drawn
         return None
 
@@ -137,13 +136,15 @@ class BatchIterator:
         found = [document for shard in self.shards.values() for document in shard.packer.documents]
         return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in found]
 
+    def sources(self) -> list[ShuffledSource]:
+        return [source for shard in self.shards.values() for source in shard.sources]
+
     def close(self) -> None:
-        for shard in self.shards.values():
-            for source in shard.sources:
-                source.close()
+        for source in self.sources():
+            source.close()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Loader:
     """The training data of a run: `at` and `prefetch` give its batches from any cursor on."""
 
@@ -180,7 +181,7 @@ class Loader:
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
         if len(shards) > 1:  # one by one, each would wait for its first window
-            for source in [source for shard in shards.values() for source in shard.sources]:
+            for source in batches.sources():
                 source.prepare()
         return batches
 
@@ -189,14 +190,9 @@ class Loader:
         return PrefetchLoader(self, cursor)
 
     def _open_shard(self, index: int) -> ShardStream:
+        shard = Shard(index, self.config.shards)
         shuffled = [
-            ShuffledSource(
-                source,
-                self.tokenizer,
-                seed=[self.seed, i],
-                excluded=self.excluded,
-                shard=Shard(index, self.config.shards),
-            )
+            ShuffledSource(source, self.tokenizer, seed=[self.seed, i], excluded=self.excluded, shard=shard)
             for i, source in enumerate(self.sources)
         ]
         return ShardStream(shuffled, self.weights, self.config.seq_len)
@@ -221,8 +217,8 @@ def open_loader(
     batch_size_at: Callable[[int], int],
     steps: int,
     excluded: frozenset[int] = frozenset(),
-    resumes: bool = False,
     shards: Iterable[int] | None = None,
+    resumes: bool = False,
 ) -> Loader:
     """Open the sources of `config.data`, without the texts whose hashes are in `excluded`.
 
@@ -230,17 +226,10 @@ def open_loader(
     step, from 1, to the rows of its batch. Raises as `open_source` does.
     """
     named = mixture(config.data)
-    return Loader(
-        config=config,
-        tokenizer=tokenizer,
-        sources=[open_source(spec, config, resumes=resumes) for spec, _ in named],
-        weights=[weight for _, weight in named],
-        seed=seed,
-        batch_size_at=batch_size_at,
-        steps=steps,
-        excluded=excluded,
-        shards=list(range(config.shards) if shards is None else shards),
-    )
+    sources = [open_source(spec, config, resumes=resumes) for spec, _ in named]
+    weights = [weight for _, weight in named]
+    wanted = list(range(config.shards) if shards is None else shards)
+    return Loader(config, tokenizer, sources, weights, seed, batch_size_at, steps, excluded, wanted)
 
 
 def merge_cursors(cursors: list[Cursor]) -> Cursor:

@@ -20,10 +20,6 @@ RowFilter = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
 
 
-class MissingColumn(UserError):
-    """A file without the column asked for: a mistake in the settings, whatever --on-bad-data says."""
-
-
 @dataclass(frozen=True)
 class Record:
     """One row of a file: its value, or why it cannot be read."""
@@ -35,7 +31,7 @@ class Record:
 
 
 def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
-    """Yield the wanted rows of a Parquet file from `start` on; raises `MissingColumn`."""
+    """Yield the wanted rows of a Parquet file from `start` on; raises `UserError`."""
     import pyarrow.parquet as pq
 
     first = 0
@@ -56,7 +52,7 @@ def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: 
 
 
 def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
-    """Yield the wanted lines of JSON, or paragraphs of a text file, from `start` on; raises `MissingColumn`."""
+    """Yield the wanted lines of JSON, or paragraphs of a text file, from `start` on; raises `UserError`."""
     json_lines = not path.endswith(".txt")
     with raw:
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
@@ -68,8 +64,8 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
             value, fault = None, ""
             try:
                 text = piece.removeprefix(b"" if row else BOM).decode()
-                value = _column_of(text, column, path, row) if json_lines and text.strip() else text
-            except MissingColumn:
+                value, fault = _column_of(text, column, path, row) if json_lines and text.strip() else (text, "")
+            except UserError:  # a mistake in the settings, whatever --on-bad-data says
                 raise
             except (ValueError, RecursionError) as error:
                 fault = one_line(error)
@@ -77,20 +73,21 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
                 yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
 
 
-def _column_of(line: str, column: str, path: str, row: int) -> Any:
+def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
+    """Return the value of a column in a line of JSON, and why it cannot be read."""
     value = json.loads(line)
     if not isinstance(value, dict):
-        raise UserError("not a JSON object")
+        return None, "not a JSON object"
     if row == 0:  # the setting is wrong; in a later row, the row is wrong
         _require_column(column, list(value), path)
     elif column not in value:
-        raise UserError(f"no {column!r} but {', '.join(value)}")
-    return value[column]
+        return None, f"no {column!r} but {', '.join(value)}"
+    return value[column], ""
 
 
 def _require_column(column: str, names: list[str], path: str) -> None:
     if column not in names:
-        raise MissingColumn(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
+        raise UserError(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

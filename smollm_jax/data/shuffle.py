@@ -68,13 +68,7 @@ class ShuffledSource:
     """
 
     def __init__(
-        self,
-        source: Source,
-        tokenizer: Tokenizer,
-        *,
-        seed: list[int],
-        excluded: frozenset[int],
-        shard: Shard = WHOLE,
+        self, source: Source, tokenizer: Tokenizer, *, seed: list[int], excluded: frozenset[int], shard: Shard
     ):
         self.source, self.tokenizer, self.excluded, self.shard = source, tokenizer, excluded, shard
         self.seed = seed if shard == WHOLE else [*seed, shard.index]

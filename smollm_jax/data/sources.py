@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, cast
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.fingerprint import hash_files, short_hash
-from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, RefusedByHub, list_files
+from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
 from smollm_jax.data.python_docs import python_docs
-from smollm_jax.data.readers import Cursor, MissingColumn, Record, RowFilter, read_parquet, read_text
+from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
@@ -35,10 +35,6 @@ UNEVEN = 1.1  # how much larger one shard of whole files may be than another: al
 PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
 
 logger = logging.getLogger(__name__)
-
-
-class BadData(UserError):
-    """A row or file that cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class Source(ABC):
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
                     elif record.value.strip():
                         yield Document(record.value, self.name, path, record.row, cursor)
-            except (BadData, MissingColumn, RefusedByHub, SourceTimeout):
+            except (UserError, SourceTimeout):
                 raise
             except Exception as error:
                 if not _is_of_the_file(error):
@@ -131,7 +127,7 @@ class Source(ABC):
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
-            raise BadData(f"{message}; skip it with --on-bad-data skip, or repair it and start afresh") from None
+            raise UserError(f"{message}; skip it with --on-bad-data skip, or repair it and start afresh") from None
         skipped.append(message)
         logger.warning("skipped: %s", message)
 

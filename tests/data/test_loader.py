@@ -16,7 +16,7 @@ from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import batches_in_order, held_out
 from smollm_jax.data.loader import check_vocab, merge_cursors, open_loader
 from smollm_jax.data.shuffle import ShuffledSource, text_hash
-from smollm_jax.data.sources import open_source
+from smollm_jax.data.sources import WHOLE, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
@@ -321,7 +321,9 @@ def test_bad_data_stops_the_stream_where_it_is_reached_and_not_before(tmp_path, 
 
 def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
     config = config_of(folder, epochs=0)
-    source = ShuffledSource(open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset())
+    source = ShuffledSource(
+        open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset(), shard=WHOLE
+    )
     for number in range(1, 6):
         document, _ = source.draw()
         place, ahead = source._next
