@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
+from smollm_jax.runtime.files import written_aside
 from smollm_jax.runtime.retry import WAYS_OUT, download_snapshot
 
 EOS = "<|endoftext|>"
@@ -116,9 +117,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            part = folder / f".{name}.part"
-            part.write_bytes(content)
-            part.replace(folder / name)
+            with written_aside(folder / name) as part:
+                part.write_bytes(content)
 
 
 def token_text(token: Any) -> str:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     """An exported folder of a tiny random model."""
     base = tmp_path_factory.mktemp("model")
     train_tokenizer(TEXTS, CONFIG.vocab_size).save(base / "tokenizer")
-    convert.export(
+    convert.export_folder(
         init_params(CONFIG, 3), CONFIG, base / "export", tokenizer_folder=base / "tokenizer", verify=False
     )
     return base / "export"
@@ -274,7 +274,7 @@ def test_a_run_is_served_by_both_back_ends(folder, tmp_path, completers, backend
     from smollm_jax.runs.convert import import_run
 
     config = replace(CONFIG, max_seq_len=2_048)
-    convert.export(
+    convert.export_folder(
         init_params(config, 3), config, tmp_path / "export", tokenizer_folder=folder.parent / "tokenizer",
         verify=False,
     )  # fmt: skip
@@ -309,7 +309,7 @@ def chat_folder(base):
 
 
 TALK = [
-    {"role": "system", "content": "Be one_line."},
+    {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Größe 🦀?  two spaces"},
     {"role": "assistant", "content": "Large."},
     {"role": "user", "content": " why"},

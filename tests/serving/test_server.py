@@ -494,8 +494,9 @@ def test_a_model_without_a_template_has_no_chat(tmp_path):
     from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
     train_tokenizer(["plain text"] * 4, 300).save(tmp_path / "tokenizer")
-    convert.export(init_params(CONFIG, 0), CONFIG, tmp_path / "plain", tokenizer_folder=tmp_path / "tokenizer",
-                   verify=False)  # fmt: skip
+    convert.export_folder(
+        init_params(CONFIG, 0), CONFIG, tmp_path / "plain", tokenizer_folder=tmp_path / "tokenizer", verify=False
+    )
     with Server(tmp_path / "plain") as server:
         assert (
             post(server, {"messages": [{"role": "user", "content": "x"}]}, "/v1/chat/completions").status_code
