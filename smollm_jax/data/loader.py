@@ -23,13 +23,12 @@ from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.fingerprint import changed_files
 from smollm_jax.data.packing import Batch, Packer, num_targets
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.shuffle import CLOSE_SECONDS, ShuffledSource, TokenizedDocument, is_count
+from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count
 from smollm_jax.data.sources import Document, Shard, Source, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 BATCHES_AHEAD = 4  # made while the device works; two windows of tokens are held anyway
-DAMAGED = "the data cursor is damaged"
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

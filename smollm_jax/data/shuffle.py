@@ -26,6 +26,7 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 # documents: enough to keep the tokenizer's threads busy, few enough that memory per token stays small
 TOKENIZED_TOGETHER = 256
 CLOSE_SECONDS = 5.0
+DAMAGED = "the data cursor is damaged"
 TokenizedDocument = tuple[Document, np.ndarray]
 
 
@@ -113,7 +114,7 @@ class ShuffledSource:
             and isinstance(state["ended"], bool)
             and (state["number"] == 0 if window is None else window["file"] < len(self.source.files))
             and (window is None or set(window) == set(START)),
-            f"the data cursor is damaged: {state!r:.200} is not a state of {self.source.name}",
+            f"{DAMAGED}: {state!r:.200} is not a state of {self.source.name}",
         )
         self.state = dict(state)
 

@@ -1,4 +1,4 @@
-"""The ledger notices what a lost or repeated row, a swap or a flipped bit does to a batch."""
+"""The batch hash changes with a lost or repeated row, a swap or a flipped bit."""
 
 import numpy as np
 import pytest

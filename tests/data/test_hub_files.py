@@ -1,4 +1,4 @@
-"""A Hub dataset behind a Hub that misbehaves: the very batches that there would have been, or one clear line."""
+"""A dataset on a Hub that fails: the same batches as without faults, or an error in one clear line."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def content(tmp_path_factory):
 
 @pytest.fixture
 def hub(content, tmp_path, monkeypatch):
-    """A fresh Hub that the libraries of this process talk to, and waits that a test can afford."""
+    """A fresh Hub for the libraries of this process, and short waits."""
     import datasets
     import huggingface_hub
 
@@ -133,7 +133,7 @@ def test_a_resume_opens_one_file_at_one_row_group(hub):
 
 @pytest.mark.parametrize("name", ["parquet", "lines"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stall"])
-def test_each_fault_leaves_the_texts_what_they_are(hub, name, kind):
+def test_no_fault_changes_the_texts(hub, name, kind):
     hub.faults = [(kind, 0.3)]
     for _ in range(6):
         assert texts_of(name) == TEXTS
@@ -141,7 +141,7 @@ def test_each_fault_leaves_the_texts_what_they_are(hub, name, kind):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_faults_of_every_kind_leave_the_batches_what_they_are(hub, tokenizer, share):
+def test_faults_of_every_kind_change_no_batch(hub, tokenizer, share):
     config = config_of(epochs=3)
     expected = take(config, tokenizer)
     hub.stall_seconds = 2
@@ -152,7 +152,7 @@ def test_faults_of_every_kind_leave_the_batches_what_they_are(hub, tokenizer, sh
     assert sum(hub.met.values()) > 0
 
 
-def test_a_stalled_read_is_given_up_and_made_again(hub):
+def test_a_stalled_read_is_abandoned_and_retried(hub):
     source = open_source("me/texts:lines", config_of("lines"))
     hub.stall_seconds = 60
     hub.faults = [("stall", 0.5)]
@@ -213,7 +213,7 @@ def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, 
     assert hub.met["stall"] >= 1
 
 
-def test_a_read_that_drips_in_is_given_up_as_well(hub, content, monkeypatch):
+def test_a_read_that_arrives_byte_by_byte_is_abandoned(hub, content, monkeypatch):
     monkeypatch.setattr(hub_files, "BLOCK_SECONDS", 0.3)
     hub.faults = [("drip", 1.0)]
     url, size = hub.endpoint + "/datasets/me/texts/resolve/main/lines/0.jsonl", len(content["lines/0.jsonl"])
@@ -223,7 +223,7 @@ def test_a_read_that_drips_in_is_given_up_as_well(hub, content, monkeypatch):
     assert time.monotonic() - began < 5
 
 
-def test_a_hub_that_goes_away_in_the_middle_is_waited_for_and_the_wait_is_shown(hub, tokenizer, caplog):
+def test_the_loader_waits_for_a_hub_that_goes_down_and_logs_the_wait(hub, tokenizer, caplog):
     config = config_of(epochs=2)
     expected = take(config, tokenizer)
     stream = prefetch(config, tokenizer)
@@ -240,7 +240,7 @@ def test_a_hub_that_goes_away_in_the_middle_is_waited_for_and_the_wait_is_shown(
     assert "trying again in" in caplog.text
 
 
-def test_a_hub_that_stays_away_past_the_timeout_is_a_source_timeout(hub, tokenizer):
+def test_a_hub_that_stays_down_past_the_timeout_is_a_source_timeout(hub, tokenizer):
     config = config_of(epochs=0, data_timeout=0.5)
     stream = prefetch(config, tokenizer)
     assert stream.get(timeout=60) is not None
@@ -310,7 +310,7 @@ def test_a_mistake_in_the_name_is_one_clear_line_at_once():
         assert time.monotonic() - began < 10
 
 
-def test_a_file_that_the_hub_refuses_stops_the_run_whatever_is_done_with_bad_data(hub):
+def test_a_file_that_the_hub_refuses_stops_the_run_even_if_bad_data_is_skipped(hub):
     config = config_of(on_bad_data="skip")
     source = open_source(config.data, config)
     del hub.files["datasets/me/texts"]["parquet/train-1.parquet"]
@@ -327,7 +327,7 @@ def test_a_listing_survives_a_hub_that_fails_one_answer_in_three(hub):
 
 
 @pytest.mark.parametrize("faults", [[], [("truncate", 0.3)]])
-def test_a_file_that_is_corrupt_on_the_hub_is_named_and_never_taken_for_a_fault_of_the_network(hub, faults):
+def test_a_corrupt_file_on_the_hub_is_named_and_not_retried_for_ever(hub, faults):
     files = hub.files["datasets/me/texts"]
     files["parquet/train-1.parquet"] = b"PAR1" + b"\0" * 400 + b"PAR1"
     hub.faults = faults

@@ -1,4 +1,4 @@
-"""The stream: nothing lost, nothing twice, and the same next batch from every cursor."""
+"""The loader: no document lost or repeated, and the same next batch from every cursor."""
 
 import contextlib
 import json
@@ -74,7 +74,7 @@ def same(a, b):
 
 
 def documents_in(batches):
-    """The documents that the rows hold, put together again from pieces that overlap by a token."""
+    """Join the pieces of each document in the rows; pieces in neighbouring rows overlap by one token."""
     documents, at_end = [], False
     for batch in batches:
         for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
@@ -102,13 +102,13 @@ def test_the_rows_of_a_finite_source_hold_every_document_whole(folder, tokenizer
         assert rows[: used - 1].all(), "padding before the last row"
 
 
-def test_plain_batches_hold_the_documents_in_order(folder, tokenizer):
+def test_batches_in_order_hold_every_document_in_order(folder, tokenizer):
     config = config_of(folder, "a*.jsonl,b.parquet")
     texts = make_texts(60) + make_texts(40, seed=1) + make_texts(60)[:5]
     assert documents_in(batches_in_order(config, tokenizer, 3)) == expected_documents(texts, tokenizer)
 
 
-def test_windows_shuffle_and_the_seed_and_the_epoch_decide_how(folder, tokenizer):
+def test_the_order_depends_on_window_seed_and_epoch(folder, tokenizer):
     def order(seed, window=8, epochs=1):
         config = config_of(folder, shuffle_window=window, epochs=epochs)
         return documents_in([batch for batch, _ in take(open_at(config, tokenizer, seed=seed))])
@@ -154,13 +154,13 @@ def test_resumes_of_resumes_equal_a_straight_run(folder, tokenizer, stops, epoch
     assert all(same(a[0], b[0]) and a[1] == b[1] for a, b in zip(pieces, straight, strict=True))
 
 
-def test_a_resume_behind_the_last_batch_ends_at_once(folder, tokenizer):
+def test_a_resume_after_the_last_batch_ends_at_once(folder, tokenizer):
     config = config_of(folder)
     last = take(open_at(config, tokenizer))[-1][1]
     assert take(open_at(config, tokenizer, last)) == []
 
 
-def test_the_stream_gives_as_many_batches_as_there_are_steps(folder, tokenizer):
+def test_the_stream_ends_after_the_last_step(folder, tokenizer):
     config = config_of(folder, epochs=0)
     taken = take(open_at(config, tokenizer, steps=50))
     assert len(taken) == 50
@@ -242,7 +242,7 @@ JSON = st.recursive(
 
 @st.composite
 def damaged(draw, cursor):
-    """A cursor with one value at any depth replaced or taken out."""
+    """A cursor with one value, at any depth, replaced or removed."""
     cursor = json.loads(json.dumps(cursor))
     node = cursor
     while True:
@@ -268,7 +268,7 @@ def test_a_damaged_cursor_is_refused_in_one_line(folder, tokenizer, data):
         stream = open_at(config, tokenizer, cursor)
         assert stream.get(timeout=30) is not None
     except StopIteration:
-        pass  # a place behind the end
+        pass  # a position after the end
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017
         assert len(str(error)) < 600  # noqa: PT017
@@ -292,7 +292,7 @@ def test_a_source_without_documents_is_refused(tmp_path, tokenizer):
         take(open_at(config, tokenizer, excluded=[text_hash(text) for text in make_texts(3)]))
 
 
-def test_skipped_rows_are_counted_once_however_often_the_run_resumes(tmp_path, tokenizer):
+def test_resumes_count_a_skipped_row_once(tmp_path, tokenizer):
     lines = [json.dumps({"text": text}) for text in make_texts(40)]
     for i in (3, 17, 18, 39):
         lines[i] = "{broken"
@@ -390,7 +390,7 @@ def test_shards_share_the_documents_without_loss_or_repeat(folder, tokenizer, da
     assert seen[0] == seen[1]
 
 
-def test_processes_make_the_rows_of_the_whole_between_them(folder, tokenizer):
+def test_the_rows_of_all_processes_are_the_rows_of_one(folder, tokenizer):
     config = config_of(folder, epochs=0, shards=4)
     whole = [next(stream) for stream in [batches_of(config, tokenizer)] for _ in range(12)]
     parts = [batches_of(config, tokenizer, shards=shards) for shards in ([0, 1], [2], [3])]
@@ -401,7 +401,7 @@ def test_processes_make_the_rows_of_the_whole_between_them(folder, tokenizer):
         assert merge_cursors([cursor for _, cursor in made]) == cursor
 
 
-def test_a_cursor_of_some_processes_goes_on_in_others(folder, tokenizer):
+def test_a_cursor_resumes_with_another_number_of_processes(folder, tokenizer):
     config = config_of(folder, epochs=0, shards=4)
     stream = batches_of(config, tokenizer)
     straight = [next(stream) for _ in range(20)]
@@ -426,7 +426,7 @@ def test_a_shard_without_documents_is_named(tmp_path, tokenizer):
 
 
 def test_files_of_different_sizes_are_shared_by_row(tmp_path, tokenizer):
-    """Every shard gives as many rows: by file, the documents of a small one would come more often."""
+    """Every shard gives as many rows, so if shards were files, documents of small files would come more often."""
     write_jsonl(tmp_path / "a.jsonl", make_texts(90))
     write_jsonl(tmp_path / "b.jsonl", make_texts(10, seed=5))
     assert not open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)

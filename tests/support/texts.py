@@ -1,4 +1,4 @@
-"""Small documents and a small tokenizer for the tests of the data."""
+"""Small documents and a small tokenizer."""
 
 import json
 import random
@@ -9,7 +9,7 @@ WORDS = ["the", "a", "model", "reads", "text", "and", "learns", "what", "comes",
 
 
 def make_texts(count, *, seed=0, longest=40):
-    """Distinct texts of one word to `longest`."""
+    """Distinct texts of 1 to `longest` words."""
     rng = random.Random(seed)
     return [f"{seed}.{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for i in range(count)]
 

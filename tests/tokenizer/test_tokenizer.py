@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the spot, read from folders, and refused in one line."""
+"""Tokenizers trained on texts or read from folders, and errors in one line."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_any_text_comes_back_from_its_ids(tokenizer, text):
 
 @given(st.lists(TEXT, max_size=5))
 @settings(max_examples=50, deadline=None)
-def test_a_batch_gives_what_each_text_gives_alone(tokenizer, texts):
+def test_a_batch_gives_the_same_ids_as_each_text_alone(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert all(np.array_equal(ids, tokenizer.encode(text)) for ids, text in zip(batch, texts, strict=True))
 
@@ -69,7 +69,7 @@ def test_saving_and_loading_keep_every_file_and_every_id(tokenizer, tmp_path):
     assert np.array_equal(again.encode(text), tokenizer.encode(text))
 
 
-def test_truncation_and_padding_that_a_file_asks_for_are_left_out(tokenizer, tmp_path):
+def test_truncation_and_padding_in_a_file_are_ignored(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -90,7 +90,7 @@ def test_the_vocabulary_has_the_size_asked_for_and_eos_first(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["train:", "train:many", "train:-5", "train:256", "train:1.5"])
-def test_a_vocabulary_that_cannot_be_is_refused(name):
+def test_an_impossible_vocabulary_size_is_refused(name):
     with pytest.raises(ValueError, match=f"--tokenizer {name}"):
         load_tokenizer(name, documents=["a"])
 
