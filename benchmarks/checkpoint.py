@@ -34,7 +34,7 @@ def checkpoint(*, preset: Preset = "135M", rounds: int = 5, folder: str | None =
 
     from smollm_jax.checkpoint.listing import list_checkpoints
     from smollm_jax.checkpoint.manager import CheckpointManager
-    from smollm_jax.data.batch_hash import batch_hash, extended
+    from smollm_jax.data.batch_hash import batch_hash, extend
     from smollm_jax.data.packing import Batch
     from smollm_jax.distributed.sharding import make_mesh
     from smollm_jax.training.step import abstract_state, init_state
@@ -55,7 +55,7 @@ def checkpoint(*, preset: Preset = "135M", rounds: int = 5, folder: str | None =
         seconds.setdefault(name, []).append(time.perf_counter() - began)
 
     def counted() -> str:
-        return extended("0" * 32, batch_hash(batch.tokens, batch.segment_ids))
+        return extend("0" * 32, batch_hash(batch.tokens, batch.segment_ids))
 
     try:
         checkpoints = CheckpointManager(where, keep_last=1, keep_every=0)

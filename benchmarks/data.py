@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.harness.tables import Row, as_command, finish, spread
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import head_texts
-from smollm_jax.data.loader import PrefetchLoader, open_stream
+from smollm_jax.data.loader import PrefetchLoader, open_loader
 from smollm_jax.data.packing import num_targets, pack
-from smollm_jax.data.shuffle import tokenised
+from smollm_jax.data.shuffle import tokenize
 from smollm_jax.data.sources import Document, mixture, open_source
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -35,7 +35,7 @@ def data(
     rounds: int = 3,
     device_tokens_per_second: int | None = None,
 ) -> int:
-    """Time reading, tokenising, packing and the whole stream.
+    """Time reading, tokenizing, packing and the whole stream.
 
     Args:
         data: A source, as in train_jax.py.
@@ -87,7 +87,7 @@ def _stages(
     seconds[BARE], encoded = seconds_of(lambda: fast._fast.encode_batch(texts, add_special_tokens=False))
     tokens = sum(len(one.ids) for one in encoded) + len(texts)
     del encoded
-    seconds["tokenise"], drawn = seconds_of(lambda: list(tokenised(found, fast)))
+    seconds["tokenise"], drawn = seconds_of(lambda: list(tokenize(found, fast)))
     seconds["pack"], _ = seconds_of(partial(list, pack(iter(drawn), config.seq_len, batch_size)))
     return tokens, seconds
 
@@ -99,7 +99,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def endless(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> PrefetchLoader:
-    return open_stream(config, tokenizer, seed=0, batch_size_at=lambda _: batch_size, steps=2**40)
+    return open_loader(config, tokenizer, seed=0, batch_size_at=lambda _: batch_size, steps=2**40).prefetch(None)
 
 
 def read_stream(stream: PrefetchLoader, targets: int) -> tuple[float, float, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.harness.tables import as_command, finish
 from smollm_jax.config.recipes import RECIPES
-from smollm_jax.data.heldout import head_texts, heldout
+from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
@@ -64,15 +64,15 @@ def ngram(*, recipe: str = "quickstart", orders: tuple[int, ...] = (1, 2, 3, 4))
     """
     config = RECIPES[recipe].data
     tokenizer = load_tokenizer(config.tokenizer, documents=head_texts(config))
-    held_out = [ids.tolist() for ids in heldout(config, tokenizer).tokens]
+    held = [ids.tolist() for ids in held_out(config, tokenizer).tokens]
     eos = tokenizer.eos_id
     training = [[*ids.tolist(), eos] for ids in tokenizer.encode_batch(list(head_texts(config)))]
-    targets = sum(len(ids) - 1 for ids in held_out)
-    text_bytes = sum(int(tokenizer.token_bytes[np.array(ids[1:])].sum()) for ids in held_out)
+    targets = sum(len(ids) - 1 for ids in held)
+    text_bytes = sum(int(tokenizer.token_bytes[np.array(ids[1:])].sum()) for ids in held)
     rows = []
     for order in orders:
         model = NGram(training, tokenizer.vocab_size, order)
-        nats = sum(model.nats(ids) for ids in held_out)
+        nats = sum(model.nats(ids) for ids in held)
         rows.append(
             {
                 "model": f"{order}-gram",

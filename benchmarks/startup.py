@@ -81,12 +81,12 @@ def seconds_of(arguments: list[str]) -> float:
 
 def prepare(folder: Path) -> list[str]:
     """Write documents and a tokenizer into `folder`; return the flags of a run that reads them."""
-    from smollm_jax.tokenizer.tokenizer import train
+    from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(20, 400))) for _ in range(500)]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    train(texts, 300).save(folder / "tokenizer")
+    train_tokenizer(texts, 300).save(folder / "tokenizer")
     return [
         "--data", str(folder / "texts.jsonl"), "--tokenizer", str(folder / "tokenizer"),
         "--eval-documents", "5", "--compilation-cache-dir", str(folder / "compiled"), "--log-every", "1",

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from smollm_jax.tokenizer.tokenizer import train as train_tokenizer
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 from tests.support.paths import ROOT
 from tests.support.runs import TINY
 

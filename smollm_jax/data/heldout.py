@@ -1,6 +1,6 @@
-"""Documents read in order: those that are never trained on, a whole source to be scored, a tokenizer's head.
+"""Read documents in order: the held-out set, a whole source to score, a head to train a tokenizer on.
 
-What is held out is known by a hash of its text, so that a copy of it elsewhere in the data is left out too.
+A held-out document is identified by a hash of its text, so copies of it elsewhere are left out too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, pack
-from smollm_jax.data.shuffle import text_hash, tokenised
+from smollm_jax.data.shuffle import text_hash, tokenize
 from smollm_jax.data.sources import Document, mixture, open_source
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-HELD_OUT_EVERY = 10  # one document in so many, from the head of a source, until there are enough
+HELD_OUT_EVERY = 10  # every tenth document from the head of a source, until there are enough
 
 
 @dataclass(frozen=True)
@@ -34,42 +34,42 @@ class HeldOut:
         return frozenset(text_hash(document.text) for document in self.documents)
 
     def batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """The documents in rows, in the same order every time; the last batch is filled up with padding."""
-        drawn = zip(self.documents, self.tokens, strict=True)
-        return islice(pack(drawn, self.seq_len, batch_size), max_batches)
+        """Yield the documents in rows, always in the same order; only the last batch has padding."""
+        documents = zip(self.documents, self.tokens, strict=True)
+        return islice(pack(documents, self.seq_len, batch_size), max_batches)
 
 
-def heldout(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> HeldOut:
-    """The first documents of `eval_data`, or every tenth from the head of the training sources.
+def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> HeldOut:
+    """Hold out the first documents of `eval_data`, or every tenth from the head of the training sources.
 
-    Raises `ValueError` when there are none, and what `open_source` and `Source.documents` raise.
+    Raises `UserError` if there are none, and as `open_source` and `Source.documents` do.
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data
     require(bool(documents), f"{name} has no document to hold out; give --eval-data, or --eval-documents 0")
-    return HeldOut(documents, [ids for _, ids in tokenised(documents, tokenizer)], config.seq_len)
+    return HeldOut(documents, [ids for _, ids in tokenize(documents, tokenizer)], config.seq_len)
 
 
-def plain_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
-    """The whole of `config.data` once, source after source, in order; only the last batch has padding.
+def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
+    """Yield all of `config.data` once, source after source; only the last batch has padding.
 
-    Raises what `open_source` and `Source.documents` raise.
+    Raises as `open_source` and `Source.documents` do.
     """
     documents = (d for spec, _ in mixture(config.data) for d in open_source(spec, config).documents())
-    yield from pack(tokenised(documents, tokenizer), config.seq_len, batch_size)
+    yield from pack(tokenize(documents, tokenizer), config.seq_len, batch_size)
 
 
 def head_texts(config: DataConfig) -> Iterator[str]:
-    """Texts from the head of each source, one of each in turn, but for the held-out ones."""
+    """Yield texts from the head of each source in turn, without the held-out texts."""
     documents = _held_out_documents(config) if config.eval_documents else []
-    out = {text_hash(document.text) for document in documents}
+    excluded = {text_hash(document.text) for document in documents}
     heads = [open_source(spec, config).documents() for spec, _ in mixture(config.data)]
     while heads:
         for head in list(heads):
             document = next(head, None)
             if document is None:
                 heads.remove(head)
-            elif text_hash(document.text) not in out:
+            elif text_hash(document.text) not in excluded:
                 yield document.text
 
 
@@ -78,11 +78,11 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
     documents: dict[int, Document] = {}
     for spec, weight in mixture(config.eval_data or config.data):
         wanted = max(1, round(config.eval_documents * weight))
-        taken: dict[int, Document] = {}
+        chosen: dict[int, Document] = {}
         for i, document in enumerate(open_source(spec, config, resumes=resumes).documents(), 1):
             if i % every == 0:
-                taken.setdefault(text_hash(document.text), document)
-            if len(taken) == wanted:
+                chosen.setdefault(text_hash(document.text), document)
+            if len(chosen) == wanted:
                 break
-        documents = taken | documents
+        documents = chosen | documents
     return list(documents.values())

@@ -1,14 +1,14 @@
-"""Documents to full rows. Knows nothing of where tokens come from.
+"""Pack tokenized documents into full rows.
 
-A row holds T+1 tokens and begins with the last token of the row before where a document goes on, so that
-every token but a document's first is a target exactly once; only the last row of all has padding.
+A row holds T+1 tokens. If a document continues in the next row, that row begins with the last token of this
+one, so every token but a document's first is a target exactly once. Only the last row of all has padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ D = TypeVar("D")
 class Batch:
     """`tokens` and `segment_ids`, int32 (B, T+1); segments count from 1 in each row, 0 is padding.
 
-    Where a process makes only some rows of a batch, they begin at `first_row` of it.
+    A process that makes only some rows of a batch makes the rows from `first_row` on.
     """
 
     tokens: np.ndarray
@@ -29,59 +29,74 @@ class Batch:
 
 
 def num_targets(batch: Batch) -> int:
-    """Tokens whose predecessor in the row belongs to the same document."""
+    """Count the tokens whose predecessor in the row belongs to the same document."""
     before, after = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
     return int(((before == after) & (after != 0)).sum())
 
 
-@dataclass
 class Packer(Generic[D]):
-    """Cuts what `draw` gives, documents and their tokens, into rows until it gives None."""
+    """A queue of documents that is cut into rows: `add` documents until `rows` is enough for a `batch`."""
 
-    draw: Callable[[], tuple[D, np.ndarray] | None]
-    seq_len: int
-    document: np.ndarray | None = None
-    """Tokens of the document that the next row goes on with, from `offset`."""
-    offset: int = 0
-    drawn: list[D] = field(default_factory=list)
-    """Documents of the rows made since the caller last emptied it."""
-    ended: bool = False
+    def __init__(self, seq_len: int):
+        self.rows = 0
+        """Full rows that `batch` can make now."""
+        self.documents: list[D] = []
+        """Documents in the last batch, in order."""
+        self._size = seq_len + 1
+        self._queue: deque[tuple[D, np.ndarray]] = deque()
+        self._offset = 0  # into the first document of the queue
+        self._open = 0  # tokens in the row after the full ones
 
-    def row(self, tokens: np.ndarray, segment_ids: np.ndarray) -> None:
-        """Fill one row; what the documents do not reach stays as it came."""
-        at, segment, size = 0, 1, self.seq_len + 1
-        while at < size:
-            if self.document is None:
-                drawn = None if self.ended else self.draw()
-                if drawn is None:
-                    self.ended = True
-                    return
-                self.drawn.append(drawn[0])
-                self.document, self.offset = drawn[1], 0
-            part = self.document[self.offset : self.offset + size - at]
-            tokens[at : at + len(part)] = part
-            segment_ids[at : at + len(part)] = segment
-            at, self.offset, segment = at + len(part), self.offset + len(part), segment + 1
-            if self.offset == len(self.document):
-                self.document = None
-        if self.document is not None:
-            self.offset -= 1  # the next row begins with this row's last token
+    @property
+    def state(self) -> int | None:
+        """Offset at which the next row continues the first document; None if the queue is empty."""
+        return self._offset if self._queue else None
+
+    def add(self, document: D, tokens: np.ndarray, offset: int = 0) -> None:
+        """Append a document, from `offset` of its tokens on; `tokens` is int32 (n,) with `offset` < n."""
+        if not self._queue:
+            self._offset = offset
+        self._queue.append((document, tokens))
+        self._open += len(tokens) - offset
+        while self._open >= self._size:
+            self.rows += 1
+            self._open -= self._size
+            self._open += self._open > 0  # the token that the next row begins with
 
     def batch(self, rows: int) -> Batch:
-        """The next rows; once the documents have ended, rows of padding."""
-        tokens = np.zeros((rows, self.seq_len + 1), np.int32)
+        """Cut the next rows; rows past the last document are padding."""
+        tokens = np.zeros((rows, self._size), np.int32)
         segment_ids = np.zeros_like(tokens)
+        self.documents = []
         for i in range(rows):
-            self.row(tokens[i], segment_ids[i])
+            self._fill(tokens[i], segment_ids[i])
+        self.rows, self._open = (self.rows - rows, self._open) if rows <= self.rows else (0, 0)
         return Batch(tokens, segment_ids)
 
+    def _fill(self, tokens: np.ndarray, segment_ids: np.ndarray) -> None:
+        at, segment = 0, 1
+        while self._queue and at < self._size:
+            document, ids = self._queue[0]
+            if not self.documents or self.documents[-1] is not document:
+                self.documents.append(document)
+            part = ids[self._offset : self._offset + self._size - at]
+            tokens[at : at + len(part)] = part
+            segment_ids[at : at + len(part)] = segment
+            at, self._offset, segment = at + len(part), self._offset + len(part), segment + 1
+            if self._offset == len(ids):
+                self._queue.popleft()
+                self._offset = 0
+        if self._offset > 0:
+            self._offset -= 1  # the next row begins with this row's last token
 
-def pack(drawn: Iterator[tuple[D, np.ndarray]], seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """Documents and their tokens in batches of full rows; only the last batch has padding."""
-    packer: Packer[D] = Packer(partial(next, drawn, None), seq_len)
-    while True:
-        batch = packer.batch(batch_size)
-        if packer.ended and not num_targets(batch):
-            return
-        packer.drawn.clear()
-        yield batch
+
+def pack(documents: Iterable[tuple[D, np.ndarray]], seq_len: int, batch_size: int) -> Iterator[Batch]:
+    """Pack documents and their tokens into batches of full rows; only the last batch has padding."""
+    packer: Packer[D] = Packer(seq_len)
+    for document, tokens in documents:
+        packer.add(document, tokens)
+        while packer.rows >= batch_size:
+            yield packer.batch(batch_size)
+    last = packer.batch(batch_size)
+    if num_targets(last):
+        yield last

@@ -1,8 +1,8 @@
-"""Files to rows: Parquet, JSON lines, and text whose documents are separated by blank lines.
+"""Read records from Parquet, JSON lines, and text files whose documents are separated by blank lines.
 
-A row that cannot be read is an `Record` that says why; a file that cannot be read raises whatever its parser
-does. Each entry carries the cursor behind it: file, row, and in a text file the byte. Rows that are not
-wanted are passed over before anything is made of them.
+A row that cannot be read is a `Record` with the reason; a file that cannot be read raises its parser's error.
+Each record carries the cursor after it: file, row, and in a text file the byte. Rows that the filter rejects
+are skipped before they are parsed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ RowFilter = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
 
 
-class MissingColumn(UserError):
-    """The file has no such column: a mistake in the settings, whatever --on-bad-data says."""
-
-
 @dataclass(frozen=True)
 class Record:
     """One row of a file: its value, or why it cannot be read."""
@@ -34,70 +30,64 @@ class Record:
     fault: str = ""
 
 
-def read_parquet(
-    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: RowFilter
-) -> Iterator[Record]:
+def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
+    """Yield the wanted rows of a Parquet file from `start` on; raises `UserError`."""
     import pyarrow.parquet as pq
 
     first = 0
-    with open_file() as raw, pq.ParquetFile(raw) as file:
-        _require_column(column, file.schema_arrow.names, path)
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
+    with file, pq.ParquetFile(file) as parquet:
+        _require_column(column, parquet.schema_arrow.names, path)
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
             if first + rows > start["row"]:
-                values = file.read_row_group(group, columns=[column]).column(0)
-                for offset in range(max(start["row"] - first, 0), rows):
-                    row = first + offset
-                    if not wanted(row):
-                        continue
+                values = parquet.read_row_group(group, columns=[column]).column(0)
+                for row in filter(wanted, range(max(start["row"], first), first + rows)):
                     value, fault = None, ""
                     try:
-                        value = values[offset].as_py()
+                        value = values[row - first].as_py()
                     except UnicodeDecodeError as error:
                         fault = one_line(error)
                     yield Record(value, row, {**start, "row": row + 1}, fault)
             first += rows
 
 
-def read_text(
-    open_file: Callable[[], BinaryIO], path: str, start: Cursor, column: str, wanted: RowFilter
-) -> Iterator[Record]:
-    """Lines of JSON, or the paragraphs of a text file."""
+def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
+    """Yield the wanted lines of JSON, or paragraphs of a text file, from `start` on; raises `UserError`."""
     json_lines = not path.endswith(".txt")
-    with open_file() as raw:
+    with raw:
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
         file.seek(start["byte"])
-        entries = _lines(file) if json_lines else _paragraphs(file)
-        for row, (entry, end) in enumerate(entries, start["row"]):
-            if row and not wanted(row):  # the first shows whether the column is there
+        pieces = _lines(file) if json_lines else _paragraphs(file)
+        for row, (piece, end) in enumerate(pieces, start["row"]):
+            if row and not wanted(row):  # the first row shows whether the column exists
                 continue
             value, fault = None, ""
             try:
-                text = entry.removeprefix(b"" if row else BOM).decode()
-                value = _column_of(text, column, path, row) if json_lines and text.strip() else text
-            except MissingColumn:
+                text = piece.removeprefix(b"" if row else BOM).decode()
+                value, fault = _column_of(text, column, path, row) if json_lines and text.strip() else (text, "")
+            except UserError:  # a mistake in the settings, whatever --on-bad-data says
                 raise
             except (ValueError, RecursionError) as error:
                 fault = one_line(error)
-            if not wanted(row):
-                continue
-            yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
+            if wanted(row):
+                yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
 
 
-def _column_of(line: str, column: str, path: str, row: int) -> Any:
+def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
+    """Return the value of a column in a line of JSON, and why it cannot be read."""
     value = json.loads(line)
     if not isinstance(value, dict):
-        raise UserError("not a JSON object")
-    if row == 0:  # the name is wrong; in a later row, the row is
+        return None, "not a JSON object"
+    if row == 0:  # the setting is wrong; in a later row, the row is wrong
         _require_column(column, list(value), path)
     elif column not in value:
-        raise UserError(f"no {column!r} but {', '.join(value)}")
-    return value[column]
+        return None, f"no {column!r} but {', '.join(value)}"
+    return value[column], ""
 
 
 def _require_column(column: str, names: list[str], path: str) -> None:
     if column not in names:
-        raise MissingColumn(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
+        raise UserError(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
@@ -108,11 +98,10 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _paragraphs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Documents between blank lines, each with the offset behind it."""
+    """Yield the documents between blank lines, each with the offset after it."""
     lines: list[bytes] = []
     end = 0
-    for line in file:
-        end += len(line)
+    for line, end in _lines(file):
         if line.strip():
             lines.append(line)
         elif lines:

@@ -18,6 +18,7 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.retry import download_snapshot
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files to download from the Hub: no pickles and no code
@@ -61,10 +62,8 @@ def local_folder(path: str | Path) -> Path:
         str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")),
         f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
     )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(WANTED)))
+        return download_snapshot(str(path), WANTED)
     except Exception as error:  # its kind differs between releases of three libraries
         raise UserError(
             f"{path} is no folder here and cannot be fetched from the Hub ({one_line(error)})"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint.listing import verified_checkpoints
-from smollm_jax.data.batch_hash import batch_hash, extended
-from smollm_jax.data.heldout import heldout
-from smollm_jax.data.loader import open_batches
+from smollm_jax.data.batch_hash import batch_hash, extend
+from smollm_jax.data.heldout import held_out
+from smollm_jax.data.loader import open_loader
 from smollm_jax.runs.load import read_run
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.console import say
@@ -40,22 +40,22 @@ def replay_step(run_dir: str | Path, step: int) -> Replayed:
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
     cursor, ledger = _before(run_dir, step)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
-    held_out = heldout(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
-    batches = open_batches(
+    held = held_out(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
+    batches = open_loader(
         config.data,
         tokenizer,
         seed=config.run.seed,
         batch_size_at=config.batch_size_at,
         steps=config.total_steps,
-        excluded=held_out.hashes if held_out else frozenset(),
-    )(cursor)
+        excluded=held.hashes if held else frozenset(),
+    ).at(cursor)
     start = cursor["step"] if cursor else 0
     if step - start > 1:
         say(f"replaying steps {start + 1:,} to {step:,}")
     try:
         for _ in range(start, step):
             batch, _ = next(batches)
-            ledger = extended(ledger, batch_hash(batch.tokens, batch.segment_ids))
+            ledger = extend(ledger, batch_hash(batch.tokens, batch.segment_ids))
     except StopIteration:
         raise UserError(f"--step {step}: the data ended before") from None
     return Replayed(batches.documents(), _verdict(run_dir, step, ledger))

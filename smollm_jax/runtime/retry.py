@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from smollm_jax.runtime.errors import SourceTimeout, one_line
@@ -56,6 +58,31 @@ def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Ev
             if closed.wait(pause):
                 raise SourceTimeout(f"{name}: closed while waiting") from None
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+
+
+def download_snapshot(repo: str, patterns: Iterable[str]) -> Path:
+    """Download the files of a model repository that match `patterns`, and return their folder.
+
+    If the Hub does not answer, falls back to the cache, else retries for `FRESH_SECONDS`. Raises
+    `SourceTimeout`, or the error of huggingface_hub for a request that no retry helps.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    be_quiet()
+    # one plain request first: the download would hide a Hub that is down behind minutes of retries
+    ask = partial(HfApi().model_info, repo, timeout=request_seconds())
+    get = partial(snapshot_download, repo, allow_patterns=list(patterns), etag_timeout=request_seconds())
+    try:
+        ask()
+    except Exception as error:
+        if not may_pass(error) and not isinstance(error, OfflineModeIsEnabled):
+            raise
+        try:
+            return Path(get(local_files_only=True))
+        except LocalEntryNotFoundError:
+            retry(ask, repo, FRESH_SECONDS, threading.Event())
+    return Path(retry(get, repo, FRESH_SECONDS, threading.Event()))
 
 
 def may_pass(error: Exception) -> bool:

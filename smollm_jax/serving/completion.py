@@ -19,7 +19,7 @@ from smollm_jax.generation.generator import Generator, check_prompt
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.devices import use_compilation_cache
 from smollm_jax.runtime.errors import require
-from smollm_jax.tokenizer.chat_template import chat_prompt
+from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 Backend = Literal["jax", "torch"]
@@ -77,7 +77,7 @@ class Completer:
         """Encode a conversation under the chat template; raises `UserError` as `encode` does."""
         for message in messages:
             check_text(message["content"], "a message")
-        return self.checked(chat_prompt(self.tokenizer, messages))
+        return self.checked(encode_chat(self.tokenizer, messages))
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a prompt; raises `UserError` unless model and tokenizer can read them."""

@@ -1,7 +1,7 @@
-"""Conversations to token ids, under the chat template that a tokenizer brings along.
+"""Encode conversations to token ids with the chat template of a tokenizer.
 
-The template comes with the model, from anywhere, so it runs in jinja's sandbox. Its special tokens become their
-ids; the same words typed by a person stay words, so that nobody can end a turn from inside of it.
+The template comes with the model, from anywhere, so it runs in jinja's sandbox. The special tokens of the
+template become ids. The same characters in a message stay text, so that no message can end its own turn.
 """
 
 from __future__ import annotations
@@ -9,41 +9,38 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.tokenizer.tokenizer import Tokenizer, token_text
 
-# a code point that is no character, put into words that would read as a special token
+# a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Ids of a conversation, ready for the assistant's turn; a message has a role and content.
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
 
-    Raises `ValueError` where there is no template, or the template refuses.
+    Raises `UserError` if there is no template, or the template refuses.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     require(bool(tokenizer.chat_template), "this model has no chat template; it completes text")
-    special = _special_tokens(tokenizer)
+    special = tokenizer.special_tokens
     marked = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    # blocks are trimmed as in transformers, for which templates are written
+    # blocks are trimmed as in transformers, because templates are written for it
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, **({"ensure_ascii": False} | options)
-    )
-    settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    names = {name: _content(settings.get(name)) for name in NAMED_TOKENS}
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    names = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
     try:
         template = environment.from_string(str(tokenizer.chat_template))
         text = template.render(messages=marked, add_generation_prompt=True, **names)
@@ -55,11 +52,10 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
 def _encode(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:
     ids: list[int] = []
     while text:
-        # the first special token, the longest where two begin there
+        # the first special token; the longest if several begin there
         found = [(text.find(token), -len(token), token) for token in special if token in text]
         at, _, token = min(found, default=(len(text), 0, ""))
-        plain = text[:at].replace(MARK, "")
-        ids += tokenizer.encode(plain).tolist() if plain else []
+        ids += tokenizer.encode(text[:at].replace(MARK, "")).tolist()
         if not token:
             break
         ids.append(special[token])
@@ -67,17 +63,8 @@ def _encode(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[in
     return ids
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    added = json.loads(tokenizer.files["tokenizer.json"]).get("added_tokens", [])
-    return {token["content"]: token["id"] for token in added if token.get("special")}
-
-
 def _mark(text: str, special: dict[str, int]) -> str:
     text = text.replace(MARK, "")
     for token in special:
         text = text.replace(token, token[0] + MARK + token[1:])
     return text
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token or ""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig
-from smollm_jax.data.heldout import plain_batches
+from smollm_jax.data.heldout import batches_in_order
 from smollm_jax.data.loader import check_vocab
 from smollm_jax.data.packing import Batch
 from smollm_jax.distributed.sharding import make_mesh, on_one_device
@@ -99,7 +99,7 @@ def evaluate_model(
     use_precision_of(jnp.dtype(dtype))
     mesh = make_mesh(config, jax.devices()[:1])
     nll = jax.jit(make_nll(config, mesh, dtype=jnp.dtype(dtype), remat="none"))
-    batches = islice(plain_batches(settings, tokenizer, batch_size), max_batches)
+    batches = islice(batches_in_order(settings, tokenizer, batch_size), max_batches)
     result = score_batches(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
     require(result.tokens > 0, f"--data {settings.data} holds nothing to score: no document of two tokens")
     return {

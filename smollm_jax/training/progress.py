@@ -10,8 +10,8 @@ import time
 
 import jax
 
-from smollm_jax.data.batch_hash import extended
-from smollm_jax.data.loader import merged
+from smollm_jax.data.batch_hash import extend
+from smollm_jax.data.loader import merge_cursors
 from smollm_jax.distributed.watchdog import LONGEST_SECONDS
 from smollm_jax.runs.metrics import finite_or_none
 from smollm_jax.runtime.devices import peak_flops
@@ -29,7 +29,7 @@ def report_step(run: Run, pending: Pending) -> None:
     if pending.step > run.counters.read:
         run.counters.read = pending.step
         run.progress.tokens += int(values["targets"])
-        run.progress.ledger = extended(run.progress.ledger, values["batch_hash"])
+        run.progress.ledger = extend(run.progress.ledger, values["batch_hash"])
         interval.steps += 1
         interval.targets += int(values["targets"])
         interval.slots += pending.slots
@@ -80,7 +80,7 @@ def skipped_documents(run: Run, pending: Pending) -> int:
     """Rows and files that --on-bad-data skip has passed over so far, in all processes."""
     if run.job.several and run.config.data.on_bad_data == "skip":
         cursors = run.job.gather(pending.cursor)
-        return 0 if None in cursors else int(merged(cursors)["skipped"])
+        return 0 if None in cursors else int(merge_cursors(cursors)["skipped"])
     return int(pending.cursor["skipped"]) if pending.cursor else 0
 
 

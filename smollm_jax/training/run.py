@@ -17,7 +17,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import HeldOut
-from smollm_jax.data.loader import PrefetchLoader, merged
+from smollm_jax.data.loader import PrefetchLoader, merge_cursors
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.generation.generator import Generator
 from smollm_jax.model.transformer import Policy
@@ -149,7 +149,7 @@ def save(run: Run) -> None:
     step = run.progress.step
     if step == run.counters.saved:
         return
-    cursor = merged(run.job.gather(run.progress.cursor))
+    cursor = merge_cursors(run.job.gather(run.progress.cursor))
     meta = {
         "cursor": cursor,
         "progress": dataclasses.asdict(run.progress) | {"cursor": cursor},

@@ -20,8 +20,8 @@ from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.data.heldout import head_texts, heldout
-from smollm_jax.data.loader import check_vocab, open_stream
+from smollm_jax.data.heldout import head_texts, held_out
+from smollm_jax.data.loader import check_vocab, open_loader
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import make_mesh, shards_here
 from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
@@ -60,21 +60,20 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     with job.all_or_none():
-        held_out = (
-            heldout(config.data, tokenizer, resumes=found is not None) if config.data.eval_documents else None
-        )
+        held = held_out(config.data, tokenizer, resumes=found is not None) if config.data.eval_documents else None
         check_prompts(config, tokenizer)
-        stream = open_stream(
+        loader = open_loader(
             config.data,
             tokenizer,
             seed=config.run.seed,
             batch_size_at=config.batch_size_at,
             steps=config.total_steps,
-            cursor=found.meta["cursor"] if found else None,
-            excluded=held_out.hashes if held_out else frozenset(),
+            excluded=held.hashes if held else frozenset(),
             shards=shards_here(mesh, config),
+            resumes=found is not None,
         )
-    job.require_same(stream.fixed, "the files of --data, or what is held out of them,")
+        stream = loader.prefetch(found.meta["cursor"] if found else None)
+    job.require_same(loader.fixed, "the files of --data, or what is held out of them,")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
@@ -93,7 +92,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     counters, report = open_records(config, run_dir, job, found.step if found else 0)
     checkpoints.newest = counters.saved
     run = Run(
-        config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held_out,
+        config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
         mesh=mesh, dtype=dtype, remat=remat, steps=steps, nll=nll, checkpoints=checkpoints, state=state,
         report=report, progress=progress, counters=counters, computed=computed,
         kernels=False if chosen.compute.attention == "plain" else None, setup_seconds=time.monotonic() - began,

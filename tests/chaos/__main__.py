@@ -30,7 +30,7 @@ from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, Optimi
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import EXIT_STOPPED
 from smollm_jax.runtime.signals import AGAIN_SECONDS
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 from smollm_jax.training.verify_resume import compare_runs, last_step, start
 
 STOPS_A_RUN = 8  # after so many a run is left to finish
@@ -183,7 +183,7 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
         lines = [json.dumps({"text": text}) + "\n" for text in texts[name]]
         for part in range(3):
             (folder / f"{name}-{part}.jsonl").write_text("".join(lines[part::3]))
-    train(texts["a"], 300).save(folder / "tokenizer")
+    train_tokenizer(texts["a"], 300).save(folder / "tokenizer")
     base = Config(
         model=ModelConfig(
             vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,

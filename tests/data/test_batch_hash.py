@@ -1,9 +1,9 @@
-"""The ledger notices what a lost or repeated row, a swap or a flipped bit does to a batch."""
+"""The batch hash changes with a lost or repeated row, a swap or a flipped bit."""
 
 import numpy as np
 import pytest
 
-from smollm_jax.data.batch_hash import batch_hash, extended
+from smollm_jax.data.batch_hash import batch_hash, extend
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_any_change_changes_every_word(batch):
     others += [batch_hash(tokens[:-1], segments[:-1]), batch_hash(segments, tokens)]
     for other in others:
         assert (other != words).all()
-    assert len({extended("", other) for other in [words, *others]}) == len(others) + 1
+    assert len({extend("", other) for other in [words, *others]}) == len(others) + 1
 
 
 def test_zeros_in_different_shapes_differ():
@@ -38,4 +38,4 @@ def test_zeros_in_different_shapes_differ():
 
 def test_the_order_of_batches_counts(batch):
     one, other = batch_hash(*batch), batch_hash(batch[0] + 1, batch[1])
-    assert extended(extended("", one), other) != extended(extended("", other), one)
+    assert extend(extend("", one), other) != extend(extend("", other), one)

@@ -1,4 +1,4 @@
-"""A Hub dataset behind a Hub that misbehaves: the very batches that there would have been, or one clear line."""
+"""A dataset on a Hub that fails: the same batches as without faults, or an error in one clear line."""
 
 import io
 import os
@@ -6,17 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data import hub_files as remote
-from smollm_jax.data import sources
-from smollm_jax.data.loader import open_stream
+from smollm_jax.data import hub_files, sources
+from smollm_jax.data.loader import open_loader
 from smollm_jax.data.sources import open_source
 from smollm_jax.runtime.errors import SourceTimeout
-from smollm_jax.tokenizer import tokenizer as tokenizer_module
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 from tests.support.hub import KINDS, Hub
 from tests.support.paths import ROOT
@@ -53,7 +52,7 @@ def content(tmp_path_factory):
 
 @pytest.fixture
 def hub(content, tmp_path, monkeypatch):
-    """A fresh Hub that the libraries of this process talk to, and waits that a test can afford."""
+    """A fresh Hub for the libraries of this process, and short waits."""
     import datasets
     import huggingface_hub
 
@@ -67,10 +66,11 @@ def hub(content, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.2)
+    retry = import_module("smollm_jax.runtime.retry")  # the package has a function of that name
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(sources, "FRESH_SECONDS", 0.5)
-    monkeypatch.setattr(tokenizer_module, "FRESH_SECONDS", 0.5)
+    monkeypatch.setattr(retry, "FRESH_SECONDS", 0.5)
     sources._files_of.cache_clear()
     yield hub
     hub.stop()
@@ -85,8 +85,15 @@ def texts_of(name="parquet", **changes):
     return [document.text for document in open_source(config.data, config).documents()]
 
 
+def prefetch(config, tokenizer, cursor=None):
+    loader = open_loader(
+        config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6, resumes=cursor is not None
+    )
+    return loader.prefetch(cursor)
+
+
 def take(config, tokenizer, cursor=None, count=10**6):
-    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6, cursor=cursor)
+    stream = prefetch(config, tokenizer, cursor)
     taken = []
     try:
         while len(taken) < count:
@@ -126,7 +133,7 @@ def test_a_resume_opens_one_file_at_one_row_group(hub):
 
 @pytest.mark.parametrize("name", ["parquet", "lines"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stall"])
-def test_each_fault_leaves_the_texts_what_they_are(hub, name, kind):
+def test_no_fault_changes_the_texts(hub, name, kind):
     hub.faults = [(kind, 0.3)]
     for _ in range(6):
         assert texts_of(name) == TEXTS
@@ -134,7 +141,7 @@ def test_each_fault_leaves_the_texts_what_they_are(hub, name, kind):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_faults_of_every_kind_leave_the_batches_what_they_are(hub, tokenizer, share):
+def test_faults_of_every_kind_change_no_batch(hub, tokenizer, share):
     config = config_of(epochs=3)
     expected = take(config, tokenizer)
     hub.stall_seconds = 2
@@ -145,7 +152,7 @@ def test_faults_of_every_kind_leave_the_batches_what_they_are(hub, tokenizer, sh
     assert sum(hub.met.values()) > 0
 
 
-def test_a_stalled_read_is_given_up_and_made_again(hub):
+def test_a_stalled_read_is_abandoned_and_retried(hub):
     source = open_source("me/texts:lines", config_of("lines"))
     hub.stall_seconds = 60
     hub.faults = [("stall", 0.5)]
@@ -161,10 +168,10 @@ def test_closing_does_not_wait_for_a_stalled_read_and_leaves_no_thread_in_it(hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 30)
     config = config_of(name)
-    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6)
+    stream = prefetch(config, tokenizer)
     stream.close()
     hub.stall_seconds, hub.faults = 30, [("stall", 1.0)]
-    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6)
+    stream = prefetch(config, tokenizer)
     while not hub.met:
         time.sleep(0.01)
     began = time.monotonic()
@@ -177,20 +184,20 @@ EXIT_IN_A_STALL = """
 import sys, time
 from tests.support.texts import small_tokenizer
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.loader import open_batches, open_stream
+from smollm_jax.data.loader import open_loader
 config = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
-open_it = {"stream": open_stream, "batches": open_batches}[sys.argv[1]]
-opened = open_it(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 1, steps=9)
-if sys.argv[1] == "batches":
-    batches = opened(None)
-    next(batches)
+loader = open_loader(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 1, steps=9)
+if sys.argv[1] == "prefetch":
+    stream = loader.prefetch(None)
+else:
+    next(loader.at(None))
 time.sleep(1)
 sys.exit(3)
 """
 
 
 # the second file is in the window that is read ahead
-@pytest.mark.parametrize(("what", "faulty"), [("stream", "train-0"), ("batches", "train-1")])
+@pytest.mark.parametrize(("what", "faulty"), [("prefetch", "train-0"), ("batches", "train-1")])
 def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, tmp_path, what, faulty):
     hub.stall_seconds = 30
     hub.faults, hub.faulty = [("stall", 1.0)], faulty
@@ -206,20 +213,20 @@ def test_a_process_that_ends_in_a_stalled_read_ends_with_its_own_exit_code(hub, 
     assert hub.met["stall"] >= 1
 
 
-def test_a_read_that_drips_in_is_given_up_as_well(hub, content, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK_SECONDS", 0.3)
+def test_a_read_that_arrives_byte_by_byte_is_abandoned(hub, content, monkeypatch):
+    monkeypatch.setattr(hub_files, "BLOCK_SECONDS", 0.3)
     hub.faults = [("drip", 1.0)]
     url, size = hub.endpoint + "/datasets/me/texts/resolve/main/lines/0.jsonl", len(content["lines/0.jsonl"])
     began = time.monotonic()
     with pytest.raises(OSError, match=rf"\d+ bytes came where {size} were asked for"):
-        remote.fetch_range(remote.Remote("x", url, size, ""), 0, size)
+        hub_files.fetch_range(hub_files.HubFile("x", url, size, ""), 0, size)
     assert time.monotonic() - began < 5
 
 
-def test_a_hub_that_goes_away_in_the_middle_is_waited_for_and_the_wait_is_shown(hub, tokenizer, caplog):
+def test_the_loader_waits_for_a_hub_that_goes_down_and_logs_the_wait(hub, tokenizer, caplog):
     config = config_of(epochs=2)
     expected = take(config, tokenizer)
-    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6)
+    stream = prefetch(config, tokenizer)
     taken = [stream.get(timeout=60)]
     with hub.down():
         while (item := stream.get(timeout=1.5)) is not None:
@@ -233,9 +240,9 @@ def test_a_hub_that_goes_away_in_the_middle_is_waited_for_and_the_wait_is_shown(
     assert "trying again in" in caplog.text
 
 
-def test_a_hub_that_stays_away_past_the_timeout_is_a_source_timeout(hub, tokenizer):
+def test_a_hub_that_stays_down_past_the_timeout_is_a_source_timeout(hub, tokenizer):
     config = config_of(epochs=0, data_timeout=0.5)
-    stream = open_stream(config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6)
+    stream = prefetch(config, tokenizer)
     assert stream.get(timeout=60) is not None
     began, taken = time.monotonic(), []
     with hub.down():
@@ -268,9 +275,9 @@ def test_a_resumed_run_waits_for_the_list_of_files_and_a_new_one_does_not(hub, t
 
 @pytest.mark.usefixtures("hub")
 def test_a_listing_that_stalls_ends_too(monkeypatch):
-    monkeypatch.setattr(remote, "LISTING_SECONDS", 0.2)
+    monkeypatch.setattr(hub_files, "LISTING_SECONDS", 0.2)
     release = threading.Event()
-    monkeypatch.setattr(remote, "_list", lambda *_: release.wait(30))
+    monkeypatch.setattr(hub_files, "_list", lambda *_: release.wait(30))
     with pytest.raises(ValueError, match=r"has not answered for \d+ s"):
         open_source("me/texts:parquet", config_of())
     release.set()
@@ -303,7 +310,7 @@ def test_a_mistake_in_the_name_is_one_clear_line_at_once():
         assert time.monotonic() - began < 10
 
 
-def test_a_file_that_the_hub_refuses_stops_the_run_whatever_is_done_with_bad_data(hub):
+def test_a_file_that_the_hub_refuses_stops_the_run_even_if_bad_data_is_skipped(hub):
     config = config_of(on_bad_data="skip")
     source = open_source(config.data, config)
     del hub.files["datasets/me/texts"]["parquet/train-1.parquet"]
@@ -320,7 +327,7 @@ def test_a_listing_survives_a_hub_that_fails_one_answer_in_three(hub):
 
 
 @pytest.mark.parametrize("faults", [[], [("truncate", 0.3)]])
-def test_a_file_that_is_corrupt_on_the_hub_is_named_and_never_taken_for_a_fault_of_the_network(hub, faults):
+def test_a_corrupt_file_on_the_hub_is_named_and_not_retried_for_ever(hub, faults):
     files = hub.files["datasets/me/texts"]
     files["parquet/train-1.parquet"] = b"PAR1" + b"\0" * 400 + b"PAR1"
     hub.faults = faults
@@ -330,10 +337,10 @@ def test_a_file_that_is_corrupt_on_the_hub_is_named_and_never_taken_for_a_fault_
 
 
 def test_a_remote_file_reads_like_the_bytes_it_holds(hub, content, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(hub_files, "BLOCK_BYTES", 100)
     expected = content["lines/0.jsonl"]
     url = hub.endpoint + "/datasets/me/texts/resolve/main/lines/0.jsonl"
-    file = remote.HubFile(remote.Remote("x", url, len(expected), ""), timeout=5, closed=threading.Event())
+    file = hub_files.HubReader(hub_files.HubFile("x", url, len(expected), ""), timeout=5, closed=threading.Event())
     assert file.read(250) == expected[:250]
     assert file.seek(-30, io.SEEK_END) == len(expected) - 30
     assert file.read(100) == expected[-30:]

@@ -1,11 +1,10 @@
-"""The stream: nothing lost, nothing twice, and the same next batch from every cursor."""
+"""The loader: no document lost or repeated, and the same next batch from every cursor."""
 
 import contextlib
 import json
 import random
 import time
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.heldout import heldout, plain_batches
-from smollm_jax.data.loader import check_vocab, merged, open_batches, open_stream
-from smollm_jax.data.packing import Packer, num_targets
-from smollm_jax.data.shuffle import Shuffled, text_hash
-from smollm_jax.data.sources import open_source
+from smollm_jax.data.heldout import batches_in_order, held_out
+from smollm_jax.data.loader import check_vocab, merge_cursors, open_loader
+from smollm_jax.data.shuffle import ShuffledSource, text_hash
+from smollm_jax.data.sources import WHOLE, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
@@ -46,14 +44,15 @@ def config_of(folder, data="a*.jsonl", **changes):
 def open_at(config, tokenizer, cursor=None, *, seed=3, batch_size_at=lambda _: 4, steps=10**6, excluded=()):
     # what a checkpoint does to it
     cursor = None if cursor is None else json.loads(json.dumps(cursor))
-    return open_stream(
-        config, tokenizer, seed=seed, batch_size_at=batch_size_at, steps=steps, cursor=cursor,
-        excluded=frozenset(excluded),
-    )  # fmt: skip
+    loader = open_loader(
+        config, tokenizer, seed=seed, batch_size_at=batch_size_at, steps=steps, excluded=frozenset(excluded)
+    )
+    return loader.prefetch(cursor)
 
 
-def batches_of(config, tokenizer, **changes):
-    return open_batches(config, tokenizer, seed=3, batch_size_at=lambda _: 4, steps=10**6, **changes)
+def batches_of(config, tokenizer, cursor=None, shards=None):
+    loader = open_loader(config, tokenizer, seed=3, batch_size_at=lambda _: 4, steps=10**6, shards=shards)
+    return loader.at(cursor)
 
 
 def take(stream, count=10**6):
@@ -75,7 +74,7 @@ def same(a, b):
 
 
 def documents_in(batches):
-    """The documents that the rows hold, put together again from pieces that overlap by a token."""
+    """Join the pieces of each document in the rows; pieces in neighbouring rows overlap by one token."""
     documents, at_end = [], False
     for batch in batches:
         for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
@@ -94,29 +93,6 @@ def expected_documents(texts, tokenizer):
     return [[*tokenizer.encode(text).tolist(), tokenizer.eos_id] for text in texts]
 
 
-@given(
-    lengths=st.lists(st.integers(1, 40), max_size=30),
-    seq_len=st.integers(1, 12),
-    rows=st.integers(1, 4),
-)
-@settings(max_examples=200, deadline=None)
-def test_each_token_but_a_documents_first_is_a_target_exactly_once(lengths, seq_len, rows):
-    ids = iter(range(1, 10_000))
-    documents = [[*(next(ids) for _ in range(n)), 0] for n in lengths]
-    drawn = iter([(i, np.array(d, np.int32)) for i, d in enumerate(documents)])
-    packer, pairs, padded = Packer(lambda: next(drawn, None), seq_len), [], False
-    while True:
-        batch = packer.batch(rows)
-        if packer.ended and not num_targets(batch):
-            break
-        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
-            assert not (padded and segments.any()), "a row after the padded one"
-            padded = padded or not segments.all()
-            valid = (segments[1:] == segments[:-1]) & (segments[1:] != 0)
-            pairs += zip(tokens[:-1][valid].tolist(), tokens[1:][valid].tolist(), strict=True)
-    assert pairs == [pair for d in documents for pair in pairwise(d)]
-
-
 def test_the_rows_of_a_finite_source_hold_every_document_whole(folder, tokenizer):
     for data, texts in (("a*.jsonl", make_texts(60)), ("b.parquet", make_texts(40, seed=1) + make_texts(60)[:5])):
         batches = [batch for batch, _ in take(open_at(config_of(folder, data), tokenizer))]
@@ -126,13 +102,13 @@ def test_the_rows_of_a_finite_source_hold_every_document_whole(folder, tokenizer
         assert rows[: used - 1].all(), "padding before the last row"
 
 
-def test_plain_batches_hold_the_documents_in_order(folder, tokenizer):
+def test_batches_in_order_hold_every_document_in_order(folder, tokenizer):
     config = config_of(folder, "a*.jsonl,b.parquet")
     texts = make_texts(60) + make_texts(40, seed=1) + make_texts(60)[:5]
-    assert documents_in(plain_batches(config, tokenizer, 3)) == expected_documents(texts, tokenizer)
+    assert documents_in(batches_in_order(config, tokenizer, 3)) == expected_documents(texts, tokenizer)
 
 
-def test_windows_shuffle_and_the_seed_and_the_epoch_decide_how(folder, tokenizer):
+def test_the_order_depends_on_window_seed_and_epoch(folder, tokenizer):
     def order(seed, window=8, epochs=1):
         config = config_of(folder, shuffle_window=window, epochs=epochs)
         return documents_in([batch for batch, _ in take(open_at(config, tokenizer, seed=seed))])
@@ -178,13 +154,13 @@ def test_resumes_of_resumes_equal_a_straight_run(folder, tokenizer, stops, epoch
     assert all(same(a[0], b[0]) and a[1] == b[1] for a, b in zip(pieces, straight, strict=True))
 
 
-def test_a_resume_behind_the_last_batch_ends_at_once(folder, tokenizer):
+def test_a_resume_after_the_last_batch_ends_at_once(folder, tokenizer):
     config = config_of(folder)
     last = take(open_at(config, tokenizer))[-1][1]
     assert take(open_at(config, tokenizer, last)) == []
 
 
-def test_the_stream_gives_as_many_batches_as_there_are_steps(folder, tokenizer):
+def test_the_stream_ends_after_the_last_step(folder, tokenizer):
     config = config_of(folder, epochs=0)
     taken = take(open_at(config, tokenizer, steps=50))
     assert len(taken) == 50
@@ -217,7 +193,7 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, toke
     write_parquet(tmp_path / "b.parquet", make_texts(40, seed=1) + texts)
     for changes in ({}, {"eval_data": str(tmp_path / "b.parquet")}):
         config = config_of(tmp_path, "a.jsonl,b.parquet", epochs=2, eval_documents=8, **changes)
-        held = heldout(config, tokenizer)
+        held = held_out(config, tokenizer)
         places = [(document.file[-5:], document.row) for document in held.documents]
         if changes:
             assert sorted(row for _, row in places) == list(range(8))
@@ -233,14 +209,14 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, toke
 
 
 def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, tokenizer):
-    from smollm_jax.tokenizer.tokenizer import train
+    from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
     config = config_of(folder)
     cursor = take(open_at(config, tokenizer), 2)[1][1]
     with pytest.raises(ValueError, match="held-out documents changed"):
         open_at(config, tokenizer, cursor, excluded=[5])
     with pytest.raises(ValueError, match="tokenizer changed"):
-        open_at(config, train(make_texts(50), 310), cursor)
+        open_at(config, train_tokenizer(make_texts(50), 310), cursor)
 
 
 def test_changed_files_are_refused_by_name(tmp_path, tokenizer):
@@ -266,7 +242,7 @@ JSON = st.recursive(
 
 @st.composite
 def damaged(draw, cursor):
-    """A cursor with one value at any depth replaced or taken out."""
+    """A cursor with one value, at any depth, replaced or removed."""
     cursor = json.loads(json.dumps(cursor))
     node = cursor
     while True:
@@ -292,7 +268,7 @@ def test_a_damaged_cursor_is_refused_in_one_line(folder, tokenizer, data):
         stream = open_at(config, tokenizer, cursor)
         assert stream.get(timeout=30) is not None
     except StopIteration:
-        pass  # a place behind the end
+        pass  # a position after the end
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017
         assert len(str(error)) < 600  # noqa: PT017
@@ -316,7 +292,7 @@ def test_a_source_without_documents_is_refused(tmp_path, tokenizer):
         take(open_at(config, tokenizer, excluded=[text_hash(text) for text in make_texts(3)]))
 
 
-def test_skipped_rows_are_counted_once_however_often_the_run_resumes(tmp_path, tokenizer):
+def test_resumes_count_a_skipped_row_once(tmp_path, tokenizer):
     lines = [json.dumps({"text": text}) for text in make_texts(40)]
     for i in (3, 17, 18, 39):
         lines[i] = "{broken"
@@ -345,14 +321,16 @@ def test_bad_data_stops_the_stream_where_it_is_reached_and_not_before(tmp_path, 
 
 def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
     config = config_of(folder, epochs=0)
-    part = Shuffled(open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset())
+    source = ShuffledSource(
+        open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset(), shard=WHOLE
+    )
     for number in range(1, 6):
-        document, _ = part.draw()
-        place, ahead = part._coming
+        document, _ = source.draw()
+        place, ahead = source._next
         assert (place.epoch, place.number) == (0, number)
-        assert document not in [other for other, _ in ahead.result(30).drawn]
+        assert document not in [other for other, _ in ahead.result(30).documents]
         for _ in range(7):
-            part.draw()
+            source.draw()
 
 
 def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
@@ -361,7 +339,7 @@ def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
         time.sleep(0.01)
     stream.close()
     assert not stream._thread.is_alive()
-    assert all(part._coming[1].done for part in stream._batches.lanes[0].mix.parts)
+    assert all(source._next[1].done for source in stream._batches.shards[0].sources)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
@@ -400,9 +378,9 @@ def test_shards_share_the_documents_without_loss_or_repeat(folder, tokenizer, da
         config = (
             config_of(folder, data, epochs=1, shards=shards)
             if folder
-            else DataConfig(data=data, epochs=1, shards=shards, seq_len=64)
+            else DataConfig(data=data, epochs=1, shards=shards, seq_len=512)
         )
-        batches = batches_of(config, tokenizer)(None)
+        batches = batches_of(config, tokenizer)
         found = set()
         with contextlib.suppress(StopIteration):
             while True:
@@ -412,24 +390,24 @@ def test_shards_share_the_documents_without_loss_or_repeat(folder, tokenizer, da
     assert seen[0] == seen[1]
 
 
-def test_processes_make_the_rows_of_the_whole_between_them(folder, tokenizer):
+def test_the_rows_of_all_processes_are_the_rows_of_one(folder, tokenizer):
     config = config_of(folder, epochs=0, shards=4)
-    whole = [next(stream) for stream in [batches_of(config, tokenizer)(None)] for _ in range(12)]
-    parts = [batches_of(config, tokenizer, shards=lanes)(None) for lanes in ([0, 1], [2], [3])]
+    whole = [next(stream) for stream in [batches_of(config, tokenizer)] for _ in range(12)]
+    parts = [batches_of(config, tokenizer, shards=shards) for shards in ([0, 1], [2], [3])]
     for batch, cursor in whole:
         made = [next(part) for part in parts]
         assert [part.first_row for part, _ in made] == [0, 2, 3]
         np.testing.assert_array_equal(np.concatenate([part.tokens for part, _ in made]), batch.tokens)
-        assert merged([cursor for _, cursor in made]) == cursor
+        assert merge_cursors([cursor for _, cursor in made]) == cursor
 
 
-def test_a_cursor_of_some_processes_goes_on_in_others(folder, tokenizer):
+def test_a_cursor_resumes_with_another_number_of_processes(folder, tokenizer):
     config = config_of(folder, epochs=0, shards=4)
-    stream = batches_of(config, tokenizer)(None)
+    stream = batches_of(config, tokenizer)
     straight = [next(stream) for _ in range(20)]
     for n in (1, 7, 13):
         cursor = json.loads(json.dumps(straight[n][1]))
-        parts = [batches_of(config, tokenizer, shards=lanes)(cursor) for lanes in ([0], [1, 2, 3])]
+        parts = [batches_of(config, tokenizer, cursor, shards) for shards in ([0], [1, 2, 3])]
         for batch, _ in straight[n + 1 :]:
             tokens = np.concatenate([next(part)[0].tokens for part in parts])
             np.testing.assert_array_equal(tokens, batch.tokens)
@@ -443,17 +421,17 @@ def test_another_number_of_shards_is_refused(folder, tokenizer):
 
 def test_a_shard_without_documents_is_named(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", make_texts(3))
-    with pytest.raises(ValueError, match="no document to train on in part 4 of the 4 that --shards makes of it"):
-        next(batches_of(config_of(tmp_path, "a.jsonl", shards=4), tokenizer)(None))
+    with pytest.raises(ValueError, match="no document to train on in shard 4 of 4"):
+        next(batches_of(config_of(tmp_path, "a.jsonl", shards=4), tokenizer))
 
 
 def test_files_of_different_sizes_are_shared_by_row(tmp_path, tokenizer):
-    """Every shard gives as many rows: by file, the documents of a small one would come more often."""
+    """Every shard gives as many rows, so if shards were files, documents of small files would come more often."""
     write_jsonl(tmp_path / "a.jsonl", make_texts(90))
     write_jsonl(tmp_path / "b.jsonl", make_texts(10, seed=5))
     assert not open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
     config = config_of(tmp_path, "*.jsonl", epochs=0, shards=2)
-    batches, drawn = batches_of(config, tokenizer)(None), Counter()
+    batches, drawn = batches_of(config, tokenizer), Counter()
     while sum(drawn.values()) < 600:
         next(batches)
         drawn.update((Path(d["file"]).stem, d["row"]) for d in batches.documents())
@@ -467,7 +445,7 @@ def test_files_of_one_size_are_shared_whole(tmp_path, tokenizer):
         write_jsonl(tmp_path / f"{i}.jsonl", make_texts(20))
     assert open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
     config = config_of(tmp_path, "*.jsonl", epochs=1, shards=2)
-    batches, files = batches_of(config, tokenizer, shards=[1])(None), set()
+    batches, files = batches_of(config, tokenizer, shards=[1]), set()
     for _ in range(20):
         next(batches)
         files |= {document["file"][-7:] for document in batches.documents()}

@@ -1,4 +1,4 @@
-"""Local sources: which files, which rows, and what happens to those that cannot be read."""
+"""Local sources: which files and rows they read, and what happens to bad ones."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data import sources
+from smollm_jax.data import fingerprint
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.sources import mixture, open_source
 from tests.support.texts import make_texts, write_jsonl, write_parquet
@@ -38,13 +38,13 @@ def every_kind(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.parquet", "c.txt", "d.jsonl.gz"])
-def test_every_kind_of_file_gives_its_texts_and_resumes_behind_each(every_kind, name):
+def test_every_kind_of_file_gives_its_texts_and_resumes_after_each(every_kind, name):
     folder, texts = every_kind
     assert texts_of(folder / name) == texts
     assert_every_cursor_works(open_source(str(folder / name), DataConfig()))
 
 
-def test_globs_and_folders_are_read_file_after_file_in_the_order_of_their_names(every_kind):
+def test_globs_and_folders_are_read_in_the_order_of_file_names(every_kind):
     folder, texts = every_kind
     assert texts_of(folder / "*") == texts * 4 == texts_of(folder)
     assert_every_cursor_works(open_source(f"{folder}/[ac]*", DataConfig()))
@@ -62,7 +62,7 @@ def test_any_unicode_survives_json_lines_and_parquet(tmp_path_factory, texts):
 
 @given(st.binary(max_size=200))
 @settings(max_examples=150, deadline=None)
-def test_no_bytes_whatever_make_a_traceback(tmp_path_factory, content):
+def test_arbitrary_bytes_never_cause_a_traceback(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("bytes")
     for name in ("a.jsonl", "a.txt", "a.jsonl.gz", "a.parquet"):
         (folder / name).write_bytes(content)
@@ -158,14 +158,14 @@ def test_a_corrupt_row_group_is_named_and_the_groups_before_it_are_read(tmp_path
 
 
 @pytest.mark.parametrize("skip", ["stop", "skip"])
-def test_a_missing_column_is_a_mistake_whatever_is_done_with_bad_rows(every_kind, skip):
+def test_a_missing_column_is_an_error_even_if_bad_rows_are_skipped(every_kind, skip):
     folder, _ = every_kind
     for name in ("a.jsonl", "b.parquet"):
         with pytest.raises(ValueError, match=rf"{name} has no column 'body' but .*text; give --text-column"):
             texts_of(folder / name, text_column="body", on_bad_data=skip)
 
 
-def test_what_matches_nothing_or_cannot_be_read_is_one_clear_line(tmp_path):
+def test_a_missing_or_unreadable_source_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="matches no file"):
         texts_of(tmp_path / "*.jsonl")
     with pytest.raises(ValueError, match="matches no file"):
@@ -208,10 +208,10 @@ def test_weights_of_a_mixture():
 
 @pytest.mark.parametrize("whole_bytes", [2**30, 0])
 def test_a_byte_changed_in_the_middle_of_a_file_changes_its_fingerprint(tmp_path, monkeypatch, whole_bytes):
-    monkeypatch.setattr(sources, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(sources, "PROBES", 3)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(fingerprint, "PROBES", 3)
     path = tmp_path / "a.txt"
-    text = bytearray(b"x" * (sources.PROBE_BYTES * 9))
+    text = bytearray(b"x" * (fingerprint.PROBE_BYTES * 9))
     path.write_bytes(text)
     before = open_source(str(path), DataConfig()).fingerprint
     text[len(text) // 2] += 1

@@ -3,14 +3,14 @@
 import pytest
 
 from smollm_jax.hf.export import TEXT, export_folder
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 from tests.support.hf_folders import TINY, numpy_params
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train([TEXT], TINY.vocab_size).save(folder)
+    train_tokenizer([TEXT], TINY.vocab_size).save(folder)
     return folder
 
 

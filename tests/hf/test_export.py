@@ -21,7 +21,7 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import MARK, export_folder, write_folder
 from smollm_jax.hf.mapping import TABLE
 from smollm_jax.hf.reader import read_folder
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 from tests.support.hf_folders import (
     TINY,
     UNTIED,
@@ -233,7 +233,7 @@ def test_save_hf_takes_a_tokenizer_of_ours_and_of_transformers(tmp_path, folder)
     model = load_hf(folder)
     for name, tokenizer in (
         ("theirs", AutoTokenizer.from_pretrained(folder)),
-        ("ours", train([convert.TEXT], 300)),
+        ("ours", train_tokenizer([convert.TEXT], 300)),
         ("folder", folder),
     ):
         save_hf(model, tmp_path / name, tokenizer=tokenizer)

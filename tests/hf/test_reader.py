@@ -2,6 +2,7 @@
 
 import json
 import struct
+from importlib import import_module
 
 import ml_dtypes
 import numpy as np
@@ -191,15 +192,18 @@ def test_no_folder_and_a_hub_that_does_not_answer_are_one_line(tmp_path, monkeyp
     def refused(*_, **__):
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refused)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(import_module("smollm_jax.runtime.retry"), "FRESH_SECONDS", 0)
     with pytest.raises(
-        ValueError, match=r"^owner/name is no folder here and cannot be fetched .*\(OSError: no route to host\)$"
+        ValueError, match=r"^owner/name is no folder here and cannot be fetched .*\(OSError: no route to host\)\)$"
     ):
         read_folder("owner/name")
 
 
 def test_the_hub_is_asked_for_neither_pickles_nor_code(folder, monkeypatch):
     asked = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **kw: asked.update(kw) or str(folder))
     assert reader.local_folder("owner/name") == folder
     from fnmatch import fnmatch

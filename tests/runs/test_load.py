@@ -16,7 +16,7 @@ from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
 from smollm_jax.runs.convert import import_run
 from smollm_jax.runs.load import is_run, load_model, read_run
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture
 def folder(tmp_path):
-    train([convert.TEXT], CONFIG.vocab_size).save(tmp_path / "tokenizer")
+    train_tokenizer([convert.TEXT], CONFIG.vocab_size).save(tmp_path / "tokenizer")
     params = jax.tree.map(np.asarray, init_params(CONFIG, 7))
     export_folder(params, CONFIG, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer", verify=False)
     return tmp_path / "hf"
@@ -125,7 +125,7 @@ def test_what_is_neither_run_nor_folder_nor_id_is_named(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_and_one_with_too_large_a_tokenizer_are_named(folder):
-    train([convert.TEXT * 3 + "Sphinx of black quartz, judge my vow."], 320).save(folder)
+    train_tokenizer([convert.TEXT * 3 + "Sphinx of black quartz, judge my vow."], 320).save(folder)
     with pytest.raises(ValueError, match="the tokenizer has 320 entries, the model only 300"):
         load_model(folder)
     (folder / "tokenizer.json").unlink()

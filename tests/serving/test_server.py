@@ -491,9 +491,9 @@ def post_quietly(server):
 def test_a_model_without_a_template_has_no_chat(tmp_path):
     from smollm_jax.hf import export as convert
     from smollm_jax.model.transformer import init_params
-    from smollm_jax.tokenizer.tokenizer import train
+    from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
-    train(["plain text"] * 4, 300).save(tmp_path / "tokenizer")
+    train_tokenizer(["plain text"] * 4, 300).save(tmp_path / "tokenizer")
     convert.export_folder(
         init_params(CONFIG, 0), CONFIG, tmp_path / "plain", tokenizer_folder=tmp_path / "tokenizer", verify=False
     )

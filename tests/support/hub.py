@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback that misbehaves on demand.
+"""A fake Hugging Face Hub on loopback that fails on demand.
 
 It answers what `datasets` and `huggingface_hub` ask in order to find, stream and download files. Each read of
 a file's bytes draws a fault from `faults`, a list of (kind, probability), each other answer one from

@@ -11,7 +11,7 @@ from pathlib import Path
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf import export as convert
 from smollm_jax.model.transformer import init_params
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 from tests.support.paths import ROOT
 
 # small, yet slow enough a token that a text of a few thousand can be stopped on its way
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 def chat_tokenizer(base: Path) -> Path:
     """A tokenizer folder with two special tokens (300, 301) and a template."""
-    train(TEXTS, 300).save(base)
+    train_tokenizer(TEXTS, 300).save(base)
     settings = json.loads((base / "tokenizer.json").read_text())
     for i, token in enumerate(("<|im_start|>", "<|im_end|>"), start=300):
         settings["added_tokens"].append({"id": i, "content": token, "single_word": False, "lstrip": False,

@@ -1,21 +1,21 @@
-"""Small documents and a small tokenizer for the tests of the data."""
+"""Small documents and a small tokenizer."""
 
 import json
 import random
 
-from smollm_jax.tokenizer.tokenizer import train
+from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
 WORDS = ["the", "a", "model", "reads", "text", "and", "learns", "what", "comes", "next", "in", "every", "row"]
 
 
 def make_texts(count, *, seed=0, longest=40):
-    """Distinct texts of one word to `longest`."""
+    """Distinct texts of 1 to `longest` words."""
     rng = random.Random(seed)
     return [f"{seed}.{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for i in range(count)]
 
 
 def small_tokenizer():
-    return train(make_texts(50), 300)
+    return train_tokenizer(make_texts(50), 300)
 
 
 def write_jsonl(path, texts, column="text"):

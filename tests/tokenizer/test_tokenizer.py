@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the spot, read from folders, and refused in one line."""
+"""Tokenizers trained on texts or read from folders, and errors in one line."""
 
 import json
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train_tokenizer
+from tests.support.paths import ROOT
 from tests.support.texts import make_texts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -17,7 +18,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train(make_texts(50), 300)
+    return train_tokenizer(make_texts(50), 300)
 
 
 @given(TEXT)
@@ -30,7 +31,7 @@ def test_any_text_comes_back_from_its_ids(tokenizer, text):
 
 @given(st.lists(TEXT, max_size=5))
 @settings(max_examples=50, deadline=None)
-def test_a_batch_gives_what_each_text_gives_alone(tokenizer, texts):
+def test_a_batch_gives_the_same_ids_as_each_text_alone(tokenizer, texts):
     batch = tokenizer.encode_batch(texts)
     assert all(np.array_equal(ids, tokenizer.encode(text)) for ids, text in zip(batch, texts, strict=True))
 
@@ -44,14 +45,13 @@ def test_a_document_that_spells_out_the_end_of_text_does_not_end_itself(tokenize
 def test_training_gives_the_same_tokenizer_in_every_process():
     # another hash seed, and another number of threads
     script = (
-        "from smollm_jax.tokenizer import train\nfrom texts import make_texts\n"
-        "print(train(make_texts(400, longest=200), 700).fingerprint)"
+        "from smollm_jax.tokenizer.tokenizer import train_tokenizer\nfrom tests.support.texts import make_texts\n"
+        "print(train_tokenizer(make_texts(400, longest=200), 700).fingerprint)"
     )
-    folder = str(__import__("pathlib").Path(__file__).parent)
     prints = {
         subprocess.run(
             [sys.executable, "-c", script],
-            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed, "PYTHONPATH": folder, "PATH": ""},
+            env={"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed, "PYTHONPATH": str(ROOT), "PATH": ""},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in ("1", "2", "5")
@@ -69,7 +69,7 @@ def test_saving_and_loading_keep_every_file_and_every_id(tokenizer, tmp_path):
     assert np.array_equal(again.encode(text), tokenizer.encode(text))
 
 
-def test_truncation_and_padding_that_a_file_asks_for_are_left_out(tokenizer, tmp_path):
+def test_truncation_and_padding_in_a_file_are_ignored(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -90,7 +90,7 @@ def test_the_vocabulary_has_the_size_asked_for_and_eos_first(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["train:", "train:many", "train:-5", "train:256", "train:1.5"])
-def test_a_vocabulary_that_cannot_be_is_refused(name):
+def test_an_impossible_vocabulary_size_is_refused(name):
     with pytest.raises(ValueError, match=f"--tokenizer {name}"):
         load_tokenizer(name, documents=["a"])
 
