@@ -39,9 +39,8 @@ class TorchEngine:
         items: queue.SimpleQueue[list[int] | Exception | None] = queue.SimpleQueue()
         closed = threading.Event()
         room = min(sampling.max_new_tokens, self.context - len(prompt))
-        thread = threading.Thread(
-            target=self._generate, args=(list(prompt), room, sampling, items, closed), daemon=True
-        )
+        work = (list(prompt), room, sampling, items, closed)
+        thread = threading.Thread(target=self._generate, args=work, daemon=True)
         thread.start()
         try:
             while (item := items.get()) is not None:
