@@ -1,7 +1,7 @@
 """The PyTorch back end: a converted folder through transformers' `generate`, streaming token ids.
 
 transformers is seeded before every draw with a hash of the seed and the token's position. A text continued with
-the same seed therefore reads on as if it had never stopped. Greedy texts equal those of the JAX back end; drawn
+the same seed therefore reads on as if it had never stopped. Greedy texts equal the JAX back end's; drawn
 texts differ, because the random numbers do. torch is an extra and is imported when a model is opened.
 """
 
