@@ -28,6 +28,7 @@ REASONS = {
 }
 Turn = dict[str, str]  # role and content
 Numbers = tuple[Any, ...]  # temperature, top-p, top-k, repetition penalty, length, seed: as on the page
+Growth = AsyncGenerator[tuple[Any, ...], None]
 NAMES = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")
 
 
@@ -58,14 +59,11 @@ class Handlers:
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
 
-    async def grow(
-        self, ids: list[int], numbers: Numbers, request: gr.Request
-    ) -> AsyncGenerator[tuple[str, str], None]:
+    async def grow(self, ids: list[int], numbers: Numbers, request: gr.Request) -> Growth:
         """Yield the continuation so far and the status line until the text ends or `stop` is called."""
         named = dict(zip(NAMES, numbers, strict=True))
         sampling = self.scheduler.sampling(**named | {"seed": _seed(named["seed"])})
-        text = ""
-        waiting = self.scheduler.waiting
+        text, waiting = "", self.scheduler.waiting
         yield text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…"
         async with contextlib.aclosing(self.scheduler.stream(ids, sampling, owner=request.session_hash)) as chunks:
             async for chunk in chunks:
@@ -73,9 +71,7 @@ class Handlers:
                 text += chunk.text.replace("\0", "")
                 yield text, status_line(chunk, sampling.seed)
 
-    async def write(
-        self, text: str, history: list[str], request: gr.Request, *numbers: Any
-    ) -> AsyncGenerator[tuple[Any, ...], None]:
+    async def write(self, text: str, history: list[str], request: gr.Request, *numbers: Any) -> Growth:
         """Continue the text of the notebook and add the text before it to the history."""
         history = [*history, text][-UNDO_DEPTH:]
         with shown_errors():
@@ -84,9 +80,7 @@ class Handlers:
                 async for grown, line in growing:
                     yield text + grown, line, history
 
-    async def again(
-        self, _: str, history: list[str], request: gr.Request, *numbers: Any
-    ) -> AsyncGenerator[tuple[Any, ...], None]:
+    async def again(self, _: str, history: list[str], request: gr.Request, *numbers: Any) -> Growth:
         """Undo the last continuation and write another."""
         with shown_errors():
             require(bool(history), "there is nothing to write again; press Continue first")
@@ -94,9 +88,7 @@ class Handlers:
             async for step in growing:
                 yield step
 
-    async def answer(
-        self, message: str, talk: list[Turn], request: gr.Request, *numbers: Any
-    ) -> AsyncGenerator[tuple[Any, ...], None]:
+    async def answer(self, message: str, talk: list[Turn], request: gr.Request, *numbers: Any) -> Growth:
         """Answer `message`."""
         turns = [*talk, {"role": "user", "content": message}]
         with shown_errors():
@@ -107,9 +99,7 @@ class Handlers:
                     answered = [*turns, {"role": "assistant", "content": grown}]
                     yield escaped(answered), line, answered, ""  # clears the message box
 
-    async def answer_again(
-        self, _: str, talk: list[Turn], request: gr.Request, *numbers: Any
-    ) -> AsyncGenerator[tuple[Any, ...], None]:
+    async def answer_again(self, _: str, talk: list[Turn], request: gr.Request, *numbers: Any) -> Growth:
         """Undo the last answer and write another."""
         *talk, message = talk if talk and talk[-1]["role"] == "user" else talk[:-1] or [{}]
         with shown_errors():

@@ -155,24 +155,18 @@ def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str |
         router.post("/chat/completions")(routes.chat_completions)
     app.include_router(router)
 
-    @app.exception_handler(StarletteHTTPException)  # the base class of FastAPI's own
-    async def http_error(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return error_response(400, f"{where[:100]}: {first['msg'][:200]}")
-
-    @app.exception_handler(ValueError)
-    async def invalid_value(_: Request, error: ValueError) -> JSONResponse:
-        return error_response(400, str(error).replace("max_new_tokens", "max_tokens"))  # OpenAI's name
-
-    @app.exception_handler(QueueFull)
-    async def queue_full(_: Request, error: QueueFull) -> JSONResponse:
-        return error_response(429, str(error), {"Retry-After": "2"})
-
-    @app.exception_handler(RuntimeError)
-    async def model_failed(_: Request, error: RuntimeError) -> JSONResponse:
+    async def explain(_: Request, error: Any) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+            return error_response(400, f"{where[:100]}: {first['msg'][:200]}")
+        if isinstance(error, StarletteHTTPException):  # the base class of FastAPI's own
+            return error_response(error.status_code, str(error.detail))
+        if isinstance(error, QueueFull):
+            return error_response(429, str(error), {"Retry-After": "2"})
+        if isinstance(error, ValueError):
+            return error_response(400, str(error).replace("max_new_tokens", "max_tokens"))  # OpenAI's name
         return error_response(500, str(error))
+
+    for kind in (StarletteHTTPException, RequestValidationError, ValueError, QueueFull, RuntimeError):
+        app.exception_handler(kind)(explain)

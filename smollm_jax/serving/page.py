@@ -6,6 +6,7 @@ handlers.py has what the buttons do; this file has the layout, three scripts and
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import gradio as gr
@@ -67,21 +68,18 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
         with gr.Row(elem_id="top"):
             about = f"{scheduler.completer.about} · context {scheduler.completer.context:,} tokens"
             gr.Markdown(f"# {name}\n{about}", elem_id="title")
-            gr.Button("Light / dark", size="sm", elem_id="dark", scale=0).click(
-                None, js=DARK, api_visibility="private"
-            )
+            dark = gr.Button("Light / dark", size="sm", elem_id="dark", scale=0)
+            dark.click(None, js=DARK, api_visibility="private")
         with gr.Row():
             side = gr.Column(scale=1, min_width=280, render=False)
             with gr.Column(scale=3, min_width=320):
                 with side:
                     numbers = settings(scheduler)
+                with gr.Tab("Notebook") if has_chat else contextlib.nullcontext():
+                    notebook(handlers, numbers)
                 if has_chat:
-                    with gr.Tab("Notebook"):
-                        notebook(handlers, numbers)
                     with gr.Tab("Chat"):
                         chat(handlers, numbers)
-                else:
-                    notebook(handlers, numbers)
             side.render()
         with gr.Accordion("API", open=False):
             key = " -H 'Authorization: Bearer KEY'" if with_key else ""
@@ -104,13 +102,7 @@ def settings(scheduler: Scheduler) -> list[gr.components.Component]:
     longest, (temperature, top_p, top_k, penalty) = scheduler.max_new_tokens, PRESETS[START]
     preset = gr.Radio(list(PRESETS), value=START, label="Preset")
     sliders = [
-        gr.Slider(
-            *RANGES["temperature"],
-            temperature,
-            step=0.05,
-            label="Temperature",
-            info="0: greedy",
-        ),
+        gr.Slider(*RANGES["temperature"], temperature, step=0.05, label="Temperature", info="0: greedy"),
         gr.Slider(*RANGES["top_p"], top_p, step=0.01, label="Top-p"),
         gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all tokens"),
         gr.Slider(*RANGES["repetition_penalty"], penalty, step=0.05, label="Repetition penalty", info="1: none"),
@@ -170,16 +162,9 @@ def chat(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
 
 
 def controls(
-    verb: str,
-    handlers: tuple[Any, Any],
-    undone: Any,
-    end: Any,
-    *,
-    inputs: list[Any],
-    numbers: list[Any],
-    outputs: list[Any],
-    submit: gr.Textbox | None = None,
-) -> None:
+    verb: str, writers: tuple[Any, Any], undone: Any, end: Any, *,
+    inputs: list[Any], numbers: list[Any], outputs: list[Any], submit: gr.Textbox | None = None,
+) -> None:  # fmt: skip
     """Add the buttons that write, stop, undo and write again."""
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(verb, variant="primary", elem_id=verb.lower())
@@ -195,9 +180,9 @@ def controls(
         return [gr.update(visible=not working), gr.update(visible=working), *others]
 
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    triggers = [(go.click, handlers[0]), (again.click, handlers[1])]
+    triggers = [(go.click, writers[0]), (again.click, writers[1])]
     if submit is not None:
-        triggers.append((submit.submit, handlers[0]))
+        triggers.append((submit.submit, writers[0]))
     for trigger, handler in triggers:
         event = trigger(lambda: buttons(True), None, switched, **quick).then(
             handler, [*inputs, *numbers], outputs, show_progress="hidden", concurrency_limit=None,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import Completer, TextChunk
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
@@ -183,7 +183,7 @@ class Scheduler:
         try:
             for chunk in self.completer.stream(job.ids, job.sampling, job.stop, cancelled=job.left.is_set):
                 job.put(chunk)
-        except ValueError as error:
+        except UserError as error:
             job.put(error)
         except Exception as error:
             # whatever failed (memory, a device), the thread must survive for the next request

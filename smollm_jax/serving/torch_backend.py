@@ -1,7 +1,7 @@
 """The PyTorch back end: a converted folder through transformers' `generate`, streaming token ids.
 
 transformers is seeded before every draw with a hash of the seed and the token's position. A text continued with
-the same seed therefore reads on as if it had never stopped. Greedy texts equal those of the JAX back end; drawn
+the same seed therefore reads on as if it had never stopped. Greedy texts equal the JAX back end's; drawn
 texts differ, because the random numbers do. torch is an extra and is imported when a model is opened.
 """
 
@@ -39,9 +39,8 @@ class TorchEngine:
         items: queue.SimpleQueue[list[int] | Exception | None] = queue.SimpleQueue()
         closed = threading.Event()
         room = min(sampling.max_new_tokens, self.context - len(prompt))
-        thread = threading.Thread(
-            target=self._generate, args=(list(prompt), room, sampling, items, closed), daemon=True
-        )
+        work = (list(prompt), room, sampling, items, closed)
+        thread = threading.Thread(target=self._generate, args=work, daemon=True)
         thread.start()
         try:
             while (item := items.get()) is not None:

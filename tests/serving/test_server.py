@@ -1,4 +1,4 @@
-"""The server as a process of its own, met through HTTP, gradio_client and OpenAI's library."""
+"""The server as a separate process, used through HTTP, gradio_client and OpenAI's library."""
 
 import concurrent.futures
 import contextlib
@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from smollm_jax.runtime.console import guarded
+from smollm_jax.runtime.console import run_main
 from tests.support.paths import ROOT
 from tests.support.server import CONFIG, Server
 
@@ -72,7 +72,7 @@ def mistake(capsys, monkeypatch, *arguments):
 
     monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
     with contextlib.suppress(SystemExit):
-        assert guarded(serve.main) == 2
+        assert run_main(serve.main) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.strip().splitlines()
@@ -128,13 +128,13 @@ def test_the_page_says_which_back_end_serves(server, folder_of_chat_model):
 
 
 def test_gradio_streams_and_a_seed_gives_its_text_again(gradio):
-    job = gradio.submit("Once upon a time", max_new_tokens=200, temperature=1.0, seed=5, api_name="/generate")
+    job = gradio.submit("Once upon a time", max_new_tokens=100, temperature=1.0, seed=5, api_name="/generate")
     whole, steps = job.result(), [step["text"] for step in job.outputs()]
     assert len(steps) > 3
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(steps))
-    assert (whole["seed"], whole["tokens"], whole["stop_reason"]) == (5, 200, "length")
+    assert (whole["seed"], whole["tokens"], whole["stop_reason"]) == (5, 100, "length")
     again, other = (
-        gradio.predict("Once upon a time", max_new_tokens=200, temperature=1.0, seed=s, api_name="/generate")
+        gradio.predict("Once upon a time", max_new_tokens=100, temperature=1.0, seed=s, api_name="/generate")
         for s in (5, 6)
     )
     assert again["text"] == whole["text"] != other["text"]
