@@ -65,18 +65,12 @@ class Processes:
             raise PeerLost(one_line(error)) from error
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
-    def require_same(self, value: Any, what: str) -> None:
-        """Raise `ValueError` in all processes if a JSON value differs among them."""
-        values = self.gather(value)
-        other = next((i for i, theirs in enumerate(values) if theirs != values[0]), None)
-        require(other is None, f"{what} are not the same in process 0 and process {other}")
-
-    def agree_on(self, settings: dict[str, Any]) -> None:
-        """Raise `ValueError` in all processes, naming the settings (flat) in which one differs from the first."""
-        everyone = self.gather(settings)
+    def require_same(self, values: dict[str, Any], what: str) -> None:
+        """Raise `ValueError` in all processes, naming the JSON values in which one differs from the first."""
+        everyone = self.gather(values)
         for index, theirs in enumerate(everyone):
             differ = [f"{n} {everyone[0].get(n)} and {v}" for n, v in theirs.items() if everyone[0].get(n) != v]
-            require(not differ, f"process 0 and process {index} were started with different settings: {differ}")
+            require(not differ, f"process 0 and process {index} were started with different {what}: {differ}")
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:

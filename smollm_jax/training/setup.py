@@ -65,16 +65,11 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
         )
         check_prompts(config, tokenizer)
         stream = open_stream(
-            config.data,
-            tokenizer,
-            seed=config.run.seed,
-            batch_size_at=config.batch_size_at,
-            steps=config.total_steps,
-            cursor=found.meta["cursor"] if found else None,
-            excluded=held_out.hashes if held_out else frozenset(),
-            shards=shards_here(mesh, config),
-        )
-    job.require_same(stream.fixed, "the files of --data, or what is held out of them,")
+            config.data, tokenizer, seed=config.run.seed, batch_size_at=config.batch_size_at,
+            steps=config.total_steps, cursor=found.meta["cursor"] if found else None,
+            excluded=held_out.hashes if held_out else frozenset(), shards=shards_here(mesh, config),
+        )  # fmt: skip
+    job.require_same(stream.fixed, "data")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
