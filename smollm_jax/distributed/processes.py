@@ -16,7 +16,7 @@ from smollm_jax.distributed.watchdog import Watchdog
 from smollm_jax.runtime.errors import EXIT_FAILED, SourceTimeout, UserError, one_line, require
 
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
-SHARED_FAULTS = {"": RuntimeError, "mistake": UserError, "wait": SourceTimeout}
+SHARED_FAULTS = (SourceTimeout, UserError)  # the gravest last; graver still is any other, as a RuntimeError
 
 
 class PeerLost(RuntimeError):
@@ -95,18 +95,16 @@ class Processes:
             self._raise_in_all(None)
 
     def _raise_in_all(self, fault: Exception | None) -> None:
-        kind = next((k for k, t in reversed(SHARED_FAULTS.items()) if isinstance(fault, t)), "")
-        faults = self.gather(None if fault is None else [kind, f"{fault}"])
-        # all processes choose the same fault, the gravest; otherwise they would end in different ways
-        found = [
-            (list(SHARED_FAULTS).index(theirs[0]), i) for i, theirs in enumerate(faults) if theirs is not None
-        ]
+        """Raise the gravest fault of any process in all of them, so that all end in the same way."""
+        gravity = next((i for i, kind in enumerate(SHARED_FAULTS) if isinstance(fault, kind)), len(SHARED_FAULTS))
+        faults = self.gather(None if fault is None else [-gravity, self.index, str(fault)])
+        found = [theirs for theirs in faults if theirs is not None]
         if not found:
             return
-        index = min(found)[1]
+        gravity, index, message = min(found)
         if index == self.index and fault is not None:
             raise fault
-        raise SHARED_FAULTS[faults[index][0]](f"process {index}: {faults[index][1]}")
+        raise [*SHARED_FAULTS, RuntimeError][-gravity](f"process {index}: {message}")
 
     def leave(self, code: int) -> None:
         """Wait until all processes are about to leave; `code` becomes the exit code of this one.
