@@ -16,7 +16,7 @@ from smollm_jax.distributed.watchdog import Watchdog
 from smollm_jax.runtime.errors import EXIT_FAILED, SourceTimeout, UserError, one_line, require
 
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
-SHARED_FAULTS = {"": RuntimeError, "mistake": UserError, "wait": SourceTimeout}
+SHARED_FAULTS = (SourceTimeout, UserError)  # the gravest last; graver still is any other, as a RuntimeError
 
 
 class PeerLost(RuntimeError):
@@ -65,18 +65,12 @@ class Processes:
             raise PeerLost(one_line(error)) from error
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
-    def require_same(self, value: Any, what: str) -> None:
-        """Raise `ValueError` in all processes if a JSON value differs among them."""
-        values = self.gather(value)
-        other = next((i for i, theirs in enumerate(values) if theirs != values[0]), None)
-        require(other is None, f"{what} are not the same in process 0 and process {other}")
-
-    def agree_on(self, settings: dict[str, Any]) -> None:
-        """Raise `ValueError` in all processes, naming the settings (flat) in which one differs from the first."""
-        everyone = self.gather(settings)
+    def require_same(self, values: dict[str, Any], what: str) -> None:
+        """Raise `ValueError` in all processes, naming the JSON values in which one differs from the first."""
+        everyone = self.gather(values)
         for index, theirs in enumerate(everyone):
             differ = [f"{n} {everyone[0].get(n)} and {v}" for n, v in theirs.items() if everyone[0].get(n) != v]
-            require(not differ, f"process 0 and process {index} were started with different settings: {differ}")
+            require(not differ, f"process 0 and process {index} were started with different {what}: {differ}")
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -101,18 +95,16 @@ class Processes:
             self._raise_in_all(None)
 
     def _raise_in_all(self, fault: Exception | None) -> None:
-        kind = next((k for k, t in reversed(SHARED_FAULTS.items()) if isinstance(fault, t)), "")
-        faults = self.gather(None if fault is None else [kind, f"{fault}"])
-        # all processes choose the same fault, the gravest; otherwise they would end in different ways
-        found = [
-            (list(SHARED_FAULTS).index(theirs[0]), i) for i, theirs in enumerate(faults) if theirs is not None
-        ]
+        """Raise the gravest fault of any process in all of them, so that all end in the same way."""
+        gravity = next((i for i, kind in enumerate(SHARED_FAULTS) if isinstance(fault, kind)), len(SHARED_FAULTS))
+        faults = self.gather(None if fault is None else [-gravity, self.index, str(fault)])
+        found = [theirs for theirs in faults if theirs is not None]
         if not found:
             return
-        index = min(found)[1]
+        gravity, index, message = min(found)
         if index == self.index and fault is not None:
             raise fault
-        raise SHARED_FAULTS[faults[index][0]](f"process {index}: {faults[index][1]}")
+        raise [*SHARED_FAULTS, RuntimeError][-gravity](f"process {index}: {message}")
 
     def leave(self, code: int) -> None:
         """Wait until all processes are about to leave; `code` becomes the exit code of this one.

@@ -78,10 +78,10 @@ def evaluate_model(
     path: str | Path,
     data: DataConfig,
     *,
-    seq_len: int | None = None,
     batch_size: int,
-    max_batches: int | None = None,
     dtype: str,
+    seq_len: int | None = None,
+    max_batches: int | None = None,
 ) -> dict[str, Any]:
     """Score a run, exported folder or Hub id on all of `data.data`, in order; returns plain JSON values.
 
@@ -102,17 +102,8 @@ def evaluate_model(
     batches = islice(batches_in_order(settings, tokenizer, batch_size), max_batches)
     result = score_batches(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
     require(result.tokens > 0, f"--data {settings.data} holds nothing to score: no document of two tokens")
-    return {
-        "path": str(path),
-        "data": settings.data,
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-        "bytes": result.bytes,
-        "seq_len": settings.seq_len,
-        "dtype": dtype,
-    }
+    scores = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
+    return {"path": str(path), "data": settings.data, **scores, "seq_len": settings.seq_len, "dtype": dtype}
 
 
 def evaluate_run(run: Run) -> None:

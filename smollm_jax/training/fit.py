@@ -57,7 +57,8 @@ def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
     --new-run first moves an old folder aside. Raises `ValueError` in all processes if the folder is in use, or
     if they were started with different settings.
     """
-    job.agree_on({n: v for n, v in flatten(to_dict(config), ".").items() if n != "compute.process_id"})
+    own = {"compute.process_id"}
+    job.require_same({n: v for n, v in flatten(to_dict(config), ".").items() if n not in own}, "settings")
     run_dir = Path(config.run_dir)
     with ExitStack() as held:
         with job.all_or_none():

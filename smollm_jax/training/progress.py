@@ -24,7 +24,7 @@ class TooManyBadSteps(RuntimeError):
 
 
 def report_step(run: Run, pending: Pending) -> None:
-    """Wait for a step's metrics, count bad steps, and write a line every --log-every steps."""
+    """Wait for a step's metrics, check and count them, and write a line every --log-every steps."""
     values, interval = jax.device_get(pending.metrics), run.counters.interval
     if pending.step > run.counters.read:
         run.counters.read = pending.step
@@ -34,17 +34,12 @@ def report_step(run: Run, pending: Pending) -> None:
         interval.targets += int(values["targets"])
         interval.slots += pending.slots
         interval.latest = pending, values
-        check_step(run, pending, finite=bool(values["finite"]))
+        if run.counters.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
+            run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")
+        run.report.progress(pending.step)
+        count_bad_step(run, pending, finite=bool(values["finite"]))
     if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
         write_line(run)
-
-
-def check_step(run: Run, pending: Pending, *, finite: bool) -> None:
-    """Show the progress, compare the batch hash with the one on record, and count the step if it is bad."""
-    if run.counters.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
-        run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")
-    run.report.progress(pending.step)
-    count_bad_step(run, pending, finite=finite)
 
 
 def write_line(run: Run) -> None:

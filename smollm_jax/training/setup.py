@@ -73,7 +73,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
             resumes=found is not None,
         )
         stream = loader.prefetch(found.meta["cursor"] if found else None)
-    job.require_same(loader.fixed, "the files of --data, or what is held out of them,")
+    job.require_same(loader.fixed, "data")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)

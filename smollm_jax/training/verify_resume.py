@@ -24,6 +24,7 @@ from smollm_jax.runtime.console import run_main, say
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.huge_pages import environment
 from smollm_jax.runtime.signals import StopRequest, leave
+from smollm_jax.runtime.trees import flatten
 
 KILLS = 3
 POLL_SECONDS = 0.02
@@ -76,16 +77,9 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
 def _short(config: Config, run_dir: Path, steps: int) -> Config:
     """The same run up to `steps`, with checkpoints in between to resume from."""
     run = replace(
-        config.run,
-        run_dir=str(run_dir),
-        new_run=False,
-        stop_after=steps,
-        checkpoint_every=max(steps // (KILLS + 1), 1),
-        keep_last=2,
-        log_every=1,
-        eval_every=0,
-        export=False,
-    )
+        config.run, run_dir=str(run_dir), new_run=False, stop_after=steps, export=False, log_every=1, eval_every=0,
+        checkpoint_every=max(steps // (KILLS + 1), 1), keep_last=2,
+    )  # fmt: skip
     return replace(config, run=run)
 
 
@@ -128,7 +122,8 @@ def compare_runs(one: Path, other: Path) -> Comparison:
         (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
         if found_a.step != found_b.step or found_a.meta["cursor"] != found_b.meta["cursor"]:
             compared["step and cursor"] = f"steps {found_a.step} and {found_b.step}, or their cursors, differ"
-        wrong = sum(not _same(x, y) for x, y in zip(_leaves(a), _leaves(b), strict=True))
+        a, b = flatten(a, "/"), flatten(b, "/")
+        wrong = len(a.keys() ^ b.keys()) + sum(not _same(a[name], b[name]) for name in a.keys() & b.keys())
         compared[group] = f"{wrong} arrays differ" if wrong else None
     return Comparison(found_a.step, compared)
 
@@ -140,16 +135,9 @@ def _first_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) ->
     return f"{len(one)} and {len(other)} lines"
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])] if isinstance(tree, dict) else [tree]
-
-
 def _same(x: Any, y: Any) -> bool:
     """Whether two arrays agree bit for bit; a NaN equals itself."""
-    import numpy as np
-
-    x, y = np.asarray(x), np.asarray(y)
-    return bool(x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes())
+    return (x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes())
 
 
 if __name__ == "__main__":  # the child: train what a JSON file says

@@ -30,7 +30,7 @@ from tests.chaos.__main__ import scenarios
 LAYOUTS = ((1, 1), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))
 """Processes, and devices of each."""
 WAYS = ("kill -9 of the first", "kill -9 of another", "kill -9 of all", "SIGTERM to one", "SIGTERM to all")
-LEAVES_SECONDS = 60.0
+LEAVES_SECONDS = 120.0
 """Within which all have to be gone."""
 RELATIVE = 1e-3
 """How far a loss may be from the straight run's."""

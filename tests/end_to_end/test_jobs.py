@@ -228,14 +228,14 @@ def test_a_run_folder_that_is_not_shared_is_refused(job, tmp_path):
 STANDS_STILL = """
 import sys, time
 from smollm_jax.training import progress
-check_step = progress.check_step
+count_bad_step = progress.count_bad_step
 
 def still(run, pending, **found):
     if pending.step == 12:
         time.sleep(600)
-    check_step(run, pending, **found)
+    count_bad_step(run, pending, **found)
 
-progress.check_step = still
+progress.count_bad_step = still
 sys.argv = sys.argv[1:]
 exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
 """
