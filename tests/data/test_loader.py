@@ -16,7 +16,7 @@ from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import batches_in_order, held_out
 from smollm_jax.data.loader import check_vocab, merge_cursors, open_loader
 from smollm_jax.data.shuffle import ShuffledSource, text_hash
-from smollm_jax.data.sources import WHOLE, open_source
+from smollm_jax.data.sources import WHOLE, Shard, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
@@ -180,11 +180,36 @@ def test_the_documents_of_a_batch_are_those_in_its_rows(folder, tokenizer):
     stream.close()
 
 
-def test_a_mixture_keeps_its_shares_of_tokens(folder, tokenizer):
-    config = config_of(folder, "a*.jsonl=0.8,b.parquet=0.2", epochs=0)
-    state = take(open_at(config, tokenizer), 300)[-1][1]["lanes"]["0"]["sources"]
-    total = sum(part["tokens"] for part in state)
-    assert state[0]["tokens"] / total == pytest.approx(0.8, abs=0.01)
+def test_a_mixture_keeps_its_shares_of_tokens(tmp_path, tokenizer):
+    """Counted in the batches, over sources whose documents are of unlike length."""
+    write_jsonl(tmp_path / "long.jsonl", ["x" * 400] * 50)
+    write_jsonl(tmp_path / "short.jsonl", ["zz"] * 50)
+    config = config_of(tmp_path, "long.jsonl=0.6,short.jsonl=0.4", epochs=0)
+    counts = Counter()
+    for batch, _ in take(open_at(config, tokenizer), 400):
+        counts.update(batch.tokens[:, 1:].ravel().tolist())
+    of_long, of_short = (
+        sum(counts[i] for i in set(tokenizer.encode(text).tolist())) for text in ("x" * 400, "zz")
+    )
+    of_short *= 1 + 1 / len(tokenizer.encode("zz"))  # the eos of each short document
+    assert of_long / (of_long + of_short) == pytest.approx(0.6, abs=0.02)
+
+
+def test_held_out_documents_of_a_mixture_come_source_by_source(folder, tokenizer):
+    """The last source first: a change of this order changes every held-out loss of a mixture."""
+    held = held_out(config_of(folder, "a1.jsonl,b.parquet", eval_documents=4), tokenizer)
+    assert [Path(document.file).name for document in held.documents] == ["b.parquet"] * 2 + ["a1.jsonl"] * 2
+
+
+def test_shards_are_shuffled_each_in_its_own_order(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(64))
+    source = open_source(str(tmp_path / "a.jsonl"), config_of(tmp_path, "a.jsonl", shuffle_window=64))
+    orders = []
+    for index in range(2):
+        shuffled = ShuffledSource(source, tokenizer, seed=[3, 0], excluded=frozenset(), shard=Shard(index, 2))
+        orders.append([shuffled.draw()[0].row // 2 for _ in range(32)])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(32))
+    assert orders[0] != orders[1]
 
 
 def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, tokenizer):
