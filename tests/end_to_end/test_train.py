@@ -33,7 +33,9 @@ def _restored():
 
 
 def flags_of(run_dir, cache, corpus, tokenizer):
-    flags = ["--data", f"{corpus}/*.jsonl", *TINY, "--tokenizer", str(tokenizer), "--run-dir", str(run_dir)]
+    """Of a tiny run on one of the devices there are."""
+    flags = ["--mesh", "data=1"]
+    flags += ["--data", f"{corpus}/*.jsonl", *TINY, "--tokenizer", str(tokenizer), "--run-dir", str(run_dir)]
     return [*flags, "--compilation-cache-dir", str(cache)]
 
 
