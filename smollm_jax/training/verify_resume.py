@@ -60,8 +60,7 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
     stops, resumes = sorted(rng.sample(range(1, steps), min(KILLS, steps - 1))), 0
     for stop in stops:
         process = start(pieces)
-        wait_for_step(run_dir, stop, process)
-        while process.poll() is None and not steps_in(run_dir / "checkpoints"):
+        while process.poll() is None and (last_step(run_dir) < stop or not steps_in(run_dir / "checkpoints")):
             time.sleep(POLL_SECONDS)
         ended_by_itself = process.poll() is not None
         process.kill()
@@ -100,12 +99,6 @@ def _finish(config: Config) -> None:
 
 def last_step(run_dir: Path) -> int:
     return max((line["step"] for line in read_metrics(run_dir)), default=0)
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Return once `step` is on record, or the process has ended."""
-    while process.poll() is None and last_step(run_dir) < step:
-        time.sleep(POLL_SECONDS)
 
 
 def compare_runs(one: Path, other: Path) -> Comparison:

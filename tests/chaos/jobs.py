@@ -37,7 +37,7 @@ RELATIVE = 1e-3
 
 
 @dataclass(frozen=True)
-class TextChunk:
+class StoppedJob:
     """One start of a job: how it was ended, whether it went on from another layout, and what was wrong."""
 
     way: str
@@ -94,7 +94,7 @@ def stop(job: list[subprocess.Popen[bytes]], way: str, rng: random.Random) -> li
     return job if number == signal.SIGTERM else [process for process in job if process not in hit]
 
 
-def pieces(config: Config, rng: random.Random, stops: int) -> list[TextChunk]:
+def pieces(config: Config, rng: random.Random, stops: int) -> list[StoppedJob]:
     """Stop the run up to so many times, then let it finish."""
     run_dir, made, before = Path(config.run_dir), [], None
     for _ in range(stops):
@@ -111,11 +111,11 @@ def pieces(config: Config, rng: random.Random, stops: int) -> list[TextChunk]:
         if codes and all(code == 0 for code in codes):
             break
         wrong = "" if all(code in (75, 0) for code in codes) else f"exit codes {codes} after {way}, {layout}"
-        made.append(TextChunk(way, before is not None, wrong))
+        made.append(StoppedJob(way, before is not None, wrong))
         before = layout
     codes = ended(started(config, *rng.choice(LAYOUTS)))
     if any(codes):
-        made.append(TextChunk("to its end", True, f"exit codes {codes}"))
+        made.append(StoppedJob("to its end", True, f"exit codes {codes}"))
     return made
 
 
@@ -133,14 +133,14 @@ def difference(straight: Path, other: Path) -> str:
     return ""
 
 
-def chaos_jobs(folder: Path, *, stops: int, seed: int) -> tuple[list[tuple[TextChunk, bool]], list[str]]:
+def chaos_jobs(folder: Path, *, stops: int, seed: int) -> tuple[list[tuple[StoppedJob, bool]], list[str]]:
     """At least `stops` stops; each with whether all was well with it and its run, and what was not."""
     base = scenarios(folder, folder / "compiled")["mixture"]
     run = replace(base.run, phases="60x8", checkpoint_every=7, eval_every=30)
     config = replace(base, run=run, optimizer=replace(base.optimizer, learning_rate=1e-3))
     straight = replace(config, run=replace(run, run_dir=str(folder / "straight")))
     assert ended(started(straight, 1, 1)) == [0], (folder / "straight.0.log").read_text()
-    made: list[tuple[TextChunk, bool]] = []
+    made: list[tuple[StoppedJob, bool]] = []
     wrong: list[str] = []
     number = 0
     while len(made) < stops:
@@ -155,7 +155,7 @@ def chaos_jobs(folder: Path, *, stops: int, seed: int) -> tuple[list[tuple[TextC
     return made, wrong
 
 
-def table(made: list[tuple[TextChunk, bool]]) -> str:
+def table(made: list[tuple[StoppedJob, bool]]) -> str:
     """Markdown: a row for each way, and one for going on with another number of processes or devices."""
     tries = Counter(piece.way for piece, _ in made)
     good = Counter(piece.way for piece, well in made if well)

@@ -153,13 +153,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(job, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_dies_the_others_leave_within_a_minute(job, tmp_path, victim):
+def test_when_one_process_dies_the_others_leave_within_two_minutes(job, tmp_path, victim):
     endless = [*SETTINGS, "--phases", "2000x8", "--eval-every", "0", "--checkpoint-every", "5"]
     processes = job(3, settings=endless, devices=1)
     wait_for_step(tmp_path / "run", 12, processes[0])
     processes[victim].kill()
     others = [process for process in processes if process is not processes[victim]]
-    assert codes(others, timeout=60) == [75, 75], words_of(tmp_path, count=3)
+    assert codes(others, timeout=120) == [75, 75], words_of(tmp_path, count=3)
     good = [info.step for info in list_checkpoints(tmp_path / "run" / "checkpoints") if info.verdict == "good"]
     assert good[0] >= 5
     last = max(records(tmp_path / "run")[-1]["step"], good[0]) + 5
@@ -241,7 +241,7 @@ exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
 """
 
 
-def test_when_one_process_stands_still_all_leave_within_a_minute(job, tmp_path):
+def test_when_one_process_stands_still_all_leave_within_two_minutes(job, tmp_path):
     """It is alive, and its heartbeats go on."""
     endless = [*SETTINGS, "--phases", "2000x8", "--eval-every", "0", "--checkpoint-every", "5"]
     port = free_port()
@@ -250,7 +250,7 @@ def test_when_one_process_stands_still_all_leave_within_a_minute(job, tmp_path):
         for i in range(2)
     ]
     wait_for_step(tmp_path / "run", 12, both[0])
-    assert codes(both, timeout=60) == [75, 75], words_of(tmp_path, count=1)
+    assert codes(both, timeout=120) == [75, 75], words_of(tmp_path, count=1)
     assert "process 1 of 2: the work between two steps was not done after 20 s" in words_of(tmp_path, count=1)
     good = [info.step for info in list_checkpoints(tmp_path / "run" / "checkpoints") if info.verdict == "good"]
     assert good == [5, 10]

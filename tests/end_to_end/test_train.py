@@ -33,7 +33,9 @@ def _restored():
 
 
 def flags_of(run_dir, cache, corpus, tokenizer):
-    flags = ["--data", f"{corpus}/*.jsonl", *TINY, "--tokenizer", str(tokenizer), "--run-dir", str(run_dir)]
+    """Of a tiny run on one of the devices there are."""
+    flags = ["--mesh", "data=1"]
+    flags += ["--data", f"{corpus}/*.jsonl", *TINY, "--tokenizer", str(tokenizer), "--run-dir", str(run_dir)]
     return [*flags, "--compilation-cache-dir", str(cache)]
 
 
@@ -42,7 +44,7 @@ def fitted(tmp_path, cache, corpus, tokenizer, capfd):
     """Trains in this process until the run ends with exit code `code`; stdout and stderr."""
 
     def start(*flags, run="run", data=None, code=0, bare=False):
-        given = [] if bare else flags_of(tmp_path / run, cache, corpus, tokenizer)
+        given = ["--mesh", "data=1"] if bare else flags_of(tmp_path / run, cache, corpus, tokenizer)
         given += [*(["--data", data] if data else []), *flags]
         found = run_main(lambda: fit(parse(given), StopRequest()))
         out, err = capfd.readouterr()
