@@ -62,7 +62,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     with job.all_or_none():
         held = held_out(config.data, tokenizer, resumes=found is not None) if config.data.eval_documents else None
         check_prompts(config, tokenizer)
-        loader = open_loader(
+        stream = open_loader(
             config.data,
             tokenizer,
             seed=config.run.seed,
@@ -71,9 +71,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
             excluded=held.hashes if held else frozenset(),
             shards=shards_here(mesh, config),
             resumes=found is not None,
-        )
-        stream = loader.prefetch(found.meta["cursor"] if found else None)
-    job.require_same(loader.fixed, "data")
+        ).prefetch(found.meta["cursor"] if found else None)
+    job.require_same(stream.loader.fixed, "data")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
