@@ -205,7 +205,7 @@ def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, posit
     blocks = []
     for start in range(0, q_BTNH.shape[1], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, block, None]
+        mask_BTS = jnp.arange(k_BSKH.shape[1])[None, None] <= positions_BT[:, block, None]
         blocks.append(_attend(q_BTNH[:, block], k_BSKH, v_BSKH, mask_BTS))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 

@@ -61,7 +61,7 @@ def loss_disagreement(score: Score, words: int, dtype: Any, *, seed: int = 0) ->
     logits_BCV = 4 * jax.random.normal(logits_key, (2, 16, words))
     # the last word too: it may stand in a block of words that is not full
     targets_BC = jax.random.randint(targets_key, (2, 16), 0, words).at[0, 0].set(words - 1)
-    valid_BC = jnp.arange(16) % 3 > jnp.arange(2)[:, None] - 1
+    valid_BC = jnp.arange(16)[None] % 3 > jnp.arange(2)[:, None] - 1
     try:
         nll, d_BCV = jax.jit(lambda logits, targets, valid: score(logits, targets, valid, dtype))(
             logits_BCV, targets_BC, valid_BC

@@ -73,7 +73,7 @@ def _backward(interpret, kept, do_BTNH):
     delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
     # queries see a key until the end of its document: the last key of a block is seen longest
     last_Y = jnp.arange(BLOCK - 1, T, BLOCK)
-    end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[:, None], axis=-1, dtype=jnp.int32)
+    end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[None, :, None], axis=-1, dtype=jnp.int32)
     dk_BTKH, dv_BTKH = _call(
         partial(_backward_keys_kernel, scale=scale),
         grid=(B, K, T // BLOCK),

@@ -24,7 +24,7 @@ def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
     """Where the document of each token begins in its row: (B, T) int32. Padding, segment 0, counts as one."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
-    return jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+    return jax.lax.cummax(jnp.where(begins_BT, index_T[None], 0), axis=1)
 
 
 @jax.custom_vjp
@@ -84,7 +84,7 @@ def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, start_BT: jax.Array) -> jax.A
     """Of the queries that stand last among the keys; `MASKED` outside of a query's own document, and after it."""
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     index_S = jnp.arange(S)
-    own_BTS = (index_S >= start_BT[..., None]) & (index_S <= index_S[S - T :, None])
+    own_BTS = (index_S[None, None] >= start_BT[..., None]) & (index_S[None] <= index_S[S - T :, None])[None]
     scores_BKGTS = _dot(q_BKGTH, k_BKSH, (4,), (3,)) * q_BKGTH.shape[-1] ** -0.5
     return jnp.where(own_BTS[:, None, None], scores_BKGTS, MASKED)
 

@@ -54,7 +54,7 @@ def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> tupl
     Su et al. 2021 (RoFormer); dim i turns with dim i + H/2, as Llama's released weights expect.
     """
     frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
+    angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 
 
@@ -71,7 +71,7 @@ class RMSNorm(nnx.Module):
         def norm(x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
             x = x_BTD.astype(jnp.float32)
             x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-            return (x * scale_D).astype(x_BTD.dtype)
+            return (x * scale_D[None, None]).astype(x_BTD.dtype)
 
         return norm(x_BTD, self.scale[...])
 
@@ -184,7 +184,7 @@ class SmolLM(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)
-        rope = self._rope(jnp.arange(start_BT.shape[1]) - start_BT)
+        rope = self._rope(jnp.arange(start_BT.shape[1])[None] - start_BT)
         graphdef, stacked = nnx.split(self.blocks)
 
         @jax.named_scope("scores")

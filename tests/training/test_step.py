@@ -42,6 +42,10 @@ def config_of(*, phases="20x4", seq_len=12, compute=None, **optimizer):
     )
 
 
+def mesh_of(config):
+    return make_mesh(config, jax.devices()[:1])
+
+
 def batch_of(rows, length, *, vocab=TINY.vocab_size, seed=0):
     """Rows of random tokens and documents, the last with padding at its end."""
     rng = np.random.default_rng(seed)
@@ -65,7 +69,7 @@ def whole_loss(params, tokens, segment_ids):
 
 
 def run_steps(config, batches, params=None):
-    mesh = make_mesh(config)
+    mesh = mesh_of(config)
     compiled = {}
     state, metrics = init_state(config, mesh, params), []
     for tokens, segment_ids in batches:
@@ -218,7 +222,7 @@ def test_norms_do_not_decay():
 def test_a_step_is_void_when_a_process_has_no_part_or_the_data_has_ended(votes, targets, counts):
     config = config_of()
     step = jax.jit(make_step(config, dtype=jnp.float32, remat="none"))
-    state, (tokens, segment_ids) = init_state(config, make_mesh(config)), batch_of(4, 12)
+    state, (tokens, segment_ids) = init_state(config, mesh_of(config)), batch_of(4, 12)
     after, metrics = step(state, tokens, segment_ids * targets, jnp.array(votes))
     assert metrics["votes"].tolist() == [votes.count(kind) for kind in (GO, STOP, ENDED, VOID)]
     assert int(after["step"]) == metrics["counts"] == counts
@@ -229,7 +233,7 @@ def test_the_step_hashes_the_batch_it_was_given():
     config, batches = config_of(), [batch_of(4, 12, seed=seed) for seed in range(3)]
     step, state = (
         jax.jit(make_step(config, dtype=jnp.float32, remat="none")),
-        init_state(config, make_mesh(config)),
+        init_state(config, mesh_of(config)),
     )
     for tokens, segment_ids in batches:
         words = step(state, tokens, segment_ids)[1]["batch_hash"]
@@ -284,7 +288,7 @@ def test_a_step_without_finite_gradients_changes_nothing_but_the_count():
     assert int(state["step"]) == 1
     for after, before in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(after, before)
-    fresh = init_state(config, make_mesh(config), params)
+    fresh = init_state(config, mesh_of(config), params)
     for after, before in zip(
         jax.tree.leaves(state["opt_state"]), jax.tree.leaves(fresh["opt_state"]), strict=True
     ):
@@ -317,8 +321,8 @@ def test_a_pattern_is_learned():
 
 def test_bf16_training_keeps_f32_masters():
     config = config_of()
-    step = compile_step(config, make_mesh(config), 4, dtype=jnp.bfloat16, remat="none")
-    state, _ = step(init_state(config, make_mesh(config)), *batch_of(4, 12))
+    step = compile_step(config, mesh_of(config), 4, dtype=jnp.bfloat16, remat="none")
+    state, _ = step(init_state(config, mesh_of(config)), *batch_of(4, 12))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["params"])} == {"float32"}
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state["params"], init_params(TINY, 0))
     # the first warm-up update is far below what a bf16 weight of 1.0 could show
@@ -328,13 +332,13 @@ def test_bf16_training_keeps_f32_masters():
 @pytest.mark.parametrize(("dtype", "stacks"), [(jnp.bfloat16, True), (jnp.float32, False)])
 def test_a_cpu_stacks_the_bits_of_bf16(dtype, stacks):
     config = config_of()
-    program = compile_step(config, make_mesh(config), 4, dtype=dtype, remat="none").as_text()
+    program = compile_step(config, mesh_of(config), 4, dtype=dtype, remat="none").as_text()
     assert (f"u16[{config.model.num_layers}," in program) == stacks
 
 
 def test_a_cpu_does_not_stack_short_copies_of_weights():
     config = config_of()
-    program = compile_step(config, make_mesh(config), 4, dtype=jnp.bfloat16, remat="none").as_text()
+    program = compile_step(config, mesh_of(config), 4, dtype=jnp.bfloat16, remat="none").as_text()
     L, D, F = TINY.num_layers, TINY.hidden_size, TINY.intermediate_size
     assert f"f32[{L},{D},{F}]" in program
     assert f"u16[{L},{D},{F}]" not in program
@@ -353,7 +357,7 @@ def test_a_cpu_multiplies_bf16_with_results_in_f32():
                     yield from products(inner)
 
     config, rows = config_of(), jnp.ones((4, 13), jnp.int32)
-    nll = make_nll(config, make_mesh(config), dtype=jnp.bfloat16, remat="none")
+    nll = make_nll(config, mesh_of(config), dtype=jnp.bfloat16, remat="none")
     gradient = jax.make_jaxpr(jax.grad(nll))(init_params(config.model, 0), rows, rows)
     found = [arrays for arrays in products(gradient) if arrays[0].ndim < 5 and arrays[1].ndim < 5]
     assert len(found) >= 3 * len("q k v o gate up down head".split())
@@ -364,7 +368,7 @@ def test_a_cpu_multiplies_bf16_with_results_in_f32():
 
 def test_remat_auto_takes_the_first_policy_that_fits():
     config = config_of(seq_len=64, phases="20x8")
-    mesh = make_mesh(config)
+    mesh = mesh_of(config)
     assert compile_steps(config, mesh, dtype=jnp.float32, memory_bytes=10**12)[1] == "none"
     assert compile_steps(config, mesh, dtype=jnp.float32, memory_bytes=1)[1] == "full"
     forced = replace(config, compute=replace(config.compute, remat="dots"))
