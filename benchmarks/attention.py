@@ -27,16 +27,18 @@ def kernel(work: StepWork, name: AttentionName) -> Ready:
     import jax.numpy as jnp
 
     from benchmarks.breakdown import with_gradients
-    from smollm_jax.kernels.check import disagreement
-    from smollm_jax.kernels.select import choose, kernel_of
+    from smollm_jax.kernels.check import check_attention
+    from smollm_jax.kernels.select import select_attention, with_kernels
     from smollm_jax.model.attention import starts_of
+    from smollm_jax.model.ops import REFERENCE
     from smollm_jax.runtime.devices import use_precision_of
     from smollm_jax.runtime.errors import require
 
     dtype, device = jnp.dtype(work.dtype), jax.devices()[0]
     use_precision_of(dtype)
-    choose(name, device, dtype)  # raises if it cannot run here
-    wrong = disagreement(kernel_of(name), work.config.model, dtype)
+    select_attention(name, device, dtype)  # raises if it cannot run
+    attention = with_kernels(REFERENCE, name).attention
+    wrong = check_attention(attention, work.config.model, dtype)
     require(not wrong, f"{name} is not timed, it is wrong: {wrong}")
     start_BT = starts_of(jnp.asarray(work.rows()[1][:, :-1]))
     heads = _head_counts(work.config.model)
@@ -46,7 +48,7 @@ def kernel(work: StepWork, name: AttentionName) -> Ready:
         jax.random.normal(key, (*shape, n, size)).astype(dtype) for key, n in zip(keys, heads, strict=True)
     )
     began = time.perf_counter()
-    program = with_gradients(kernel_of(name), do, q, k, v, given=(start_BT,))
+    program = with_gradients(attention, do, q, k, v, given=(start_BT,))
     facts = {"compile": time.perf_counter() - began, "device": kind_of(device)}
 
     return Ready(repeated(program, work.steps, jax.block_until_ready), facts, peak_bytes_on(device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -67,35 +68,25 @@ def parts(work: StepWork, whole: OurStep) -> dict[str, Program]:
     import jax
     import jax.numpy as jnp
 
-    from smollm_jax.distributed.sharding import BATCH_AXES
-    from smollm_jax.kernels.select import is_of_gpu, joined_of, keep_of, kernel_of, lookup_of, product_of, score_of
     from smollm_jax.model.loss import summed_nll, targets_of
     from smollm_jax.model.transformer import SmolLM, init_params
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     params = init_params(config.model, work.seed)
-    lookup = lookup_of(whole.mesh, rows=BATCH_AXES)
-    attention = kernel_of(whole.attention, whole.mesh, rows=BATCH_AXES, heads="tensor")
-    on_gpu = is_of_gpu(whole.attention)
-    by_device: dict[str, Any] = {
-        "product": product_of(whole.mesh),
-        "keep": keep_of(whole.mesh, dtype),
-        "attention": attention,
-        "joined": joined_of(whole.attention, whole.mesh),
-        "unroll": config.compute.unroll_for(whole.remat, config.model.num_layers, on_gpu=on_gpu),
-    }
-    chunk_tokens, score = config.compute.loss_chunk_for(whole.remat, on_gpu=on_gpu), score_of(whole.attention)
-    model = SmolLM.from_params(config.model, params, dtype=dtype, **by_device)
+    ops = whole.ops
+    unroll = config.compute.unroll_for(whole.remat, config.model.num_layers, on_gpu=ops.on_gpu)
+    chunk_tokens = config.compute.loss_chunk_for(whole.remat, on_gpu=ops.on_gpu)
+    model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=unroll, ops=ops)
     tokens, segment_ids = map(jnp.asarray, work.rows())
     targets, valid = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
     x_BTD = jax.random.normal(jax.random.key(work.seed), shape).astype(dtype)
 
     def embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return lookup(embedding_VD, tokens_BT).astype(dtype)
+        return ops.embed(embedding_VD, tokens_BT).astype(dtype)
 
     def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
-        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, chunk_tokens, score)
+        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, chunk_tokens, ops.cross_entropy)
 
     return {
         "embedding": with_gradients(embed, x_BTD, params["embedding"], given=(tokens[:, :-1],)),
@@ -114,16 +105,16 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
     from smollm_jax.model.transformer import rope_angles
 
     blocks, config, start_BT = model.blocks, model.config, starts_of(segment_ids_BT)
-    positions_BT = jnp.arange(start_BT.shape[1]) - start_BT
+    positions_BT = jnp.arange(start_BT.shape[1])[None] - start_BT
     rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
 
-    def mixed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-        """Replace attention, so that only the projections are timed."""
+    def mixed(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Array) -> jax.Array:
+        """In place of attention, so that only the projections are timed."""
         return q_BTNH + jnp.repeat(k_BTKH + v_BTKH, config.num_heads // config.num_kv_heads, axis=2)
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
         def layer(x_BTNH: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return x_BTNH + model.attention(x_BTNH, k_BTKH, v_BTKH, start_BT), None
+            return x_BTNH + model.ops.attention(x_BTNH, k_BTKH, v_BTKH, start_BT), None
 
         return jax.lax.scan(layer, q_BTNH, length=config.num_layers, unroll=model.unroll)[0]
 
@@ -131,13 +122,14 @@ def _block_parts(model: Any, segment_ids_BT: Any, x_BTD: Any) -> dict[str, Progr
         jax.random.normal(jax.random.key(n), (*x_BTD.shape[:2], n, config.head_dim)).astype(x_BTD.dtype)
         for n in (config.num_heads, config.num_kv_heads)
     )
-    over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll, keep=model.keep)
+    over_layers = partial(_over_layers, x_BTD=x_BTD, unroll=model.unroll, keep=model.ops.wrap_layer)
+    projections = replace(model.ops, attention=mixed)
     return {
         "attention: projections and rope": over_layers(
-            blocks.attention, lambda attention, x: x + attention(x, rope, mixed, model.product, model.joined)
+            blocks.attention, lambda attention, x: x + attention(x, rope, start_BT, projections)
         ),
         "attention: scores to values": with_gradients(attend, q_BTNH, q_BTNH, k_BTKH, k_BTKH, given=(start_BT,)),
-        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x, model.product, model.joined)),
+        "feed-forward": over_layers(blocks.mlp, lambda mlp, x: x + mlp(x, model.ops)),
         "norms": over_layers((blocks.attention_norm, blocks.mlp_norm), lambda norms, x: norms[1](norms[0](x))),
     }
 

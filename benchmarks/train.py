@@ -34,7 +34,7 @@ def ours(work: StepWork) -> Ready:
     facts = {
         "first step": step.compile_seconds + time.perf_counter() - began,
         "remat": step.remat,
-        "attention": step.attention,
+        "attention": step.ops.kernels,
         "planned GiB": gib(compiled_bytes(step.program)),
         "loss": loss,
         "device": kind_of(device),

@@ -1,4 +1,4 @@
-"""Settings for every test: CPU only, no network, numbers that do not depend on the machine's accelerator."""
+"""Settings for every test: eight CPU devices, strict rank promotion, no network, no accelerator."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from smollm_jax.tokenizer.tokenizer import train_tokenizer
@@ -16,6 +17,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("HF_HUB_OFFLINE", None)  # the tests of the Hub bring their own, on loopback
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# by jax.config, not by XLA_FLAGS, which the processes that tests start would inherit
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.harness.sides import Ready
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.recipes import RECIPES
-from smollm_jax.config.settings import AttentionName, ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
 
 Preset = Literal["135M", "360M", "1.7B", "quickstart"]
 Dtype = Literal["float32", "bfloat16"]
@@ -124,12 +124,12 @@ class OurStep:
     program: Any
     mesh: Any
     remat: str
-    attention: AttentionName
+    ops: Any
     compile_seconds: float
 
     @property
     def note(self) -> str:
-        return f"remat {self.remat}, attention {self.attention}"
+        return f"remat {self.remat}, attention {self.ops.kernels}"
 
 
 def our_step(work: StepWork) -> OurStep:
@@ -138,21 +138,22 @@ def our_step(work: StepWork) -> OurStep:
     import jax.numpy as jnp
 
     from smollm_jax.distributed.sharding import make_mesh, on_devices, padded_rows
-    from smollm_jax.kernels.select import choose_checked
+    from smollm_jax.kernels.select import select_checked_ops
     from smollm_jax.runtime.devices import memory_bytes, use_precision_of
     from smollm_jax.training.compile import compile_steps
-    from smollm_jax.training.step import init_state
+    from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, init_state
 
     config, dtype = work.config, jnp.dtype(work.dtype)
     use_precision_of(dtype)
     mesh = make_mesh(config, jax.devices()[:1])  # the peer has one device too
-    attention, notes = choose_checked(config.compute.attention, mesh, config.model, dtype)
+    ops, notes = select_checked_ops(
+        config.compute.attention, mesh, dtype, config.model, rows=BATCH_AXES, heads=HEAD_AXIS
+    )
     for note in notes:
         print(note, file=sys.stderr)
-    config = replace(config, compute=replace(config.compute, attention=attention))
     limit = memory_bytes(mesh.devices.flat[0], config.model.num_parameters)
     began = time.perf_counter()
-    compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=limit)
+    compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=limit, ops=ops)
     seconds = time.perf_counter() - began
     program, rows = compiled[work.batch_size], padded_rows(work.batch_size, mesh, config.compute.grad_accum)
     batch = [on_devices(array, rows, 0, mesh) for array in work.rows()]
@@ -163,4 +164,4 @@ def our_step(work: StepWork) -> OurStep:
         state, metrics = program(state, *batch)
         return metrics
 
-    return OurStep(run, program, mesh, remat, attention, seconds)
+    return OurStep(run, program, mesh, remat, ops, seconds)

@@ -7,6 +7,22 @@ from dataclasses import dataclass, field
 from smollm_jax.config.fields import ABOVE_0, AT_LEAST_1, FREE, check_fields
 from smollm_jax.runtime.errors import require
 
+# The dims of each parameter, by the letters of model/transformer.py, in the order of the model's tree.
+PARAMETER_DIMS = {
+    "embedding": "VD",
+    "blocks/attention_norm/scale": "LD",
+    "blocks/attention/q": "LDNH",
+    "blocks/attention/k": "LDKH",
+    "blocks/attention/v": "LDKH",
+    "blocks/attention/o": "LNHD",
+    "blocks/mlp_norm/scale": "LD",
+    "blocks/mlp/gate": "LDF",
+    "blocks/mlp/up": "LDF",
+    "blocks/mlp/down": "LFD",
+    "final_norm/scale": "D",
+    "head": "VD",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -44,6 +60,14 @@ class ModelConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return embeddings + self.num_layers * block + self.hidden_size
 
+    @property
+    def dim_sizes(self) -> dict[str, int]:
+        """The size of each letter in `PARAMETER_DIMS`."""
+        return {
+            "V": self.vocab_size, "D": self.hidden_size, "F": self.intermediate_size, "L": self.num_layers,
+            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
+        }  # fmt: skip
+
     def flops_per_token(self, seq_len: int) -> int:
         """Forward and backward FLOPs a token of a causal row of `seq_len` tokens, remat not counted.
 
@@ -79,3 +103,12 @@ MODELS = {
         initializer_range=1 / 16,
     ),
 }
+
+
+def parameter_shapes(config: ModelConfig, *, one_layer: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter by its path; `one_layer` leaves the layer dim out."""
+    return {
+        path: tuple(config.dim_sizes[letter] for letter in letters if not (one_layer and letter == "L"))
+        for path, letters in PARAMETER_DIMS.items()
+        if not (path == "head" and config.tie_embeddings)
+    }

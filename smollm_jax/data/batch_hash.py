@@ -23,7 +23,7 @@ def batch_hash(tokens_BT1: Any, segment_ids_BT1: Any, xp: Any = np, *, rows: int
     Only the first `rows` rows count; the rows after them are padding and not part of the batch.
     """
     B, T1 = tokens_BT1.shape
-    position_BT1 = xp.arange(B, dtype=xp.uint32)[:, None] * xp.uint32(T1) + xp.arange(T1, dtype=xp.uint32)
+    position_BT1 = xp.arange(B, dtype=xp.uint32)[:, None] * xp.uint32(T1) + xp.arange(T1, dtype=xp.uint32)[None]
     words = tokens_BT1.astype(xp.uint32) + segment_ids_BT1.astype(xp.uint32) * xp.uint32(OF_SEGMENT)
     keyed = _mix(words ^ _mix(position_BT1 * xp.uint32(OF_POSITION), xp), xp)
     counts_B1 = (xp.arange(B) < (B if rows is None else rows)).astype(xp.uint32)[:, None]

@@ -16,18 +16,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from smollm_jax.config.architecture import PARAMETER_DIMS
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.runtime.errors import require
 
 BATCH_AXES = ("data", "fsdp")
 
-# The dims of each parameter in the letters of model.py, and the dims each axis would have, best first: an
-# axis takes the first that it divides and no other axis has. Layers are scanned, so never divided; what is
-# contracted inside attention comes last, for its sums would cross devices. Norms are too small to divide.
-DIMS = {
-    "embedding": "VD", "head": "VD", "q": "LDNH", "k": "LDKH", "v": "LDKH", "o": "LNHD",
-    "gate": "LDF", "up": "LDF", "down": "LFD",
-}  # fmt: skip
+# The dims of each parameter, and the dims each axis prefers, best first: an axis takes the first dim that it
+# divides and no other axis has. Layers are scanned, so never divided. H comes last: attention contracts H, so its
+# sums would cross devices. Norms are too small to divide.
+DIMS = {name: dims for path, dims in PARAMETER_DIMS.items() if (name := path.split("/")[-1]) != "scale"}
 PREFERRED = {"tensor": "NKFVDH", "fsdp": "DFVNKH"}
 
 

@@ -1,9 +1,9 @@
 """The model laid out for decoding with a key/value cache: a token costs one read of the weights.
 
-Layers are apart, since XLA reads leaves of their own faster than slices of a stack, with query, key and value
-in one matrix and gate and up in one. How a matrix lies in memory is `Matrix`'s alone to know: the layout that
-is fastest for a single row differs between bf16 on a CPU and all else. Tests hold it to the logits of `SmolLM`.
-On a GPU a few rows of one token each go through kernels of our own (gpu_decode.py).
+Layers are separate leaves, because XLA reads leaves faster than slices of a stack. Query, key and value are one
+matrix, gate and up another. Only `Matrix` knows how a matrix lies in memory: the fastest layout for a single row
+differs between bf16 on a CPU and everything else. Tests compare the decoder with the logits of `SmolLM`.
+On a GPU, steps of a few rows with one token each run kernels (kernels/triton_decode.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,25 +20,23 @@ import numpy as np
 from flax import nnx
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.kernels.check import TOLERANCE
-from smollm_jax.kernels.cpu import STREAM_OUTPUTS, _stream
-from smollm_jax.kernels.select import choose
-from smollm_jax.kernels.triton_decode import KEYS
+from smollm_jax.kernels import triton_decode
+from smollm_jax.kernels.check import TOLERANCE, check_against_reference
+from smollm_jax.kernels.cpu import STREAM_OUTPUTS, stream
+from smollm_jax.kernels.select import select_attention
+from smollm_jax.kernels.triton_decode import LayerCache, LayerWeights
 from smollm_jax.model.attention import MASKED
-from smollm_jax.model.ops import rotate, swiglu
+from smollm_jax.model.ops import Rope, rotate, swiglu
 from smollm_jax.model.transformer import RMSNorm, SmolLM, params_of, rope_angles
-from smollm_jax.runtime.errors import one_line
 
 QUERY_BLOCK = 512  # of a long prompt
 
-LayerCache = tuple[jax.Array, jax.Array]  # k_BKSH, v_BKSH: heads first, as the products with them read it
-
 
 class Matrix(nnx.Module):
-    """Weights (outputs, inputs) to multiply rows with; `streamed` keeps them as `_stream` reads them.
+    """Weights (outputs, inputs) to multiply rows with; `streamed` stores them as `stream` reads them.
 
-    As (outputs, inputs) XLA's own product with one vector runs along memory; but where it reads 28 GB/s of f32
-    it reads 11 of bf16, and `_stream` 21. Both layouts serve several rows.
+    As (outputs, inputs) XLA's own product with one vector runs along memory. But while XLA reads 28 GB/s of f32
+    it reads 11 of bf16, and `stream` 21. Both layouts serve several rows.
     """
 
     def __init__(self, weights_OI: jax.Array, *, streamed: bool):
@@ -59,13 +56,13 @@ class Matrix(nnx.Module):
 
     def _product(self, x_MI: jax.Array, weights: jax.Array) -> jax.Array:
         if self.streamed and len(x_MI) == 1:
-            return _stream(x_MI[0], weights)[None]
+            return stream(x_MI[0], weights)[None]
         letters = "MI,IO->MO" if self.streamed else "MI,OI->MO"
         return jnp.einsum(letters, x_MI.astype(weights.dtype), weights, preferred_element_type=jnp.float32)
 
 
 class DecoderLayer(nnx.Module):
-    """Weights of one block, turned and joined; `weights` is that block's part of the model's state."""
+    """Weights of one block, transposed and fused; `weights` is the block's part of the model's state."""
 
     def __init__(self, config: ModelConfig, weights: Any, dtype: Any, streamed: bool):
         D = config.hidden_size
@@ -84,12 +81,18 @@ class DecoderLayer(nnx.Module):
             )
         )
 
+    def for_kernels(self) -> LayerWeights:
+        """Return the arrays that `triton_decode.layer_step` reads."""
+        qkv, o, gate_up, down = (m.parts[0][...] for m in (self.qkv, self.o, self.gate_up, self.down))
+        norm, mlp_norm = self.attention_norm, self.mlp_norm
+        return LayerWeights(norm.scale[...], qkv, o, mlp_norm.scale[...], gate_up, down, norm.epsilon)
+
 
 class Decoder(nnx.Module):
-    """The weights of a `SmolLM` for decoding in its compute dtype; `dtype` is that of activations and cache.
+    """The weights of a `SmolLM` for decoding in its compute dtype; activations and cache have `dtype`.
 
-    `kernels` says whether steps of one token use those of gpu_decode.py; if None, where they are for the device
-    and agree with the plain form on it.
+    `kernels` says whether steps of one token use the Triton kernels. With None they do if the kernels are for the
+    device and agree with the reference on it.
     """
 
     def __init__(self, model: SmolLM, *, kernels: bool | None = None, interpret: bool = False):
@@ -97,7 +100,7 @@ class Decoder(nnx.Module):
         self.interpret = interpret
         # XLA:CPU has no fast product of bf16 weights with one vector, so there we write our own
         streamed = not self.kernels and model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-        # and it turns f32 to bf16 and back one number at a time: only the weights gain by being short
+        # XLA:CPU also converts between f32 and bf16 one number at a time, so only the weights are stored as bf16
         self.config, self.dtype = model.config, jnp.dtype(jnp.float32) if streamed else model.dtype
         stacked = nnx.to_pure_dict(nnx.state(model.blocks, nnx.Param))
         self.layers = nnx.List(
@@ -111,7 +114,7 @@ class Decoder(nnx.Module):
         self.head = Matrix(head_VD.astype(model.dtype), streamed=streamed)
 
     def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
-        """An empty key/value cache of `length` positions: a pair of (B, K, S, H) a layer."""
+        """Return an empty key/value cache of `length` positions: a pair of (B, K, S, H) per layer."""
         shape = (batch_size, self.config.num_kv_heads, length, self.config.head_dim)
         return tuple(
             (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.num_layers)
@@ -120,10 +123,10 @@ class Decoder(nnx.Module):
     def features(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Features (B, T, D) of tokens at `positions_BT`, which join the cache and see all before them.
+        """Return features (B, T, D) of tokens at `positions_BT`, and the cache with their keys and values.
 
-        Several tokens at a time lie one after the other, from the same position in each row. A row padded on
-        its right writes nonsense past its end; nothing reads that before the row's own next tokens overwrite it.
+        Several tokens per row must be consecutive and start at the same position in each row. A row padded on its
+        right writes nonsense past its end; the row's own next tokens overwrite it before anything reads it.
         """
         config = self.config
         rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
@@ -141,31 +144,21 @@ class Decoder(nnx.Module):
         return self.final_norm(x_BTD), tuple(grown)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """f32 logits (..., V) of features (..., D)."""
+        """Return f32 logits (..., V) of features (..., D)."""
         return self.head(x_BTD, jnp.float32)
 
     def _uses_kernels(self, B: int, T: int) -> bool:
-        if not self.kernels or T > 1:
-            return False
-        from smollm_jax.kernels.triton_decode import MOST_ROWS
-
-        return B <= MOST_ROWS
+        return self.kernels and T == 1 and B <= triton_decode.MOST_ROWS
 
     def _step(
-        self,
-        x_BTD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        positions_BT: jax.Array,
-        cache: tuple[LayerCache, ...],
+        self, x_BTD: jax.Array, rope: Rope, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """`features` of one token a row, by the kernels."""
-        from smollm_jax.kernels.triton_decode import layer_step
-
+        """Compute `features` of one token per row by the kernels."""
         cos_BH, sin_BH = (part_BT1H[:, 0, 0] for part_BT1H in rope)
         x_BD, position_B, grown = x_BTD[:, 0], positions_BT[:, 0].astype(jnp.int32), []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BD, new = layer_step(
-                x_BD, (cos_BH, sin_BH), position_B, layer_cache, layer, interpret=self.interpret
+            x_BD, new = triton_decode.layer_step(
+                x_BD, (cos_BH, sin_BH), position_B, layer_cache, layer.for_kernels(), interpret=self.interpret
             )
             grown.append(new)
         return self.final_norm(x_BD[:, None]), tuple(grown)
@@ -179,20 +172,19 @@ class Decoder(nnx.Module):
 
 def _wants_kernels(model: SmolLM) -> bool:
     embedding_VD = model.embedding[...]
-    if isinstance(embedding_VD, jax.core.Tracer):  # nothing can be tried while a program is being traced
+    if isinstance(embedding_VD, jax.core.Tracer):  # no kernel can be tried while a program is traced
         return False
-    # the device that has the weights: on a machine with a GPU it may be the CPU
+    # the device that holds the weights: on a machine with a GPU it may be the CPU
     places = embedding_VD.devices() if isinstance(embedding_VD, jax.Array) else jax.devices()[:1]
     device = min(places, key=lambda device: device.id)
-    return choose("auto", device, model.dtype)[0] == "pallas" and _kernels_agree(model.config, model.dtype, device)
+    name, _ = select_attention("auto", device, model.dtype)
+    return name == "pallas" and _kernels_agree(model.config, model.dtype, device)
 
 
 @functools.cache
 def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
-    from smollm_jax.generation.decoder import decode_disagreement as disagreement
-
     with jax.default_device(device):
-        wrong = disagreement(config, dtype)
+        wrong = check_decode(config, dtype)
     if wrong:
         print(f"decoding    plain: the kernels failed their check, {wrong}", file=sys.stderr)
     return not wrong
@@ -205,7 +197,7 @@ def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, posit
     blocks = []
     for start in range(0, q_BTNH.shape[1], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, block, None]
+        mask_BTS = jnp.arange(k_BSKH.shape[1])[None, None] <= positions_BT[:, block, None]
         blocks.append(_attend(q_BTNH[:, block], k_BSKH, v_BSKH, mask_BTS))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
@@ -235,50 +227,44 @@ def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT
     return put(cache[0], k_BTKH), put(cache[1], v_BTKH)
 
 
-def decode_disagreement(config: ModelConfig, dtype: Any, *, interpret: bool = False, seed: int = 0) -> str:
-    """In words how a layer by these kernels differs from one by the plain form, or fails; "" if it agrees.
+def check_decode(config: ModelConfig, dtype: Any, *, interpret: bool = False, seed: int = 0) -> str:
+    """Describe how a layer by the kernels differs from the reference or fails; "" if they agree.
 
-    Random weights of the model's shapes, and a token at both ends of a cache full of random numbers, and at those
-    of a block of keys.
+    Random weights at the shapes of `config`, and a token at both ends of a cache full of random numbers, and at
+    both ends of a block of keys.
     """
-    try:
-        return _decode_disagreement(replace(config, num_layers=1, vocab_size=8), dtype, interpret, seed)
-    except Exception as error:  # whatever a compiler may raise: better slow text than none
-        return f"they do not run here: {one_line(error)}"
-
-
-def _decode_disagreement(config: ModelConfig, dtype: Any, interpret: bool, seed: int) -> str:
-    from smollm_jax.generation.decoder import Decoder
-
-    rng = np.random.default_rng(seed)
+    rng, config = np.random.default_rng(seed), replace(config, num_layers=1, vocab_size=8)
+    # this std makes queries, keys and values of a normed row about one, as the cache's are
     shapes = params_of(nnx.eval_shape(lambda: SmolLM(config, rngs=nnx.Rngs(0))))
-    # so that a normed row's queries, keys and values come to about one, as the cache's are
     params = jax.tree.map(lambda leaf: _random(rng, leaf.shape, config.hidden_size**-0.5, jnp.float32), shapes)
     blocks = params["blocks"]
     for norm in (blocks["attention_norm"], blocks["mlp_norm"], params["final_norm"]):
         norm["scale"] += 1
     decoder = Decoder(SmolLM.from_params(config, params, dtype=dtype), kernels=True, interpret=interpret)
-    length = 2 * KEYS
+    length = 2 * triton_decode.KEYS
     cache_shape = (1, config.num_kv_heads, length, config.head_dim)
-    old = ((_random(rng, cache_shape, 1, dtype), _random(rng, cache_shape, 1, dtype)),)
+    old = (_random(rng, cache_shape, 1, dtype), _random(rng, cache_shape, 1, dtype))
 
-    def step(kernels: bool) -> Callable:
+    def changes_by(kernels: bool) -> Callable[..., Any]:
         decoder.kernels = kernels
         graphdef, state = nnx.split(decoder)
-        return partial(jax.jit(lambda state, *given: nnx.merge(graphdef, state).features(*given)), state)
 
-    ours, plain = step(True), step(False)
-    for position in (0, 1, KEYS - 1, KEYS, length - 1):
-        given = jnp.array([[position % 8]]), jnp.array([[position]]), old
-        pairs = zip(jax.tree.leaves(ours(*given)), jax.tree.leaves(plain(*given)), strict=True)
-        for name, pair in zip(("the output", "the cache of keys", "the cache of values"), pairs, strict=True):
-            a, b = (np.asarray(x, np.float32) for x in pair)
-            of_token = b if name == "the output" else b[:, :, position]
-            # sizes as of vectors: that of one entry's rounding in bf16 comes near the tolerance
-            gap = float(np.linalg.norm((a - b).ravel()) / np.linalg.norm(of_token.ravel()))
-            if not gap <= TOLERANCE[jnp.dtype(dtype).name]:
-                return f"{name} differs from the plain form's by {gap:.2%}, with a token at {position}"
-    return ""
+        def changes(position: jax.Array) -> list[jax.Array]:
+            at = position[None, None]
+            x_BTD, (new,) = nnx.merge(graphdef, state).features(at % 8, at, (old,))
+            return [x_BTD, *(a.astype(jnp.float32) - b.astype(jnp.float32) for a, b in zip(new, old, strict=True))]
+
+        return lambda positions: jax.lax.map(changes, positions)
+
+    wrong = check_against_reference(
+        changes_by(True), changes_by(False),
+        (jnp.array([0, 1, triton_decode.KEYS - 1, triton_decode.KEYS, length - 1]),),
+        names=("the output", "the cache of keys", "the cache of values"), exact=False,
+        tolerance=TOLERANCE[jnp.dtype(dtype).name],
+        # per position, and of vectors: the rounding of one entry in bf16 comes near the tolerance
+        size=lambda x: np.linalg.norm(x.reshape(len(x), -1), axis=1),
+    )  # fmt: skip
+    return wrong and f"decoding: {wrong}"
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], std: float, dtype: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten, unflatten
 
@@ -58,18 +58,8 @@ class Tensor:
 
 def shapes_of(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of each of our parameters, the layer dim left out."""
-    D, F, N, K, H = (
-        config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-    )  # fmt: skip
-    shapes = {
-        "embedding": (config.vocab_size, D), "blocks/attention_norm/scale": (D,), "blocks/mlp_norm/scale": (D,),
-        "blocks/attention/q": (D, N, H), "blocks/attention/k": (D, K, H), "blocks/attention/v": (D, K, H),
-        "blocks/attention/o": (N, H, D), "blocks/mlp/gate": (D, F), "blocks/mlp/up": (D, F),
-        "blocks/mlp/down": (F, D), "final_norm/scale": (D,),
-    }  # fmt: skip
-    if not config.tie_embeddings:
-        shapes["head"] = (config.vocab_size, D)
-    return {tuple(name.split("/")): shape for name, shape in shapes.items()}
+    shapes = parameter_shapes(config, one_layer=True)
+    return {tuple(path.split("/")): shape for path, shape in shapes.items()}
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:

@@ -1,12 +1,13 @@
-"""Products of activations with weights, in the form that a device is fast in.
+"""Forms of what XLA:CPU is slow at: bf16 products, stacked bf16 residuals, and one bf16 row times a matrix.
 
-XLA:CPU multiplies bfloat16 at twice the speed where the result is float32, and the gradient of weights that JAX
-derives comes out of a product transposed. So on a CPU all three products are written out, with a float32 result.
-Elsewhere they are JAX's own. The letters are those of model.py.
+XLA:CPU multiplies bfloat16 at twice the speed if the result is float32, and JAX derives the gradient of weights
+as a transposed product. So all three products are written out, with a float32 result. Other devices use JAX's own
+forms. Letters as in model/transformer.py; I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from smollm_jax.model.ops import PRODUCT, Layer
+from smollm_jax.model.ops import PRODUCT
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def wide_product(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """A product with float32 weights that is formed in float32 and rounded once, as is the gradient of x; that of
-    the weights is not rounded. Each letter must stand in two of the three arrays.
+def wide_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Multiply by f32 weights in float32 and round once, also for the gradient of x.
+
+    The gradient of the weights is not rounded. Each letter must appear in two of the three arrays.
     """
     return checkpoint_name(_wide(letters, x, weights), PRODUCT)
 
@@ -33,7 +35,7 @@ def _wide(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _forward(letters: str, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     y = _einsum(letters, x, weights.astype(x.dtype)).astype(x.dtype)
-    # not their copy in the dtype of x: the weights are there anyway, and copies of all layers would be stacked
+    # not a copy of the weights in the dtype of x: the weights exist anyway, and a scan would stack the copies
     return y, (x, weights)
 
 
@@ -49,9 +51,10 @@ def _backward(letters: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) ->
 _wide.defvjp(_forward, _backward)
 
 
-def as_bits(layer: Layer) -> Layer:
-    """The layer, keeping uint16 where it kept bfloat16; it must have no residuals that are uint16 already, and
-    no gradient goes to what it closes over, but to its arguments only.
+def residuals_as_bits(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return `layer` with its bfloat16 residuals stored as uint16.
+
+    The layer must have no uint16 residuals of its own. Only its arguments get gradients, not what it closes over.
     """
 
     @jax.custom_vjp
@@ -70,23 +73,23 @@ def as_bits(layer: Layer) -> Layer:
 
 
 def _seen_as(new: Any, old: Any, tree: Any) -> Any:
-    """The same tree with the bits of every `old` array as `new`."""
+    """Bit-cast every array of dtype `old` to dtype `new`."""
     return jax.tree.map(lambda leaf: jax.lax.bitcast_convert_type(leaf, new) if leaf.dtype == old else leaf, tree)
 
 
-# Measured on two cores (Zen 5): 3, 8 and 12 rows of weights read at a time are slower than 6, and partial sums
-# for more outputs than these, 0.6 MB of them, leave the cache of a core before they are added up.
+# Measured on two cores (Zen 5): reading 3, 8 or 12 rows of weights at a time is slower than 6. The partial sums of
+# more outputs than these, 0.6 MB, leave the cache of a core before they are added up.
 STREAM_ROWS = 6
 STREAM_OUTPUTS = 1536
 
 
-def _stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
-    """f32 product (O,) of one row with bf16 weights, as a fused multiply-add of a few of their rows at a time.
+def stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
+    """Return the f32 product (O,) of one row with bf16 weights, as fused multiply-adds of a few rows at a time.
 
-    XLA makes of it a loop along memory on every core; the products it has do neither for one bf16 row.
+    XLA compiles it to a loop along memory on every core; its own products do neither for one bf16 row.
     """
     R = max(rows for rows in range(1, STREAM_ROWS + 1) if len(x_I) % rows == 0)
-    # else XLA turns the weights to f32 once, before the loop over tokens, and reads twice the bytes in it
+    # without the barrier XLA converts the weights to f32 before the loop over tokens, which reads twice the bytes
     x_I, weights_IO = jax.lax.optimization_barrier((x_I, weights_IO))
     # a bf16 is the upper half of an f32; shifting is five times as fast as XLA's conversion
     bits_IO = weights_IO.view(jnp.uint16).astype(jnp.uint32) << 16

@@ -1,52 +1,51 @@
-"""The rows of the embedding that tokens stand for, and a gradient of it that is the same bits each time.
+"""Embedding lookup with a bitwise-reproducible gradient.
 
-The gradient adds many rows to one place. A GPU does so in whatever order its threads come, so that two runs
-of one step differ in their last bits; a CPU and a TPU keep an order. For GPUs the rows of the same token are
-brought together by a stable sort, added in a fixed order, and each token's sum is written once.
+The gradient adds many rows to one place. A GPU adds them in the order in which its threads arrive, so two runs of
+one step differ in their last bits; a CPU and a TPU keep an order. For GPUs a stable sort groups the rows of each
+token, a scan adds them in a fixed order, and each sum is written once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.model.ops import Lookup, reference_embed
+from smollm_jax.kernels.shard import per_device
+from smollm_jax.model.ops import reference_embed
 
 
-def repeatable_lookup(mesh: Mesh | None, *, rows: Any = None) -> Lookup:
-    """A lookup whose gradient depends on no order of threads; each device sorts its own rows only."""
+def reproducible_embed(mesh: Mesh | None, *, rows: Any = None) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return an `embed` whose gradient does not depend on thread order; each device sorts only its own `rows`."""
 
     @jax.custom_vjp
-    def lookup(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return reference_embed(embedding_VD, tokens_BT)
+    def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return reference_embed(table_VD, tokens_BT)
 
-    def forward(embedding_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return reference_embed(embedding_VD, tokens_BT), (embedding_VD, tokens_BT)
+    def forward(table_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return reference_embed(table_VD, tokens_BT), (table_VD, tokens_BT)
 
     def backward(kept: tuple[jax.Array, jax.Array], dx_BTD: jax.Array) -> tuple[jax.Array, None]:
-        embedding_VD, tokens_BT = kept
-        V = embedding_VD.shape[0]
-        if mesh is None or mesh.size == 1:
-            return sums_by_token(dx_BTD, tokens_BT, V).astype(embedding_VD.dtype), None
+        table_VD, tokens_BT = kept
 
-        def here(dx_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-            return jax.lax.psum(sums_by_token(dx_BTD, tokens_BT, V), rows)
+        def sums(dx_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+            return sums_by_token(dx_BTD, tokens_BT, table_VD.shape[0])
 
-        by_row, everywhere = PartitionSpec(rows), PartitionSpec()
-        summed = jax.shard_map(here, mesh=mesh, in_specs=(by_row, by_row), out_specs=everywhere, check_vma=False)
-        return summed(dx_BTD, tokens_BT).astype(embedding_VD.dtype), None
+        by_row = PartitionSpec(rows)
+        total = per_device(mesh, sums, in_specs=(by_row, by_row), out_specs=PartitionSpec(), add_over=rows)
+        return total(dx_BTD, tokens_BT).astype(table_VD.dtype), None
 
-    lookup.defvjp(forward, backward)
-    return lookup
+    embed.defvjp(forward, backward)
+    return embed
 
 
 def sums_by_token(x_BTD: jax.Array, tokens_BT: jax.Array, V: int) -> jax.Array:
-    """f32 sums (V, D) of the rows of x that belong to each token, in an order that only the shapes decide.
+    """Return f32 sums (V, D) of the rows of x per token, in an order that only the shapes decide.
 
-    A segmented scan (Blelloch 1990, section 1.5) over the rows sorted by token; the last of each token is its sum.
+    A segmented scan (Blelloch 1990, section 1.5) over the rows sorted by token; each token's last row is its sum.
     """
     tokens_M = tokens_BT.reshape(-1)
     order_M = jnp.argsort(tokens_M, stable=True)
@@ -63,7 +62,7 @@ def sums_by_token(x_BTD: jax.Array, tokens_BT: jax.Array, V: int) -> jax.Array:
         return jnp.where(right_first, right_x, left_x + right_x), left_first | right_first
 
     sums_MD, _ = jax.lax.associative_scan(add, (x_MD, first_M[:, None]))
-    # rows that are nobody's last go past the end, each to a place of its own, and are dropped
+    # a row that is not its token's last gets a place of its own past the end, and is dropped
     place_M = jnp.where(last_M, tokens_M, V + jnp.arange(len(tokens_M)))
     empty_VD = jnp.zeros((V, x_MD.shape[1]), jnp.float32)
     return empty_VD.at[place_M].set(sums_MD, mode="drop", unique_indices=True)

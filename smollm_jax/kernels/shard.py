@@ -1,61 +1,51 @@
-"""Run a kernel on each device of a mesh, over its own part of the batch."""
+"""Run a kernel on each device of a mesh, over its own part of the arrays, and pad rows to its blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.model.ops import Kernel
 
+def per_device(
+    mesh: Mesh | None, fn: Callable[..., Any], *, in_specs: Any, out_specs: Any, add_over: Any = None
+) -> Callable[..., Any]:
+    """Return `fn` run on each device with its parts of the arrays, as the specs divide them.
 
-def over(mesh: Mesh | None, kernel: Kernel, *, rows: Any = None, heads: Any = None) -> Kernel:
-    """`kernel` on the devices of `mesh`, each with its rows, and its heads where the axis divides them.
-
-    A kernel is one program to XLA's partitioner, which would have every device compute everything.
+    A kernel is opaque to XLA's partitioner, which would have every device compute everything. `add_over` names
+    mesh axes to sum the results over. Without a mesh, or on one device, `fn` comes back as it is.
     """
     if mesh is None or mesh.size == 1:
-        return kernel
+        return fn
+
+    def part(*arrays: Any) -> Any:
+        return fn(*arrays) if add_over is None else jax.lax.psum(fn(*arrays), add_over)
+
+    # check_vma: kernels do not say over which axes their results vary
+    return jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def attention_per_device(
+    mesh: Mesh | None, kernel: Callable[..., jax.Array], *, rows: Any = None, heads: Any = None
+) -> Callable[..., jax.Array]:
+    """Return an attention kernel run per device, on its `rows`, and its `heads` if the axis divides them."""
 
     def divided(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
-        divides = heads is not None and k_BTKH.shape[2] % mesh.shape[heads] == 0
-        of_heads, of_rows = PartitionSpec(rows, None, heads if divides else None), PartitionSpec(rows)
-        return jax.shard_map(
-            kernel,
-            mesh=mesh,
-            in_specs=(of_heads, of_heads, of_heads, of_rows),
-            out_specs=of_heads,
-            check_vma=False,  # the kernels do not say over which axes their results vary
-        )(q_BTNH, k_BTKH, v_BTKH, start_BT)
+        divides = mesh is not None and heads is not None and k_BTKH.shape[2] % mesh.shape[heads] == 0
+        by_head, by_row = PartitionSpec(rows, None, heads if divides else None), PartitionSpec(rows)
+        each = per_device(mesh, kernel, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head)
+        return each(q_BTNH, k_BTKH, v_BTKH, start_BT)
 
-    return divided
+    return kernel if mesh is None or mesh.size == 1 else divided
 
 
-def _padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, `start_BT` last, with T made a multiple of `multiple` by a document of its own."""
+def padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Return q, k, v and `start_BT` with T a multiple of `multiple`; the padding is a document of its own."""
     T = arrays[0].shape[1]
     missing = -T % multiple
     *qkv, start_BT = arrays
-    padded = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in qkv)
-    return *padded, jnp.pad(start_BT, ((0, 0), (0, missing)), constant_values=T)
-
-
-@dataclass(frozen=True)
-class _Where:
-    """How kernels run: on the devices of a mesh, each with its `rows`, or interpreted."""
-
-    mesh: Mesh | None
-    rows: Any
-    interpret: bool
-
-    def run(self, kernel: Callable, *arrays: jax.Array) -> Any:
-        kernel = partial(kernel, interpret=self.interpret)
-        if self.mesh is None or self.mesh.size == 1:
-            return kernel(*arrays)
-        rows = PartitionSpec(self.rows)
-        return jax.shard_map(kernel, mesh=self.mesh, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+    longer = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in qkv)
+    return *longer, jnp.pad(start_BT, ((0, 0), (0, missing)), constant_values=T)

@@ -1,9 +1,7 @@
-"""The doors to the fused attention kernels: all three take what `packed_attention` takes.
+"""JAX's splash attention for TPU, with the signature of `packed_attention`.
 
-splash, for TPU, comes with JAX; pallas, for GPUs from Ampere on, is ours (gpu_attention.py); cudnn, for Hopper and
-later, is NVIDIA's own. The first two get rows padded to whole blocks, the padding a document of its own that lies
-behind every token. Held to the plain form by tests that interpret them on a CPU and compile them for TPU, and on
-the device at the start of a run. Attention.py chooses among them. The letters are those of model.py.
+Rows are padded to whole blocks; the padding is a document of its own after every token. Letters as in
+model/transformer.py.
 """
 
 from __future__ import annotations
@@ -13,18 +11,18 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from smollm_jax.kernels.shard import _padded
+from smollm_jax.kernels.shard import padded
 
-LANES = 128  # of a TPU's vector registers: the kernel's blocks are multiples of it
+LANES = 128  # of a TPU's vector registers; the kernel's blocks are multiples of 128
 LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a v5e core has for a kernel
 
 
-def splash(
+def splash_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """JAX's flash attention for TPU, which leaves out the blocks above the diagonal (Dao 2023)."""
+    """Flash attention (Dao 2023) for TPU, which skips the blocks above the diagonal."""
     T, N, H = q_BTNH.shape[1:]
-    q, k, v, start_BT = _padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, start_BT)
+    q, k, v, start_BT = padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, start_BT)
     length = q.shape[1]
     block = max(size for size in range(LANES, LARGEST_SPLASH_BLOCK + 1, LANES) if length % size == 0)
     kernel = splash_kernel.make_splash_mha(

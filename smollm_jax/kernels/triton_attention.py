@@ -1,11 +1,11 @@
-"""Flash attention for GPUs (Dao 2023) that computes only what lies inside a packed row's documents.
+"""Flash attention (Dao 2023) for GPUs that computes only the blocks inside a packed row's documents.
 
-Written in Pallas and compiled by Triton, for Ampere and later. A block of queries goes from the first key of
-its first document to itself, a block of keys from itself to the last query of its last document: a row costs what
-its documents cost, however many they are. Keys and values are read by the G queries of their group as they are.
-No sum depends on the order of threads, so that the same step gives the same bits.
+Written in Pallas and compiled by Triton, for Ampere and later. A block of queries reads keys from the start of its
+first document to itself. A block of keys reads queries from itself to the end of its last document. So a row costs
+as much as its documents. The G queries of a group share keys and values without a copy. No sum depends on the
+order of threads, so the same step gives the same bits.
 
-Scores are in base 2: e^x = 2^(x log2 e). The letters are those of model.py; a block has X queries or Y keys.
+Scores are in base 2: e^x = 2^(x log2 e). Letters as in model/transformer.py; a block has X queries or Y keys.
 """
 
 from __future__ import annotations
@@ -20,32 +20,27 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from smollm_jax.kernels.shard import _padded
+from smollm_jax.kernels.shard import padded
 from smollm_jax.model.attention import MASKED
 
-
-def pallas(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
-) -> jax.Array:
-    """Ours, which goes no further than the documents do."""
-    from smollm_jax.kernels.triton_attention import BLOCK, attention
-
-    T = q_BTNH.shape[1]
-    return attention(*_padded(BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[:, :T]
-
-
-# As many queries as keys, warps of a program, and loads under way at a time: for heads 64 wide nothing else that
-# was tried on an H200 is faster by more than 2 % (benchmarks/RESULTS.md)
+# Queries or keys per block, warps per program, and loads in flight: for heads of width 64 no other setting tried
+# on an H200 is more than 2 % faster (benchmarks/RESULTS.md)
 BLOCK, WARPS, STAGES = 64, 4, 3
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, interpret: bool = False
+def triton_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Causal attention (B, T, N, H) of tokens whose documents begin at `start_BT`, int32 that never falls
-    along T. T must be a multiple of `BLOCK`, H a power of 2 from 16 on.
-    """
+    """Return causal attention (B, T, N, H) inside each document, as `packed_attention`; H a power of 2 >= 16."""
+    T = q_BTNH.shape[1]
+    return _attention(*padded(BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[:, :T]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, interpret: bool
+) -> jax.Array:
+    """T is a multiple of `BLOCK`; `start_BT`, int32, never falls along T."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT, interpret)[0]
 
 
@@ -69,11 +64,11 @@ def _backward(interpret, kept, do_BTNH):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     specs, scale = _Specs(T, H, N // K), _scale(H)
-    # what the softmax's gradient takes off (Dao et al. 2022, section B.4)
+    # the softmax gradient subtracts delta (Dao et al. 2022, section B.4)
     delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
     # queries see a key until the end of its document: the last key of a block is seen longest
     last_Y = jnp.arange(BLOCK - 1, T, BLOCK)
-    end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[:, None], axis=-1, dtype=jnp.int32)
+    end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[None, :, None], axis=-1, dtype=jnp.int32)
     dk_BTKH, dv_BTKH = _call(
         partial(_backward_keys_kernel, scale=scale),
         grid=(B, K, T // BLOCK),
@@ -101,19 +96,19 @@ def _backward(interpret, kept, do_BTNH):
     return dq_BTNH, dk_BTKH, dv_BTKH, None
 
 
-attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """Which part of an array a program sees, that has row b, head n, and block i of its queries or keys."""
+    """Block specs of the program for row b, head n, and block i of queries or keys."""
 
     def __init__(self, T: int, H: int, G: int):
         self.block = pl.BlockSpec((None, BLOCK, None, H), lambda b, n, i: (b, i, n, 0))
-        """Of a head: queries, or keys, or what belongs to them."""
+        """A block of one head: queries, keys, or their outputs and gradients."""
         self.numbers = pl.BlockSpec((None, None, BLOCK), lambda b, n, i: (b, n, i))
-        """One of each query of the block."""
+        """One number per query of the block."""
         self.head_of_group = pl.BlockSpec((None, T, None, H), lambda b, n, _: (b, 0, n // G, 0))
-        """All keys, or values, that the head's queries read."""
+        """All keys, or values, that the head of queries reads."""
         self.group = pl.BlockSpec((None, T, G, H), lambda b, n, _: (b, 0, n, 0))
         """All queries that read the head of keys."""
         self.numbers_of_group = pl.BlockSpec((None, G, T), lambda b, n, _: (b, n, 0))
@@ -189,8 +184,9 @@ def _backward_keys_kernel(
 
 
 def _of_queries(q_ref, start_ref):
-    """A block of queries: its first, all of them, where their documents begin, and its bounds among the blocks of
-    keys: from `same` to itself all of its queries see all keys, from `low` on some of them some.
+    """Return a block of queries: first index, queries, document starts, and its bounds among the blocks of keys.
+
+    From `low` on some queries see some keys; from `same` up to the block itself all queries see all keys.
     """
     block = pl.program_id(2)
     first = block * BLOCK

@@ -1,9 +1,9 @@
-"""A chunk's loss and the gradient of its logits in one kernel, for GPUs from Ampere on.
+"""The loss of a chunk and the gradient of its logits in one kernel, for GPUs from Ampere on.
 
-Logits are the largest thing a step has in memory. XLA reads them three times: for each token's greatest, for the
-sum of the exponentials, and for the gradient. Here a program has a token: it reads that token's logits for
-greatest and sum together (Milakov & Gimelshein 2018), and while they are still in the cache once more for the
-gradient. The letters are those of model.py; a chunk has M tokens.
+Logits are the largest array of a step. XLA reads them three times: for the maximum, for the sum of exponentials,
+and for the gradient. Here one program handles one token. It reads the token's logits once for maximum and sum
+together (Milakov & Gimelshein 2018), and again for the gradient while they are still in the cache. Letters as in
+model/transformer.py; a chunk has M tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +17,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from smollm_jax.model.attention import MASKED
+
 # Words at a time, and warps: few programs at a time on a multiprocessor, so that their logits fit the cache
 WORDS, WARPS = 4_096, 16
-LOWEST = -1e30
-LOG2_E = math.log2(math.e)  # a GPU's own exponential is that to base 2
+LOG2_E = math.log2(math.e)  # a GPU's exponential has base 2
 
 
-def score(
+def fused_cross_entropy(
+    logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return what `reference_cross_entropy` returns: the summed loss in nats, and its gradient in `dtype`."""
+    logits_MV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
+    nll_M, dlogits_MV = token_losses(
+        logits_MV, targets_BC.reshape(-1), valid_BC.reshape(-1), dtype, interpret=interpret
+    )
+    return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
+
+
+def token_losses(
     logits_MV: jax.Array, targets_M: jax.Array, valid_M: jax.Array, dtype: Any, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods (M,) in nats of f32 logits, 0 where not valid, and the gradient of their sum to the
-    logits, (M, V) in `dtype`.
+    """Return negative log-likelihoods (M,) in nats of f32 logits, 0 if not valid, and the gradient of their sum
+    to the logits, (M, V) in `dtype`.
     """
     M, V = logits_MV.shape
     words = pl.BlockSpec((None, pl.cdiv(V, WORDS) * WORDS), lambda m: (m, 0))
@@ -52,7 +64,7 @@ def _kernel(logits_ref, targets_ref, valid_ref, nll_ref, dlogits_ref, *, V: int)
     def of_turn(j):
         words = pl.ds(j * WORDS, WORDS)
         word_W = j * WORDS + jnp.arange(WORDS)
-        return words, word_W, plt.load(logits_ref.at[words], mask=word_W < V, other=LOWEST)
+        return words, word_W, plt.load(logits_ref.at[words], mask=word_W < V, other=MASKED)
 
     def look(j, carry):
         best_W, sum_W = carry
@@ -60,11 +72,11 @@ def _kernel(logits_ref, targets_ref, valid_ref, nll_ref, dlogits_ref, *, V: int)
         new_W = jnp.maximum(best_W, logit_W)
         return new_W, sum_W * _exp(best_W - new_W) + _exp(logit_W - new_W)
 
-    start = jnp.full(WORDS, LOWEST, jnp.float32), jnp.zeros(WORDS, jnp.float32)
+    start = jnp.full(WORDS, MASKED, jnp.float32), jnp.zeros(WORDS, jnp.float32)
     best_W, sum_W = jax.lax.fori_loop(0, turns, look, start)
     best = jnp.max(best_W)
     total = jnp.sum(sum_W * _exp(best_W - best))
-    # the greatest is taken off first: beside a large one the logarithm would lose its digits
+    # subtract the maximum first: added to a large one, the logarithm would lose its digits
     nll_ref[token] = valid * (best - logits_ref[target] + jnp.log2(total) / LOG2_E)
 
     def write(j, _):

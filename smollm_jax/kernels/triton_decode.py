@@ -1,11 +1,11 @@
 """A layer of the decoder in five kernels, for GPUs from Ampere on and a few rows of one token each.
 
-So small a step is waited for, not computed: XLA makes sixteen kernels of a layer, each begun and ended for a row
-or two. Here are five: norm and query, key and value; attention, which also turns them and writes the cache; the
-rest of attention; norm, gate and up; the rest of the feed-forward. A row is one vector and uses no tensor cores: a
-program multiplies a few rows of weights with it in f32 and adds up, always in the same order.
+A decode step is bound by kernel launches: XLA emits sixteen kernels per layer. Here are five: norm with query, key
+and value; attention, which also rotates them and writes the cache; the output of attention; norm with gate and up;
+the output of the feed-forward. A row is one vector, so it uses no tensor cores: a program multiplies a few rows of
+weights with it in f32 and adds up in a fixed order.
 
-Which decoder uses them, `Decoder` decides. The letters are those of model.py; I inputs, O outputs, R outputs of a
+`generation.decoder` decides when they run. Letters as in model/transformer.py; I inputs, O outputs, R outputs of a
 program, C inputs read at a time, Y keys read at a time.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,8 @@ from jax.experimental.pallas import triton as plt
 
 from smollm_jax.model.attention import MASKED
 
-if TYPE_CHECKING:
-    from smollm_jax.generation.decoder import DecoderLayer, LayerCache
-
-
-# Outputs of a program, and its warps: the fastest of those tried on an H200 (benchmarks/RESULTS.md); inputs at a
-# time and keys at a time are powers of two
+# Outputs and warps of a program: the fastest settings tried on an H200 (benchmarks/RESULTS.md). The inputs and
+# keys read at a time are powers of two
 QKV_OUTPUTS, QKV_WARPS = 4, 4
 O_OUTPUTS, O_WARPS = 4, 4
 GATED_OUTPUTS, GATED_WARPS = 8, 4
@@ -39,35 +35,47 @@ MOST_ROWS = 4  # a program multiplies its weights with each row in turn
 LOG2_E = math.log2(math.e)
 
 
+LayerCache = tuple[jax.Array, jax.Array]  # k_BKSH, v_BKSH: heads first, as their products read them
+
+
+class LayerWeights(NamedTuple):
+    """The arrays of one layer as its kernels read them, and the epsilon of its norms."""
+
+    attention_norm_D: jax.Array
+    qkv_OD: jax.Array
+    o_DI: jax.Array
+    mlp_norm_D: jax.Array
+    gate_up_OD: jax.Array
+    down_DF: jax.Array
+    epsilon: float
+
+
 def layer_step(
     x_BD: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     position_B: jax.Array,
     layer_cache: LayerCache,
-    layer: DecoderLayer,
+    layer: LayerWeights,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, LayerCache]:
-    """What a layer makes of a token a row, and its cache with the token's key and value at `position_B`, int32.
+    """Return the layer's output for one token per row, and its cache with the token's key and value added.
 
-    `rope` is cos and sin (B, H/2). A position past the end of the cache is not written.
+    `rope` is cos and sin (B, H/2). `position_B` is int32; a position past the end of the cache is not written.
     """
-    attention_norm, mlp_norm = layer.attention_norm, layer.mlp_norm
-    qkv, o, gate_up, down = (matrix.parts[0][...] for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    qkv_BO = norm_product(x_BD, attention_norm.scale[...], qkv, attention_norm.epsilon, interpret=interpret)
+    qkv_BO = norm_product(x_BD, layer.attention_norm_D, layer.qkv_OD, layer.epsilon, interpret=interpret)
     seen_BI, layer_cache = attend(qkv_BO, rope, position_B, layer_cache, interpret=interpret)
-    x_BD = add_product(x_BD, seen_BI, o, block=O_OUTPUTS, warps=O_WARPS, name="decode_o", interpret=interpret)
-    gated_BF = gated_product(x_BD, mlp_norm.scale[...], gate_up, mlp_norm.epsilon, interpret=interpret)
-    x_BD = add_product(
-        x_BD, gated_BF, down, block=DOWN_OUTPUTS, warps=DOWN_WARPS, name="decode_down", interpret=interpret
-    )
+    add = partial(add_product, interpret=interpret)
+    x_BD = add(x_BD, seen_BI, layer.o_DI, block=O_OUTPUTS, warps=O_WARPS, name="decode_o")
+    gated_BF = gated_product(x_BD, layer.mlp_norm_D, layer.gate_up_OD, layer.epsilon, interpret=interpret)
+    x_BD = add(x_BD, gated_BF, layer.down_DF, block=DOWN_OUTPUTS, warps=DOWN_WARPS, name="decode_down")
     return x_BD, layer_cache
 
 
 def norm_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
-    """The normed rows times the matrix: (B, O)."""
+    """Multiply the normed rows by the matrix: (B, O)."""
     (B, D), outputs, R = x_BD.shape, len(weights_OD), QKV_OUTPUTS
     return _call(
         partial(_norm_product_kernel, D=D, outputs=outputs, epsilon=epsilon),
@@ -92,7 +100,7 @@ def _norm_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, output
 def gated_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
-    """silu(gate) * up of the normed rows, (B, F), where the matrix (2F, D) has the gate first."""
+    """Return silu(gate) * up (B, F) of the normed rows; the matrix (2F, D) has the gate first."""
     (B, D), F, R = x_BD.shape, len(weights_OD) // 2, GATED_OUTPUTS
     return _call(
         partial(_gated_product_kernel, D=D, F=F, epsilon=epsilon),
@@ -119,7 +127,7 @@ def add_product(
     x_BO: jax.Array, y_BI: jax.Array, weights_OI: jax.Array,
     *, block: int, warps: int, name: str, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """`x` and the matrix's product with `y`: (B, O). A program has a block of so many outputs."""
+    """Add the product of the matrix and `y` to `x`: (B, O); a program has `block` outputs."""
     (B, outputs), inputs, R = x_BO.shape, y_BI.shape[1], block
     return _call(
         partial(_add_product_kernel, inputs=inputs, outputs=outputs),
@@ -153,10 +161,10 @@ def attend(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, LayerCache]:
-    """Attention (B, N*H) of a token a row over the cache and itself, and the cache, the token in it: in place,
-    where the cache given is not used again.
+    """Return attention (B, N*H) of one token per row over the cache and itself, and the cache with the token.
 
-    `qkv_BO` has queries, keys and values, not turned yet, a head after the other; H a power of 2.
+    The cache is updated in place if the caller does not use it again. `qkv_BO` holds queries, keys and values head
+    after head, not rotated yet; H is a power of 2.
     """
     B, K, S, H = layer_cache[0].shape
     N = qkv_BO.shape[1] // H - 2 * K
@@ -194,7 +202,7 @@ def _attend_kernel(
     position = position_ref[pl.program_id(0)]
     q_H = _turned(q_ref, cos_ref, sin_ref).astype(jnp.float32) * (H**-0.5 * LOG2_E)
     k_H, v_H = _turned(k_ref, cos_ref, sin_ref), v_ref[...]
-    # the token's own slot is written while others of its group may be reading: nobody reads it
+    # the token's own slot is written while other programs of its group may read the cache: none reads that slot
     before = jnp.minimum(position, S)
 
     def look(j, carry):
@@ -222,7 +230,7 @@ def _attend_kernel(
 
 
 def _turned(x_ref, cos_ref, sin_ref) -> jax.Array:
-    """`rotate` of model.py: a GPU's program cannot split what it has, so each entry's partner is read again."""
+    """Rotate as `ops.rotate`; a program cannot split an array, so it reads the partner of each entry again."""
     half = len(x_ref) // 2
     i_H = jnp.arange(2 * half)
     first_H = i_H < half
@@ -234,7 +242,7 @@ def _turned(x_ref, cos_ref, sin_ref) -> jax.Array:
 
 
 def _normed(x_ref, b: jax.Array, scale_ref, D: int, epsilon: float) -> list[jax.Array]:
-    """The normed row, in parts, rounded as `RMSNorm` does."""
+    """Return the normed row in parts, rounded as `RMSNorm` rounds."""
     parts, scales = _vector(x_ref, D, b), _vector(scale_ref, D)
     squares_C = sum(x_C * x_C for x_C in parts)
     root = jax.lax.rsqrt(jnp.sum(squares_C) / D + epsilon)
@@ -243,18 +251,18 @@ def _normed(x_ref, b: jax.Array, scale_ref, D: int, epsilon: float) -> list[jax.
 
 
 def _product(weights: list[jax.Array], x: list[jax.Array]) -> jax.Array:
-    """(R,), both in parts of the inputs."""
+    """Multiply weights (R, C) by x (C,), both in parts of the inputs: (R,)."""
     return jnp.sum(sum(w_RC * x_C[None, :] for w_RC, x_C in zip(weights, x, strict=True)), axis=1)
 
 
 def _vector(ref, length: int, *at: jax.Array) -> list[jax.Array]:
-    """A vector, in parts."""
+    """Read a vector in parts."""
     parts = enumerate(_turns(length))
     return [_load(ref.at[(*at, pl.ds(start, size))], _mask(i, size, length)) for i, (start, size) in parts]
 
 
 def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[jax.Array]:
-    """Rows of a matrix, in parts of the inputs."""
+    """Read rows of a matrix in parts of the inputs."""
     parts = []
     for i, (start, size) in enumerate(_turns(inputs)):
         mask_RC, column_C = None if row_R is None else row_R[:, None], _mask(i, size, inputs)
@@ -265,7 +273,7 @@ def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[
 
 
 def _load(ref, mask: jax.Array | None) -> jax.Array:
-    """In f32, 0 where masked."""
+    """Load as f32, 0 where masked."""
     loaded = plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0.0)
     return loaded.astype(jnp.float32)
 
@@ -275,17 +283,17 @@ def _store(ref, b: jax.Array, y_R: jax.Array, row_R: jax.Array | None) -> None:
 
 
 def _numbers(count: int) -> list[jax.Array]:
-    """From 0 on; as arrays, since the interpreter of masked loads takes no others."""
+    """Return 0 to `count` - 1 as arrays, because the interpreter of masked loads takes nothing else."""
     return [jnp.int32(number) for number in range(count)]
 
 
 def _mask(block, size: int, length: int) -> jax.Array | None:
-    """Which of a block of `size` lie within `length`; None where blocks of it always do."""
+    """Return which of a block of `size` lie within `length`; None if blocks of that size always do."""
     return None if length % size == 0 else block * size + jnp.arange(size) < length
 
 
 def _turns(length: int) -> list[tuple[int, int]]:
-    """Where to start reading a dim of `length`, and how many of it to read."""
+    """Return where to start reading a dim of `length`, and how many entries to read."""
     size = min(INPUTS, pl.next_power_of_2(length))
     return [(start, size) for start in range(0, length, size)]
 

@@ -1,13 +1,14 @@
-"""A layer's heads and its feed-forward with their matrices side by side, for GPUs from Ampere on.
+"""Fused projections of attention and feed-forward, for GPUs from Ampere on.
 
-One product with the weights of queries, keys and values, one with those of gate and up: fewer and larger ones. On
-the way back XLA would read everything again for each part of such a gradient; here a kernel writes all parts in
-one pass over memory, and the products' inputs with them. The letters are those of model.py.
+Queries, keys and values are one product, gate and up another: fewer and larger products. In the backward pass XLA
+would read everything again for each part of such a gradient. Here a kernel writes all parts, and the inputs of the
+products, in one pass over memory. Letters as in model/transformer.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,56 +16,56 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.kernels.shard import _Where
-from smollm_jax.model.ops import Joined, reference_linear, swiglu
+from smollm_jax.kernels.shard import per_device
+from smollm_jax.model.ops import reference_linear, rotate, swiglu
 
-# Of the feed-forward: numbers of one token that a program has; of the heads: tokens. On an H200 others were within
-# 4 % of them, or slower
+# Numbers of one token per program of the feed-forward; tokens per program of the heads. On an H200 other sizes
+# were within 4 % of these, or slower
 NUMBERS, TOKENS, WARPS = 1_024, 64, 4
 
 
-def joined(mesh: Mesh | None = None, *, rows: Any = None, interpret: bool = False) -> Joined:
-    """For the devices of `mesh`, which have a batch divided over its axes `rows`, and every matrix whole."""
-    where = _Where(mesh, rows, interpret)
+def fused_layer(
+    mesh: Mesh | None = None, *, rows: Any = None, interpret: bool = False
+) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+    """Return `project_heads` and `feed_forward` (see `Ops`) for devices that divide `rows`, but no matrix."""
 
-    def heads(x_BTD, q_DNH, k_DKH, v_DKH, rope):
+    def run(kernel: Callable[..., Any], *arrays: jax.Array) -> Any:
+        by_row = PartitionSpec(rows)
+        return per_device(mesh, partial(kernel, interpret=interpret), in_specs=by_row, out_specs=by_row)(*arrays)
+
+    def project_heads(x_BTD, q_DNH, k_DKH, v_DKH, rope):
         D, N, H = q_DNH.shape
         weights_DE = jnp.concatenate([w.reshape(D, -1) for w in (q_DNH, k_DKH, v_DKH)], axis=1)
         y_BTE = reference_linear("BTD,DE->BTE", x_BTD, weights_DE)
         cos_BTH, sin_BTH = (jnp.broadcast_to(x[:, :, 0], (*x_BTD.shape[:2], H // 2)) for x in rope)
-        return _heads(where, N, y_BTE.reshape(*x_BTD.shape[:2], -1, H), cos_BTH, sin_BTH)
+        return _heads(run, N, y_BTE.reshape(*x_BTD.shape[:2], -1, H), cos_BTH, sin_BTH)
 
     def feed_forward(x_BTD, gate_DF, up_DF, down_FD):
         y_BTE = reference_linear("BTD,DE->BTE", x_BTD, jnp.concatenate([gate_DF, up_DF], axis=1))
-        return _gated(where, y_BTE, down_FD)
+        return _gated(run, y_BTE, down_FD)
 
-    return Joined(heads, feed_forward)
+    return project_heads, feed_forward
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _heads(where: _Where, N: int, y_BTEH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> Any:
-    """The heads of queries, keys and values that lie in `y_BTEH` one after the other, the former two turned."""
-    return _heads_forward(where, N, y_BTEH, cos_BTH, sin_BTH)[0]
+def _heads(run: Callable[..., Any], N: int, y_BTEH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> Any:
+    """Split `y_BTEH` into heads of queries, keys and values, and rotate the queries and keys."""
+    return _heads_forward(run, N, y_BTEH, cos_BTH, sin_BTH)[0]
 
 
-def _heads_forward(where, N, y_BTEH, cos_BTH, sin_BTH):
-    del where  # XLA's own is as fast
+def _heads_forward(run, N, y_BTEH, cos_BTH, sin_BTH):
+    del run  # XLA's own forward is as fast
     K = (y_BTEH.shape[2] - N) // 2
-
-    def turned(x):
-        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-    heads = turned(y_BTEH[:, :, :N]), turned(y_BTEH[:, :, N : N + K]), y_BTEH[:, :, N + K :]
+    rope = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    heads = rotate(y_BTEH[:, :, :N], rope), rotate(y_BTEH[:, :, N : N + K], rope), y_BTEH[:, :, N + K :]
     return heads, (cos_BTH, sin_BTH)
 
 
-def _heads_backward(where, N, kept, gradients):
+def _heads_backward(run, N, kept, gradients):
     del N
-    return where.run(_heads_gradient, *gradients, *kept), None, None
+    return run(_heads_gradient, *gradients, *kept), None, None
 
 
 _heads.defvjp(_heads_forward, _heads_backward)
@@ -102,7 +103,7 @@ def _heads_kernel(dq_ref, dk_ref, dv_ref, cos_ref, sin_ref, dy_ref, *, M: int):
                 plt.load(ref.at[:, jnp.int32(n), part], mask=inside, other=0.0).astype(jnp.float32)
                 for part in halves
             )
-            if turned:  # back
+            if turned:  # rotate back
                 a, b = a * cos + b * sin, b * cos - a * sin
             for part, x in zip(halves, (a, b), strict=True):
                 plt.store(dy_ref.at[:, jnp.int32(at), part], x.astype(dy_ref.dtype), mask=inside)
@@ -110,22 +111,22 @@ def _heads_kernel(dq_ref, dk_ref, dv_ref, cos_ref, sin_ref, dy_ref, *, M: int):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(where: _Where, y_BTE: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """`silu(gate) * up` times `down_FD`, of gate and up that lie in `y_BTE` one after the other (Shazeer 2020)."""
-    return _gated_forward(where, y_BTE, down_FD)[0]
+def _gated(run: Callable[..., Any], y_BTE: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """Return `silu(gate) * up` times `down_FD`; `y_BTE` holds gate, then up (Shazeer 2020)."""
+    return _gated_forward(run, y_BTE, down_FD)[0]
 
 
-def _gated_forward(where, y_BTE, down_FD):
-    del where  # XLA's own is as fast
+def _gated_forward(run, y_BTE, down_FD):
+    del run  # XLA's own forward is as fast
     down_FD = down_FD.astype(y_BTE.dtype)
     gate_BTF, up_BTF = jnp.split(y_BTE, 2, axis=-1)
     return jnp.einsum("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down_FD), (y_BTE, down_FD)
 
 
-def _gated_backward(where, kept, dout_BTD):
+def _gated_backward(run, kept, dout_BTD):
     y_BTE, down_FD = kept
     da_BTF = jnp.einsum("BTD,FD->BTF", dout_BTD, down_FD)
-    dy_BTE, a_BTF = where.run(_gated_gradient, y_BTE, da_BTF)
+    dy_BTE, a_BTF = run(_gated_gradient, y_BTE, da_BTF)
     return dy_BTE, jnp.einsum("BTF,BTD->FD", a_BTF, dout_BTD).astype(jnp.float32)
 
 

@@ -1,13 +1,12 @@
-"""Attention over packed rows in plain JAX: the reference for the fused kernels, and what a CPU runs.
+"""Attention over packed rows in plain JAX: the reference for the fused kernels, and the form a CPU runs.
 
-It goes over blocks of queries, each against the keys up to its end, which leaves out most of what lies above the
-diagonal; the backward pass computes the scores again. The gradient is written out (that of FlashAttention, Dao
-2023), and each product stands so that none of its sides has the scores transposed, which XLA:CPU does a number at
-a time: that, and the smaller blocks, make it 1.5 to 2.6 times as fast there as what JAX derives. All of it is in
-float32: differences of large scores decide, and rounding them to bfloat16 takes a CPU longer than its faster
-product wins. A GPU that comes to this form has products of float32 too, TF32 where it has that; a TPU rounds
-operands. Reverse mode alone has a gradient. The letters are those of model.py; G is the query heads that share a
-key/value head.
+Each block of queries sees the keys up to its end, which skips most scores above the diagonal. The backward pass
+recomputes the scores. The gradient is written by hand (FlashAttention, Dao 2023), and no product has the scores
+transposed, because XLA:CPU transposes one number at a time. With the smaller blocks this makes the gradient 1.5 to
+2.6 times as fast on a CPU as JAX's own. All of it is in float32: differences of large scores decide, and rounding
+scores to bfloat16 costs a CPU more than the faster product saves. A GPU that falls back to this form also computes
+in float32, or TF32 if it has TF32; a TPU rounds operands. Only reverse mode has a gradient. Letters as in
+transformer.py; G is the query heads that share a key/value head.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# More blocks leave out more, and are more for XLA to compile; larger ones are more scores at a time.
+# More blocks skip more scores but take XLA longer to compile; larger blocks hold more scores at a time.
 SMALLEST_BLOCK, LARGEST_BLOCK, BLOCKS = 128, 512, 8
 MASKED = -1e30
 
 
 def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
-    """Where the document of each token begins in its row: (B, T) int32. Padding, segment 0, counts as one."""
+    """Return where the document of each token begins in its row: (B, T) int32; padding counts as a document."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
-    return jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+    return jax.lax.cummax(jnp.where(begins_BT, index_T[None], 0), axis=1)
 
 
 @jax.custom_vjp
@@ -53,7 +52,7 @@ def _forward(
 
 def _backward(kept: tuple[jax.Array, ...], do_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
     q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, log_BKGT = kept
-    # else XLA would keep the scores of the way there, where it sees both ways in one program
+    # without the barrier XLA keeps the scores of the forward pass if both passes are in one program
     q_BTNH, k_BTKH, v_BTKH = jax.lax.optimization_barrier((q_BTNH, k_BTKH, v_BTKH))
     T, K, H = k_BTKH.shape[1], k_BTKH.shape[2], q_BTNH.shape[3]
     q_BKGTH, do_BKGTH, o_BKGTH = (_by_group(x_BTNH, K) for x_BTNH in (q_BTNH, do_BTNH, o_BTNH))
@@ -69,9 +68,9 @@ def _backward(kept: tuple[jax.Array, ...], do_BTNH: jax.Array) -> tuple[jax.Arra
         dweights_BKGTS = _dot(own_do_BKGTH, v_BKSH[:, :, seen], (4,), (3,))
         dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - along_BKGT[..., rows, None]) * H**-0.5
         blocks_of_dq.append(_dot(dscores_BKGTS, k_BKSH[:, :, seen], (4,), (2,)))
-        behind = ((0, 0), (0, 0), (0, 0), (0, T - rows.stop))
-        dk_BKHS += jnp.pad(_dot(own_q_BKGTH, dscores_BKGTS, (2, 3), (2, 3)), behind)
-        dv_BKHS += jnp.pad(_dot(own_do_BKGTH, weights_BKGTS, (2, 3), (2, 3)), behind)
+        after = ((0, 0), (0, 0), (0, 0), (0, T - rows.stop))
+        dk_BKHS += jnp.pad(_dot(own_q_BKGTH, dscores_BKGTS, (2, 3), (2, 3)), after)
+        dv_BKHS += jnp.pad(_dot(own_do_BKGTH, weights_BKGTS, (2, 3), (2, 3)), after)
     dq_BTNH = _by_head(jnp.concatenate(blocks_of_dq, axis=3)).astype(q_BTNH.dtype)
     dk_BTKH, dv_BTKH = dk_BKHS.transpose(0, 3, 1, 2), dv_BKHS.transpose(0, 3, 1, 2)
     return dq_BTNH, dk_BTKH.astype(k_BTKH.dtype), dv_BTKH.astype(v_BTKH.dtype), None
@@ -81,22 +80,21 @@ packed_attention.defvjp(_forward, _backward)
 
 
 def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, start_BT: jax.Array) -> jax.Array:
-    """Of the queries that stand last among the keys; `MASKED` outside of a query's own document, and after it."""
+    """Return scores of the last T positions; `MASKED` outside a query's own document and after the query."""
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     index_S = jnp.arange(S)
-    own_BTS = (index_S >= start_BT[..., None]) & (index_S <= index_S[S - T :, None])
+    own_BTS = (index_S[None, None] >= start_BT[..., None]) & (index_S[None] <= index_S[S - T :, None])[None]
     scores_BKGTS = _dot(q_BKGTH, k_BKSH, (4,), (3,)) * q_BKGTH.shape[-1] ** -0.5
     return jnp.where(own_BTS[:, None, None], scores_BKGTS, MASKED)
 
 
 def _dot(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> jax.Array:
-    """The product over these dims for each row and key/value head, dims of `a` before those of `b`: an einsum
-    may have them the other way around and turn the result."""
+    """Multiply over these dims per row and key/value head; an einsum may swap the sides and transpose."""
     return jax.lax.dot_general(a, b, ((of_a, of_b), ((0, 1), (0, 1))))
 
 
 def _blocks(T: int) -> list[slice]:
-    """At most `BLOCKS` of them, of long rows more, of the largest; each but the last some of the smallest."""
+    """Cut T into at most `BLOCKS` blocks, or more of the largest size; all but the last have multiples of 128."""
     size = min(-(-T // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK, LARGEST_BLOCK)
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 

@@ -1,8 +1,8 @@
 """Next-token loss over the vocabulary head, in chunks: the (B, T, V) logits never exist whole.
 
-32 rows of 2,048 tokens over 49,152 words are 12.9 GB of f32 logits. Here a chunk's logits live just long
-enough to give its share of the loss and, when a gradient is wanted, of both gradients: they are linear in
-the upstream cotangent, so they are formed in the forward pass and only scaled in the backward one.
+32 rows of 2,048 tokens over 49,152 words are 12.9 GB of f32 logits. The logits of a chunk give its share of the
+loss and of both gradients in one pass. The gradients are linear in the upstream cotangent, so the forward pass
+computes them and the backward pass only scales them.
 Returns sums, never means: only the caller knows the targets of the whole step.
 """
 
@@ -15,15 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Score = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
-"""`score(logits_BCV, targets_BC, valid_BC, dtype)` gives the sum of the negative log-likelihoods and its gradient
-to the logits, in `dtype`."""
-
 
 def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Targets (B, T) of rows of T+1 tokens, and which of them count: (B, T) bool.
+    """Return targets (B, T) of rows of T+1 tokens, and which targets count: (B, T) bool.
 
-    A token is a target where the one before it belongs to the same document; segment 0 is padding.
+    A token is a target if the token before it belongs to the same document; segment 0 is padding.
     """
     before, after = segment_ids_BT1[:, :-1], segment_ids_BT1[:, 1:]
     return tokens_BT1[:, 1:], (before == after) & (after != 0)
@@ -32,6 +28,7 @@ def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.A
 def reference_cross_entropy(
     logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
+    """Return the summed negative log-likelihood in nats, and its gradient to the f32 logits in `dtype`."""
     nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, valid_BC)
     probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
     is_target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1], dtype=jnp.float32)
@@ -45,14 +42,14 @@ def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
     targets_BT: jax.Array,
     valid_BT: jax.Array,
     chunk_tokens: int,
-    score: Score = reference_cross_entropy,
+    cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy,
 ) -> jax.Array:
-    """Negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
+    """Return the negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
 
-    `x_BTD` comes in the compute dtype, `head_VD` as it is kept, so that its gradient is not rounded; about
-    `chunk_tokens` tokens are looked at together, and where a gradient is wanted by `score`.
+    `x_BTD` has the compute dtype, `head_VD` its stored dtype, so that the gradient of the head is not rounded.
+    A chunk has about `chunk_tokens` tokens. `cross_entropy` (see `Ops`) is used only if a gradient is wanted.
     """
-    del score
+    del cross_entropy
     head_VD = head_VD.astype(x_BTD.dtype)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -62,14 +59,14 @@ def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
     return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))[0]
 
 
-def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, score):  # noqa: PLR0917
+def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, cross_entropy):  # noqa: PLR0917
     kept_dtype, head_VD = head_VD.dtype, head_VD.astype(x_BTD.dtype)
 
     def add(carry, chunk):
         total, dhead_VD = carry
         x_BCD, targets_BC, valid_BC = chunk
-        nll, dlogits_BCV = score(_logits(head_VD, x_BCD), targets_BC, valid_BC, x_BCD.dtype)
-        # f32 results: the faster products on a CPU; elsewhere for dhead, in which the chunks add up
+        nll, dlogits_BCV = cross_entropy(_logits(head_VD, x_BCD), targets_BC, valid_BC, x_BCD.dtype)
+        # f32 results: faster products on a CPU; on other devices for dhead, which is a sum over chunks
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
         return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
@@ -81,8 +78,8 @@ def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, score):  # noqa
     return total, (dx_BTD, dhead_VD.astype(kept_dtype))
 
 
-def _backward(chunk_tokens, score, gradients, cotangent):
-    del chunk_tokens, score
+def _backward(chunk_tokens, cross_entropy, gradients, cotangent):
+    del chunk_tokens, cross_entropy
     dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangent).astype(x.dtype) for x in gradients)
     return dx_BTD, dhead_VD, None, None
 
@@ -95,14 +92,14 @@ def _logits(head_VD: jax.Array, x_BCD: jax.Array) -> jax.Array:
 
 
 def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum, and the logarithm of each token's sum of exponentials."""
+    """Return the sum, and the log-partition of each token."""
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(valid_BC, log_z_BC - target_BC, 0.0)), log_z_BC
 
 
 def _chunks(chunk_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cut (B, T, ...) into (T/C, B, C, ...), the last chunk filled with zeros, which count for nothing."""
+    """Cut (B, T, ...) into (T/C, B, C, ...), the last chunk filled with zeros, which add nothing."""
     B, T = arrays[0].shape[:2]
     C = max(1, min(T, chunk_tokens // B))
 

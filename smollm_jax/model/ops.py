@@ -1,63 +1,42 @@
-"""The functions a model computes with, in plain JAX: the reference for every kernel."""
+"""The functions a model computes with, in plain JAX: the reference for every kernel.
+
+`Ops` holds all of them, so that modules take one argument. `kernels.select` returns the `Ops` of a device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`kernel(q_BTNH, k_BTKH, v_BTKH, start_BT)` gives o_BTNH, causal inside each document; `start_BT` as `starts_of`
-gives it."""
+from smollm_jax.model.attention import packed_attention
+from smollm_jax.model.loss import reference_cross_entropy
 
+PRODUCT = "product"  # the name by which remat's policies know the result of `linear`
+Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32 (B, T, 1, H/2)
 
-Lookup = Callable[[jax.Array, jax.Array], jax.Array]
-"""`lookup(embedding_VD, tokens_BT)` gives x_BTD."""
-
-
-def reference_embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    return embedding_VD[tokens_BT]
-
-
-Product = Callable[[str, jax.Array, jax.Array], jax.Array]
-"""`product(letters, x, weights)` is their `einsum` in the dtype of x; the weights are float32."""
-
-PRODUCT = "product"  # what remat's policies know the result of one by
-
-
-def reference_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    return checkpoint_name(jnp.einsum(letters, x, weights.astype(x.dtype)), PRODUCT)
-
-
-Layer = Callable[[jax.Array, Any], jax.Array]
-"""`layer(x_BTD, weights)` gives x_BTD."""
-Keep = Callable[[Layer], Layer]
-
-
-def as_they_are(layer: Layer) -> Layer:
-    return layer
-
-
-class Joined(NamedTuple):
-    """What a layer does with matrices side by side."""
-
-    heads: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-    """`heads(x_BTD, q_DNH, k_DKH, v_DKH, rope)` gives q_BTNH and k_BTKH, turned, and v_BTKH."""
-    feed_forward: Callable[..., jax.Array]
-    """`feed_forward(x_BTD, gate_DF, up_DF, down_FD)` gives (B, T, D)."""
-
-
-# What costs next to nothing to compute is computed again for the backward pass, whatever `remat` says: kept, it
-# would be most of what a layer keeps. A scan over the layers keeps XLA from merging the two computations; where
-# all layers are unrolled it may merge them, and keep what it likes.
+# Recompute cheap operations in the backward pass, whatever `remat` is, because their results would be most of
+# what a layer keeps. A scan over the layers keeps XLA from merging the two computations. If all layers are
+# unrolled, XLA may merge them and keep what it likes.
 cheap = partial(jax.checkpoint, prevent_cse=False)
 
 
-def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def reference_embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Look up the embedding of each token: (B, T, D)."""
+    return table_VD[tokens_BT]
+
+
+def reference_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`einsum` of x and f32 weights, in the dtype of x."""
+    return checkpoint_name(jnp.einsum(letters, x, weights.astype(x.dtype)), PRODUCT)
+
+
+def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
     """Turn the pairs (i, i + H/2) of each head by the angles in `rope`."""
     cos, sin = rope
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -69,3 +48,72 @@ def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
     """`silu(gate) * up` (Shazeer 2020), computed in f32 and rounded once: on a CPU each rounding takes time."""
     gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
     return gated_BTF.astype(gate_BTF.dtype)
+
+
+def reference_project_heads(
+    x_BTD: jax.Array, q_DNH: jax.Array, k_DKH: jax.Array, v_DKH: jax.Array, rope: Rope,
+    *, linear: Callable[..., jax.Array] = reference_linear,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Return queries (B, T, N, H) and keys (B, T, K, H), both rotated, and values (B, T, K, H)."""
+    q_BTNH = rotate(linear("BTD,DNH->BTNH", x_BTD, q_DNH), rope)
+    k_BTKH = rotate(linear("BTD,DKH->BTKH", x_BTD, k_DKH), rope)
+    return q_BTNH, k_BTKH, linear("BTD,DKH->BTKH", x_BTD, v_DKH)
+
+
+def reference_feed_forward(
+    x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array,
+    *, linear: Callable[..., jax.Array] = reference_linear,
+) -> jax.Array:  # fmt: skip
+    """Return the output (B, T, D) of the SwiGLU feed-forward."""
+    gate_BTF, up_BTF = (linear("BTD,DF->BTF", x_BTD, weights) for weights in (gate_DF, up_DF))
+
+    @cheap
+    def gated(gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array) -> jax.Array:
+        return linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down_FD)
+
+    return gated(gate_BTF, up_BTF, down_FD)
+
+
+def keep_layer(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return `layer`, whose residuals are stored as they are."""
+    return layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """The functions a model computes with; the defaults are the reference."""
+
+    attention: Callable[..., jax.Array] = packed_attention
+    """`(q_BTNH, k_BTKH, v_BTKH, start_BT) -> o_BTNH`, causal inside each document; `start_BT` from `starts_of`."""
+    embed: Callable[..., jax.Array] = reference_embed
+    """`(table_VD, tokens_BT) -> x_BTD`."""
+    linear: Callable[..., jax.Array] = reference_linear
+    """`(einsum letters, x, f32 weights) -> y` in the dtype of x."""
+    project_heads: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = reference_project_heads
+    """`(x_BTD, q_DNH, k_DKH, v_DKH, rope) -> q_BTNH, k_BTKH, v_BTKH`, queries and keys rotated."""
+    feed_forward: Callable[..., jax.Array] = reference_feed_forward
+    """`(x_BTD, gate_DF, up_DF, down_FD) -> (B, T, D)`."""
+    cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy
+    """`(logits_BCV, targets_BC, valid_BC, dtype) -> nll, dlogits_BCV`: summed loss, gradient in `dtype`."""
+    wrap_layer: Callable[..., Callable[..., jax.Array]] = keep_layer
+    """`layer(x_BTD, weights) -> x_BTD` to a layer that stores its residuals in another form."""
+    kernels: str = "plain"
+    """The kernels among them: "plain" (none), "splash" (TPU) or "pallas" (GPU)."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether GPU kernels are among them, which decides `unroll` and `loss_chunk`."""
+        return self.kernels == "pallas"
+
+    @classmethod
+    def with_linear(cls, linear: Callable[..., jax.Array], **others: Any) -> Ops:
+        """Return the reference with another `linear`, also inside the projections and the feed-forward."""
+        return cls(
+            linear=linear,
+            project_heads=partial(reference_project_heads, linear=linear),
+            feed_forward=partial(reference_feed_forward, linear=linear),
+            **others,
+        )
+
+
+REFERENCE = Ops()

@@ -16,13 +16,13 @@ import jax
 
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.sharding import make_mesh
-from smollm_jax.kernels.select import choose
 from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.estimate import Step, memory_bytes
 from smollm_jax.planning.topology import Topology, topology_of
 from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, use_precision_of
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.compile import compile_step, compiled_bytes
+from smollm_jax.training.step import select_step_ops
 
 POLICIES: tuple[Policy, ...] = ("none", "dots", "full")
 HOPELESS = 1.5  # times the memory: a setting that needs more by formula is not compiled
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def attention(self) -> str:
-        return choose(self.step.config.compute.attention, self.topology.devices[0], self.step.dtype)[0]
+        return select_step_ops(self.step.config, self.step.mesh, self.step.dtype).kernels
 
 
 def make_plan(config: Config, topology: str) -> Plan:

@@ -1,9 +1,8 @@
-"""Compile the train step for every batch size of a run, within the memory there is."""
+"""Compile the train step for every batch size of a run, within the memory of a device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,23 +23,34 @@ from smollm_jax.distributed.sharding import (
     padded_rows,
     replicated,
 )
-from smollm_jax.kernels.select import choose_checked
+from smollm_jax.kernels.select import ops_of, select_checked_ops
+from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy
 from smollm_jax.runtime.devices import memory_bytes
 from smollm_jax.runtime.errors import require
-from smollm_jax.training.step import abstract_state, make_nll, make_step
+from smollm_jax.training.step import (
+    BATCH_AXES,
+    HEAD_AXIS,
+    abstract_state,
+    make_nll,
+    make_step,
+    select_step_ops,
+)
 
 
-def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy) -> jax.stages.Compiled:
-    """The step compiled for batches of `batch_size` rows, padded for the mesh; the state is donated and keeps
-    its layout.
+def compile_step(
+    config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy, ops: Ops | None = None
+) -> jax.stages.Compiled:
+    """Compile the step for batches of `batch_size` rows, padded for the mesh.
+
+    The state is donated and keeps its layout. `ops` as in `make_step`.
     """
     shape = (padded_rows(batch_size, mesh, config.compute.grad_accum), config.data.seq_len + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row(mesh))
     state = abstract_state(config, mesh)
     votes = (jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=by_device(mesh)),) if is_shared(mesh) else ()
     step = jax.jit(
-        make_step(config, mesh, dtype=dtype, remat=remat, batch_size=batch_size),
+        make_step(config, mesh, dtype=dtype, remat=remat, batch_size=batch_size, ops=ops),
         donate_argnums=0,
         out_shardings=(layout_of(state), replicated(mesh)),
     )
@@ -48,7 +58,7 @@ def compile_step(config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, rem
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Device memory the program needs at once, its arguments included; 0 where the backend does not tell."""
+    """Return the bytes of device memory that the program needs at once, arguments included; 0 if unknown."""
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
@@ -57,7 +67,7 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def _compiled(config: Config, mesh: Mesh, batch_size: int, **how: Any) -> jax.stages.Compiled | None:
-    """The step, or None where the compiler itself refuses what does not fit, as a TPU's does."""
+    """Compile the step; None if the compiler refuses a step that does not fit, as the TPU compiler does."""
     try:
         return compile_step(config, mesh, batch_size, **how)
     except jax.errors.JaxRuntimeError as error:
@@ -67,20 +77,28 @@ def _compiled(config: Config, mesh: Mesh, batch_size: int, **how: Any) -> jax.st
 
 
 def compile_steps(
-    config: Config, mesh: Mesh, *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool
+    config: Config,
+    mesh: Mesh,
+    *,
+    dtype: Any,
+    memory_bytes: int,
+    agree: Callable[[bool], bool] = bool,
+    ops: Ops | None = None,
 ) -> tuple[dict[int, jax.stages.Compiled], Policy]:
-    """A compiled step for each batch size of the run, and the remat policy they use.
+    """Return a compiled step for each batch size of the run, and the remat policy of all steps.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
-    Raises `ValueError` when the compiler finds that nothing fits. `agree` makes one answer of those of several
-    processes to whether it does: their programs have to be the same.
+    Raises `UserError` if the compiler finds that nothing fits. `agree` makes one answer out of the answers of
+    several processes to whether a step fits: their programs have to be the same. `ops` as in `make_step`.
     """
+    ops = ops or select_step_ops(config, mesh, dtype)
     sizes = sorted({phase.batch_size for phase in config.phases}, reverse=True)
     policies: tuple[Policy, ...] = ("none", "dots", "full")
     if config.compute.remat != "auto":
         policies = (config.compute.remat,)
     for remat in policies:
-        largest, last = _compiled(config, mesh, sizes[0], dtype=dtype, remat=remat), remat == policies[-1]
+        largest = _compiled(config, mesh, sizes[0], dtype=dtype, remat=remat, ops=ops)
+        last = remat == policies[-1]
         require(
             agree(largest is not None) or not last,
             f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
@@ -89,32 +107,32 @@ def compile_steps(
         if last or agree(largest is not None and compiled_bytes(largest) < memory_bytes):
             break
     assert largest is not None
-    rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat) for size in sizes[1:]}
+    rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat, ops=ops) for size in sizes[1:]}
     return {sizes[0]: largest} | rest, remat
 
 
-def with_attention(
-    config: Config, mesh: jax.sharding.Mesh, dtype: Any, processes: Processes
-) -> tuple[Config, list[str]]:
-    """The config with the attention kernel that has passed its check in all processes, and notes on it."""
+def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Processes) -> tuple[Ops, list[str]]:
+    """Return functions whose kernels have passed their check in all processes, and notes for the user."""
+    axes: dict[str, Any] = {"rows": BATCH_AXES, "heads": HEAD_AXIS}
     with processes.all_or_none():
-        attention, remarks = choose_checked(config.compute.attention, mesh, config.model, dtype)
-    if len(set(processes.gather(attention))) > 1:
-        attention, remarks = "plain", ["attention   plain: the kernel's check did not go alike in all processes"]
-    return replace(config, compute=replace(config.compute, attention=attention)), remarks
+        ops, notes = select_checked_ops(config.compute.attention, mesh, dtype, config.model, **axes)
+    if len(set(processes.gather(ops.kernels))) > 1:
+        ops = ops_of("plain", mesh, dtype, **axes)
+        notes = ["attention   plain: the kernel's check did not end alike in all processes"]
+    return ops, notes
 
 
 def compile_within(
-    config: Config, mesh: jax.sharding.Mesh, dtype: Any, checkpoints: CheckpointManager
+    config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops
 ) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
-    """The steps, their remat policy by the memory there is, and a note where that may not do."""
+    """Return the steps, the remat policy that fits the memory, and a note if the memory may not suffice."""
     gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
     memory = min(gather(memory_bytes(here.flat[0], config.model.num_parameters, devices=here.size)))
     steps, remat = compile_steps(
-        config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits))
+        config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops
     )
     needed = max(gather(compiled_bytes(steps[max(steps)])))
-    # on a CPU what a save takes is not among what the step may have
+    # on a CPU the memory of a save is not part of the memory of a step
     copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
     checkpoints.beside_the_step = needed + copied <= memory
     if needed <= memory:
@@ -126,11 +144,12 @@ def compile_within(
     return steps, remat, [note]
 
 
-def make_scorer(config: Config, mesh: jax.sharding.Mesh, dtype: Any) -> Callable[..., jax.Array]:
-    """`nll(params, tokens, segment_ids)` of rows that all processes have."""
+def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., jax.Array]:
+    """Return `nll(params, tokens, segment_ids)` of rows that all processes have."""
     rows = by_row(mesh)
     layout = layout_of(abstract_state(config, mesh)["params"])
-    compiled = jax.jit(make_nll(config, mesh, dtype=dtype, remat="none"), in_shardings=(layout, rows, rows))
+    nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
+    compiled = jax.jit(nll_of, in_shardings=(layout, rows, rows))
 
     def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
         return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))

@@ -30,7 +30,7 @@ from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from smollm_jax.training.compile import compile_within, make_scorer, with_attention
+from smollm_jax.training.compile import compile_within, make_scorer, select_agreed_ops
 from smollm_jax.training.restore import StartState, resolve_start
 from smollm_jax.training.run import Counters, Progress, Run
 from smollm_jax.training.step import abstract_state, init_state
@@ -77,11 +77,11 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
         keep_config(config, run_dir)
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
-    chosen, remarks = with_attention(config, mesh, dtype, job)
+    ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     checkpoints.prepare(abstract_state(config, mesh))  # while the compiler works
-    steps, remat, warnings = compile_within(chosen, mesh, dtype, checkpoints)
+    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
-    nll = make_scorer(chosen, mesh, dtype)
+    nll = make_scorer(config, mesh, dtype, ops)
     if found is None:
         progress = Progress()
         state = init_state(config, mesh, start.weights[0] if start.weights else None)
@@ -94,7 +94,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
         mesh=mesh, dtype=dtype, remat=remat, steps=steps, nll=nll, checkpoints=checkpoints, state=state,
         report=report, progress=progress, counters=counters, computed=computed,
-        kernels=False if chosen.compute.attention == "plain" else None, setup_seconds=time.monotonic() - began,
+        kernels=False if ops.kernels == "plain" else None, setup_seconds=time.monotonic() - began,
     )  # fmt: skip
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step

@@ -1,13 +1,14 @@
 """The train step: optimizer and schedule, train state, and the pure function that updates them.
 
-The state is a plain dict of arrays (`params`, `opt_state`, `step`), the step a pure function of state and
-batch, compiled once for each batch size before the first update, with the state donated and its layout
-pinned. Steps without finite gradients leave parameters and moments as they were.
+The state is a plain dict of arrays (`params`, `opt_state`, `step`); the step is a pure function of state and rows.
+training/compile.py compiles it once per batch size, with the state donated and its layout pinned. A step without
+finite gradients leaves parameters and moments as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import jax
@@ -15,35 +16,41 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.config.settings import MESH_AXES, AttentionName, Config, OptimizerConfig
+from smollm_jax.config.settings import MESH_AXES, Config, OptimizerConfig
 from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import BATCH_AXES, layout_of, with_layout
-from smollm_jax.kernels.select import (
-    choose,
-    is_of_gpu,
-    joined_of,
-    keep_of,
-    kernel_of,
-    lookup_of,
-    product_of,
-    score_of,
-)
-from smollm_jax.model.loss import Score, reference_cross_entropy, summed_nll, targets_of
+from smollm_jax.kernels.select import select_ops
+from smollm_jax.kernels.shard import per_device
+from smollm_jax.model.loss import reference_cross_entropy, summed_nll, targets_of
+from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy, SmolLM, init_params
 
 State = dict[str, Any]
 Step = Callable[..., tuple[State, dict[str, jax.Array]]]
 
-# what each of several processes says with its part of a batch: go on; stop after it; my data has ended, these
-# rows are padding; I have no part, the step is void
-GO, STOP, ENDED, VOID = range(4)
+HEAD_AXIS = "tensor"  # the mesh axis that divides heads
+
+
+class Vote(IntEnum):
+    """What each of several processes declares about its part of a batch."""
+
+    GO = 0
+    STOP = 1
+    """Stop after this step."""
+    ENDED = 2
+    """The data has ended; these rows are padding."""
+    VOID = 3
+    """The process has no part; the step is void."""
+
+
+GO, STOP, ENDED, VOID = Vote
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
-    """Learning rate of the update after `count` updates.
+    """Return the learning rate of the update after `count` updates.
 
-    Update n of W warm-up updates has n/W of the peak; from W on the decay falls from the peak and would
-    reach its end at update N+1, so that no update of the N is wasted at zero.
+    Update n of W warm-up updates has n/W of the peak. From W on the rate decays and would reach its end at update
+    N+1, so that none of the N updates is wasted at zero.
     """
     peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
     warmup, decay = config.warmup_steps, config.decay_steps
@@ -59,10 +66,10 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW but for the learning rate (Loshchilov & Hutter 2019), after a clip by global norm.
+    """Return AdamW without the learning rate (Loshchilov & Hutter 2019), after a clip by global norm.
 
-    Its `update` takes gradients summed over the targets, and by name the `scale` that makes them a mean and the
-    `norm` of that mean.
+    `update` takes gradients summed over the targets, and by name the `scale` that makes the sum a mean and the
+    `norm` of the mean.
     """
 
     def decays(params: Any) -> Any:
@@ -76,8 +83,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
 
 
 def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Make sums a mean and clip it by global norm (Pascanu et al. 2012), in the pass that uses them: optax's clip
-    goes over all gradients once more for a norm that is known here. It has the state of optax's: none.
+    """Turn sums into a mean and clip it by global norm (Pascanu et al. 2012), in the pass that uses the gradients.
+
+    optax's clip would read all gradients once more for a norm that is known here. The state is optax's: none.
     """
 
     def update(
@@ -91,7 +99,7 @@ def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
-    """A state before the first update, with fresh parameters unless `params` are given."""
+    """Return the state before the first update, with fresh parameters unless `params` are given."""
 
     def create(params: Any) -> State:
         return _state_of(config, init_params(config.model, config.run.seed) if params is None else params)
@@ -100,7 +108,7 @@ def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
-    """Shapes, dtypes and layout of the state, without its arrays."""
+    """Return shapes, dtypes and layout of the state, without its arrays."""
     shapes = jax.eval_shape(lambda: _state_of(config, init_params(config.model, config.run.seed)))
     return with_layout(shapes, mesh)
 
@@ -110,94 +118,72 @@ def _state_of(config: Config, params: Any) -> State:
     return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
 
 
-def make_nll(config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, unroll: int = 1) -> Callable:
-    """`nll(params, tokens_BT1, segment_ids_BT1)`: nats summed over the targets of the rows, f32."""
-    name = attention_of(config, mesh, dtype)
-    chunk_tokens = config.compute.loss_chunk_for(remat, on_gpu=is_of_gpu(name))
-    by_device = {
-        "unroll": unroll,
-        "dtype": dtype,
-        "attention": kernel_of(name, mesh, rows=BATCH_AXES, heads="tensor"),
-        "lookup": lookup_of(mesh, rows=BATCH_AXES),
-        "product": product_of(mesh),
-        "joined": joined_of(name, mesh),
-        "keep": keep_of(mesh, dtype),
-    }
+def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
+    """Select the functions of a step on `mesh`; raises `UserError` for kernels that cannot run there."""
+    return select_ops(config.compute.attention, mesh, dtype, rows=BATCH_AXES, heads=HEAD_AXIS)
+
+
+def make_nll(
+    config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, unroll: int = 1, ops: Ops | None = None
+) -> Callable[..., jax.Array]:
+    """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats summed over the targets of the rows.
+
+    `ops` are the functions for the devices of `mesh`; by default `select_step_ops`.
+    """
+    ops = ops or select_step_ops(config, mesh, dtype)
+    chunk_tokens = config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu)
+    head_nll = summed_over(mesh, chunk_tokens, ops.cross_entropy)
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
-        model = SmolLM.from_params(config.model, params, remat=remat, **by_device)
+        model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
         x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
         with jax.named_scope("head"):
             targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            return summed_over(mesh, score_of(name))(x_BTD, model.head_VD, targets_BT, valid_BT, chunk_tokens)
+            return head_nll(x_BTD, model.head_VD, targets_BT, valid_BT)
 
     return nll
 
 
-def attention_of(config: Config, mesh: Mesh | None, dtype: Any) -> AttentionName:
-    return "plain" if mesh is None else choose(config.compute.attention, mesh.devices.flat[0], dtype)[0]
+def summed_over(
+    mesh: Mesh | None, chunk_tokens: int, cross_entropy: Callable[..., Any] = reference_cross_entropy
+) -> Callable[..., jax.Array]:
+    """Return `summed_nll` over the tokens of all devices, as a function of (x, head, targets, valid).
 
-
-def summed_over(mesh: Mesh | None, score: Score = reference_cross_entropy) -> Callable[..., jax.Array]:
-    """`summed_nll` over the tokens of all devices: each goes through its own with the whole head, and the sums
-    are added up once, at the end, where the partitioner would add up the head's gradient after every chunk.
-    The devices of `tensor`, which have the same rows, take a part of each.
+    Each device goes through its own tokens with the whole head, and one sum at the end adds the losses and, in the
+    backward pass, the f32 gradients of the head. The partitioner would add up the gradients after every chunk.
+    Devices along `tensor` hold the same rows, so each takes a part of every row.
     """
 
-    def summed(*arguments: Any) -> jax.Array:
-        return summed_nll(*arguments, score)
+    def summed(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+        return summed_nll(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, cross_entropy)
 
     if mesh is None or mesh.size == 1:
         return summed
+    tokens, whole = PartitionSpec(BATCH_AXES, HEAD_AXIS), PartitionSpec()
+    each = per_device(mesh, summed, in_specs=(tokens, whole, tokens, tokens), out_specs=whole, add_over=MESH_AXES)
 
-    def everywhere(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens: int) -> jax.Array:
-        def here(x_BTD, head_VD, targets_BT, valid_BT) -> jax.Array:
-            # and with it, going back, the head's gradient, in f32
-            return jax.lax.psum(summed(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens), MESH_AXES)
-
-        pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape["tensor"])]
-        arrays = jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad)
-        tokens = PartitionSpec(BATCH_AXES, "tensor")
-        return jax.shard_map(
-            here,
-            mesh=mesh,
-            in_specs=(tokens, PartitionSpec(), tokens, tokens),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        )(*arrays)
+    def everywhere(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+        pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape[HEAD_AXIS])]
+        return each(jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad))
 
     return everywhere
 
 
 def make_step(
-    config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, batch_size: int | None = None
-) -> Step:
-    """The pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics). What follows the
-    first `batch_size` rows is padding.
+    config: Config, mesh: Mesh | None = None,
+    *, dtype: Any, remat: Policy, batch_size: int | None = None, ops: Ops | None = None,
+) -> Step:  # fmt: skip
+    """Return the pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
 
-    With several processes a fourth argument holds a vote of each device, and `metrics["votes"]` how many there
-    were of each kind. Where one is `VOID`, or none is `GO` and no row has a target, the data having ended, the
-    step counts for nothing.
+    The rows after the first `batch_size` are padding. `ops` as in `make_nll`. With several processes a fourth
+    argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The step counts for
+    nothing if a vote is `VOID`, or if no vote is `GO` and no row has a target, because the data has ended.
     """
-    on_gpu = is_of_gpu(attention_of(config, mesh, dtype))
-    unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=on_gpu)
-    value_and_grad = jax.value_and_grad(make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll))
+    ops = ops or select_step_ops(config, mesh, dtype)
+    unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
+    nll_of = make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
+    gradients = accumulated(jax.value_and_grad(nll_of), config.compute.grad_accum)
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
-    accumulate = config.compute.grad_accum
-
-    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
-        if accumulate == 1:
-            return value_and_grad(params, tokens, segment_ids)
-
-        def add(total, micro):
-            found = value_and_grad(params, *micro)
-            with jax.named_scope("optimizer"):
-                return jax.tree.map(jnp.add, total, found), None
-
-        # every A-th row goes together, so that each device keeps its own rows
-        micros = tuple(x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1) for x in (tokens, segment_ids))
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, micros)[0]
 
     def step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
@@ -211,7 +197,7 @@ def make_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
         cast, counts = None, jnp.bool(True)
         if votes is not None:
-            cast = jnp.stack([jnp.sum(votes == kind) for kind in (GO, STOP, ENDED, VOID)])
+            cast = jnp.stack([jnp.sum(votes == int(kind)) for kind in Vote])
             counts = (cast[VOID] == 0) & ((cast[GO] > 0) | (targets > 0))
 
         @jax.named_scope("optimizer")
@@ -233,3 +219,22 @@ def make_step(
         return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
 
     return step
+
+
+def accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
+    """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time."""
+    if parts == 1:
+        return value_and_grad
+
+    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+        def add(total: Any, micro: Any) -> tuple[Any, None]:
+            found = value_and_grad(params, *micro)
+            with jax.named_scope("optimizer"):
+                return jax.tree.map(jnp.add, total, found), None
+
+        # every A-th row goes together, so that each device keeps its own rows
+        micros = tuple(x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1) for x in (tokens, segment_ids))
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, micros)[0]
+
+    return gradients

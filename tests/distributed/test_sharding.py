@@ -57,7 +57,7 @@ def test_a_mesh_larger_than_the_machine_or_the_batch_is_refused():
         make_mesh(too_many)
     few = replace(config, run=RunConfig(phases="5x3,5x2"), compute=ComputeConfig(mesh="data=4"))
     with pytest.raises(ValueError, match=r"3 rows.* leave some of 4 devices without any"):
-        make_mesh(few, jax.devices() * 4)
+        make_mesh(few)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_batch_is_padded_until_all_devices_have_the_same(phases, mesh, parts, 
     ("phases", "count", "expected"), [("9x8", 8, 8), ("9x4", 8, 4), ("9x5", 4, 3), ("99x32,9x8", 16, 16)]
 )
 def test_without_a_mesh_no_device_is_taken_that_saves_no_time(phases, count, expected):
-    mesh = make_mesh(Config(run=RunConfig(phases=phases)), jax.devices() * count)
+    mesh = make_mesh(Config(run=RunConfig(phases=phases)), jax.devices()[:1] * count)
     assert mesh.size == expected
 
 

@@ -1,29 +1,18 @@
-"""The loss's kernel for GPUs against the plain form, interpreted on a CPU, and compiled for its device."""
+"""The kernel of the loss against the reference, interpreted on a CPU, and lowered for its device."""
 
-from types import SimpleNamespace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.config.architecture import MODELS
-from smollm_jax.kernels import select as attention
-from smollm_jax.kernels import select as kernels
-from smollm_jax.kernels import triton_cross_entropy as gpu_loss
-from smollm_jax.kernels import triton_layer as gpu_layer
-from smollm_jax.model import loss
+from smollm_jax.kernels.check import check_cross_entropy
+from smollm_jax.kernels.triton_cross_entropy import WORDS, fused_cross_entropy, token_losses
+from smollm_jax.model.loss import reference_cross_entropy, summed_nll
 from tests.support.lowering import KERNEL, lowered_for_cuda
 
-H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
-
-
-def interpreted(logits_BCV, targets_BC, valid_BC, dtype):
-    M, V = targets_BC.size, logits_BCV.shape[-1]
-    nll_M, d_MV = gpu_loss.score(
-        logits_BCV.reshape(M, V), targets_BC.reshape(M), valid_BC.reshape(M), dtype, interpret=True
-    )
-    return nll_M.sum(), d_MV.reshape(logits_BCV.shape)
+interpreted = partial(fused_cross_entropy, interpret=True)
 
 
 def some(words, *, spread=4.0, seed=0):
@@ -33,7 +22,7 @@ def some(words, *, spread=4.0, seed=0):
     return logits_BCV, targets_BC, jnp.array([[True, True, False], [True, False, True]])
 
 
-@pytest.mark.parametrize("words", [300, gpu_loss.WORDS, 49_152, 50_000])
+@pytest.mark.parametrize("words", [300, WORDS, 49_152, 50_000])
 @pytest.mark.parametrize("spread", [0.1, 30.0])
 def test_the_kernel_gives_the_loss_and_its_gradient(words, spread):
     logits, targets, valid = some(words, spread=spread)
@@ -43,7 +32,7 @@ def test_the_kernel_gives_the_loss_and_its_gradient(words, spread):
         return -jnp.sum(jnp.where(valid, picked, 0))
 
     expected, gradient = jax.value_and_grad(nll)(logits)
-    for score in (interpreted, loss.plain_score):
+    for score in (interpreted, reference_cross_entropy):
         found, d = score(logits, targets, valid, jnp.float32)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         np.testing.assert_allclose(d, gradient, atol=1e-5)
@@ -57,7 +46,7 @@ def test_words_far_below_the_rest_and_equal_logits_stay_finite():
     assert np.isfinite(d).all()
 
 
-def test_the_sum_over_chunks_and_both_gradients_are_the_plain_ones():
+def test_the_sum_over_chunks_and_both_gradients_are_the_reference_s():
     rng = np.random.default_rng(1)
     x_BTD, head_VD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (70, 8)))
     targets_BT, valid_BT = (
@@ -67,12 +56,12 @@ def test_the_sum_over_chunks_and_both_gradients_are_the_plain_ones():
 
     def outcome(score):
         def summed(x_BTD, head_VD):
-            return 3 * loss.summed_nll(x_BTD, head_VD, targets_BT, valid_BT, 4, score)
+            return 3 * summed_nll(x_BTD, head_VD, targets_BT, valid_BT, 4, score)
 
         return jax.value_and_grad(summed, argnums=(0, 1))(x_BTD, head_VD)
 
     for a, b in zip(
-        jax.tree.leaves(outcome(interpreted)), jax.tree.leaves(outcome(loss.plain_score)), strict=True
+        jax.tree.leaves(outcome(interpreted)), jax.tree.leaves(outcome(reference_cross_entropy)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -81,38 +70,23 @@ def test_the_sum_over_chunks_and_both_gradients_are_the_plain_ones():
 def test_the_kernel_lowers_for_cuda(words):
     shapes = [(64, words), (64,), (64,)]
     arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.int32, bool), strict=True)]
-    score = jax.jit(lambda *given: gpu_loss.score(*given, jnp.bfloat16))
+    score = jax.jit(lambda *given: token_losses(*given, jnp.bfloat16))
     assert lowered_for_cuda(score, *arguments).count(KERNEL) == 1
 
 
-def test_the_check_at_the_start_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run():
+def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run():
     def one_percent_more(*given):
-        nll, d = loss.plain_score(*given)
+        nll, d = reference_cross_entropy(*given)
         return nll * 1.01, d
 
     def without_the_target(logits, targets, valid, dtype):
-        nll, _ = loss.plain_score(logits, targets, valid, dtype)
+        nll, _ = reference_cross_entropy(logits, targets, valid, dtype)
         return nll, (jax.nn.softmax(logits) * valid[..., None]).astype(dtype)
 
     for dtype in (jnp.bfloat16, jnp.float32):
-        assert loss.disagreement(interpreted, 5_000, dtype) == ""
-        assert "differs from the plain form's by 1.00%" in loss.disagreement(one_percent_more, 5_000, dtype)
-        assert "gradient differs by" in loss.disagreement(without_the_target, 5_000, dtype)
-        assert "the loss does not run here: ValueError" in loss.disagreement(loss.gpu_score, 5_000, dtype)
-
-
-def test_a_loss_or_a_layer_that_fails_its_check_takes_attention_with_it_to_the_plain_form(monkeypatch):
-    """On this CPU, where the kernel for GPUs does not run, by a mesh that says it is one."""
-    mesh = SimpleNamespace(devices=np.array([H100]))
-    monkeypatch.setattr(attention, "disagreement", lambda *_: "")
-    name, notes = kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)
-    assert name == "plain"
-    assert notes[0].startswith("attention   plain: pallas failed its check, the loss does not run here")
-    with pytest.raises(ValueError, match="attention=pallas failed its check: the loss does not run here"):
-        kernels.choose_checked("pallas", mesh, MODELS["quickstart"], jnp.bfloat16)
-    monkeypatch.setattr(loss, "gpu_score", interpreted)
-    name, notes = kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)
-    assert name == "plain"
-    assert notes[0].startswith("attention   plain: pallas failed its check, a layer does not run here")
-    monkeypatch.setattr(gpu_layer, "disagreement", lambda *_: "")
-    assert kernels.choose_checked("auto", mesh, MODELS["quickstart"], jnp.bfloat16)[0] == "pallas"
+        assert check_cross_entropy(interpreted, 5_000, dtype) == ""
+        wrong = check_cross_entropy(one_percent_more, 5_000, dtype)
+        assert wrong == "cross entropy: the loss differs from the reference by 1.00%"
+        wrong = check_cross_entropy(without_the_target, 5_000, dtype)
+        assert wrong.startswith("cross entropy: its gradient differs from the reference by")
+        assert "does not run here: ValueError" in check_cross_entropy(fused_cross_entropy, 5_000, dtype)

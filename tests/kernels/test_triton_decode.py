@@ -1,4 +1,4 @@
-"""The decoder's kernels for GPUs against its plain form, interpreted on a CPU, and lowered for their device."""
+"""The decoder's kernels for GPUs against the reference, interpreted on a CPU, and lowered for their device."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.generation import decoder
 from smollm_jax.generation import generator as generation
-from smollm_jax.generation.decoder import Decoder, Matrix
+from smollm_jax.generation.decoder import Decoder, Matrix, check_decode
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.kernels import triton_decode as gpu_decode
+from smollm_jax.kernels import triton_decode
 from smollm_jax.model.ops import rotate
 from smollm_jax.model.transformer import RMSNorm, SmolLM, init_params, rope_angles
 from tests.support.lowering import KERNEL, lowered_for_cuda
@@ -71,11 +71,11 @@ ways = pytest.mark.parametrize(
 @ways
 def test_norm_and_product_are_the_plain_ones(config, dtype, rows, part, monkeypatch):
     rng, D = np.random.default_rng(0), config.hidden_size
-    monkeypatch.setattr(gpu_decode, "INPUTS", pl.next_power_of_2(D) // part)
+    monkeypatch.setattr(triton_decode, "INPUTS", pl.next_power_of_2(D) // part)
     x_BD, norm = random(rng, rows, D, dtype=dtype), norm_of(config, rng)
     outputs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + (3 if config is TINY else 0)
     weights_OD = random(rng, outputs, D, dtype=dtype, std=D**-0.5)
-    ours = gpu_decode.norm_product(x_BD, norm.scale[...], weights_OD, norm.epsilon, interpret=True)
+    ours = triton_decode.norm_product(x_BD, norm.scale[...], weights_OD, norm.epsilon, interpret=True)
     assert_close(ours, Matrix(weights_OD, streamed=False)(norm(x_BD)), dtype)
 
 
@@ -83,10 +83,10 @@ def test_norm_and_product_are_the_plain_ones(config, dtype, rows, part, monkeypa
 @ways
 def test_the_gated_product_is_the_plain_one(config, dtype, rows, part, monkeypatch):
     rng, D = np.random.default_rng(1), config.hidden_size
-    monkeypatch.setattr(gpu_decode, "INPUTS", pl.next_power_of_2(D) // part)
+    monkeypatch.setattr(triton_decode, "INPUTS", pl.next_power_of_2(D) // part)
     x_BD, norm = random(rng, rows, D, dtype=dtype), norm_of(config, rng)
     weights_OD = random(rng, 2 * config.intermediate_size, D, dtype=dtype, std=3 * D**-0.5)
-    ours = gpu_decode.gated_product(x_BD, norm.scale[...], weights_OD, norm.epsilon, interpret=True)
+    ours = triton_decode.gated_product(x_BD, norm.scale[...], weights_OD, norm.epsilon, interpret=True)
     gate_BF, up_BF = jnp.split(Matrix(weights_OD, streamed=False)(norm(x_BD), jnp.float32), 2, axis=-1)
     assert_close(ours, (jax.nn.silu(gate_BF) * up_BF).astype(dtype), dtype)
 
@@ -96,10 +96,10 @@ def test_the_gated_product_is_the_plain_one(config, dtype, rows, part, monkeypat
 def test_the_product_is_added_to_what_was_there(config, dtype, rows, part, monkeypatch):
     rng, D = np.random.default_rng(2), config.hidden_size
     for width in (config.num_heads * config.head_dim, config.intermediate_size):
-        monkeypatch.setattr(gpu_decode, "INPUTS", pl.next_power_of_2(width) // part)
+        monkeypatch.setattr(triton_decode, "INPUTS", pl.next_power_of_2(width) // part)
         x_BD, y_BI = random(rng, rows, D, dtype=dtype), random(rng, rows, width, dtype=dtype)
         weights_DI = random(rng, D, width, dtype=dtype, std=width**-0.5)
-        ours = gpu_decode.add_product(x_BD, y_BI, weights_DI, block=8, warps=4, name="decode_o", interpret=True)
+        ours = triton_decode.add_product(x_BD, y_BI, weights_DI, block=8, warps=4, name="decode_o", interpret=True)
         assert_close(ours, x_BD + Matrix(weights_DI, streamed=False)(y_BI), dtype)
 
 
@@ -123,7 +123,7 @@ def attention_case(config, dtype, positions, length, seed=3):
     [("float32", 40, 1), ("float32", 200, 3), ("bfloat16", 256, 1), ("bfloat16", 200, 3)],
 )
 def test_attention_is_the_plain_one_and_writes_the_token_into_the_cache(config, dtype, length, rows):
-    attend = jax.jit(partial(gpu_decode.attend, interpret=True))
+    attend = jax.jit(partial(triton_decode.attend, interpret=True))
     for position in (0, 1, 31, 127, 128, 130, length - 1):
         if position < length:
             given, (seen, new) = attention_case(config, dtype, [position, 0, length - 1][:rows], length)
@@ -134,9 +134,9 @@ def test_attention_is_the_plain_one_and_writes_the_token_into_the_cache(config, 
 
 
 def test_only_the_slot_of_the_token_changes_and_nothing_from_there_on_is_read(monkeypatch):
-    monkeypatch.setattr(gpu_decode, "KEYS", 64)
+    monkeypatch.setattr(triton_decode, "KEYS", 64)
     length = 192  # whole blocks: with padding, the interpreter would write past the end into that
-    attend = jax.jit(partial(gpu_decode.attend, interpret=True))
+    attend = jax.jit(partial(triton_decode.attend, interpret=True))
     for position in (0, 5, 63, 64, length - 1, length, length + 50):
         (qkv, angles, at, old), _ = attention_case(TINY, "float32", [position], length)
         seen, _ = attend(qkv, angles, at, old)
@@ -183,7 +183,7 @@ SMOOTH = replace(TINY, initializer_range=1 / 6)  # a softmax of large scores mak
 )
 def test_a_step_is_the_plain_one_and_changes_one_slot_of_the_cache(config, dtype, rows, keys, monkeypatch):
     """At the first places, about the ends of blocks of keys, and at the last of the cache."""
-    monkeypatch.setattr(gpu_decode, "KEYS", keys)
+    monkeypatch.setattr(triton_decode, "KEYS", keys)
     ours, plain = (step_of(made) for made in pair_of(config, dtype))
     rng, length = np.random.default_rng(4), 200
     shape = (rows, config.num_kv_heads, length, config.head_dim)
@@ -235,7 +235,7 @@ def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
     number = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
     features = jax.jit(lambda state, *given: nnx.merge(graphdef, state).features(*given))
     program = lowered_for_cuda(features, state, number, number, cache)
-    kernels = config.num_layers * (rows <= gpu_decode.MOST_ROWS)
+    kernels = config.num_layers * (rows <= triton_decode.MOST_ROWS)
     assert program.count(KERNEL) == 5 * kernels
     for kernel in ("qkv", "attention", "o", "gated", "down"):
         assert program.count(f'name = "decode_{kernel}"') == kernels
@@ -243,36 +243,36 @@ def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_the_check_is_content_with_the_kernels_where_they_run(dtype):
-    assert gpu_decode.disagreement(TINY, dtype, interpret=True) == ""
-    assert gpu_decode.disagreement(TINY, dtype).startswith("they do not run here: ValueError, ")
+    assert check_decode(TINY, dtype, interpret=True) == ""
+    assert check_decode(TINY, dtype).startswith("decoding: does not run here: ValueError, ")
 
 
-def never_written(qkv_BO, rope, position_B, layer_cache, *, interpret, real=gpu_decode.attend):
+def never_written(qkv_BO, rope, position_B, layer_cache, *, interpret, real=triton_decode.attend):
     return real(qkv_BO, rope, position_B, layer_cache, interpret=interpret)[0], layer_cache
 
 
 @pytest.mark.parametrize(
     ("name", "wrong", "said"),
     [
-        ("LOG2_E", 1.0, "the output differs from the plain form's by"),
-        ("_turned", lambda x_ref, *_: x_ref[...], "the output differs from the plain form's by"),
+        ("LOG2_E", 1.0, "the output differs from the reference by"),
+        ("_turned", lambda x_ref, *_: x_ref[...], "the output differs from the reference by"),
         (
             "_normed",
-            lambda x_ref, b, _, D, __: gpu_decode._vector(x_ref, D, b),
-            "the output differs from the plain form's by",
+            lambda x_ref, b, _, D, __: triton_decode._vector(x_ref, D, b),
+            "the output differs from the reference by",
         ),
-        ("attend", never_written, "the cache of keys differs from the plain form's by"),
+        ("attend", never_written, "the cache of keys differs from the reference by"),
     ],
 )
 def test_the_check_finds_a_wrong_kernel(name, wrong, said, monkeypatch):
-    monkeypatch.setattr(gpu_decode, name, wrong)
-    assert gpu_decode.disagreement(TINY, jnp.bfloat16, interpret=True).startswith(said)
+    monkeypatch.setattr(triton_decode, name, wrong)
+    assert check_decode(TINY, jnp.bfloat16, interpret=True).startswith(f"decoding: {said}")
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """This CPU taken for one, but for the kernels, which do not run on it."""
-    monkeypatch.setattr(decoder, "choose", lambda *_: ("pallas", ""))
+    monkeypatch.setattr(decoder, "select_attention", lambda *_: ("pallas", ""))
     decoder._kernels_agree.cache_clear()
     yield
     decoder._kernels_agree.cache_clear()
@@ -284,13 +284,15 @@ def test_a_decoder_goes_the_plain_way_where_the_kernels_fail_and_says_so_once(ca
     assert not Decoder(model).kernels
     assert not Decoder(model).kernels
     said = capsys.readouterr().err
-    assert said.startswith("decoding    plain: the kernels failed their check, they do not run here: ValueError")
+    assert said.startswith(
+        "decoding    plain: the kernels failed their check, decoding: does not run here: ValueError"
+    )
     assert said.count("\n") == 1
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_decoder_takes_the_kernels_where_they_agree(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_decode, "disagreement", partial(gpu_decode.disagreement, interpret=True))
+    monkeypatch.setattr(decoder, "check_decode", partial(check_decode, interpret=True))
     assert Decoder(SmolLM.from_params(TINY, init_params(TINY, 1))).kernels
     assert capsys.readouterr().err == ""
 
@@ -306,7 +308,7 @@ def test_the_device_is_the_one_that_has_the_weights(monkeypatch):
     """A model on the CPU of a machine with a GPU."""
     gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
     model = SmolLM.from_params(TINY, init_params(TINY, 1), dtype=jnp.bfloat16)
-    monkeypatch.setattr(gpu_decode, "disagreement", lambda *_: "")
+    monkeypatch.setattr(decoder, "check_decode", lambda *_: "")
     monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
     assert not Decoder(model).kernels
 

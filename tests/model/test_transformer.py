@@ -1,7 +1,5 @@
 """The model against Hugging Face's Llama, and against each fault that other replicas have had."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smollm_jax.config.architecture import MODELS, ModelConfig
-from smollm_jax.kernels.cpu import as_bits, wide_product
-from smollm_jax.kernels.select import product_of
-from smollm_jax.model.attention import BLOCKS, SMALLEST_BLOCK, starts_of
-from smollm_jax.model.ops import as_they_are, reference_linear, rotate
+from smollm_jax.generation.decoder import Decoder
+from smollm_jax.model.attention import BLOCKS, SMALLEST_BLOCK
+from smollm_jax.model.ops import rotate
 from smollm_jax.model.transformer import SmolLM, init_params, params_of, rope_angles
 
 TINY = ModelConfig(
@@ -178,11 +175,6 @@ def test_heads_share_positions_and_differ_only_by_their_weights():
     np.testing.assert_allclose(SmolLM.from_params(TINY, params)(tokens), straight, atol=1e-5)
 
 
-def test_documents_begin_where_the_segment_changes():
-    segment_ids = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [4, 4, 5, 5, 5, 5, 5, 6]])
-    assert starts_of(segment_ids).tolist() == [[0, 0, 0, 3, 3, 5, 6, 6], [0, 0, 2, 2, 2, 2, 2, 7]]
-
-
 @pytest.mark.parametrize("lengths", [(3, 1, 8), (5, 7), (SMALLEST_BLOCK - 2, 9, 60)])
 def test_a_packed_row_equals_its_documents_run_alone(lengths):
     model = SmolLM.from_params(TINY, scattered(TINY))
@@ -205,68 +197,6 @@ def test_remat_and_unroll_do_not_change_gradients(remat, unroll):
         jax.tree.leaves(gradient(remat=remat, unroll=unroll)), jax.tree.leaves(gradient()), strict=True
     ):
         np.testing.assert_allclose(ours, plain, atol=1e-6)
-
-
-@pytest.mark.parametrize("letters", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF"])
-def test_a_wide_product_and_its_gradients_are_rounded_once_at_most(letters):
-    sizes = dict(zip("BTDFNH", (2, 64, 96, 80, 4, 24), strict=True))
-    of_x, of_weights, of_y = letters.replace("->", ",").split(",")
-    x, weights, dy = (
-        jax.random.normal(jax.random.key(i), [sizes[letter] for letter in of])
-        for i, of in enumerate((of_x, of_weights, of_y))
-    )
-
-    def outcome(product, x, weights, dy):
-        y, pull = jax.vjp(lambda x, weights: product(letters, x, weights), x, weights)
-        return y, *pull(dy)
-
-    for wide, plain in zip(
-        outcome(wide_product, x, weights, dy), outcome(reference_linear, x, weights, dy), strict=True
-    ):
-        assert wide.dtype == plain.dtype == jnp.float32
-        np.testing.assert_allclose(wide, plain, atol=1e-4)
-
-    short = [array.astype(jnp.bfloat16) for array in (x, weights, dy)]
-    exact = outcome(reference_linear, *(array.astype(jnp.float32) for array in short))
-    y, dx, dweights = outcome(wide_product, short[0], weights, short[2])
-    for wide, true in ((y, exact[0]), (dx, exact[1])):
-        assert wide.dtype == jnp.bfloat16
-        np.testing.assert_allclose(wide.astype(jnp.float32), true, rtol=2**-8, atol=1e-4)
-    assert dweights.dtype == jnp.float32
-    np.testing.assert_allclose(dweights, exact[2], atol=1e-4)
-
-
-def test_only_a_cpu_multiplies_wide():
-    def mesh_of(platform):
-        return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-
-    assert product_of(mesh_of("cpu")) is wide_product
-    assert product_of(mesh_of("gpu")) is product_of(mesh_of("tpu")) is product_of(None) is reference_linear
-
-
-@pytest.mark.parametrize("product", [reference_linear, wide_product])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_residuals_kept_as_bits_give_the_same_gradients(remat, product):
-    params, tokens = init_params(TINY, 0), tokens_of(TINY, 2, 11)
-    segment_ids = jnp.asarray([[1] * 4 + [2] * 7, [1] * 11])
-
-    def compiled(keep):
-        def loss(p):
-            how = {"dtype": jnp.bfloat16, "remat": remat, "keep": keep, "product": product}
-            model = SmolLM.from_params(TINY, p, **how)
-            return jnp.square(model(tokens, segment_ids)).mean()
-
-        return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-
-    plain, bits = compiled(as_they_are), compiled(as_bits)
-    stack = f"u16[{TINY.num_layers},"
-    assert stack in bits.as_text()
-    assert stack not in plain.as_text()
-    (loss, gradients), (same, plainly) = bits(params), plain(params)
-    assert loss == same
-    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(plainly), strict=True):
-        assert jnp.abs(theirs).max() > 0
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * float(jnp.abs(theirs).max()))
 
 
 def test_what_is_cheap_is_not_kept():
@@ -310,7 +240,7 @@ def test_bf16_computes_in_bf16_and_gives_f32_logits_near_those_of_f32():
 def test_decoding_with_a_cache_equals_the_full_forward():
     """Two rows of different lengths, the shorter padded on its right, then five steps each at its own place."""
     model = SmolLM.from_params(TINY, scattered(TINY))
-    decoder, lengths, steps = model.decoder(), np.array([6, 3]), 5
+    decoder, lengths, steps = Decoder(model), np.array([6, 3]), 5
     rows = tokens_of(TINY, 2, 16)
     prompt = np.where(np.arange(6) < lengths[:, None], rows[:, :6], 0)
     positions = np.broadcast_to(np.arange(6), (2, 6))

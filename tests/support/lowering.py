@@ -1,10 +1,12 @@
 """Programs lowered for a GPU on a machine that has none."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 
 KERNEL = "@__gpu$xla.gpu.triton"
+H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 
 
 def lowered_for_cuda(jitted, *given):
