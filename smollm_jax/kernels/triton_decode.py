@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from smollm_jax.model.attention import MASKED
+from smollm_jax.model.ops import Rope
 
 # Outputs and warps of a program: the fastest settings tried on an H200 (benchmarks/RESULTS.md). The inputs and
 # keys read at a time are powers of two
@@ -51,18 +52,11 @@ class LayerWeights(NamedTuple):
 
 
 def layer_step(
-    x_BD: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    position_B: jax.Array,
-    layer_cache: LayerCache,
-    layer: LayerWeights,
-    *,
-    interpret: bool = False,
-) -> tuple[jax.Array, LayerCache]:
+    x_BD: jax.Array, rope: Rope, position_B: jax.Array, layer_cache: LayerCache, layer: LayerWeights,
+    *, interpret: bool = False,
+) -> tuple[jax.Array, LayerCache]:  # fmt: skip
     """Return the layer's output for one token per row, and its cache with the token's key and value added.
-
-    `rope` is cos and sin (B, H/2). `position_B` is int32; a position past the end of the cache is not written.
-    """
+    `rope` is (B, H/2). `position_B` is int32; a position past the end of the cache is not written."""
     qkv_BO = norm_product(x_BD, layer.attention_norm_D, layer.qkv_OD, layer.epsilon, interpret=interpret)
     seen_BI, layer_cache = attend(qkv_BO, rope, position_B, layer_cache, interpret=interpret)
     add = partial(add_product, interpret=interpret)
@@ -154,12 +148,7 @@ def _add_product_kernel(x_ref, y_ref, weights_ref, out_ref, *, inputs: int, outp
 
 
 def attend(
-    qkv_BO: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    position_B: jax.Array,
-    layer_cache: LayerCache,
-    *,
-    interpret: bool = False,
+    qkv_BO: jax.Array, rope: Rope, position_B: jax.Array, layer_cache: LayerCache, *, interpret: bool = False
 ) -> tuple[jax.Array, LayerCache]:
     """Return attention (B, N*H) of one token per row over the cache and itself, and the cache with the token.
 
