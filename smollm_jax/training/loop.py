@@ -21,7 +21,7 @@ from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.progress import report_step, write_line
 from smollm_jax.training.run import Outcome, Pending, Run, evaluation_due, save, save_due
-from smollm_jax.training.step import ENDED, GO, STOP, VOID
+from smollm_jax.training.step import Vote
 
 POLL_SECONDS = 0.2
 STUCK_SECONDS = 600.0  # added to --data-timeout, so that a source's own error comes first
@@ -31,7 +31,7 @@ STUCK_SECONDS = 600.0  # added to --data-timeout, so that a source's own error c
 class Ballot:
     """What a process contributes to a step: its vote, and rows with the cursor after them if it has any."""
 
-    vote: int
+    vote: Vote
     item: tuple[Batch, dict[str, Any] | None] | None = None
     fault: Exception | None = None
     """Why there are no rows: `SourceTimeout`, or a `ValueError` for data that cannot be read."""
@@ -51,47 +51,47 @@ def train(run: Run) -> Outcome:
         ballot = next_ballot(run, ballot)
         sent = dispatch(run, ballot)
         verdict = settle(run, pending)  # of the step before, while this one runs
-        if sent is not None and verdict == GO and not (evaluation_due(run) or save_due(run)):
+        if sent is not None and verdict == Vote.GO and not (evaluation_due(run) or save_due(run)):
             pending = sent
             continue
         last = ballot.vote if sent is None else settle(run, sent)
-        verdict, pending = (verdict if verdict >= ENDED else max(verdict, last)), None
-        if verdict == ENDED:
+        verdict, pending = (verdict if verdict >= Vote.ENDED else max(verdict, last)), None
+        if verdict == Vote.ENDED:
             write_line(run)
         with run.counters.paused():
-            if save_due(run) or verdict != GO:
+            if save_due(run) or verdict != Vote.GO:
                 save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
-            if verdict != GO:
+            if verdict != Vote.GO:
                 return outcome_of(run, verdict, ballot)
             if evaluation_due(run):
                 evaluate_run(run)
     verdict = settle(run, pending)
-    if verdict == ENDED:
+    if verdict == Vote.ENDED:
         write_line(run)
     save(run)
-    reached = verdict == GO or run.progress.step == run.last_step
+    reached = verdict == Vote.GO or run.progress.step == run.last_step
     return Outcome.DONE if reached else outcome_of(run, verdict, ballot)
 
 
 def next_ballot(run: Run, before: Ballot | None) -> Ballot:
     """The next rows, or the reason why there are none, with the vote that follows from it."""
-    if before is not None and before.vote == VOID:
+    if before is not None and before.vote == Vote.VOID:
         return before  # late rows do not change it: the step already in flight must be void as well
     if run.interrupted:
-        return Ballot(STOP)  # a process alone takes no further step for the sake of others
+        return Ballot(Vote.STOP)  # a process alone takes no further step for the sake of others
     began = time.monotonic()
     try:
         item = _wait_for_rows(run)
     except StopIteration:
-        return Ballot(STOP if run.stop.requested else ENDED)
+        return Ballot(Vote.STOP if run.stop.requested else Vote.ENDED)
     except (SourceTimeout, ValueError) as error:
-        return Ballot(VOID, fault=error)
+        return Ballot(Vote.VOID, fault=error)
     finally:
         run.counters.interval.data_wait_seconds += time.monotonic() - began
     if item is None:
-        return Ballot(VOID)
+        return Ballot(Vote.VOID)
     padding = not item[0].segment_ids.any()
-    return Ballot(STOP if run.stop.requested else ENDED if padding else GO, item)
+    return Ballot(Vote.STOP if run.stop.requested else Vote.ENDED if padding else Vote.GO, item)
 
 
 def _wait_for_rows(run: Run) -> tuple[Batch, dict[str, Any]] | None:
@@ -127,22 +127,22 @@ def _empty_batch(rows: int, seq_len: int) -> Batch:
     return Batch(np.zeros((rows, seq_len + 1), np.int32), np.zeros((rows, seq_len + 1), np.int32))
 
 
-def _votes(run: Run, vote: int) -> jax.Array:
+def _votes(run: Run, vote: Vote) -> jax.Array:
     """An array with this process's vote for each of its devices."""
     mine = np.full(1, vote, np.int32)
     return jax.make_array_from_callback((run.mesh.size,), by_device(run.mesh), lambda _: mine)
 
 
-def settle(run: Run, pending: Pending | None) -> int:
+def settle(run: Run, pending: Pending | None) -> Vote:
     """Wait for a step and return the verdict on it: `GO` or `STOP` if it counts, else `ENDED` or `VOID`.
 
     A step that does not count is undone: progress returns to the step before it.
     """
     if pending is None:
-        return GO
+        return Vote.GO
     if not run.job.several:
         report_step(run, pending)
-        return STOP if run.stop.requested else GO
+        return Vote.STOP if run.stop.requested else Vote.GO
     rows = run.config.batch_size_at(pending.step)
     with run.job.watchdog.step(rows, f"step {pending.step}"):
         votes, counts = jax.device_get((pending.metrics["votes"], pending.metrics["counts"]))
@@ -151,13 +151,13 @@ def settle(run: Run, pending: Pending | None) -> int:
     if not counts:
         if pending.step <= progress.step:
             progress.step, progress.cursor = pending.step - 1, pending.cursor_before
-        return VOID if votes[VOID] else ENDED
+        return Vote.VOID if votes[Vote.VOID] else Vote.ENDED
     assert pending.step <= progress.step, "a step counted after a void one"
     report_step(run, pending)
-    return STOP if votes[STOP] else GO
+    return Vote.STOP if votes[Vote.STOP] else Vote.GO
 
 
-def outcome_of(run: Run, verdict: int, ballot: Ballot | None) -> Outcome:
+def outcome_of(run: Run, verdict: Vote, ballot: Ballot | None) -> Outcome:
     """Why all processes end here; raises `ValueError` in all if one cannot read its data."""
     try:
         with run.job.all_or_none():
@@ -165,4 +165,4 @@ def outcome_of(run: Run, verdict: int, ballot: Ballot | None) -> Outcome:
                 raise ballot.fault
     except SourceTimeout as error:
         run.report.say(f"{error}; run the same command to go on")
-    return Outcome.DATA_ENDED if verdict == ENDED else Outcome.STOPPED
+    return Outcome.DATA_ENDED if verdict == Vote.ENDED else Outcome.STOPPED
