@@ -6,8 +6,8 @@ import pytest
 
 from smollm_jax.cli.arguments import parse
 from smollm_jax.config.architecture import MODELS
-from smollm_jax.kernels.cpu import wide_product
-from smollm_jax.model.ops import reference_linear
+from smollm_jax.kernels.cpu import wide_linear
+from smollm_jax.model.ops import Ops, reference_linear
 from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.planning.estimate import estimate, flops_per_token, memory_bytes, residual_bytes, sent_bytes
 from smollm_jax.planning.plan import POLICIES, step_of
@@ -74,15 +74,15 @@ def test_recomputed_values_are_not_kept_and_cost_flops():
     assert flops[0] == config.model.flops_per_token(2_048)
 
 
-@pytest.mark.parametrize("product", [reference_linear, wide_product])
+@pytest.mark.parametrize("linear", [reference_linear, wide_linear])
 @pytest.mark.parametrize("remat", POLICIES)
-def test_the_residuals_by_formula_are_those_the_model_keeps(remat, product):
+def test_the_residuals_by_formula_are_those_the_model_keeps(remat, linear):
     """Except for the softmaxes of the fused kernels, because attention is the reference here."""
     config, rows = MODELS["quickstart"], jnp.zeros((2, 64), jnp.int32)
 
     def residuals(params):
         def features(params):
-            how = {"dtype": jnp.bfloat16, "remat": remat, "product": product}
+            how = {"dtype": jnp.bfloat16, "remat": remat, "ops": Ops.with_linear(linear)}
             return SmolLM.from_params(config, params, **how).features(rows)
 
         return jax.vjp(features, params)[1]
