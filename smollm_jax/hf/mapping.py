@@ -24,25 +24,25 @@ Params = dict[str, Any]
 class WeightMapping:
     """One parameter: our path and HF's name, in which "{}" is the layer."""
 
-    ours: tuple[str, ...]
+    ours: str
     theirs: str
     inputs: int = 0
     """Number of our leading dims, the layer dim not counted, that are HF's second dim; 0: the same layout."""
 
 
 TABLE = (
-    WeightMapping(("embedding",), "model.embed_tokens.weight"),
-    WeightMapping(("blocks", "attention_norm", "scale"), "model.layers.{}.input_layernorm.weight"),
-    WeightMapping(("blocks", "attention", "q"), "model.layers.{}.self_attn.q_proj.weight", 1),
-    WeightMapping(("blocks", "attention", "k"), "model.layers.{}.self_attn.k_proj.weight", 1),
-    WeightMapping(("blocks", "attention", "v"), "model.layers.{}.self_attn.v_proj.weight", 1),
-    WeightMapping(("blocks", "attention", "o"), "model.layers.{}.self_attn.o_proj.weight", 2),
-    WeightMapping(("blocks", "mlp_norm", "scale"), "model.layers.{}.post_attention_layernorm.weight"),
-    WeightMapping(("blocks", "mlp", "gate"), "model.layers.{}.mlp.gate_proj.weight", 1),
-    WeightMapping(("blocks", "mlp", "up"), "model.layers.{}.mlp.up_proj.weight", 1),
-    WeightMapping(("blocks", "mlp", "down"), "model.layers.{}.mlp.down_proj.weight", 1),
-    WeightMapping(("final_norm", "scale"), "model.norm.weight"),
-    WeightMapping(("head",), "lm_head.weight"),
+    WeightMapping("embedding", "model.embed_tokens.weight"),
+    WeightMapping("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight"),
+    WeightMapping("blocks/attention/q", "model.layers.{}.self_attn.q_proj.weight", 1),
+    WeightMapping("blocks/attention/k", "model.layers.{}.self_attn.k_proj.weight", 1),
+    WeightMapping("blocks/attention/v", "model.layers.{}.self_attn.v_proj.weight", 1),
+    WeightMapping("blocks/attention/o", "model.layers.{}.self_attn.o_proj.weight", 2),
+    WeightMapping("blocks/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight"),
+    WeightMapping("blocks/mlp/gate", "model.layers.{}.mlp.gate_proj.weight", 1),
+    WeightMapping("blocks/mlp/up", "model.layers.{}.mlp.up_proj.weight", 1),
+    WeightMapping("blocks/mlp/down", "model.layers.{}.mlp.down_proj.weight", 1),
+    WeightMapping("final_norm/scale", "model.norm.weight"),
+    WeightMapping("head", "lm_head.weight"),
 )
 
 
@@ -56,29 +56,23 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-def shapes_of(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each of our parameters, the layer dim left out."""
-    shapes = parameter_shapes(config, one_layer=True)
-    return {tuple(path.split("/")): shape for path, shape in shapes.items()}
-
-
 def tensors(config: ModelConfig) -> list[Tensor]:
     """Return every tensor that a folder of this config holds, without a tied head."""
-    shapes, out = shapes_of(config), []
+    shapes, out = parameter_shapes(config, one_layer=True), []
     for entry in TABLE:
         if entry.ours not in shapes:
             continue
         shape = shapes[entry.ours]
         if entry.inputs:
             shape = (math.prod(shape[entry.inputs :]), math.prod(shape[: entry.inputs]))
-        for layer in range(config.num_layers) if entry.ours[0] == "blocks" else (None,):
+        for layer in range(config.num_layers) if entry.ours.startswith("blocks/") else (None,):
             out.append(Tensor(entry.theirs.format(layer), entry, layer, shape))
     return out
 
 
 def to_hf(params: Params, tensor: Tensor) -> np.ndarray:
     """Return HF's tensor as a view of our numpy parameters."""
-    value = flatten(params, "/")["/".join(tensor.entry.ours)]
+    value = flatten(params, "/")[tensor.entry.ours]
     if tensor.layer is not None:
         value = value[tensor.layer]
     return value.reshape(tensor.shape[::-1]).T if tensor.entry.inputs else value
@@ -86,15 +80,15 @@ def to_hf(params: Params, tensor: Tensor) -> np.ndarray:
 
 def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
     """Return our f32 parameters from `read(name)`; raises `UserError` naming a tensor of another shape."""
-    shapes = shapes_of(config)
+    shapes = parameter_shapes(config, one_layer=True)
     named: dict[str, np.ndarray] = {}
     for tensor in tensors(config):
-        value, path = read(tensor.name), "/".join(tensor.entry.ours)
+        value, path = read(tensor.name), tensor.entry.ours
         require(
             value.shape == tensor.shape,
             f"tensor {tensor.name}: expected shape {tensor.shape} from config.json, got {value.shape}",
         )
-        shape = shapes[tensor.entry.ours]
+        shape = shapes[path]
         value = (value.T if tensor.entry.inputs else value).reshape(shape)
         if tensor.layer is None:
             named[path] = value.astype(np.float32)
