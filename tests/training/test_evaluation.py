@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,16 @@ import pytest
 from smollm_jax import save_hf
 from smollm_jax.cli import commands
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.data.heldout import HeldOut
+from smollm_jax.data.packing import num_targets
+from smollm_jax.data.sources import Document
+from smollm_jax.distributed.processes import Processes
 from smollm_jax.model.transformer import SmolLM, init_params
+from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
-from smollm_jax.training.evaluation import HeldOutScore, evaluate_model
+from smollm_jax.training.evaluation import HeldOutScore, evaluate_model, evaluate_run
+from smollm_jax.training.run import Counters, Progress
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24,
@@ -96,6 +103,33 @@ def test_the_command_prints_the_score_as_one_json_line(folder, data, expected, m
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == expected[1]
     assert found["loss"] == pytest.approx(expected[0] / expected[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_an_evaluation_reads_as_much_whatever_the_accumulation(parts):
+    """Three batches of four rows, in parts that fit the memory of a micro-batch."""
+    rng, lines, rows = np.random.default_rng(0), [], []
+    tokens = [rng.integers(1, 300, size=rng.integers(5, 40), dtype=np.int32) for _ in range(60)]
+    documents = [Document(str(i), "a", "a", i, {}) for i in range(60)]
+
+    def nll(_, tokens_BT1, segment_ids_BT1):
+        rows.append(len(tokens_BT1))
+        return np.sum(segment_ids_BT1)
+
+    run = SimpleNamespace(
+        config=Config(
+            run=RunConfig(phases="9x4", sample_tokens=0), compute=ComputeConfig(grad_accum=parts),
+            data=DataConfig(seq_len=SEQ_LEN, eval_batches=3),
+        ),
+        heldout=HeldOut(documents, tokens, SEQ_LEN), interrupted=False, job=Processes(), stop=StopRequest(),
+        progress=Progress(step=9), counters=Counters(), nll=nll, state={"params": None},
+        tokenizer=SimpleNamespace(token_bytes=np.ones(300, np.int32)),
+        report=SimpleNamespace(evaluation=lambda line, _: lines.append(line)),
+    )  # fmt: skip
+    evaluate_run(run)
+    assert (sum(rows), set(rows)) == (12, {4 // parts})
+    whole = HeldOut(documents, tokens, SEQ_LEN).batches(4, 3)
+    assert lines[0]["eval_tokens"] == sum(map(num_targets, whole))
 
 
 def test_a_score_over_nothing_is_no_division_by_zero():
