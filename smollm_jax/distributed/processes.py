@@ -1,7 +1,6 @@
-"""The processes of one job: what each knows of the others.
+"""The processes of one job, which all run the same program.
 
-Each process runs the same program. The first process alone holds the lock and writes records and exports. What the
-processes must know of each other goes through `Processes.gather`, which all of them call at the same place.
+What they must know of each other goes through `Processes.gather`, which all of them call at the same place.
 """
 
 from __future__ import annotations
@@ -24,7 +23,10 @@ class PeerLost(RuntimeError):
 
 
 class Processes:
-    """The processes of the job, of which this one is `index`; a process alone is a job of one."""
+    """The processes of the job, of which this one is `index`; a process alone is a job of one.
+
+    The first process alone holds the lock and writes records and exports.
+    """
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
@@ -40,7 +42,6 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the records."""
         return self.index == 0
 
     def gather(self, value: Any) -> list[Any]:

@@ -38,8 +38,7 @@ class Comparison:
 
     steps: int
     compared: dict[str, str | None]
-    resumes: int = 0
-    """How often the run was killed and resumed from a checkpoint."""
+    resumes: int = 0  # how often the run was killed and resumed from a checkpoint
 
     @property
     def exact(self) -> bool:
