@@ -15,7 +15,7 @@ from smollm_jax.distributed.watchdog import Watchdog
 from smollm_jax.runtime.errors import EXIT_FAILED, SourceTimeout, UserError, one_line, require
 
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
-SHARED_FAULTS = (SourceTimeout, UserError)  # the gravest last; graver still is any other, as a RuntimeError
+FAULTS = (RuntimeError, UserError, SourceTimeout)  # shared, the gravest first; a RuntimeError stands for any other
 
 
 class PeerLost(RuntimeError):
@@ -97,15 +97,14 @@ class Processes:
 
     def _raise_in_all(self, fault: Exception | None) -> None:
         """Raise the gravest fault of any process in all of them, so that all end in the same way."""
-        gravity = next((i for i, kind in enumerate(SHARED_FAULTS) if isinstance(fault, kind)), len(SHARED_FAULTS))
-        faults = self.gather(None if fault is None else [-gravity, self.index, str(fault)])
-        found = [theirs for theirs in faults if theirs is not None]
-        if not found:
+        kind = next((i for i in (1, 2) if isinstance(fault, FAULTS[i])), 0)
+        shared = self.gather(None if fault is None else [kind, self.index, str(fault)])
+        if not (found := [theirs for theirs in shared if theirs is not None]):
             return
-        gravity, index, message = min(found)
+        kind, index, message = min(found)
         if index == self.index and fault is not None:
             raise fault
-        raise [*SHARED_FAULTS, RuntimeError][-gravity](f"process {index}: {message}")
+        raise FAULTS[kind](f"process {index}: {message}")
 
     def leave(self, code: int) -> None:
         """Wait until all processes are about to leave; `code` becomes the exit code of this one.

@@ -108,13 +108,12 @@ class Run:
     checkpoints: CheckpointManager
     state: dict[str, Any]
     report: RunMetrics | NullMetrics
-    progress: Progress = field(default_factory=Progress)
-    counters: Counters = field(default_factory=Counters)
-    computed: dict[str, Any] = field(default_factory=dict)
-    """Dtype, platform and number of devices, stored in each checkpoint."""
-    kernels: bool | None = None  # False if samples must not use kernels because the steps do not
+    progress: Progress
+    counters: Counters
+    computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
+    kernels: bool | None  # False if samples must not use kernels because the steps do not
+    setup_seconds: float
     generator: Generator | None = None  # decodes the samples; None before the first evaluation
-    setup_seconds: float = 0.0
 
     @property
     def interrupted(self) -> bool:
@@ -123,7 +122,6 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step this process trains: the end of the run, or --stop-after."""
         return min(self.config.total_steps, self.config.run.stop_after or self.config.total_steps)
 
     def close(self) -> None:
@@ -159,7 +157,7 @@ def evaluation_due(run: Run) -> bool:
 def save_due(run: Run) -> bool:
     """Whether the current step is followed by a checkpoint: every --checkpoint-every steps, and the last."""
     every, step = run.config.run.checkpoint_every, run.progress.step
+    if step == run.config.total_steps:
+        return True
     # in a row of bad steps there is nothing new to keep, and retention must not delete an older good state
-    return step == run.config.total_steps or (
-        every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row
-    )
+    return every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row

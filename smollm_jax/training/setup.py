@@ -53,9 +53,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     with job.first_then_rest():  # the first process saves the tokenizer, the others load it
         start = resolve_start(config, run_dir, checkpoints)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
-    found, config = start.checkpoint, start.config
-    # a text ends with the tokenizer's own eos
-    config = replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))
+    found, model = start.checkpoint, replace(start.config.model, eos_token_id=tokenizer.eos_id)
+    config = replace(start.config, model=model)  # a text ends with the tokenizer's own eos
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     with job.all_or_none():
