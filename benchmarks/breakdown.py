@@ -172,7 +172,7 @@ def _optimizer(config: Config, params: Any) -> Program:
     import jax.numpy as jnp
     import optax
 
-    from smollm_jax.training.step import make_optimizer
+    from smollm_jax.training.optimizer import make_optimizer
 
     optimizer = make_optimizer(config.optimizer)
 

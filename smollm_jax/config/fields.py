@@ -1,43 +1,48 @@
-"""Metadata of a setting: the range of its values, and whether a resumed run may change it."""
+"""A field of a settings dataclass: its default, its range, and whether a resumed run may change it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 from smollm_jax.runtime.errors import require
 
-AT_LEAST_1 = {"range": ("must be at least 1", lambda x: x >= 1)}
-AT_LEAST_0 = {"range": ("must be 0 or more", lambda x: x >= 0)}
-DEFAULT_OR_MORE = {"range": ("must be at least 1, or 0 for the default", lambda x: x >= 0)}
-ABOVE_0 = {"range": ("must be above 0", lambda x: x > 0)}
-FRACTION = {"range": ("must lie in [0, 1)", lambda x: 0 <= x < 1)}
+RANGES = {
+    "at least 1": lambda x: x >= 1,
+    "0 or more": lambda x: x >= 0,
+    "at least 1, or 0 for the default": lambda x: x >= 0,
+    "above 0": lambda x: x > 0,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
+Rule = Literal["", "free", "same maths", "schedule"]
 
-# a change of any other setting would change the result of a run
-FREE = {"resume": "free"}  # never changes the result, or belongs to the tokenizer that the run keeps
-SAME_MATHS = {"resume": "same maths"}  # changes the last bits at most
-SCHEDULE = {"resume": "schedule"}  # changes nothing if every update so far would be the same
+
+def setting(default: Any, within: str | None = None, *, resume: Rule = "") -> Any:
+    """Return a dataclass field with a default and a range, one of `RANGES`; None is always allowed.
+
+    A change when a run resumes is "free" if it never changes the result, or if the tokenizer that the run keeps
+    decides it. It is "same maths" if it changes the last bits at most, "schedule" if it changes nothing as long
+    as every update so far would be the same. Any other change is refused.
+    """
+    return dataclasses.field(default=default, metadata={"range": within, "resume": resume})
 
 
 def check_fields(settings: Any) -> None:
-    """Raise `UserError` naming a field that is NaN, infinite or out of its range; None is always allowed."""
+    """Raise `UserError` naming a field that is NaN, infinite or out of its range."""
     for item in dataclasses.fields(settings):
-        value = getattr(settings, item.name)
+        value, within = getattr(settings, item.name), item.metadata.get("range")
         finite = not isinstance(value, float) or math.isfinite(value)
         require(finite, f"{item.name}={value} must be a finite number")
-        if value is not None and "range" in item.metadata:
-            words, contains = item.metadata["range"]
-            require(contains(value), f"{item.name}={value} {words}")
+        good = value is None or within is None or RANGES[within](value)
+        require(good, f"{item.name}={value} must be {within}")
 
 
-def resume_rules(settings: Any, prefix: str = "") -> dict[str, str]:
-    """Return "free", "same maths", "schedule" or "" of every setting, by names such as "run.seed"."""
-    rules: dict[str, str] = {}
+def resume_rules(settings: Any, prefix: str = "") -> dict[str, Rule]:
+    """Return the rule of every setting for a resumed run, by names such as "run.seed"."""
+    rules: dict[str, Rule] = {}
     for item in dataclasses.fields(settings):
         value, name = getattr(settings, item.name), prefix + item.name
-        if dataclasses.is_dataclass(value):
-            rules |= resume_rules(value, f"{name}.")
-        else:
-            rules[name] = item.metadata.get("resume", "")
+        nested = dataclasses.is_dataclass(value)
+        rules |= resume_rules(value, f"{name}.") if nested else {name: item.metadata.get("resume", "")}
     return rules

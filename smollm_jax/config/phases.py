@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from typing import NamedTuple
 
 from smollm_jax.runtime.errors import require
 
 
-@dataclass(frozen=True, kw_only=True)
-class Phase:
+class Phase(NamedTuple):
     """`steps` updates with `batch_size` sequences each."""
 
     steps: int
@@ -17,15 +17,11 @@ class Phase:
 
 def parse_phases(text: str) -> tuple[Phase, ...]:
     """Return the phases of a text such as "5000x32,50x8"; raises `UserError` for any other text."""
-    phases = []
-    for part in text.split(","):
-        steps, _, batch_size = part.strip().partition("x")
-        require(
-            steps.isdecimal() and batch_size.isdecimal() and int(steps) > 0 and int(batch_size) > 0,
-            f"phases={text!r} must read STEPSxBATCH,STEPSxBATCH such as 5000x32,50x8",
-        )
-        phases.append(Phase(steps=int(steps), batch_size=int(batch_size)))
-    return tuple(phases)
+    parts = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
+    phases = tuple(Phase(int(part[1]), int(part[2])) for part in parts if part)
+    good = len(phases) == len(parts) and all(min(phase) > 0 for phase in phases)
+    require(good, f"phases={text!r} must read STEPSxBATCH,STEPSxBATCH such as 5000x32,50x8")
+    return phases
 
 
 def resize(phases: tuple[Phase, ...], steps: int | None, batch_size: int | None) -> tuple[Phase, ...]:
@@ -34,17 +30,12 @@ def resize(phases: tuple[Phase, ...], steps: int | None, batch_size: int | None)
     Fewer steps cut the end off, more steps make the longest phase longer. The longest phase has the batch size,
     and no other phase a larger one.
     """
-    longest = max(phases, key=lambda phase: phase.steps)
-    resized, left = [], steps
+    longest, total = max(phases, key=lambda phase: phase.steps), sum(phase.steps for phase in phases)
+    resized, left = [], total if steps is None else steps
+    more = max(0, left - total)
     for phase in phases:
-        length, size = phase.steps, phase.batch_size
-        if steps is not None and left is not None:
-            if phase is longest:
-                length += max(0, steps - sum(phase.steps for phase in phases))
-            length = min(length, left)
-            left -= length
-        if batch_size is not None:
-            size = batch_size if phase is longest else min(size, batch_size)
-        if length > 0:
-            resized.append(Phase(steps=length, batch_size=size))
-    return tuple(resized)
+        length = min(phase.steps + (more if phase is longest else 0), left)
+        left -= length
+        most = phase.batch_size if batch_size is None else batch_size
+        resized.append(Phase(length, most if phase is longest else min(phase.batch_size, most)))
+    return tuple(phase for phase in resized if phase.steps > 0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.settings import Config, DataConfig, OptimizerConfig, RunConfig
 
+DOCS_PROMPTS = ("Return the", "The following example", "If the argument is", "A class is")
 RECIPES = {
     "replica": Config(),
     "smollm2": Config(
@@ -26,11 +27,7 @@ RECIPES = {
         recipe="quickstart",
         preset="quickstart",
         run=RunConfig(
-            phases="1600x4",
-            log_every=50,
-            eval_every=400,
-            checkpoint_every=400,
-            sample_prompts=("Return the", "The following example", "If the argument is", "A class is"),
+            phases="1600x4", log_every=50, eval_every=400, checkpoint_every=400, sample_prompts=DOCS_PROMPTS
         ),
         data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256, eval_batches=64),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine"),

@@ -1,27 +1,18 @@
 """Every setting of the project as frozen dataclasses, checked when they are made.
 
-This module imports nothing heavy, so that `--help` answers at once, and knows nothing of JAX, files or the
-network. A number has one home: the default of its field, or the recipe or preset that differs from it. A mistake
-raises `UserError` with what was expected, what came and what to do.
+The text beside or below a field is its help. A number has one home: the default of its field, or the recipe or
+preset that differs from it. This module imports nothing heavy, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from smollm_jax.config.architecture import MODELS, ModelConfig
-from smollm_jax.config.fields import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    DEFAULT_OR_MORE,
-    FRACTION,
-    FREE,
-    SAME_MATHS,
-    SCHEDULE,
-    check_fields,
-)
+from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
 from smollm_jax.runtime.errors import require
 
@@ -40,26 +31,26 @@ AttentionName = Literal["auto", "plain", "splash", "pallas"]
 class ComputeConfig:
     """How the result is computed; only `dtype` changes it by more than rounding."""
 
-    mesh: str = field(default="", metadata=SAME_MATHS)
+    mesh: str = setting("", resume="same maths")
     """Devices per mesh axis, such as data=4,fsdp=2,tensor=1; empty: all devices on data."""
-    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata=FREE)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", resume="free")
     """Compute dtype over float32 parameters. auto: float32 on a CPU, bfloat16 on GPU and TPU."""
-    remat: Remat = field(default="auto", metadata=SAME_MATHS)
+    remat: Remat = setting("auto", resume="same maths")
     """What the backward pass recomputes. none: cheap ops; dots: all but matmuls; full: all; auto: by memory."""
-    attention: AttentionName = field(default="auto", metadata=SAME_MATHS)
+    attention: AttentionName = setting("auto", resume="same maths")
     """Kernel. plain: the reference; splash: TPU; pallas: GPU; auto: the best that agrees with plain at start."""
-    coordinator: str | None = field(default=None, metadata=FREE)
+    coordinator: str | None = setting(None, resume="free")
     """HOST:PORT of the first process, if no launcher tells it; then give each process its number too."""
-    num_processes: int | None = field(default=None, metadata=FREE)
-    process_id: int | None = field(default=None, metadata=FREE)
+    num_processes: int | None = setting(None, resume="free")
+    process_id: int | None = setting(None, resume="free")
     """Number of this process, counted from 0, with --coordinator."""
-    unroll: int = field(default=0, metadata=DEFAULT_OR_MORE | SAME_MATHS)
+    unroll: int = setting(0, "at least 1, or 0 for the default", resume="same maths")
     """Layers per iteration of the scan over layers; 0: all on a GPU with its kernels and remat none, else 1."""
-    loss_chunk: int = field(default=0, metadata=DEFAULT_OR_MORE | SAME_MATHS)
+    loss_chunk: int = setting(0, "at least 1, or 0 for the default", resume="same maths")
     """Tokens whose logits exist at once; 0: 1,024, or 8,192 on a GPU with its kernels unless remat is full."""
-    grad_accum: int = field(default=1, metadata=AT_LEAST_1 | SAME_MATHS)
+    grad_accum: int = setting(1, "at least 1", resume="same maths")
     """Microbatches per step; the gradient equals the gradient of the whole batch."""
-    compilation_cache_dir: str = field(default="~/.cache/smollm_jax", metadata=FREE)
+    compilation_cache_dir: str = setting("~/.cache/smollm_jax", resume="free")
     """Folder that keeps compiled programs between runs; empty: keep none."""
 
     def __post_init__(self) -> None:
@@ -100,115 +91,90 @@ class DataConfig:
 
     data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
     """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file or glob, or builtin:python-docs; A=0.7,B=0.3 mixes."""
-    split: str = "train"
-    """Split of a Hub dataset."""
-    text_column: str = "text"
-    """Column that holds the text."""
+    split: str = "train"  # Split of a Hub dataset.
+    text_column: str = "text"  # Column that holds the text.
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
     """Hub id, folder, or train:VOCAB to train a byte-level BPE on the start of the data."""
-    seq_len: int = field(default=2_048, metadata=AT_LEAST_1)
-    """Tokens per sequence."""
-    shuffle_window: int = field(default=1_024, metadata=AT_LEAST_1)
-    """Documents shuffled together; 1: the order of the source."""
-    shards: int = field(default=1, metadata=AT_LEAST_1)
+    seq_len: int = setting(2_048, "at least 1")  # Tokens per sequence.
+    shuffle_window: int = setting(1_024, "at least 1")  # Documents shuffled together; 1: the order of the source.
+    shards: int = setting(1, "at least 1")
     """Streams that fill a batch, each with its shard of the data; a process reads only its own."""
-    epochs: int = field(default=0, metadata=AT_LEAST_0)
+    epochs: int = setting(0, "0 or more")
     """Passes over a finite source, each shuffled anew; 0: for as long as the run lasts."""
     eval_data: str | None = None
     """Held-out source; default: documents of the training source, which training then skips."""
-    eval_documents: int = field(default=200, metadata=AT_LEAST_0)
-    """Documents held out; 0: none."""
-    eval_batches: int = field(default=16, metadata=AT_LEAST_1)
-    """Maximum number of batches per evaluation."""
-    on_bad_data: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
+    eval_documents: int = setting(200, "0 or more")  # Documents held out; 0: none.
+    eval_batches: int = setting(16, "at least 1")  # Maximum number of batches per evaluation.
+    on_bad_data: Literal["stop", "skip"] = setting("stop", resume="free")
     """What to do with a row that cannot be read: stop the run, or skip and count it."""
-    data_timeout: float = field(default=600.0, metadata=ABOVE_0 | FREE)
+    data_timeout: float = setting(600.0, "above 0", resume="free")
     """Seconds to wait for a silent source before the run saves and exits with code 75."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
-            self.eval_data is None or self.eval_documents > 0,
-            f"eval_data={self.eval_data} is read, so eval_documents=0 must be above 0",
-        )
+        unread = self.eval_data is not None and not self.eval_documents
+        require(not unread, f"eval_data={self.eval_data} is read, so eval_documents=0 must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
-    learning_rate: float = field(default=6e-4, metadata=ABOVE_0 | SCHEDULE)
-    """Peak learning rate."""
-    schedule: Literal["linear", "constant", "cosine", "wsd"] = field(default="linear", metadata=SCHEDULE)
+    learning_rate: float = setting(6e-4, "above 0", resume="schedule")  # Peak learning rate.
+    schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
     """After the warm-up: linear or cosine decay to the end, constant, or wsd (stable, then linear decay)."""
-    warmup_steps: int | None = field(default=None, metadata=AT_LEAST_0 | SCHEDULE)
+    warmup_steps: int | None = setting(None, "0 or more", resume="schedule")
     """Steps of linear warm-up; default: the recipe's, at most a tenth of the steps."""
-    decay_steps: int | None = field(default=None, metadata=AT_LEAST_0 | SCHEDULE)
+    decay_steps: int | None = setting(None, "0 or more", resume="schedule")
     """Steps of the decay of wsd; default: a fifth of the steps."""
-    final_learning_rate: float = field(default=0.0, metadata=AT_LEAST_0 | SCHEDULE)
+    final_learning_rate: float = setting(0.0, "0 or more", resume="schedule")
     """Learning rate at the end of a decay."""
-    beta1: float = field(default=0.9, metadata=FRACTION)
-    beta2: float = field(default=0.95, metadata=FRACTION)
-    epsilon: float = field(default=1e-8, metadata=ABOVE_0)
-    weight_decay: float = field(default=0.01, metadata=AT_LEAST_0)
-    """Decoupled weight decay; norm weights are exempt."""
-    clip_norm: float = field(default=1.0, metadata=ABOVE_0)
-    """Global gradient norm above which gradients are scaled down."""
-    max_bad_steps: int = field(default=10, metadata=ABOVE_0 | FREE)
+    beta1: float = setting(0.9, "in [0, 1)")
+    beta2: float = setting(0.95, "in [0, 1)")
+    epsilon: float = setting(1e-8, "above 0")
+    weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay; norm weights are exempt.
+    clip_norm: float = setting(1.0, "above 0")  # Global gradient norm above which gradients are scaled down.
+    max_bad_steps: int = setting(10, "above 0", resume="free")
     """Stop after this many steps in a row without finite gradients; such steps change nothing."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
-            self.final_learning_rate <= self.learning_rate,
-            f"final_learning_rate={self.final_learning_rate} must not be above learning_rate={self.learning_rate}",
-        )
-        require(
-            self.final_learning_rate == 0 or self.schedule != "constant",
-            f"final_learning_rate={self.final_learning_rate} belongs to a schedule that decays; constant came",
-        )
-        require(
-            self.decay_steps is None or self.schedule == "wsd",
-            f"decay_steps={self.decay_steps} belongs to --schedule wsd; {self.schedule} came",
-        )
+        peak, final, schedule = self.learning_rate, self.final_learning_rate, self.schedule
+        require(final <= peak, f"final_learning_rate={final} must not be above learning_rate={peak}")
+        decays = final == 0 or schedule != "constant"
+        require(decays, f"final_learning_rate={final} belongs to a schedule that decays; constant came")
+        decay_fits = self.decay_steps is None or schedule == "wsd"
+        require(decay_fits, f"decay_steps={self.decay_steps} belongs to --schedule wsd; {schedule} came")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """How long, how large and where a run is, and what it shows and keeps."""
 
-    run_dir: str | None = field(default=None, metadata=FREE)
-    """Run folder; default: runs/RECIPE."""
-    new_run: bool = field(default=False, metadata=FREE)
+    run_dir: str | None = setting(None, resume="free")  # Run folder; default: runs/RECIPE.
+    new_run: bool = setting(False, resume="free")
     """Start afresh: an existing run folder is moved aside, not deleted."""
-    init_from: str | None = None
-    """Weights to start from: a run, an exported folder or a Hub id."""
-    phases: str = field(default="5000x32,50x8", metadata=SCHEDULE)
+    init_from: str | None = None  # Weights to start from: a run, an exported folder or a Hub id.
+    phases: str = setting("5000x32,50x8", resume="schedule")
     """Phases as STEPSxBATCH, one after the other under one schedule."""
-    steps: int | None = field(default=None, metadata=AT_LEAST_1 | SCHEDULE)
+    steps: int | None = setting(None, "at least 1", resume="schedule")
     """Length of the run and of its schedule; default: the sum of the phases."""
-    batch_size: int | None = field(default=None, metadata=AT_LEAST_1 | SCHEDULE)
+    batch_size: int | None = setting(None, "at least 1", resume="schedule")
     """Sequences per step in the longest phase; phases with smaller batches keep theirs."""
-    stop_after: int | None = field(default=None, metadata=AT_LEAST_1 | FREE)
+    stop_after: int | None = setting(None, "at least 1", resume="free")
     """Save and stop after this step; the schedule stays, and the same command without the flag continues."""
-    seed: int = field(default=0, metadata=AT_LEAST_0)
-    """Seed of the initial weights, the shuffling and the samples."""
-    log_every: int = field(default=10, metadata=AT_LEAST_1 | FREE)
-    """Steps between reports."""
-    eval_every: int = field(default=500, metadata=AT_LEAST_0 | FREE)
+    seed: int = setting(0, "0 or more")  # Seed of the initial weights, the shuffling and the samples.
+    log_every: int = setting(10, "at least 1", resume="free")  # Steps between reports.
+    eval_every: int = setting(500, "0 or more", resume="free")
     """Steps between evaluations, with one more at the end; 0: never."""
-    checkpoint_every: int = field(default=500, metadata=AT_LEAST_0 | FREE)
+    checkpoint_every: int = setting(500, "0 or more", resume="free")
     """Steps between checkpoints, with one more at the end; 0: only at the end."""
-    keep_last: int = field(default=3, metadata=AT_LEAST_1 | FREE)
-    """Newest checkpoints kept."""
-    keep_every: int = field(default=0, metadata=AT_LEAST_0 | FREE)
+    keep_last: int = setting(3, "at least 1", resume="free")  # Newest checkpoints kept.
+    keep_every: int = setting(0, "0 or more", resume="free")
     """Keep the checkpoint of every Nth step permanently; 0: none."""
-    sample_prompts: tuple[str, ...] = field(default=PROMPTS, metadata=FREE)
-    """Prompts continued at each evaluation."""
-    sample_tokens: int = field(default=64, metadata=AT_LEAST_0 | FREE)
-    """Tokens per sample; 0: no samples."""
-    export: bool = field(default=True, metadata=FREE)
-    """Write a Hugging Face folder to RUN/export at the end."""
+    sample_prompts: tuple[str, ...] = setting(PROMPTS, resume="free")  # Prompts continued at each evaluation.
+    sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample; 0: no samples.
+    export: bool = setting(True, resume="free")  # Write a Hugging Face folder to RUN/export at the end.
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -221,9 +187,9 @@ class RunConfig:
 class Config:
     """All settings of a run."""
 
-    recipe: str = field(default="replica", metadata=FREE)
+    recipe: str = setting("replica", resume="free")
     """replica: the seed's run. smollm2: the published recipe. quickstart: no download, minutes on a CPU."""
-    preset: str = field(default="135M", metadata=FREE)
+    preset: str = setting("135M", resume="free")
     """Architecture: 135M, 360M, 1.7B or quickstart; the flags under `model` change single numbers."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -234,26 +200,21 @@ class Config:
     def __post_init__(self) -> None:
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
-        micro, warmup, steps = self.compute.grad_accum, self.optimizer.warmup_steps, self.total_steps
+        steps, warmup, decay = self.total_steps, self.warmup_steps, self.decay_steps
         require(steps < 2**31, f"steps={steps} must be below 2**31")
         for size in (phase.batch_size for phase in self.phases):
-            require(size % micro == 0, f"grad_accum={micro} must divide the batch size {size} of every phase")
-            shards = self.data.shards
-            require(size % shards == 0, f"shards={shards} must divide every batch size; {size} came")
+            for name, parts in (("grad_accum", self.compute.grad_accum), ("shards", self.data.shards)):
+                require(size % parts == 0, f"{name}={parts} must divide the batch size {size} of every phase")
         require(
-            warmup is None or warmup < steps,
-            f"warmup_steps={warmup} must be below the {steps} steps of the run; "
-            "leave --warmup-steps out to have the recipe's fitted",
+            warmup < steps or self.optimizer.warmup_steps is None,
+            f"warmup_steps={warmup} must be below the {steps} steps of the run; leave it out to have it fitted",
         )
         require(
-            self.warmup_steps + self.decay_steps <= steps,
-            f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} together must not "
-            f"exceed the {steps} steps of the run",
+            warmup + decay <= steps,
+            f"warmup_steps={warmup} and decay_steps={decay} together must not exceed the {steps} steps of the run",
         )
-        require(
-            self.data.seq_len <= self.model.max_seq_len,
-            f"seq_len={self.data.seq_len} must not exceed the model's max_seq_len={self.model.max_seq_len}",
-        )
+        length, longest = self.data.seq_len, self.model.max_seq_len
+        require(length <= longest, f"seq_len={length} must not exceed the model's max_seq_len={longest}")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -271,11 +232,8 @@ class Config:
 
     def batch_size_at(self, step: int) -> int:
         """Return the sequences of update `step`, counted from 1."""
-        for phase in self.phases:
-            if step <= phase.steps:
-                return phase.batch_size
-            step -= phase.steps
-        raise ValueError(f"step lies {step} past the end of the run")
+        ends = list(accumulate(phase.steps for phase in self.phases))
+        return self.phases[bisect_left(ends, step)].batch_size
 
     @property
     def warmup_steps(self) -> int:

@@ -1,8 +1,7 @@
 """Connect the processes of a job, and end them together.
 
-They are named by --coordinator, or found by JAX itself, which reads what SLURM, Open MPI, Cloud TPU or Kubernetes
-set in the environment. JAX's heartbeats watch over the processes: when one is dead or stopped, or the first one is
-gone, JAX aborts all others, and a handler turns the abort into a message and exit code 75.
+They are named by --coordinator, or found by JAX itself, which reads what a launcher sets in the environment. If a
+process is dead or stopped, JAX aborts all others, and a handler turns the abort into a message and exit code 75.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from typing import Any
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.distributed.processes import PeerLost, Processes
 from smollm_jax.distributed.watchdog import AGAIN
+from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError, one_line, require
 from smollm_jax.runtime.signals import end_with
 
@@ -76,11 +75,8 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
 
 def connect(compute: ComputeConfig) -> Processes:
     """Connect with the other processes, if there are any."""
-    given: dict[str, Any] = {
-        "coordinator_address": compute.coordinator,
-        "num_processes": compute.num_processes,
-        "process_id": compute.process_id,
-    }
+    job = (compute.coordinator, compute.num_processes, compute.process_id)
+    given: dict[str, Any] = dict(zip(KUBERNETES, job, strict=True))
     if compute.coordinator is None:
         on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
         may_be_a_pod = on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
@@ -103,10 +99,8 @@ def connect(compute: ComputeConfig) -> Processes:
         if compute.coordinator is None and "coordinator_address" in str(error) and not _are_several():
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
             return Processes()  # a TPU of one host, such as a notebook's
-        where = compute.coordinator or "found by the launcher"
-        raise UserError(
-            f"the job's processes did not come together (coordinator {where}): {one_line(error)}"
-        ) from None
+        where = f"coordinator {compute.coordinator or 'found by the launcher'}"
+        raise UserError(f"the job's processes did not come together ({where}): {one_line(error)}") from None
     jobs.append(Processes(jax.process_index(), jax.process_count()))
     return jobs[0]
 
@@ -129,10 +123,8 @@ def _wait_for(coordinator: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except OSError:
-            require(
-                time.monotonic() < deadline,
-                f"--coordinator {coordinator} does not answer; is the process with --process-id 0 running there?",
-            )
+            hint = "is the process with --process-id 0 running there?"
+            require(time.monotonic() < deadline, f"--coordinator {coordinator} does not answer; {hint}")
             time.sleep(0.2)
 
 
@@ -145,10 +137,9 @@ def _keep_stdout() -> None:
 
 
 def _explain_abort() -> list[Processes]:
-    """Turn an abort of JAX's client into a message and an exit code.
+    """Turn an abort of JAX's client, which has no working callback, into a message and an exit code.
 
-    The client has no working callback for a process that does not connect or is gone: it aborts. The job is to be
-    added to the returned list once it is connected.
+    The job is to be added to the returned list once it is connected.
     """
     jobs: list[Processes] = []
 
@@ -173,12 +164,5 @@ def _is_whole() -> bool:
 
     client = distributed.global_state.client
     assert client is not None
-
-    answered = threading.Event()
-
-    def ask() -> None:
-        client.key_value_dir_get("smollm_jax")
-        answered.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(ANSWER_SECONDS)
+    asked = BackgroundTask(lambda: client.key_value_dir_get("smollm_jax"))
+    return asked.wait(ANSWER_SECONDS) and asked.error is None

@@ -1,7 +1,6 @@
-"""The processes of one job: what each knows of the others.
+"""The processes of one job, which all run the same program.
 
-Each process runs the same program. The first process alone holds the lock and writes records and exports. What the
-processes must know of each other goes through `Processes.gather`, which all of them call at the same place.
+What they must know of each other goes through `Processes.gather`, which all of them call at the same place.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from smollm_jax.distributed.watchdog import Watchdog
 from smollm_jax.runtime.errors import EXIT_FAILED, SourceTimeout, UserError, one_line, require
 
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
-SHARED_FAULTS = (SourceTimeout, UserError)  # the gravest last; graver still is any other, as a RuntimeError
+FAULTS = (RuntimeError, UserError, SourceTimeout)  # shared, the gravest first; a RuntimeError stands for any other
 
 
 class PeerLost(RuntimeError):
@@ -24,7 +23,10 @@ class PeerLost(RuntimeError):
 
 
 class Processes:
-    """The processes of the job, of which this one is `index`; a process alone is a job of one."""
+    """The processes of the job, of which this one is `index`; a process alone is a job of one.
+
+    The first process alone holds the lock and writes records and exports.
+    """
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
@@ -40,7 +42,6 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the records."""
         return self.index == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -96,15 +97,14 @@ class Processes:
 
     def _raise_in_all(self, fault: Exception | None) -> None:
         """Raise the gravest fault of any process in all of them, so that all end in the same way."""
-        gravity = next((i for i, kind in enumerate(SHARED_FAULTS) if isinstance(fault, kind)), len(SHARED_FAULTS))
-        faults = self.gather(None if fault is None else [-gravity, self.index, str(fault)])
-        found = [theirs for theirs in faults if theirs is not None]
-        if not found:
+        kind = next((i for i in (1, 2) if isinstance(fault, FAULTS[i])), 0)
+        shared = self.gather(None if fault is None else [kind, self.index, str(fault)])
+        if not (found := [theirs for theirs in shared if theirs is not None]):
             return
-        gravity, index, message = min(found)
+        kind, index, message = min(found)
         if index == self.index and fault is not None:
             raise fault
-        raise [*SHARED_FAULTS, RuntimeError][-gravity](f"process {index}: {message}")
+        raise FAULTS[kind](f"process {index}: {message}")
 
     def leave(self, code: int) -> None:
         """Wait until all processes are about to leave; `code` becomes the exit code of this one.

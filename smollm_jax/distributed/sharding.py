@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from smollm_jax.config.architecture import PARAMETER_DIMS
 from smollm_jax.config.settings import MESH_AXES, Config
@@ -30,24 +31,25 @@ PREFERRED = {"tensor": "NKFVDH", "fsdp": "DFVNKH"}
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of --mesh; without it all devices on `data`, or as few as take the run's steps as fast.
+    """Return the mesh of --mesh; without it all devices on `data`, or as few as take the run's steps as fast.
 
-    Raises `ValueError` when there are too few devices, or more than there are rows for.
+    Raises `UserError` if there are too few devices, or more than there are rows for.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = config.compute.mesh_sizes
-    several = len({device.process_index for device in devices}) > 1
-    if not sizes:
-        sizes = {"data": len(devices) if several else _useful(config, len(devices))}
+    several, parts = _are_shared(devices), config.compute.grad_accum
+
+    def rows_in_turn(count: int) -> int:
+        return sum(phase.steps * -(-phase.batch_size // (count * parts)) for phase in config.phases)
+
+    useful = len(devices) if several else min(range(1, len(devices) + 1), key=rows_in_turn)
+    sizes = config.compute.mesh_sizes or {"data": useful}
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     count, rows = math.prod(shape), math.prod(shape[: len(BATCH_AXES)])
     needs = f"--mesh {config.compute.mesh} needs {count} devices"
     require(count <= len(devices), f"{needs}, and there are {len(devices)}")
-    require(
-        count == len(devices) or not several,
-        f"{needs}; where several processes share the work it has to use all {len(devices)}",
-    )
-    most = max(phase.batch_size for phase in config.phases) // config.compute.grad_accum
+    all_used = count == len(devices) or not several
+    require(all_used, f"{needs}; if several processes share the work it has to use all {len(devices)}")
+    most = max(phase.batch_size for phase in config.phases) // parts
     require(
         most >= rows,
         f"{most} rows, the largest batch of the phases over --grad-accum, leave some of {rows} devices without "
@@ -56,136 +58,104 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:count])
 
 
-def _useful(config: Config, count: int) -> int:
-    """The fewest of `count` devices on which a run's steps have as few rows a device as on all of them."""
+def is_shared(mesh: Mesh) -> bool:
+    """Return whether several processes hold the devices of `mesh`."""
+    return _are_shared(mesh.devices.flat)
 
-    def rows_in_turn(devices: int) -> int:
-        return sum(phase.steps * -(-phase.batch_size // (devices * parts)) for phase in config.phases)
 
-    parts = config.compute.grad_accum
-    return min(range(1, count + 1), key=lambda devices: (rows_in_turn(devices), devices))
+def _are_shared(devices: Any) -> bool:
+    return len({device.process_index for device in devices}) > 1
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are divided into."""
+    """Return the number of parts that the rows of a batch are divided into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def padded_rows(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
-    """`batch_size` and the empty rows that give each device as many as the others, in each of `parts`
-    micro-batches.
-    """
+    """Return `batch_size` with padding: each device has as many rows in each of `parts` micro-batches."""
     each = row_shards(mesh) * parts
     return -(-batch_size // each) * each
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def by_row(mesh: Mesh) -> NamedSharding:
-    """Of a batch, or of activations: rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def by_device(mesh: Mesh) -> NamedSharding:
-    """Of an array with one entry a device."""
-    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
-
-
-def is_shared(mesh: Mesh) -> bool:
-    """Whether several processes hold its devices."""
-    return len({device.process_index for device in mesh.devices.flat}) > 1
+def sharded(mesh: Mesh, axes: tuple[str, ...] = ()) -> NamedSharding:
+    """Return the layout of arrays whose first dim is divided over `axes`; without axes, replicated."""
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
 def shards_here(mesh: Mesh, config: Config) -> range:
-    """Of the `config.data.shards` lanes of a batch, those with a row on the devices of this process.
+    """Return those of the `config.data.shards` of a batch that have a row on the devices of this process.
 
     Never none: a process that has nothing but padding keeps the last, which others have too.
     """
     shards, wanted = config.data.shards, set()
     for batch_size in {phase.batch_size for phase in config.phases}:
-        rows = padded_rows(batch_size, mesh, config.compute.grad_accum)
-        for index in by_row(mesh).addressable_devices_indices_map((rows,)).values():
-            first, end, _ = index[0].indices(rows) if index else (0, rows, 1)
-            wanted |= {row * shards // batch_size for row in range(first, min(end, batch_size))}
+        rows = np.arange(padded_rows(batch_size, mesh, config.compute.grad_accum))
+        for index in sharded(mesh, BATCH_AXES).addressable_devices_indices_map(rows.shape).values():
+            wanted |= {int(row) * shards // batch_size for row in rows[index] if row < batch_size}
     return range(min(wanted), max(wanted) + 1) if wanted else range(shards - 1, shards)
 
 
 def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.Array:
-    """The rows of a batch that this process has made, from `first_row` on, as its part of an array of `rows`;
-    what lies behind the batch is padding, zeros.
+    """Return a batch of `rows` on the devices, of which this process has made `array`, from `first_row` on.
+
+    The rows after the batch are padding: zeros.
     """
-    layout = by_row(mesh)
+    layout = sharded(mesh, BATCH_AXES)
     if layout.is_fully_addressable and len(array) == rows:
         return jax.device_put(array, layout)
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        begin, end, _ = index[0].indices(rows) if index else (0, rows, 1)
-        made = array[begin - first_row : end - first_row]
-        return np.pad(made, [(0, end - begin - len(made)), *[(0, 0)] * (array.ndim - 1)])
-
-    return jax.make_array_from_callback((rows, *array.shape[1:]), layout, part)
+    whole = np.zeros((rows, *array.shape[1:]), array.dtype)
+    whole[first_row : first_row + len(array)] = array
+    return jax.make_array_from_callback(whole.shape, layout, whole.__getitem__)
 
 
 def on_one_device(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of a tree, whole, on the first of this process's devices; called by all processes."""
+    """Return a tree with whole arrays on the first of this process's devices; called by all processes."""
     if not is_shared(mesh):
         return jax.device_put(tree, mesh.devices.flat[0])
-    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+    whole = jax.jit(lambda tree: tree, out_shardings=sharded(mesh))(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The layout of the parameter, or moment, called `name`; raises `ValueError` where an axis divides no dim."""
-    letters = DIMS.get(name, "")
+    """Return the layout of a parameter or moment by its name; raises `UserError` if an axis divides no dim."""
+    letters, taken = DIMS.get(name, ""), {}
     if not letters or len(letters) != len(shape):
         return PartitionSpec()
-    taken: dict[str, str] = {}
+    sizes = dict(zip(letters, shape, strict=True))
     for axis, wanted in PREFERRED.items():
-        size = mesh.shape[axis]
-        if size == 1:
-            continue
-        dims = [c for c in wanted if c in letters and c not in taken and shape[letters.index(c)] % size == 0]
-        require(
-            bool(dims),
-            f"--mesh {axis}={size} divides no dim of {name} {dict(zip(letters, shape, strict=True))}; "
-            "give a number that does",
-        )
-        taken[dims[0]] = axis
-    return PartitionSpec(*(taken.get(letter) for letter in letters))
+        if (parts := mesh.shape[axis]) > 1:
+            dims = [dim for dim in wanted if dim in sizes and dim not in taken and sizes[dim] % parts == 0]
+            require(bool(dims), f"--mesh {axis}={parts} divides no dim of {name} {sizes}; give a number that does")
+            taken[dims[0]] = axis
+    return PartitionSpec(*map(taken.get, letters))
 
 
 def with_layout(shapes: Any, mesh: Mesh) -> Any:
-    """A tree of shapes, such as a train state's, with the layout of each array: `jax.ShapeDtypeStruct` leaves."""
+    """Return a tree of shapes, such as a train state's, as `jax.ShapeDtypeStruct` with a layout for each array."""
 
     def laid_out(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, partition(_last_key(path), leaf.shape, mesh))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        spec = partition(keystr(path[-1:], simple=True), leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(laid_out, shapes)
 
 
 def bytes_a_device(tree: Any) -> int:
-    """What the leaves of a tree, arrays or shapes with a layout, take on each device."""
+    """Return the bytes that the leaves of a tree, arrays or shapes with a layout, take on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def layout_of(tree: Any) -> Any:
-    """The shardings of the leaves of a tree."""
+    """Return the shardings of the leaves of a tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def layout_table(params: Any) -> Iterator[str]:
-    """A line for each parameter: name, dims, and which axis divides which dim."""
+    """Yield a line for each parameter: name, dims, and which axis divides which dim."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, spec = jax.tree_util.keystr(path, simple=True, separator="/"), leaf.sharding.spec
-        letters = DIMS.get(_last_key(path), "")
-        divided = [f"{letters[i]} over {axis}" for i, axis in enumerate(spec) if axis is not None]
+        named = zip(DIMS.get(keystr(path[-1:], simple=True), ""), leaf.sharding.spec, strict=False)
+        divided = ", ".join(f"{letter} over {axis}" for letter, axis in named if axis is not None)
         dims = " x ".join(f"{size:,}" for size in leaf.shape)
-        yield f"{name}: {dims}, {', '.join(divided) or 'whole on each device'}"
-
-
-def _last_key(path: Any) -> str:
-    return str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
+        yield f"{keystr(path, simple=True, separator='/')}: {dims}, {divided or 'whole on each device'}"

@@ -1,10 +1,9 @@
 """Time limits for a process of a job, so that no process waits forever for another.
 
 JAX's heartbeats tell when a process is dead or stopped (see launch.py), not when it is alive and stuck. Therefore
-each activity of a process has a time limit, and a process that exceeds it ends itself. A step and other activities
-of all processes have a limit too. Its time counts only while no process is at a patient activity, such as waiting
-for data; otherwise all would leave because one waits. Each process publishes what it is at in the key-value store
-of JAX's coordination service.
+each activity of a process has a time limit, and a process that exceeds it ends itself. The time of an activity
+that takes all processes, such as a step, counts only while no process is at a patient activity, such as waiting
+for data. For that, each publishes its activity in the key-value store of JAX's coordination service.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ LONGEST_TICK_SECONDS = 15.0  # more has not passed between two ticks, whatever t
 OWN_SECONDS = 20.0  # for the work of a process between two steps; with JAX's heartbeats less than two minutes
 STEP_SECONDS = 45.0  # for which a network may be down in a step, however short steps are
 EXCHANGE_SECONDS = 300.0  # for an exchange among processes, including the compilation of its program
-LONGEST_SECONDS = (
-    3600.0  # for activities without a measure: the first step, a save, a batch of an evaluation, setup
-)
+LONGEST_SECONDS = 3600.0  # for activities without a measure: the first step, a save, an evaluation's batch, setup
 TIMES_THE_USUAL = 20  # the median of recent steps, for a step
 LONG, SHORT = "long", "short"
 KEY = "smollm_jax/activity/"
 
 
+# own: between two steps; common: takes all processes; long: the other processes wait patiently
+Kind = Literal["own", "common", "long"]
+
+
 @dataclass
 class Limit:
-    """The time limit of an activity, of which `passed` seconds are over.
+    """The time limit of an activity, of which `passed` seconds are over."""
 
-    `own`: between two steps; `common`: takes all processes; `long`: the other processes wait patiently.
-    """
-
-    kind: Literal["own", "common", "long"]
+    kind: Kind
     seconds: float
     what: str
     passed: float = 0.0
@@ -65,13 +63,13 @@ class Watchdog:
 
     def limit(self) -> AbstractContextManager[None]:
         """Leave with exit code 75 if this process makes no progress between two steps for `OWN_SECONDS`."""
-        return self._within(Limit("own", OWN_SECONDS, "the work between two steps"))
+        return self._within("own", OWN_SECONDS, "the work between two steps")
 
     def step(self, rows: int, what: str) -> AbstractContextManager[None]:
         """Limit a step to 20 times the median duration of recent steps with this batch size."""
         took = self._usual.get(rows)
         usual = min(TIMES_THE_USUAL * statistics.median(took), LONGEST_SECONDS) if took else LONGEST_SECONDS
-        return self._within(Limit("common", STEP_SECONDS + usual, what))
+        return self._within("common", STEP_SECONDS + usual, what)
 
     def step_took(self, rows: int, seconds: float) -> None:
         """Record the duration of a step with this batch size, including the wait for the next rows."""
@@ -79,11 +77,11 @@ class Watchdog:
 
     def exchange(self) -> AbstractContextManager[None]:
         """Limit an exchange among all processes."""
-        return self._within(Limit("common", EXCHANGE_SECONDS, "an exchange among the processes"))
+        return self._within("common", EXCHANGE_SECONDS, "an exchange among the processes")
 
     def patient(self, what: str, seconds: float = LONGEST_SECONDS) -> AbstractContextManager[None]:
         """Limit an activity that may take long; meanwhile the limits of the other processes stand still."""
-        return self._within(Limit("long", seconds, what))
+        return self._within("long", seconds, what)
 
     def reset(self) -> None:
         """Start the current limit again: the activity makes progress."""
@@ -91,9 +89,9 @@ class Watchdog:
             limit.passed = 0.0
 
     @contextmanager
-    def _within(self, limit: Limit) -> Iterator[None]:
-        """Hold `limit`; the limit around it starts again afterwards."""
-        self._limits.append(limit)
+    def _within(self, kind: Kind, seconds: float, what: str) -> Iterator[None]:
+        """Hold a limit; the limit around it starts again afterwards."""
+        self._limits.append(Limit(kind, seconds, what))
         try:
             yield
         finally:

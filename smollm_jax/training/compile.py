@@ -11,31 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from smollm_jax.checkpoint.manager import CheckpointManager
-from smollm_jax.config.settings import Config
+from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.distributed.sharding import (
-    by_device,
-    by_row,
-    bytes_a_device,
-    is_shared,
-    layout_of,
-    on_devices,
-    padded_rows,
-    replicated,
-)
+from smollm_jax.distributed.sharding import bytes_a_device, is_shared, layout_of, on_devices, padded_rows, sharded
 from smollm_jax.kernels.select import ops_of, select_checked_ops
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy
 from smollm_jax.runtime.devices import memory_bytes
 from smollm_jax.runtime.errors import require
-from smollm_jax.training.step import (
-    BATCH_AXES,
-    HEAD_AXIS,
-    abstract_state,
-    make_nll,
-    make_step,
-    select_step_ops,
-)
+from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, abstract_state, make_nll, make_step
 
 
 def compile_step(
@@ -46,15 +30,15 @@ def compile_step(
     The state is donated and keeps its layout. `ops` as in `make_step`.
     """
     shape = (padded_rows(batch_size, mesh, config.compute.grad_accum), config.data.seq_len + 1)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row(mesh))
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharded(mesh, BATCH_AXES))
+    votes = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=sharded(mesh, MESH_AXES))
     state = abstract_state(config, mesh)
-    votes = (jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=by_device(mesh)),) if is_shared(mesh) else ()
     step = jax.jit(
         make_step(config, mesh, dtype=dtype, remat=remat, batch_size=batch_size, ops=ops),
         donate_argnums=0,
-        out_shardings=(layout_of(state), replicated(mesh)),
+        out_shardings=(layout_of(state), sharded(mesh)),
     )
-    return step.lower(state, rows, rows, *votes).compile()
+    return step.lower(state, rows, rows, *([votes] if is_shared(mesh) else [])).compile()
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
@@ -66,39 +50,25 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
     return held + memory.temp_size_in_bytes
 
 
-def _compiled(config: Config, mesh: Mesh, batch_size: int, **how: Any) -> jax.stages.Compiled | None:
-    """Compile the step; None if the compiler refuses a step that does not fit, as the TPU compiler does."""
-    try:
-        return compile_step(config, mesh, batch_size, **how)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
-
-
 def compile_steps(
-    config: Config,
-    mesh: Mesh,
-    *,
-    dtype: Any,
-    memory_bytes: int,
-    agree: Callable[[bool], bool] = bool,
-    ops: Ops | None = None,
-) -> tuple[dict[int, jax.stages.Compiled], Policy]:
+    config: Config, mesh: Mesh,
+    *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool, ops: Ops | None = None,
+) -> tuple[dict[int, jax.stages.Compiled], Policy]:  # fmt: skip
     """Return a compiled step for each batch size of the run, and the remat policy of all steps.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
     Raises `UserError` if the compiler finds that nothing fits. `agree` makes one answer out of the answers of
     several processes to whether a step fits: their programs have to be the same. `ops` as in `make_step`.
     """
-    ops = ops or select_step_ops(config, mesh, dtype)
-    sizes = sorted({phase.batch_size for phase in config.phases}, reverse=True)
-    policies: tuple[Policy, ...] = ("none", "dots", "full")
-    if config.compute.remat != "auto":
-        policies = (config.compute.remat,)
+    sizes, asked = sorted({phase.batch_size for phase in config.phases}, reverse=True), config.compute.remat
+    policies: tuple[Policy, ...] = ("none", "dots", "full") if asked == "auto" else (asked,)
     for remat in policies:
-        largest = _compiled(config, mesh, sizes[0], dtype=dtype, remat=remat, ops=ops)
-        last = remat == policies[-1]
+        largest, last = None, remat == policies[-1]
+        try:
+            largest = compile_step(config, mesh, sizes[0], dtype=dtype, remat=remat, ops=ops)
+        except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses a step that does not fit
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
         require(
             agree(largest is not None) or not last,
             f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
@@ -135,19 +105,16 @@ def compile_within(
     # on a CPU the memory of a save is not part of the memory of a step
     copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
     checkpoints.beside_the_step = needed + copied <= memory
-    if needed <= memory:
-        return steps, remat, []
     note = (
         f"MEMORY      the step needs {needed / 2**30:.1f} GiB a device, {memory / 2**30:.1f} can be counted on: "
         "the system may end the run for it; --grad-accum 2 or more, or a smaller --batch-size, needs less"
     )
-    return steps, remat, [note]
+    return steps, remat, [note] if needed > memory else []
 
 
 def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens, segment_ids)` of rows that all processes have."""
-    rows = by_row(mesh)
-    layout = layout_of(abstract_state(config, mesh)["params"])
+    rows, layout = sharded(mesh, BATCH_AXES), layout_of(abstract_state(config, mesh)["params"])
     nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
     compiled = jax.jit(nll_of, in_shardings=(layout, rows, rows))
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,12 @@ def score_batches(
 
 
 def evaluate_model(
-    path: str | Path,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    dtype: str,
-    seq_len: int | None = None,
-    max_batches: int | None = None,
-) -> dict[str, Any]:
+    path: str | Path, data: DataConfig,
+    *, batch_size: int, dtype: str, seq_len: int | None = None, max_batches: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Score a run, exported folder or Hub id on all of `data.data`, in order; returns plain JSON values.
 
-    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `ValueError` for
+    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `UserError` for
     a path that cannot be read, or data without a target.
     """
     require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
@@ -113,19 +108,17 @@ def evaluate_run(run: Run) -> None:
     """
     if run.heldout is None or run.interrupted:
         return
-    began, config, step = time.monotonic(), run.config, run.progress.step
-    parts = config.compute.grad_accum
+    began, config, parts = time.monotonic(), run.config, run.config.compute.grad_accum
     batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
-        score = score_batches(
-            run.nll, run.state["params"], _until_stopped(run, batches), run.tokenizer.token_bytes
-        )
+        running, token_bytes_V = _until_stopped(run, batches), run.tokenizer.token_bytes
+        score = score_batches(run.nll, run.state["params"], running, token_bytes_V)
         texts = sample(run)
     if run.interrupted:
         return
     line = {
-        "step": step,
+        "step": run.progress.step,
         "eval_loss": finite_or_none(score.loss),
         "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
         "eval_tokens": score.tokens,
@@ -133,7 +126,7 @@ def evaluate_run(run: Run) -> None:
     }
     with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)
-    run.counters.evaluated = step
+    run.counters.evaluated = run.progress.step
 
 
 def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -145,7 +138,7 @@ def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def sample(run: Run) -> list[tuple[str, str]]:
-    """The sample prompts with their continuations; fewer if a stop is requested meanwhile."""
+    """Return the sample prompts with their continuations; fewer if a stop is requested meanwhile."""
     settings = run.config.run
     if not settings.sample_tokens or run.interrupted:
         return []
@@ -158,19 +151,13 @@ def sample(run: Run) -> list[tuple[str, str]]:
     else:
         run.generator.load(model)
     sampling = Sampling(
-        max_new_tokens=settings.sample_tokens,
-        temperature=SAMPLE_TEMPERATURE,
-        top_p=SAMPLE_TOP_P,
-        seed=settings.seed,
-        stop_ids=(run.tokenizer.eos_id,),
-    )
+        max_new_tokens=settings.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P,
+        seed=settings.seed, stop_ids=(run.tokenizer.eos_id,),
+    )  # fmt: skip
     texts = []
     for prompt in settings.sample_prompts:
-        ids: list[int] = []
-        for piece in run.generator.stream(run.tokenizer.encode(prompt).tolist(), sampling):
-            ids += piece
-            if run.interrupted:
-                break
-        texts.append((prompt, run.tokenizer.decode(ids)))
+        pieces = run.generator.stream(run.tokenizer.encode(prompt).tolist(), sampling)
+        ids = chain.from_iterable(takewhile(lambda _: not run.interrupted, pieces))
+        texts.append((prompt, run.tokenizer.decode(list(ids))))
     run.generator.unload()  # the next step needs the memory
     return texts

@@ -1,12 +1,13 @@
 """Train a run to its end: take its folder, set it up, run the loop, export the result.
 
-The code reads in the order of execution. Of several processes each runs all of it, and they leave together.
+The functions stand in the order of execution. Each of several processes runs all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from itertools import count
 from pathlib import Path
 
 from smollm_jax.config.serialization import to_dict
@@ -31,7 +32,7 @@ from smollm_jax.training.summary import log_summary
 def fit(config: Config, stop: StopRequest) -> int:
     """Train as `config` says, from the newest good checkpoint if there is one; returns the exit code.
 
-    Raises `ValueError` for a mistake in settings or input.
+    Raises `UserError` for a mistake in settings or input.
     """
     with join_job(config.compute) as job, acquire_run_dir(config, job) as run_dir:
         try:
@@ -54,27 +55,22 @@ def fit(config: Config, stop: StopRequest) -> int:
 def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
     """Hold the run folder and its lock; with several processes the first one holds the lock for all.
 
-    --new-run first moves an old folder aside. Raises `ValueError` in all processes if the folder is in use, or
-    if they were started with different settings.
+    --new-run first renames an old folder to RUN.oldN. Raises `UserError` in all processes if the folder is in use,
+    or if they were started with different settings.
     """
-    own = {"compute.process_id"}
-    job.require_same({n: v for n, v in flatten(to_dict(config), ".").items() if n not in own}, "settings")
-    run_dir = Path(config.run_dir)
+    settings, run_dir = flatten(to_dict(config), "."), Path(config.run_dir)
+    del settings["compute.process_id"]
+    job.require_same(settings, "settings")
     with ExitStack() as held:
         with job.all_or_none():
+            if job.first and config.run.new_run and (run_dir / "config.json").exists():
+                with RunLock(run_dir):
+                    aside = next(p for n in count(1) if not (p := Path(f"{run_dir}.old{n}")).exists())
+                    run_dir.rename(aside)
+                say(f"moved the old run to {aside}")
             if job.first:
-                if config.run.new_run and (run_dir / "config.json").exists():
-                    move_aside(run_dir)
                 held.enter_context(RunLock(run_dir))
         yield run_dir
-
-
-def move_aside(run_dir: Path) -> None:
-    """Rename a run folder that is not in use to the first free name RUN.oldN."""
-    with RunLock(run_dir):
-        aside = next(p for n in range(1, 10_000) if not (p := Path(f"{run_dir}.old{n}")).exists())
-        run_dir.rename(aside)
-    say(f"moved the old run to {aside}")
 
 
 def finish(run: Run, outcome: Outcome) -> int:
@@ -100,11 +96,9 @@ def finish(run: Run, outcome: Outcome) -> int:
 def conclude(run: Run) -> int:
     """Export a run that is over and print its result in one line."""
     step, total = run.progress.step, run.config.total_steps
-    evaluations = [line for line in read_metrics(run.run_dir) if line.get("eval_loss") is not None]
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens"
-    if evaluations:
-        last = evaluations[-1]
+    for last in [line for line in read_metrics(run.run_dir) if line.get("eval_loss") is not None][-1:]:
         result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
     if not run.config.run.export:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from smollm_jax.config.settings import MESH_AXES
 from smollm_jax.data.packing import Batch
-from smollm_jax.distributed.sharding import by_device, on_devices, padded_rows
+from smollm_jax.distributed.sharding import on_devices, padded_rows, sharded
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.progress import report_step, write_line
@@ -41,7 +42,7 @@ def train(run: Run) -> Outcome:
     """Train until the last step, a stop request or the end of the data.
 
     One step is on the device while the metrics of the one before are read, so the device never waits for the host.
-    Raises `TooManyBadSteps`, or in all processes `ValueError` if one cannot read its data.
+    Raises `TooManyBadSteps`, or in all processes `UserError` if one cannot read its data.
     """
     if run.counters.evaluated < run.progress.step and evaluation_due(run):
         with run.counters.paused():
@@ -74,7 +75,7 @@ def train(run: Run) -> Outcome:
 
 
 def next_ballot(run: Run, before: Ballot | None) -> Ballot:
-    """The next rows, or the reason why there are none, with the vote that follows from it."""
+    """Return the next rows, or the reason why there are none, with the vote that follows from it."""
     if before is not None and before.vote == Vote.VOID:
         return before  # late rows do not change it: the step already in flight must be void as well
     if run.interrupted:
@@ -95,7 +96,7 @@ def next_ballot(run: Run, before: Ballot | None) -> Ballot:
 
 
 def _wait_for_rows(run: Run) -> tuple[Batch, dict[str, Any]] | None:
-    """The loader's next batch and cursor; None if a stop is requested while there is none."""
+    """Return the loader's next batch and cursor; None if a stop is requested while there is none."""
     patience = run.config.data.data_timeout + STUCK_SECONDS
     deadline = time.monotonic() + patience
     with run.job.watchdog.patient("a batch of the data", patience + STUCK_SECONDS):
@@ -111,26 +112,19 @@ def dispatch(run: Run, ballot: Ballot) -> Pending | None:
     if ballot.item is None and not run.job.several:
         return None
     step, rows = progress.step + 1, run.config.batch_size_at(progress.step + 1)
-    batch, cursor = ballot.item or (_empty_batch(rows, run.config.data.seq_len), progress.cursor)
+    empty = (2, rows, run.config.data.seq_len + 1)
+    batch, cursor = ballot.item or (Batch(*np.zeros(empty, np.int32)), progress.cursor)
     padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
     with run.job.watchdog.step(rows, f"step {step}"):
         arrays = [on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids)]
-        votes = [_votes(run, ballot.vote)] if run.job.several else []
+        if run.job.several:
+            vote, layout = np.full(1, ballot.vote, np.int32), sharded(run.mesh, MESH_AXES)
+            arrays.append(jax.make_array_from_callback((run.mesh.size,), layout, lambda _: vote))
         with jax.transfer_guard("disallow"):  # an array of the host among the arguments would stall the device
-            run.state, metrics = run.steps[rows](run.state, *arrays, *votes)
-    before, progress.cursor = progress.cursor, cursor
-    progress.step = step
-    return Pending(step, metrics, before, cursor, rows * run.config.data.seq_len, sent)
-
-
-def _empty_batch(rows: int, seq_len: int) -> Batch:
-    return Batch(np.zeros((rows, seq_len + 1), np.int32), np.zeros((rows, seq_len + 1), np.int32))
-
-
-def _votes(run: Run, vote: Vote) -> jax.Array:
-    """An array with this process's vote for each of its devices."""
-    mine = np.full(1, vote, np.int32)
-    return jax.make_array_from_callback((run.mesh.size,), by_device(run.mesh), lambda _: mine)
+            run.state, metrics = run.steps[rows](run.state, *arrays)
+    pending = Pending(step, metrics, progress.cursor, cursor, sent)
+    progress.step, progress.cursor = step, cursor
+    return pending
 
 
 def settle(run: Run, pending: Pending | None) -> Vote:
@@ -158,7 +152,7 @@ def settle(run: Run, pending: Pending | None) -> Vote:
 
 
 def outcome_of(run: Run, verdict: Vote, ballot: Ballot | None) -> Outcome:
-    """Why all processes end here; raises `ValueError` in all if one cannot read its data."""
+    """Return why all processes end here; raises `UserError` in all if one cannot read its data."""
     try:
         with run.job.all_or_none():
             if ballot is not None and ballot.fault is not None:

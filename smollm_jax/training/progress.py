@@ -32,7 +32,7 @@ def report_step(run: Run, pending: Pending) -> None:
         run.progress.ledger = extend(run.progress.ledger, values["batch_hash"])
         interval.steps += 1
         interval.targets += int(values["targets"])
-        interval.slots += pending.slots
+        interval.slots += run.config.batch_size_at(pending.step) * run.config.data.seq_len
         interval.latest = pending, values
         if run.counters.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
             run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")

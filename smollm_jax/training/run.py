@@ -42,8 +42,7 @@ class Progress:
     tokens: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
-    ledger: str = ""
-    """Running hash of all batches so far."""
+    ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
 
 
@@ -55,10 +54,7 @@ class Pending:
     metrics: dict[str, jax.Array]
     cursor_before: dict[str, Any] | None
     cursor: dict[str, Any] | None
-    slots: int
-    """Token positions of the batch."""
-    sent: float
-    """Time of dispatch, by `time.monotonic`."""
+    sent: float  # time of dispatch, by `time.monotonic`
 
 
 @dataclass
@@ -70,22 +66,17 @@ class Interval:
     targets: int = 0
     slots: int = 0
     data_wait_seconds: float = 0.0
-    latest: tuple[Pending, dict[str, Any]] | None = None
-    """The last step and its metrics."""
+    latest: tuple[Pending, dict[str, Any]] | None = None  # the last step and its metrics
 
 
 @dataclass
 class Counters:
     """The last step saved, read, recorded and evaluated, and the sums for the next metrics line."""
 
-    saved: int = 0
-    """Step of the last checkpoint begun."""
-    read: int = 0
-    """Last step whose metrics were read."""
-    recorded: int = 0
-    """Last step with a line in metrics.jsonl."""
-    evaluated: int = 0
-    """Last step whose evaluation is on record."""
+    saved: int = 0  # step of the last checkpoint begun
+    read: int = 0  # last step whose metrics were read
+    recorded: int = 0  # last step with a line in metrics.jsonl
+    evaluated: int = 0  # last step whose evaluation is on record
     ledgers: dict[int, str] = field(default_factory=dict)
     """Batch hash per step on record at the start; a step trained again must have the same."""
     interval: Interval = field(default_factory=Interval)
@@ -117,15 +108,12 @@ class Run:
     checkpoints: CheckpointManager
     state: dict[str, Any]
     report: RunMetrics | NullMetrics
-    progress: Progress = field(default_factory=Progress)
-    counters: Counters = field(default_factory=Counters)
-    computed: dict[str, Any] = field(default_factory=dict)
-    """Dtype, platform and number of devices, stored in each checkpoint."""
-    kernels: bool | None = None
-    """False if samples must not use kernels because the steps do not."""
-    generator: Generator | None = None
-    """Decodes the samples; None before the first evaluation."""
-    setup_seconds: float = 0.0
+    progress: Progress
+    counters: Counters
+    computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
+    kernels: bool | None  # False if samples must not use kernels because the steps do not
+    setup_seconds: float
+    generator: Generator | None = None  # decodes the samples; None before the first evaluation
 
     @property
     def interrupted(self) -> bool:
@@ -134,7 +122,6 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last step this process trains: the end of the run, or --stop-after."""
         return min(self.config.total_steps, self.config.run.stop_after or self.config.total_steps)
 
     def close(self) -> None:
@@ -170,7 +157,7 @@ def evaluation_due(run: Run) -> bool:
 def save_due(run: Run) -> bool:
     """Whether the current step is followed by a checkpoint: every --checkpoint-every steps, and the last."""
     every, step = run.config.run.checkpoint_every, run.progress.step
+    if step == run.config.total_steps:
+        return True
     # in a row of bad steps there is nothing new to keep, and retention must not delete an older good state
-    return step == run.config.total_steps or (
-        every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row
-    )
+    return every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row

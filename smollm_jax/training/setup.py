@@ -1,11 +1,8 @@
-"""Set up a run: everything before the first step.
-
-The order is that in which a mistake is cheapest to find: settings against the run folder, tokenizer, data,
-compile, weights.
-"""
+"""Set up a run: everything before the first step, the cheapest place to find a mistake first."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -42,21 +39,22 @@ TOKENIZER_DOCUMENTS = 20_000
 def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> tuple[Run, list[str]]:
     """Build or restore a run; returns it with notes for the start-up summary.
 
-    Raises `ValueError` for a mistake in settings or input, `SourceTimeout` if the data does not answer.
+    Raises `UserError` for a mistake in settings or input, `SourceTimeout` if the data does not answer.
     """
     began = time.monotonic()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
-    if job.first:
-        clean(run_dir, checkpoints)
+    if job.first:  # remove what dead processes left half written
+        checkpoints.clean()
+        for left_over in run_dir.glob(".export.*"):
+            shutil.rmtree(left_over, ignore_errors=True)
     with job.first_then_rest():  # the first process saves the tokenizer, the others load it
         start = resolve_start(config, run_dir, checkpoints)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
-    found, config = start.checkpoint, start.config
-    # a text ends with the tokenizer's own eos
-    config = replace(config, model=replace(config.model, eos_token_id=tokenizer.eos_id))
+    found, model = start.checkpoint, replace(start.config.model, eos_token_id=tokenizer.eos_id)
+    config = replace(start.config, model=model)  # a text ends with the tokenizer's own eos
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     with job.all_or_none():
@@ -83,8 +81,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
     if found is None:
-        progress = Progress()
-        state = init_state(config, mesh, start.weights[0] if start.weights else None)
+        progress, state = Progress(), init_state(config, mesh, start.weights[0] if start.weights else None)
     else:
         progress = Progress(**found.meta["progress"])
         state = checkpoints.restore(found.step, abstract_state(config, mesh))
@@ -101,13 +98,6 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     return run, notes
 
 
-def clean(run_dir: Path, checkpoints: CheckpointManager) -> None:
-    """Remove files that dead processes left half written."""
-    checkpoints.clean()
-    for left_over in run_dir.glob(".export.*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-
-
 def open_records(
     config: Config, run_dir: Path, job: Processes, step: int
 ) -> tuple[Counters, RunMetrics | NullMetrics]:
@@ -119,13 +109,11 @@ def open_records(
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
-    """Notes on changes of platform and devices since the checkpoint; raises `ValueError` for another dtype."""
+    """Return notes on other devices than the checkpoint's; raises `UserError` for another dtype."""
     before = found.meta.get("computed", computed) if found else computed
-    require(
-        before["dtype"] == computed["dtype"],
-        f"the run computed in {before['dtype']}, and would go on in {computed['dtype']}; "
-        f"give --dtype {before['dtype']}, or start afresh with --new-run",
-    )
+    was, now = before["dtype"], computed["dtype"]
+    hint = f"give --dtype {was}, or start afresh with --new-run"
+    require(was == now, f"the run computed in {was}, and would go on in {now}; {hint}")
     return [
         f"{name} changed from {before[name]} to {now}: same maths, the last bits will differ"
         for name, now in computed.items()
@@ -134,30 +122,25 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
 
 
 def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` for a sample prompt that fills the context, now rather than at an evaluation."""
+    """Raise `UserError` for a sample prompt that fills the context, now rather than at an evaluation."""
     for prompt in config.run.sample_prompts if config.run.sample_tokens else ():
-        length = len(tokenizer.encode(prompt))
-        require(
-            0 < length < config.model.max_seq_len,
-            f"--sample-prompts {prompt[:40]!r} has {length} tokens; 1 to {config.model.max_seq_len - 1} fit",
-        )
+        length, most = len(tokenizer.encode(prompt)), config.model.max_seq_len - 1
+        require(0 < length <= most, f"--sample-prompts {prompt[:40]!r} has {length} tokens; 1 to {most} fit")
 
 
 def keep_config(config: Config, run_dir: Path) -> None:
     """Write config.json unless it holds the same settings."""
-    path = run_dir / "config.json"
-    try:
-        if read_json(path) == to_dict(config):
+    path, values = run_dir / "config.json", to_dict(config)
+    with contextlib.suppress(Damaged):
+        if read_json(path) == values:
             return
-    except Damaged:
-        pass
-    write_json_atomic(path, to_dict(config))
+    write_json_atomic(path, values)
 
 
 def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> Tokenizer:
     """Load the run's own tokenizer if it resumes or `is_saved` by another process; else make it and save it.
 
-    Raises `ValueError` if it is missing, or has more entries than the model.
+    Raises `UserError` if it is missing, or has more entries than the model.
     """
     folder = run_dir / "tokenizer"
     if start.checkpoint is not None or is_saved:
@@ -166,20 +149,15 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
         require((folder / "tokenizer.json").exists(), missing)
         tokenizer = load_tokenizer(str(folder))
     else:
-        tokenizer = _new_tokenizer(start)
+        data, name, init_from = start.config.data, start.config.data.tokenizer, start.config.run.init_from
+        theirs = start.weights[1] if start.weights else None
+        if theirs is not None and name == init_from:
+            tokenizer = theirs
+        else:
+            documents = islice(head_texts(data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
+            tokenizer = load_tokenizer(name, documents=documents)
+        if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
+            start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
         tokenizer.save(folder)
     check_vocab(tokenizer, start.config.model.vocab_size)
-    return tokenizer
-
-
-def _new_tokenizer(start: StartState) -> Tokenizer:
-    """The tokenizer of the weights, or the one that --tokenizer asks for."""
-    name, init_from = start.config.data.tokenizer, start.config.run.init_from
-    theirs = start.weights[1] if start.weights else None
-    if theirs is not None and name == init_from:
-        return theirs
-    documents = islice(head_texts(start.config.data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
-    tokenizer = load_tokenizer(name, documents=documents)
-    if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
-        start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
     return tokenizer

@@ -1,8 +1,7 @@
-"""The train step: optimizer and schedule, train state, and the pure function that updates them.
+"""The train step: a pure function of the train state and the rows of a batch.
 
-The state is a plain dict of arrays (`params`, `opt_state`, `step`); the step is a pure function of state and rows.
-training/compile.py compiles it once per batch size, with the state donated and its layout pinned. A step without
-finite gradients leaves parameters and moments as they were.
+The state is a plain dict of arrays (`params`, `opt_state`, `step`). training/compile.py compiles the step once per
+batch size, with the state donated and its layout pinned.
 """
 
 from __future__ import annotations
@@ -16,18 +15,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.config.settings import MESH_AXES, Config, OptimizerConfig
+from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import BATCH_AXES, layout_of, with_layout
 from smollm_jax.kernels.select import select_ops
 from smollm_jax.kernels.shard import per_device
-from smollm_jax.model.loss import reference_cross_entropy, summed_nll, targets_of
+from smollm_jax.model.loss import summed_nll, targets_of
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy, SmolLM, init_params
+from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 State = dict[str, Any]
-Step = Callable[..., tuple[State, dict[str, jax.Array]]]
-
 HEAD_AXIS = "tensor"  # the mesh axis that divides heads
 
 
@@ -35,67 +33,9 @@ class Vote(IntEnum):
     """What each of several processes declares about its part of a batch."""
 
     GO = 0
-    STOP = 1
-    """Stop after this step."""
-    ENDED = 2
-    """The data has ended; these rows are padding."""
-    VOID = 3
-    """The process has no part; the step is void."""
-
-
-GO, STOP, ENDED, VOID = Vote
-
-
-def learning_rate_schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate of the update after `count` updates.
-
-    Update n of W warm-up updates has n/W of the peak. From W on the rate decays and would reach its end at update
-    N+1, so that none of the N updates is wasted at zero.
-    """
-    peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
-    warmup, decay = config.warmup_steps, config.decay_steps
-    if config.optimizer.schedule == "cosine":
-        after = optax.schedules.cosine_decay_schedule(peak, max(decay, 1), alpha=end / peak)
-    else:
-        stable = config.total_steps - warmup - decay
-        after = optax.schedules.linear_schedule(peak, end if decay else peak, max(decay, 1), stable)
-    if warmup == 0:
-        return after
-    rise = optax.schedules.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.schedules.join_schedules([rise, after], [warmup])
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Return AdamW without the learning rate (Loshchilov & Hutter 2019), after a clip by global norm.
-
-    `update` takes gradients summed over the targets, and by name the `scale` that makes the sum a mean and the
-    `norm` of the mean.
-    """
-
-    def decays(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
-
-    return optax.chain(
-        _scale_and_clip(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-    )
-
-
-def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Turn sums into a mean and clip it by global norm (Pascanu et al. 2012), in the pass that uses the gradients.
-
-    optax's clip would read all gradients once more for a norm that is known here. The state is optax's: none.
-    """
-
-    def update(
-        grads: Any, state: Any, params: Any = None, *, scale: jax.Array, norm: jax.Array, **_: Any
-    ) -> tuple[Any, Any]:
-        del params
-        factor = scale * jnp.minimum(1.0, max_norm / norm)
-        return jax.tree.map(lambda g: g * factor, grads), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    STOP = 1  # stop after this step
+    ENDED = 2  # the data has ended; these rows are padding
+    VOID = 3  # the process has no part; the step is void
 
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
@@ -131,8 +71,7 @@ def make_nll(
     `ops` are the functions for the devices of `mesh`; by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
-    chunk_tokens = config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu)
-    head_nll = summed_over(mesh, chunk_tokens, ops.cross_entropy)
+    head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
         model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
@@ -144,9 +83,7 @@ def make_nll(
     return nll
 
 
-def summed_over(
-    mesh: Mesh | None, chunk_tokens: int, cross_entropy: Callable[..., Any] = reference_cross_entropy
-) -> Callable[..., jax.Array]:
+def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[..., jax.Array]:
     """Return `summed_nll` over the tokens of all devices, as a function of (x, head, targets, valid).
 
     Each device goes through its own tokens with the whole head, and one sum at the end adds the losses and, in the
@@ -155,7 +92,7 @@ def summed_over(
     """
 
     def summed(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
-        return summed_nll(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, cross_entropy)
+        return summed_nll(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, ops.cross_entropy)
 
     if mesh is None or mesh.size == 1:
         return summed
@@ -172,17 +109,18 @@ def summed_over(
 def make_step(
     config: Config, mesh: Mesh | None = None,
     *, dtype: Any, remat: Policy, batch_size: int | None = None, ops: Ops | None = None,
-) -> Step:  # fmt: skip
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:  # fmt: skip
     """Return the pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
 
     The rows after the first `batch_size` are padding. `ops` as in `make_nll`. With several processes a fourth
     argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The step counts for
     nothing if a vote is `VOID`, or if no vote is `GO` and no row has a target, because the data has ended.
+    A step without finite gradients leaves parameters and moments as they were.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
     nll_of = make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-    gradients = accumulated(jax.value_and_grad(nll_of), config.compute.grad_accum)
+    gradients = _accumulated(jax.value_and_grad(nll_of), config.compute.grad_accum)
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
 
     def step(
@@ -198,7 +136,7 @@ def make_step(
         cast, counts = None, jnp.bool(True)
         if votes is not None:
             cast = jnp.stack([jnp.sum(votes == int(kind)) for kind in Vote])
-            counts = (cast[VOID] == 0) & ((cast[GO] > 0) | (targets > 0))
+            counts = (cast[Vote.VOID] == 0) & ((cast[Vote.GO] > 0) | (targets > 0))
 
         @jax.named_scope("optimizer")
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -221,7 +159,7 @@ def make_step(
     return step
 
 
-def accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
+def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
     """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time."""
     if parts == 1:
         return value_and_grad

@@ -13,32 +13,31 @@ from smollm_jax.training.run import Run
 
 def log_summary(run: Run, notes: list[str]) -> None:
     """Log in a dozen lines what the run will do, and `notes`, each a line."""
-    config, model, device = run.config, run.config.model, run.mesh.devices.flat[0]
-    phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {config.data.seq_len}" for p in config.phases)
-    flops = model.flops_per_token(config.data.seq_len)
+    config, model, mesh, T = run.config, run.config.model, run.mesh, run.config.data.seq_len
+    device, optimizer = mesh.devices.flat[0], config.optimizer
+    phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {T}" for p in config.phases)
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    memory = compiled_bytes(run.steps[max(run.steps)]) / 2**30
     peak = peak_flops(device)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
-    largest = run.steps[max(run.steps)]
-    optimizer = config.optimizer
-    eval_tokens = config.data.eval_batches * config.main_batch_size * config.data.seq_len
-    held_out = (
-        "none"
-        if run.heldout is None
-        else f"{len(run.heldout.documents):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
-    )
-    recipe_warmup = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
+    fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
+    held_out = "none"
+    if run.heldout is not None:
+        eval_tokens = config.data.eval_batches * config.main_batch_size * T
+        held_out = (
+            f"{len(run.heldout.documents):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
+        )
     lines = [
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
-        f"device      {run.mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
-        f"{_axes(run.mesh)}{_shared_by(run)}",
+        f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
+        f"{axes and f': {axes}'}{_shared_by(run)}",
         f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
-        f"compute     {run.dtype.name} over float32 parameters, remat {run.remat}, "
-        f"{compiled_bytes(largest) / 2**30:.2f} GiB a device",
-        f"tokens      {config.main_batch_size * config.data.seq_len:,} a step, "
-        f"{flops / 1e6:,.0f} MFLOP a token (causal){scale}",
+        f"compute     {run.dtype.name} over float32 parameters, remat {run.remat}, {memory:.2f} GiB a device",
+        f"tokens      {config.main_batch_size * T:,} a step, "
+        f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
         f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
-        f"warm-up {config.warmup_steps} steps{recipe_warmup}",
+        f"warm-up {config.warmup_steps} steps{fitted}",
         f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
         f"held out    {held_out}",
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
@@ -48,18 +47,13 @@ def log_summary(run: Run, notes: list[str]) -> None:
         *notes,
         *_padding(run),
     ]
-    if run.job.first and any(run.mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
+    if run.job.first and any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
 
 
-def _axes(mesh: jax.sharding.Mesh) -> str:
-    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    return f": {sizes}" if sizes else ""
-
-
 def _padding(run: Run) -> list[str]:
-    """A line for each batch size that does not divide evenly among the devices."""
+    """Return a line for each batch size that does not divide evenly among the devices."""
     found, shards = [], row_shards(run.mesh)
     for size in run.steps:
         rows = padded_rows(size, run.mesh, run.config.compute.grad_accum)
@@ -73,14 +67,14 @@ def _padding(run: Run) -> list[str]:
 def _shared_by(run: Run) -> str:
     if not run.job.several:
         return ""
-    shards, count = run.config.data.shards, run.job.count
-    reads = "its own part of the data" if shards >= count else f"all of the data: --shards {count} would divide it"
+    count = run.job.count
+    own = run.config.data.shards >= count
+    reads = "its own part of the data" if own else f"all of the data: --shards {count} would divide it"
     return f", {count} processes; each reads {reads}"
 
 
 def _starting_point(run: Run) -> str:
     if run.progress.step:
         return f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
-    if run.config.run.init_from is not None:
-        return f"from the weights of {run.config.run.init_from}"
-    return "from fresh weights"
+    source = run.config.run.init_from
+    return "from fresh weights" if source is None else f"from the weights of {source}"

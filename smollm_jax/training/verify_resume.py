@@ -38,8 +38,7 @@ class Comparison:
 
     steps: int
     compared: dict[str, str | None]
-    resumes: int = 0
-    """How often the run was killed and resumed from a checkpoint."""
+    resumes: int = 0  # how often the run was killed and resumed from a checkpoint
 
     @property
     def exact(self) -> bool:
@@ -74,7 +73,7 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
 
 
 def _short(config: Config, run_dir: Path, steps: int) -> Config:
-    """The same run up to `steps`, with checkpoints in between to resume from."""
+    """Return the same run up to `steps`, with checkpoints in between to resume from."""
     run = replace(
         config.run, run_dir=str(run_dir), new_run=False, stop_after=steps, export=False, log_every=1, eval_every=0,
         checkpoint_every=max(steps // (KILLS + 1), 1), keep_last=2,
@@ -105,12 +104,17 @@ def compare_runs(one: Path, other: Path) -> Comparison:
     """Compare the records of two runs, and every bit of their newest checkpoints."""
     from smollm_jax.checkpoint.manager import read_params
 
+    compared: dict[str, str | None] = {"ledger, losses and norms": None, "samples": None}
     lines = [[{k: v for k, v in x.items() if k not in TIMES} for x in read_metrics(run)] for run in (one, other)]
-    samples = [(run / "samples.txt").read_text(encoding="utf-8") for run in (one, other)]
-    compared = {
-        "ledger, losses and norms": None if lines[0] == lines[1] else _first_difference(*lines),
-        "samples": None if samples[0] == samples[1] else "samples.txt differs",
-    }
+    if len(lines[0]) != len(lines[1]):
+        compared["ledger, losses and norms"] = f"{len(lines[0])} and {len(lines[1])} lines"
+    for a, b in zip(*lines, strict=False):
+        if a != b:
+            names = ", ".join(n for n in a if a[n] != b.get(n)) or "other fields"
+            compared["ledger, losses and norms"] = f"step {a['step']}: {names} differ"
+            break
+    if (one / "samples.txt").read_bytes() != (other / "samples.txt").read_bytes():
+        compared["samples"] = "samples.txt differs"
     for group in ("params", "opt_state"):
         (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
         if found_a.step != found_b.step or found_a.meta["cursor"] != found_b.meta["cursor"]:
@@ -121,22 +125,15 @@ def compare_runs(one: Path, other: Path) -> Comparison:
     return Comparison(found_a.step, compared)
 
 
-def _first_difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            return f"step {a['step']}: {', '.join(n for n in a if a.get(n) != b.get(n)) or 'other fields'} differ"
-    return f"{len(one)} and {len(other)} lines"
-
-
 def _same(x: Any, y: Any) -> bool:
-    """Whether two arrays agree bit for bit; a NaN equals itself."""
+    """Return whether two arrays agree bit for bit; a NaN equals itself."""
     return (x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes())
 
 
 if __name__ == "__main__":  # the child: train what a JSON file says
 
     def main(stop: StopRequest) -> int:
-        from smollm_jax.training.fit import fit
+        from smollm_jax.training.fit import fit  # slow, so a signal must find the handler in place
 
         return fit(from_dict(json.loads(Path(sys.argv[1]).read_text())), stop)
 

@@ -29,7 +29,7 @@ from tests.support.paths import ROOT
         (["--seq-len", "9000"], "seq_len=9000 must not exceed the model's max_seq_len=8192"),
         (["--dtype", "float16"], "float16"),
         (["--phases", "5x"], "must read STEPSxBATCH"),
-        (["--beta2", "1"], "beta2=1.0 must lie in [0, 1)"),
+        (["--beta2", "1"], "beta2=1.0 must be in [0, 1)"),
         (["--final-learning-rate", "1"], "must not be above"),
         (["--data-timeout", "0"], "data_timeout=0.0"),
         (["--seed", str(2**32)], "seed=4294967296 must be below 2**32"),

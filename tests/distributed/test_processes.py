@@ -17,7 +17,7 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.errors import SourceTimeout, UserError
 from smollm_jax.training.loop import next_ballot
 from smollm_jax.training.run import Counters, Progress
-from smollm_jax.training.step import VOID
+from smollm_jax.training.step import Vote
 
 
 def run_of_two(stream, *, requested=False, data_timeout=600.0):
@@ -39,7 +39,7 @@ class Silent:
 def test_a_process_does_not_wait_for_its_data_without_end(monkeypatch):
     monkeypatch.setattr("smollm_jax.training.loop.STUCK_SECONDS", 0.2)
     ballot = next_ballot(run_of_two(Silent(), data_timeout=0.3), None)
-    assert ballot.vote == VOID
+    assert ballot.vote == Vote.VOID
     assert isinstance(ballot.fault, SourceTimeout)
     assert "no data came for 0.5 s" in str(ballot.fault)
 
@@ -60,10 +60,10 @@ def test_a_process_without_rows_has_none_until_all_have_gone_back():
     """Rows that come late, after their step was voted void, must not make the next step count."""
     run = run_of_two(Late(), requested=True)
     first = next_ballot(run, None)
-    assert (first.vote, first.item) == (VOID, None)
+    assert (first.vote, first.item) == (Vote.VOID, None)
     run.progress.step = 3
     second = next_ballot(run, first)
-    assert (second.vote, second.item) == (VOID, None)
+    assert (second.vote, second.item) == (Vote.VOID, None)
 
 
 WATCHED = """

@@ -40,7 +40,7 @@ def pending(step, *, targets, finite=True):
         "loss": np.float32(2.5), "grad_norm": np.float32(1.5), "learning_rate": np.float32(1e-3),
         "targets": np.int32(targets), "finite": np.bool_(finite), "batch_hash": np.full(4, step, np.uint32),
     }  # fmt: skip
-    return Pending(step, metrics, None, {"skipped": 7}, 4 * 32, time.monotonic())
+    return Pending(step, metrics, None, {"skipped": 7}, time.monotonic())
 
 
 def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run):

@@ -1,0 +1,61 @@
+"""The optimizer and the learning rate schedule: add another here, and its name to `OptimizerConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from smollm_jax.config.settings import Config, OptimizerConfig
+
+
+def learning_rate_schedule(config: Config) -> optax.Schedule:
+    """Return the learning rate of the update after `count` updates.
+
+    Update n of W warm-up updates has n/W of the peak. From W on the rate decays and would reach its end at update
+    N+1, so that none of the N updates is wasted at zero.
+    """
+    peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    warmup, decay = config.warmup_steps, config.decay_steps
+    if config.optimizer.schedule == "cosine":
+        after = optax.schedules.cosine_decay_schedule(peak, max(decay, 1), alpha=end / peak)
+    else:
+        stable = config.total_steps - warmup - decay
+        after = optax.schedules.linear_schedule(peak, end if decay else peak, max(decay, 1), stable)
+    if warmup == 0:
+        return after
+    rise = optax.schedules.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.schedules.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Return AdamW without the learning rate (Loshchilov & Hutter 2019), after a clip by global norm.
+
+    `update` takes gradients summed over the targets, and by name the `scale` that makes the sum a mean and the
+    `norm` of the mean.
+    """
+
+    def decays(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+    return optax.chain(
+        _scale_and_clip(config.clip_norm),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Turn sums into a mean and clip it by global norm (Pascanu et al. 2012), in the pass that uses the gradients.
+
+    optax's clip would read all gradients once more for a norm that is known here. The state is optax's: none.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, *, scale: Any, norm: Any, **_: Any) -> tuple[Any, Any]:
+        del params
+        factor = scale * jnp.minimum(1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
