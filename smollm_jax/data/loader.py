@@ -98,8 +98,9 @@ class BatchIterator:
     end, because this process cannot know whether the other shards have ended.
     """
 
-    def __init__(self, loader: Loader, shards: dict[int, ShardStream], step: int = 0):
-        self.loader, self.shards, self.step = loader, shards, step
+    def __init__(self, loader: Loader, shards: dict[int, ShardStream]):
+        self.loader, self.shards, self.step = loader, shards, 0
+        self.sources = [source for shard in shards.values() for source in shard.sources]
 
     def __next__(self) -> tuple[Batch, Cursor]:
         if self.step >= self.loader.steps:
@@ -110,8 +111,8 @@ class BatchIterator:
         tokens = np.concatenate([part.tokens for part in made])
         segment_ids = np.concatenate([part.segment_ids for part in made])
         batch = Batch(tokens, segment_ids, min(self.shards) * rows)
-        ended = all(shard.ended for shard in self.shards.values()) and num_targets(batch) == 0
-        if ended and len(self.shards) == count:
+        ended = len(made) == count and all(shard.ended for shard in self.shards.values())
+        if ended and num_targets(batch) == 0:
             raise StopIteration
         self.step += 1
         return batch, self.cursor
@@ -128,9 +129,8 @@ class BatchIterator:
         return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in found]
 
     def close(self) -> None:
-        for shard in self.shards.values():
-            for source in shard.sources:
-                source.close()
+        for source in self.sources:
+            source.close()
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,8 @@ class Loader:
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
         if len(self.shards) > 1:  # one by one, each would wait for its first window
-            for shard in batches.shards.values():
-                for source in shard.sources:
-                    source.prepare()
+            for source in batches.sources:
+                source.prepare()
         return batches
 
     def prefetch(self, cursor: Any) -> PrefetchLoader:

@@ -90,9 +90,7 @@ class Source(ABC):
         Raises `SourceTimeout`, or `UserError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
-        # shards of whole files if the shards have nearly the same size
-        parts = [sum(self.sizes[i :: shard.count]) for i in range(shard.count)]
-        by_file = shard == WHOLE or 0 < max(parts) <= UNEVEN * min(parts)
+        by_file = self.is_even(shard.count)
         while cursor["file"] < len(self.files):
             following = {**START, "file": cursor["file"] + 1}
             if by_file and not shard.has(cursor["file"]):
@@ -117,6 +115,11 @@ class Source(ABC):
                 if by_file or shard.index == 0:  # every shard reads this file; one reports it
                     self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {one_line(error)}", skipped)
             cursor, tries = following, 0
+
+    def is_even(self, shards: int) -> bool:
+        """Return whether shards of whole files have nearly the same size."""
+        parts = [sum(self.sizes[i::shards]) for i in range(shards)]
+        return shards == 1 or 0 < max(parts) <= UNEVEN * min(parts)
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
