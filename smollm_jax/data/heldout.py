@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
@@ -64,13 +64,9 @@ def head_texts(config: DataConfig) -> Iterator[str]:
     documents = _held_out_documents(config) if config.eval_documents else []
     excluded = {text_hash(document.text) for document in documents}
     heads = [open_source(spec, config).documents() for spec, _ in mixture(config.data)]
-    while heads:
-        for head in list(heads):
-            document = next(head, None)
-            if document is None:
-                heads.remove(head)
-            elif text_hash(document.text) not in excluded:
-                yield document.text
+    for document in chain.from_iterable(zip_longest(*heads)):
+        if document is not None and text_hash(document.text) not in excluded:
+            yield document.text
 
 
 def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Document]:
@@ -79,9 +75,8 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
     for spec, weight in mixture(config.eval_data or config.data):
         wanted = max(1, round(config.eval_documents * weight))
         chosen: dict[int, Document] = {}
-        for i, document in enumerate(open_source(spec, config, resumes=resumes).documents(), 1):
-            if i % every == 0:
-                chosen.setdefault(text_hash(document.text), document)
+        for document in islice(open_source(spec, config, resumes=resumes).documents(), every - 1, None, every):
+            chosen.setdefault(text_hash(document.text), document)
             if len(chosen) == wanted:
                 break
         documents = chosen | documents

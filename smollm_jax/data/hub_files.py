@@ -9,6 +9,7 @@ network: what it cannot parse is a fault of the file.
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -78,14 +79,10 @@ def _list(repo: str, config: str | None, split: str) -> list[HubFile]:
     for path in paths:
         entry = entries.get(path) or filesystem.info(path)
         content = (entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or ""
-        files.append(HubFile(_without_revision(path), filesystem.url(path), entry["size"], content))
+        # without the revision: a commit that leaves the data files alone must leave their names alone
+        name = re.sub("@[^/]*", "", path, count=1)
+        files.append(HubFile(name, filesystem.url(path), entry["size"], content))
     return files
-
-
-def _without_revision(path: str) -> str:
-    """Remove the revision: a commit that leaves the data files alone must leave their names alone."""
-    head, _, tail = path.partition("@")
-    return f"{head}/{tail.partition('/')[2]}" if tail else path
 
 
 class HubReader(io.RawIOBase):
@@ -101,9 +98,6 @@ class HubReader(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.file.size}[whence]
         self._position = max(base + offset, 0)
@@ -114,8 +108,8 @@ class HubReader(io.RawIOBase):
         count = max(min(len(view), self.file.size - self._position), 0)
         for at in range(0, count, BLOCK_BYTES):
             size = min(BLOCK_BYTES, count - at)
-            ask = partial(self._ask, self._position, size)
             try:
+                ask = partial(self._ask, self._position, size)
                 view[at : at + size] = retry(ask, self.file.name, self.timeout, self._stopped)
             except (OSError, ValueError) as error:
                 # the token expired, or the file is gone: waiting does not help
@@ -138,19 +132,16 @@ def fetch_range(file: HubFile, start: int, size: int) -> bytes:
 
     asked = f"bytes={start}-{start + size - 1}"
     headers = {"range": asked, "accept-encoding": "identity", **build_hf_headers()}
-    deadline, parts, received = time.monotonic() + BLOCK_SECONDS, [], 0
+    deadline, body = time.monotonic() + BLOCK_SECONDS, bytearray()
     with get_session().stream("GET", file.url, headers=headers, timeout=request_seconds()) as response:
         hf_raise_for_status(response)
         if response.status_code != 206 and (start, size) != (0, file.size):
             raise OSError(f"status {response.status_code} where a part of the file was asked for")
         for part in response.iter_bytes():
-            parts.append(part)
-            received += len(part)
-            if received > size or time.monotonic() > deadline:
+            body += part
+            if len(body) > size or time.monotonic() > deadline:
                 break
         got = response.headers.get("content-range", "").partition("/")[0].replace(" ", "=")
-    if got and got != asked:
-        raise OSError(f"range {got} came where {asked} was asked for")
-    if received != size:
-        raise OSError(f"{received} bytes came where {size} were asked for")
-    return b"".join(parts)
+    if got not in {"", asked} or len(body) != size:
+        raise OSError(f"{len(body)} bytes came where {size} were asked for; got {got or 'no range'} for {asked}")
+    return bytes(body)

@@ -1,9 +1,8 @@
 """Make the training batches, each with the cursor from which the same next batch follows.
 
-A cursor is a few hundred bytes of JSON. It holds the position of the document that is being cut into rows,
-the offset in it, and what must not have changed: the files, the tokenizer, the held-out documents.
-The rows of a batch come from a fixed number of shards, so each process can make its own rows, and the batches
-do not depend on the number of processes.
+A cursor is a few hundred bytes of JSON: the document that is being cut into rows, the offset in it, and hashes of
+what must not change. The rows of a batch come from a fixed number of shards. So each process can make its own
+rows, and the batches do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -46,8 +45,8 @@ class ShardStream:
     The next document comes from the source furthest below the share of tokens that its weight asks for.
     """
 
-    def __init__(self, sources: list[ShuffledSource], weights: list[float], seq_len: int):
-        self.sources, self.mixture = sources, list(zip(sources, weights, strict=True))
+    def __init__(self, mixture: list[tuple[ShuffledSource, float]], seq_len: int):
+        self.mixture, self.sources = mixture, [source for source, _ in mixture]
         self.packer: Packer[Document] = Packer(seq_len)
         self.ended = False
         self._before: list[Cursor] = []  # states of the sources before the last document was drawn
@@ -57,12 +56,9 @@ class ShardStream:
         """Make the next rows; after the last document, rows of padding."""
         while self.packer.rows < rows and not self.ended:
             self._before = self._states()
-            drawn, offset = self._draw(), self._carried
-            self._carried = None
-            require(
-                offset is None or (drawn is not None and offset < len(drawn[1])),
-                f"{DAMAGED}: it points past the end of a document",
-            )
+            drawn, offset, self._carried = self._draw(), self._carried, None
+            past = offset is not None and (drawn is None or offset >= len(drawn[1]))
+            require(not past, f"{DAMAGED}: it points past the end of a document")
             if drawn is None:
                 self.ended = True
             else:
@@ -77,11 +73,9 @@ class ShardStream:
 
     def seek(self, cursor: Any) -> None:
         """Continue after `cursor`; raises `UserError` unless it may have been a cursor of this shard."""
-        states, offset = cursor["sources"], cursor["offset"]
-        require(
-            isinstance(states, list) and len(states) == len(self.sources) and (offset is None or is_count(offset)),
-            f"{DAMAGED}: {cursor!r:.200} is not a position in {len(self.sources)} sources",
-        )
+        states, offset, count = cursor["sources"], cursor["offset"], len(self.sources)
+        fits = isinstance(states, list) and len(states) == count and (offset is None or is_count(offset))
+        require(fits, f"{DAMAGED}: {cursor!r:.200} is not a position in {count} sources")
         for source, state in zip(self.sources, states, strict=True):
             source.seek(state)
         self._carried = offset
@@ -90,11 +84,11 @@ class ShardStream:
         return [dict(source.state) for source in self.sources]
 
     def _draw(self) -> TokenizedDocument | None:
-        while live := [(source, weight) for source, weight in self.mixture if not source.state["ended"]]:
+        drawn = None
+        while drawn is None and (live := [pair for pair in self.mixture if not pair[0].state["ended"]]):
             source, _ = min(live, key=lambda pair: pair[0].state["tokens"] / pair[1])  # the first of equals
-            if (drawn := source.draw()) is not None:
-                return drawn
-        return None
+            drawn = source.draw()
+        return drawn
 
 
 class BatchIterator:
@@ -104,8 +98,9 @@ class BatchIterator:
     end, because this process cannot know whether the other shards have ended.
     """
 
-    def __init__(self, loader: Loader, shards: dict[int, ShardStream], step: int = 0):
-        self.loader, self.shards, self.step = loader, shards, step
+    def __init__(self, loader: Loader, shards: dict[int, ShardStream]):
+        self.loader, self.shards, self.step = loader, shards, 0
+        self.sources = [source for shard in shards.values() for source in shard.sources]
 
     def __next__(self) -> tuple[Batch, Cursor]:
         if self.step >= self.loader.steps:
@@ -113,13 +108,11 @@ class BatchIterator:
         count = self.loader.config.shards
         rows = self.loader.batch_size_at(self.step + 1) // count
         made = [shard.batch(rows) for shard in self.shards.values()]
-        batch = Batch(
-            np.concatenate([part.tokens for part in made]),
-            np.concatenate([part.segment_ids for part in made]),
-            min(self.shards) * rows,
-        )
-        ended = all(shard.ended for shard in self.shards.values()) and num_targets(batch) == 0
-        if ended and len(self.shards) == count:
+        tokens = np.concatenate([part.tokens for part in made])
+        segment_ids = np.concatenate([part.segment_ids for part in made])
+        batch = Batch(tokens, segment_ids, min(self.shards) * rows)
+        ended = len(made) == count and all(shard.ended for shard in self.shards.values())
+        if ended and num_targets(batch) == 0:
             raise StopIteration
         self.step += 1
         return batch, self.cursor
@@ -135,11 +128,8 @@ class BatchIterator:
         found = [document for shard in self.shards.values() for document in shard.packer.documents]
         return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in found]
 
-    def sources(self) -> list[ShuffledSource]:
-        return [source for shard in self.shards.values() for source in shard.sources]
-
     def close(self) -> None:
-        for source in self.sources():
+        for source in self.sources:
             source.close()
 
 
@@ -149,8 +139,7 @@ class Loader:
 
     config: DataConfig
     tokenizer: Tokenizer
-    sources: list[Source]
-    weights: list[float]
+    mixture: list[tuple[Source, float]]
     seed: int
     batch_size_at: Callable[[int], int]
     steps: int
@@ -162,25 +151,24 @@ class Loader:
         """What the batches depend on besides the settings: hashes of files, tokenizer and held-out texts."""
         return {
             "shards": self.config.shards,
-            "fingerprints": {source.name: source.fingerprint for source in self.sources},
+            "fingerprints": {source.name: source.fingerprint for source, _ in self.mixture},
             "tokenizer": self.tokenizer.fingerprint[:16],
             "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(self.excluded)).encode()),
         }
 
     def at(self, cursor: Any) -> BatchIterator:
         """Return the batches after `cursor`, None for all; raises `UserError` if they would not be the same."""
-        shards = {index: self._open_shard(index) for index in self.shards}
-        batches = BatchIterator(self, shards)
+        batches = BatchIterator(self, {index: self._open_shard(index) for index in self.shards})
         if cursor is not None:
             try:
                 self._check(cursor)
                 batches.step = cursor["step"]
-                for index, shard in shards.items():
+                for index, shard in batches.shards.items():
                     shard.seek(cursor["lanes"][str(index)])
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
-        if len(shards) > 1:  # one by one, each would wait for its first window
-            for source in batches.sources():
+        if len(self.shards) > 1:  # one by one, each would wait for its first window
+            for source in batches.sources:
                 source.prepare()
         return batches
 
@@ -190,15 +178,13 @@ class Loader:
 
     def _open_shard(self, index: int) -> ShardStream:
         shard = Shard(index, self.config.shards)
-        shuffled = [
-            ShuffledSource(source, self.tokenizer, seed=[self.seed, i], excluded=self.excluded, shard=shard)
-            for i, source in enumerate(self.sources)
-        ]
-        return ShardStream(shuffled, self.weights, self.config.seq_len)
+        shuffle = partial(ShuffledSource, tokenizer=self.tokenizer, excluded=self.excluded, shard=shard)
+        shuffled = [(shuffle(s, seed=[self.seed, i]), weight) for i, (s, weight) in enumerate(self.mixture)]
+        return ShardStream(shuffled, self.config.seq_len)
 
     def _check(self, cursor: Any) -> None:
         afresh = "bring the old ones back, or start afresh with --new-run"
-        for source in self.sources:
+        for source, _ in self.mixture:
             name, now, then = source.name, source.fingerprint, cursor["fingerprints"].get(source.name)
             require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
             changes = changed_files(source.files, now, then)
@@ -224,11 +210,9 @@ def open_loader(
     `shards` are the neighbouring shards wanted of the `config.shards`; None for all. `batch_size_at` maps a
     step, from 1, to the rows of its batch. Raises as `open_source` does.
     """
-    named = mixture(config.data)
-    sources = [open_source(spec, config, resumes=resumes) for spec, _ in named]
-    weights = [weight for _, weight in named]
+    sources = [(open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)]
     wanted = list(range(config.shards) if shards is None else shards)
-    return Loader(config, tokenizer, sources, weights, seed, batch_size_at, steps, excluded, wanted)
+    return Loader(config, tokenizer, sources, seed, batch_size_at, steps, excluded, wanted)
 
 
 def merge_cursors(cursors: list[Cursor]) -> Cursor:

@@ -1,18 +1,16 @@
 """Shuffle documents in windows, and tokenize them ahead of their use.
 
 The state of a source names the start of its window and an index into the window's order; a resume reads the
-window again. While one window is in use, a background thread reads and tokenizes the next. At most two
-windows are held at a time, however long the stream.
+window again. While one window is in use, a background thread reads the next, so at most two are held at a time.
 """
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -20,7 +18,7 @@ import xxhash
 from smollm_jax.data.readers import Cursor
 from smollm_jax.data.sources import START, WHOLE, Document, Shard, Source
 from smollm_jax.runtime.background import BackgroundTask
-from smollm_jax.runtime.errors import SourceTimeout, require
+from smollm_jax.runtime.errors import SourceTimeout, UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that memory per token stays small
@@ -42,8 +40,7 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
         yield from zip(group, (np.append(ids, np.int32(tokenizer.eos_id)) for ids in encoded), strict=True)
 
 
-@dataclass(frozen=True)
-class WindowPosition:
+class WindowPosition(NamedTuple):
     """Where a window begins."""
 
     epoch: int
@@ -51,15 +48,13 @@ class WindowPosition:
     start: Cursor | None
 
 
-@dataclass(frozen=True)
-class Window:
-    """The documents of a window in shuffled order."""
+class Window(NamedTuple):
+    """The documents of a window in shuffled order, and how many rows could not be read."""
 
     position: WindowPosition
     documents: list[TokenizedDocument]
     following: WindowPosition
     skipped: int
-    """Rows that could not be read."""
 
 
 class ShuffledSource:
@@ -77,7 +72,7 @@ class ShuffledSource:
             "window": None, "number": 0, "index": 0, "epoch": 0, "tokens": 0, "skipped": 0, "ended": False,
         }  # fmt: skip
         self._current: Window | None = None
-        self._next: tuple[WindowPosition, BackgroundTask[Window]] | None = None
+        self._next: BackgroundTask[Window] | None = None
         atexit.register(self.close)
 
     def draw(self) -> TokenizedDocument | None:
@@ -92,36 +87,34 @@ class ShuffledSource:
                 state["tokens"] += len(window.documents[i][1])
                 return window.documents[i]
             require(i == len(window.documents), f"the cursor points past a window of {self.source.name}")
-            require(
-                window.documents != [] or window.position.number > 0,
-                f"--data {self.source.name} holds no document to train on{self._which()}; held-out documents do "
-                "not count",
-            )
-            following = window.following
-            state |= {"window": following.start, "number": following.number, "index": 0}
-            state |= {"epoch": following.epoch, "ended": self._is_over(following)}
+            if not window.documents and window.position.number == 0:
+                index, count = self.shard.index, self.shard.count
+                where = "" if count == 1 else f" in shard {index + 1} of {count} (give a smaller --shards)"
+                empty = f"--data {self.source.name} holds no document to train on{where}"
+                raise UserError(f"{empty}; held-out documents do not count")
+            epoch, number, start = window.following
+            state |= {"window": start, "number": number, "index": 0, "epoch": epoch}
+            state["ended"] = self._is_over(epoch)
         return None
 
     def seek(self, state: Any) -> None:
-        """Continue from `state`; raises `UserError` unless it may have been a state of this source."""
-        window, names = state["window"], set(self.state)
-        counts = [state[name] for name in names - {"window", "ended"}]
-        if window is not None:
-            counts += [window[name] for name in START]
+        """Continue from `state`, before the first `draw`; raises `UserError` if it is no state of this source."""
+        start = START if state["window"] is None else state["window"]
+        counts = {**state, **start, "window": 0, "ended": 0}
         require(
-            set(state) == names
-            and all(map(is_count, counts))
+            set(state) == set(self.state)
+            and set(start) == set(START)
+            and all(map(is_count, counts.values()))
             and isinstance(state["ended"], bool)
-            and (state["number"] == 0 if window is None else window["file"] < len(self.source.files))
-            and (window is None or set(window) == set(START)),
+            and (start["file"] < len(self.source.files) if state["window"] else state["number"] == 0),
             f"{DAMAGED}: {state!r:.200} is not a state of {self.source.name}",
         )
         self.state = dict(state)
 
     def prepare(self) -> None:
         """Begin to read the window that the first `draw` needs."""
-        if not self.state["ended"] and self._current is None and self._next is None:
-            self._read_ahead(self._position())
+        if not self.state["ended"]:
+            self._next = BackgroundTask(partial(self._read, self._position()))
 
     def close(self) -> None:
         """Stop reading; wait up to `CLOSE_SECONDS` for the window that is being read ahead.
@@ -131,34 +124,26 @@ class ShuffledSource:
         atexit.unregister(self.close)
         self.source.closed.set()
         if self._next is not None:
-            self._next[1].wait(CLOSE_SECONDS)
+            self._next.wait(CLOSE_SECONDS)
 
     def _position(self) -> WindowPosition:
         return WindowPosition(self.state["epoch"], self.state["number"], self.state["window"])
 
-    def _which(self) -> str:
-        index, count = self.shard.index, self.shard.count
-        return "" if self.shard == WHOLE else f" in shard {index + 1} of {count} (give a smaller --shards)"
-
-    def _is_over(self, position: WindowPosition) -> bool:
-        return 0 < self.source.settings.epochs <= position.epoch
+    def _is_over(self, epoch: int) -> bool:
+        return 0 < self.source.settings.epochs <= epoch
 
     def _window(self, position: WindowPosition) -> Window:
         if self._current is None or self._current.position != position:
             ahead, self._next = self._next, None
-            # a read that timed out before its window was needed is started again
-            stale = ahead is None or (ahead[1].done and isinstance(ahead[1].error, SourceTimeout))
-            if ahead is None or stale or ahead[0] != position:
+            if ahead is None or isinstance(ahead.error, SourceTimeout):
+                # a read ahead that timed out before its window was needed is started again
                 self._current = self._read(position)
             else:
-                self._current = ahead[1].result()
+                self._current = ahead.result()
             following = self._current.following
-            if following != position and not self._is_over(following):
-                self._read_ahead(following)
+            if following != position and not self._is_over(following.epoch):
+                self._next = BackgroundTask(partial(self._read, following))
         return self._current
-
-    def _read_ahead(self, position: WindowPosition) -> None:
-        self._next = position, BackgroundTask(partial(self._read, position))
 
     def _read(self, position: WindowPosition) -> Window:
         size = max(self.source.settings.shuffle_window // self.shard.count, 1)

@@ -72,10 +72,8 @@ class Source(ABC):
 
     parse_tries = 1
 
-    def __init__(
-        self, name: str, files: list[str], prints: list[str], settings: DataConfig, sizes: list[int] | None = None
-    ):
-        self.name, self.files, self.settings, self.sizes = name, files, settings, sizes or []
+    def __init__(self, name: str, files: list[str], sizes: list[int], prints: list[str], settings: DataConfig):
+        self.name, self.files, self.sizes, self.settings = name, files, sizes, settings
         self.fingerprint = " ".join(prints)
         self.closed = threading.Event()
 
@@ -107,8 +105,6 @@ class Source(ABC):
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
                     elif record.value.strip():
                         yield Document(record.value, self.name, path, record.row, cursor)
-            except (UserError, SourceTimeout):
-                raise
             except Exception as error:
                 if not _is_of_the_file(error):
                     raise
@@ -123,7 +119,7 @@ class Source(ABC):
     def is_even(self, shards: int) -> bool:
         """Return whether shards of whole files have nearly the same size."""
         parts = [sum(self.sizes[i::shards]) for i in range(shards)]
-        return shards == 1 or (min(parts) > 0 and max(parts) <= UNEVEN * min(parts))
+        return shards == 1 or 0 < max(parts) <= UNEVEN * min(parts)
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
@@ -150,7 +146,7 @@ class LocalSource(FileSource):
 
     def __init__(self, pattern: str, settings: DataConfig):
         """Raise `UserError` if there are no files, or they cannot be read."""
-        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
         files = sorted(f for path in found for f in (_inside(path) if Path(path).is_dir() else [path]))
         require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
         _require_known(files, pattern)
@@ -159,7 +155,7 @@ class LocalSource(FileSource):
             prints = hash_files(files, sizes)
         except OSError as error:
             raise UserError(f"--data {pattern}: {one_line(error)}") from None
-        super().__init__(pattern, files, prints, settings, sizes)
+        super().__init__(pattern, files, sizes, prints, settings)
 
     def open(self, i: int) -> BinaryIO:
         import pyarrow as pa
@@ -183,10 +179,10 @@ class HubSource(FileSource):
             if resumes:
                 raise
             raise UserError(f"--data {error}; {WAYS_OUT}") from None
-        files = [file.name for file in self._listing]
+        files, sizes = [file.name for file in self._listing], [file.size for file in self._listing]
         _require_known(files, spec)
         prints = [short_hash(file.name, file.size, file.content) for file in self._listing]
-        super().__init__(spec, files, prints, settings, [file.size for file in self._listing])
+        super().__init__(spec, files, sizes, prints, settings)
 
     def open(self, i: int) -> BinaryIO:
         raw = HubReader(self._listing[i], timeout=self.settings.data_timeout, closed=self.closed)
@@ -200,7 +196,7 @@ class PythonDocsSource(Source):
     def __init__(self, settings: DataConfig):
         version = ".".join(map(str, sys.version_info[:3]))
         prints = [short_hash(version, *python_docs())]
-        super().__init__(BUILTIN, [f"{BUILTIN} of Python {version}"], prints, settings)
+        super().__init__(BUILTIN, [f"{BUILTIN} of Python {version}"], [], prints, settings)
 
     def records(self, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
         for row, text in enumerate(python_docs()[start["row"] :], start["row"]):
@@ -223,12 +219,12 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
 def mixture(data: str) -> list[tuple[str, float]]:
     """Parse `"A=0.7,B=0.3"` to [("A", 0.7), ("B", 0.3)], with weights that sum to 1; the default weight is 1."""
     parts = []
-    for part in data.split(","):
-        spec, equals, weight = part.strip().rpartition("=")
+    for part in map(str.strip, data.split(",")):
+        spec, equals, weight = part.rpartition("=")
         try:
-            parts.append((spec, float(weight)) if equals else (weight, 1.0))
+            parts.append((spec, float(weight)) if equals else (part, 1.0))
         except ValueError:
-            parts.append((part.strip(), 1.0))
+            parts.append((part, 1.0))
     require(all(spec for spec, _ in parts), f"--data {data!r}: a part is empty")
     require(all(0 < w < float("inf") for _, w in parts), f"--data {data!r}: every weight must be above 0")
     total = sum(weight for _, weight in parts)
@@ -249,19 +245,15 @@ def _fault(value: Any, column: str) -> str:
 
 
 def _is_of_the_file(error: Exception) -> bool:
-    """Return whether the file cannot be read or parsed; other errors are faults of this program."""
+    """Return whether the file cannot be read or parsed; other errors are mistakes, timeouts or faults of ours."""
     of_arrow = type(error).__module__.startswith("pyarrow")
-    return of_arrow or isinstance(error, OSError | EOFError | ValueError | zlib.error)
+    of_parser = of_arrow or isinstance(error, OSError | EOFError | ValueError | zlib.error)
+    return of_parser and not isinstance(error, UserError)
 
 
 def _looks_local(spec: str) -> bool:
-    return (
-        spec.endswith(SUFFIXES)
-        or spec.startswith((".", "/", "~"))
-        or any(c in spec for c in "*?[")
-        or Path(spec).exists()
-        or spec.partition(":")[0].count("/") != 1
-    )
+    path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or Path(spec).exists()
+    return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
 
 
 def _inside(folder: str) -> list[str]:
@@ -269,5 +261,5 @@ def _inside(folder: str) -> list[str]:
 
 
 def _require_known(files: list[str], spec: str) -> None:
-    unknown = [path for path in files if not path.endswith(SUFFIXES)]
-    require(not unknown, f"--data {spec}: {(unknown or [''])[0]} is none of {', '.join(SUFFIXES)}")
+    for path in files:
+        require(path.endswith(SUFFIXES), f"--data {spec}: {path} is none of {', '.join(SUFFIXES)}")

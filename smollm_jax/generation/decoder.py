@@ -1,9 +1,8 @@
 """The model laid out for decoding with a key/value cache: a token costs one read of the weights.
 
 Layers are separate leaves, because XLA reads leaves faster than slices of a stack. Query, key and value are one
-matrix, gate and up another. Only `Matrix` knows how a matrix lies in memory: the fastest layout for a single row
-differs between bf16 on a CPU and everything else. Tests compare the decoder with the logits of `SmolLM`.
-On a GPU, steps of a few rows with one token each run kernels (kernels/triton_decode.py).
+matrix, gate and up another. Only `Matrix` knows the layout in memory: the fastest for a single row differs between
+bf16 on a CPU and all else. On a GPU, steps of a few rows with one token each run kernels/triton_decode.py.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from flax import nnx
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.kernels import triton_decode
-from smollm_jax.kernels.check import TOLERANCE, check_against_reference
+from smollm_jax.kernels.check import check_against_reference, tolerance_of
 from smollm_jax.kernels.cpu import STREAM_OUTPUTS, stream
 from smollm_jax.kernels.select import select_attention
 from smollm_jax.kernels.triton_decode import LayerCache, LayerWeights
@@ -40,8 +39,7 @@ class Matrix(nnx.Module):
     """
 
     def __init__(self, weights_OI: jax.Array, *, streamed: bool):
-        self.streamed = streamed
-        parts = [weights_OI]
+        self.streamed, parts = streamed, [weights_OI]
         if streamed:
             starts = range(0, len(weights_OI), STREAM_OUTPUTS)
             parts = [weights_OI[start : start + STREAM_OUTPUTS].T for start in starts]
@@ -67,18 +65,14 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, weights: Any, dtype: Any, streamed: bool):
         D = config.hidden_size
         attention, mlp = weights["attention"], weights["mlp"]
-        qkv = [attention[name].reshape(D, -1) for name in ("q", "k", "v")]
+        qkv_DO = jnp.concatenate([attention[name].reshape(D, -1) for name in "qkv"], axis=1)
+        gate_up_DO = jnp.concatenate([mlp["gate"], mlp["up"]], axis=1)
         self.attention_norm, self.mlp_norm = RMSNorm(config), RMSNorm(config)
         self.attention_norm.scale = nnx.Param(weights["attention_norm"]["scale"])
         self.mlp_norm.scale = nnx.Param(weights["mlp_norm"]["scale"])
         self.qkv, self.o, self.gate_up, self.down = (
             Matrix(weights_IO.T.astype(dtype), streamed=streamed)
-            for weights_IO in (
-                jnp.concatenate(qkv, axis=1),
-                attention["o"].reshape(-1, D),
-                jnp.concatenate([mlp["gate"], mlp["up"]], axis=1),
-                mlp["down"],
-            )
+            for weights_IO in (qkv_DO, attention["o"].reshape(-1, D), gate_up_DO, mlp["down"])
         )
 
     def for_kernels(self) -> LayerWeights:
@@ -116,9 +110,7 @@ class Decoder(nnx.Module):
     def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
         """Return an empty key/value cache of `length` positions: a pair of (B, K, S, H) per layer."""
         shape = (batch_size, self.config.num_kv_heads, length, self.config.head_dim)
-        return tuple(
-            (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(self.config.num_layers)
-        )
+        return tuple((jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in self.layers)
 
     def features(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
@@ -128,17 +120,19 @@ class Decoder(nnx.Module):
         Several tokens per row must be consecutive and start at the same position in each row. A row padded on its
         right writes nonsense past its end; the row's own next tokens overwrite it before anything reads it.
         """
-        config = self.config
+        config, (B, T) = self.config, tokens_BT.shape
         rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
         x_BTD, grown = self.embedding[...][tokens_BT], []
-        if self._uses_kernels(*tokens_BT.shape):
+        if self.kernels and T == 1 and B <= triton_decode.MOST_ROWS:
             return self._step(x_BTD, rope, positions_BT, cache)
+        N, K = config.num_heads, config.num_kv_heads
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            q_BTNH, k_BTKH, v_BTKH = self._heads(layer, layer.attention_norm(x_BTD))
+            heads = layer.qkv(layer.attention_norm(x_BTD)).reshape(B, T, N + 2 * K, config.head_dim)
+            q_BTNH, k_BTKH, v_BTKH = heads[:, :, :N], heads[:, :, N : N + K], heads[:, :, N + K :]
             k_BKSH, v_BKSH = _write(layer_cache, rotate(k_BTKH, rope), v_BTKH, positions_BT)
             grown.append((k_BKSH, v_BKSH))
             seen_BTNH = _attend_cache(rotate(q_BTNH, rope), k_BKSH, v_BKSH, positions_BT)
-            x_BTD += layer.o(seen_BTNH.reshape(*x_BTD.shape[:2], -1))
+            x_BTD += layer.o(seen_BTNH.reshape(B, T, -1))
             gate, up = jnp.split(layer.gate_up(layer.mlp_norm(x_BTD)), 2, axis=-1)
             x_BTD += layer.down(swiglu(gate, up))
         return self.final_norm(x_BTD), tuple(grown)
@@ -147,27 +141,17 @@ class Decoder(nnx.Module):
         """Return f32 logits (..., V) of features (..., D)."""
         return self.head(x_BTD, jnp.float32)
 
-    def _uses_kernels(self, B: int, T: int) -> bool:
-        return self.kernels and T == 1 and B <= triton_decode.MOST_ROWS
-
     def _step(
         self, x_BTD: jax.Array, rope: Rope, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """Compute `features` of one token per row by the kernels."""
-        cos_BH, sin_BH = (part_BT1H[:, 0, 0] for part_BT1H in rope)
-        x_BD, position_B, grown = x_BTD[:, 0], positions_BT[:, 0].astype(jnp.int32), []
+        angles, grown = (rope[0][:, 0, 0], rope[1][:, 0, 0]), []
+        x_BD, position_B = x_BTD[:, 0], positions_BT[:, 0].astype(jnp.int32)
+        step = functools.partial(triton_decode.layer_step, interpret=self.interpret)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BD, new = triton_decode.layer_step(
-                x_BD, (cos_BH, sin_BH), position_B, layer_cache, layer.for_kernels(), interpret=self.interpret
-            )
+            x_BD, new = step(x_BD, angles, position_B, layer_cache, layer.for_kernels())
             grown.append(new)
         return self.final_norm(x_BD[:, None]), tuple(grown)
-
-    def _heads(self, layer: DecoderLayer, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        B, T, _ = x_BTD.shape
-        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = layer.qkv(x_BTD).reshape(B, T, N + 2 * K, H)
-        return heads[:, :, :N], heads[:, :, N : N + K], heads[:, :, N + K :]
 
 
 def _wants_kernels(model: SmolLM) -> bool:
@@ -191,8 +175,7 @@ def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
 
 
 def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attention of queries at `positions_BT` over the cache, in blocks: the scores of a long prompt never
-    exist whole."""
+    """Attend to the cache in blocks of queries, so that the scores of a long prompt never exist whole."""
     k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
     blocks = []
     for start in range(0, q_BTNH.shape[1], QUERY_BLOCK):
@@ -242,8 +225,8 @@ def check_decode(config: ModelConfig, dtype: Any, *, interpret: bool = False, se
         norm["scale"] += 1
     decoder = Decoder(SmolLM.from_params(config, params, dtype=dtype), kernels=True, interpret=interpret)
     length = 2 * triton_decode.KEYS
-    cache_shape = (1, config.num_kv_heads, length, config.head_dim)
-    old = (_random(rng, cache_shape, 1, dtype), _random(rng, cache_shape, 1, dtype))
+    cache_shape = 1, config.num_kv_heads, length, config.head_dim
+    old = _random(rng, cache_shape, 1, dtype), _random(rng, cache_shape, 1, dtype)
 
     def changes_by(kernels: bool) -> Callable[..., Any]:
         decoder.kernels = kernels
@@ -256,15 +239,14 @@ def check_decode(config: ModelConfig, dtype: Any, *, interpret: bool = False, se
 
         return lambda positions: jax.lax.map(changes, positions)
 
-    wrong = check_against_reference(
-        changes_by(True), changes_by(False),
+    return check_against_reference(
+        "decoding", changes_by(True), changes_by(False),
         (jnp.array([0, 1, triton_decode.KEYS - 1, triton_decode.KEYS, length - 1]),),
         names=("the output", "the cache of keys", "the cache of values"), exact=False,
-        tolerance=TOLERANCE[jnp.dtype(dtype).name],
+        tolerance=tolerance_of(dtype),
         # per position, and of vectors: the rounding of one entry in bf16 comes near the tolerance
         size=lambda x: np.linalg.norm(x.reshape(len(x), -1), axis=1),
     )  # fmt: skip
-    return wrong and f"decoding: {wrong}"
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...], std: float, dtype: Any) -> jax.Array:

@@ -1,8 +1,7 @@
 """Generate token ids: prefill, then decode with a key/value cache on the device.
 
 Prompts are padded to buckets and the cache to a power of two, so that a new prompt length compiles nothing
-new. Tokens are decoded in chunks, one device loop per chunk with a known trip count. A token's draw depends on
-the seed and its position alone, so the chunk size does not change a text. This file knows no tokenizer.
+new. Tokens are decoded in chunks, one device loop per chunk with a known trip count. This file knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -145,10 +144,8 @@ def generate(model: SmolLM, prompts: Sequence[Sequence[int]], **sampling: Any) -
 
 def check_prompt(prompt: Sequence[int], *, context: int, vocab_size: int) -> None:
     """Raise `UserError` unless the ids are in the vocabulary and leave room for a token in the context."""
-    require(
-        0 < len(prompt) < context,
-        f"the prompt has {len(prompt):,} tokens; the model reads 1 to {context - 1:,}",
-    )
+    length = len(prompt)
+    require(0 < length < context, f"the prompt has {length:,} tokens; the model reads 1 to {context - 1:,}")
     for token in (min(prompt), max(prompt)):
         require(0 <= token < vocab_size, f"token id {token} is outside the vocabulary, 0 to {vocab_size - 1:,}")
 

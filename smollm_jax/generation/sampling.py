@@ -1,8 +1,8 @@
 """Choose the next token from logits: penalty, temperature, top-k, top-p, min-p, then one draw.
 
-The rules and their order match transformers. No rule sorts the vocabulary. Top-k and top-p keep every score at
-or above a threshold. Bisection over the bits of a float finds the threshold exactly, thirty times faster than a
-sort on a CPU. Tokens that tie with the last kept token are kept too.
+The rules and their order match transformers. Top-k and top-p keep every score at or above a threshold, so tokens
+that tie with the last kept token are kept too. Bisection over the bits of a float finds the threshold exactly,
+thirty times faster than a sort on a CPU.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def filtered(logits_BV: jax.Array, arrays: SamplingArrays) -> jax.Array:
 def draw(scores_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     """Draw tokens (B,) from softmax(scores): the first whose cumulative probability passes `uniform_B`."""
     B, V = scores_BV.shape
-    blocks = -(-V // DRAW_BLOCK)
-    p_BV = jnp.pad(jnp.exp(scores_BV), ((0, 0), (0, blocks * DRAW_BLOCK - V)))
-    p_BXY = p_BV.reshape(B, blocks, DRAW_BLOCK)
+    p_BV = jnp.pad(jnp.exp(scores_BV), ((0, 0), (0, -V % DRAW_BLOCK)))
+    p_BXY = p_BV.reshape(B, -1, DRAW_BLOCK)
     block_BX = _sum(p_BXY)
     end_BX = jnp.cumsum(block_BX, axis=-1)
     target_B1 = uniform_B[:, None] * end_BX[:, -1:]

@@ -8,6 +8,7 @@ token, a scan adds them in a fixed order, and each sum is written once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,12 +31,8 @@ def reproducible_embed(mesh: Mesh | None, *, rows: Any = None) -> Callable[[jax.
 
     def backward(kept: tuple[jax.Array, jax.Array], dx_BTD: jax.Array) -> tuple[jax.Array, None]:
         table_VD, tokens_BT = kept
-
-        def sums(dx_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-            return sums_by_token(dx_BTD, tokens_BT, table_VD.shape[0])
-
-        by_row = PartitionSpec(rows)
-        total = per_device(mesh, sums, in_specs=(by_row, by_row), out_specs=PartitionSpec(), add_over=rows)
+        sums = partial(sums_by_token, V=table_VD.shape[0])
+        total = per_device(mesh, sums, in_specs=PartitionSpec(rows), out_specs=PartitionSpec(), add_over=rows)
         return total(dx_BTD, tokens_BT).astype(table_VD.dtype), None
 
     embed.defvjp(forward, backward)
@@ -52,10 +49,7 @@ def sums_by_token(x_BTD: jax.Array, tokens_BT: jax.Array, V: int) -> jax.Array:
     tokens_M = tokens_M[order_M]
     x_MD = x_BTD.reshape(len(tokens_M), -1)[order_M].astype(jnp.float32)
     differs = tokens_M[1:] != tokens_M[:-1]
-    first_M, last_M = (
-        jnp.pad(differs, (1, 0), constant_values=True),
-        jnp.pad(differs, (0, 1), constant_values=True),
-    )
+    first_M, last_M = (jnp.pad(differs, around, constant_values=True) for around in ((1, 0), (0, 1)))
 
     def add(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         (left_x, left_first), (right_x, right_first) = left, right

@@ -1,8 +1,8 @@
 """Select the functions a model computes with on a device, and check its kernels against the reference.
 
 Kernels are used all together or not at all: if attention falls back to the reference, so do the loss and the
-layers. The choice depends on the devices of the mesh, not on the devices JAX finds on this machine, so a program
-compiled ahead of time for another machine gets its kernels. Mesh axes are handed in: no rule of the mesh is known.
+layers. The choice depends on the devices of the mesh, not of this machine, so a program compiled ahead of time for
+another machine gets its kernels. Mesh axes are handed in: no rule of the mesh is known.
 """
 
 from __future__ import annotations
@@ -63,13 +63,12 @@ def select_attention(asked: AttentionName, device: Any, dtype: Any) -> tuple[Att
     """
     if asked == "plain" or (asked == "auto" and device.platform == "cpu"):
         return "plain", ""
+    name: AttentionName = asked
     if asked == "auto":
-        name: AttentionName = "splash" if device.platform == "tpu" else "pallas"
-        obstacle = _obstacle(name, device, dtype)
-        return ("plain", f"attention   plain: {obstacle}") if obstacle else (name, "")
-    obstacle = _obstacle(asked, device, dtype)
-    require(not obstacle, f"attention={asked} cannot run here: {obstacle}; give plain or auto")
-    return asked, ""
+        name = "splash" if device.platform == "tpu" else "pallas"
+    obstacle = _obstacle(name, device, dtype)
+    require(not obstacle or asked == "auto", f"attention={asked} cannot run here: {obstacle}; give plain or auto")
+    return ("plain", f"attention   plain: {obstacle}") if obstacle else (name, "")
 
 
 def _obstacle(name: str, device: Any, dtype: Any) -> str:
@@ -107,9 +106,8 @@ def with_kernels(
     if name == "splash":
         from smollm_jax.kernels.splash import splash_attention
 
-        return replace(
-            ops, kernels=name, attention=attention_per_device(mesh, splash_attention, rows=rows, heads=heads)
-        )
+        attention = attention_per_device(mesh, splash_attention, rows=rows, heads=heads)
+        return replace(ops, kernels=name, attention=attention)
     from smollm_jax.kernels.triton_attention import triton_attention
     from smollm_jax.kernels.triton_cross_entropy import fused_cross_entropy
     from smollm_jax.kernels.triton_layer import fused_layer

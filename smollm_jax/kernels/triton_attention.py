@@ -21,11 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from smollm_jax.kernels.shard import padded
+from smollm_jax.kernels.triton_call import triton_call
 from smollm_jax.model.attention import MASKED
 
 # Queries or keys per block, warps per program, and loads in flight: for heads of width 64 no other setting tried
 # on an H200 is more than 2 % faster (benchmarks/RESULTS.md)
 BLOCK, WARPS, STAGES = 64, 4, 3
+LOG2_E = math.log2(math.e)
 
 
 def triton_attention(
@@ -46,57 +48,39 @@ def _attention(
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT, interpret):
     B, T, N, H = q_BTNH.shape
-    specs = _Specs(T, H, N // k_BTKH.shape[2])
-    o_BTNH, lse_BNT = _call(
-        partial(_forward_kernel, scale=_scale(H)),
-        grid=(B, N, T // BLOCK),
-        in_specs=[specs.block, specs.head_of_group, specs.head_of_group, specs.row],
-        out_specs=[specs.block, specs.numbers],
-        out_shape=[_like(q_BTNH), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        interpret=interpret,
-        name="attention_forward",
-    )(q_BTNH, k_BTKH, v_BTKH, start_BT)
+    at = _Specs(T, H, N // k_BTKH.shape[2])
+    lse_BNT = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    inputs = [(q_BTNH, at.block), (k_BTKH, at.head), (v_BTKH, at.head), (start_BT, at.row)]
+    outputs = [(q_BTNH, at.block), (lse_BNT, at.numbers)]
+    o_BTNH, lse_BNT = _call("attention_forward", _forward_kernel, (B, N, T // BLOCK), inputs, outputs, interpret)
     return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, lse_BNT)
 
 
 def _backward(interpret, kept, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, lse_BNT = kept
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    specs, scale = _Specs(T, H, N // K), _scale(H)
+    (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
+    at, blocks = _Specs(T, H, N // K), T // BLOCK
     # the softmax gradient subtracts delta (Dao et al. 2022, section B.4)
     delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
     # queries see a key until the end of its document: the last key of a block is seen longest
     last_Y = jnp.arange(BLOCK - 1, T, BLOCK)
     end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[None, :, None], axis=-1, dtype=jnp.int32)
-    dk_BTKH, dv_BTKH = _call(
-        partial(_backward_keys_kernel, scale=scale),
-        grid=(B, K, T // BLOCK),
-        in_specs=[
-            *(specs.group, specs.block, specs.block, specs.row, specs.blocks_of_row),
-            *(specs.group, specs.numbers_of_group, specs.numbers_of_group),
-        ],
-        out_specs=[specs.block, specs.block],
-        out_shape=[_like(k_BTKH), _like(v_BTKH)],
-        interpret=interpret,
-        name="attention_backward_keys",
-    )(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BY, do_BTNH, lse_BNT, delta_BNT)
-    dq_BTNH = _call(
-        partial(_backward_queries_kernel, scale=scale),
-        grid=(B, N, T // BLOCK),
-        in_specs=[
-            *(specs.block, specs.head_of_group, specs.head_of_group, specs.row),
-            *(specs.block, specs.numbers, specs.numbers),
-        ],
-        out_specs=specs.block,
-        out_shape=_like(q_BTNH),
-        interpret=interpret,
-        name="attention_backward_queries",
-    )(q_BTNH, k_BTKH, v_BTKH, start_BT, do_BTNH, lse_BNT, delta_BNT)
-    return dq_BTNH, dk_BTKH, dv_BTKH, None
+    inputs = [(q_BTNH, at.group), (k_BTKH, at.block), (v_BTKH, at.block), (start_BT, at.row), (end_BY, at.ends)]
+    inputs += [(do_BTNH, at.group), (lse_BNT, at.group_numbers), (delta_BNT, at.group_numbers)]
+    outputs = [(k_BTKH, at.block), (v_BTKH, at.block)]
+    grads = _call("attention_backward_keys", _backward_keys_kernel, (B, K, blocks), inputs, outputs, interpret)
+    inputs = [(q_BTNH, at.block), (k_BTKH, at.head), (v_BTKH, at.head), (start_BT, at.row)]
+    inputs += [(do_BTNH, at.block), (lse_BNT, at.numbers), (delta_BNT, at.numbers)]
+    kernel, outputs = _backward_queries_kernel, [(q_BTNH, at.block)]
+    (dq_BTNH,) = _call("attention_backward_queries", kernel, (B, N, blocks), inputs, outputs, interpret)
+    return dq_BTNH, *grads, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _call(name, kernel, grid, inputs, outputs, interpret):
+    return triton_call(name, kernel, grid, inputs, outputs, warps=WARPS, stages=STAGES, interpret=interpret)
 
 
 class _Specs:
@@ -107,17 +91,17 @@ class _Specs:
         """A block of one head: queries, keys, or their outputs and gradients."""
         self.numbers = pl.BlockSpec((None, None, BLOCK), lambda b, n, i: (b, n, i))
         """One number per query of the block."""
-        self.head_of_group = pl.BlockSpec((None, T, None, H), lambda b, n, _: (b, 0, n // G, 0))
+        self.head = pl.BlockSpec((None, T, None, H), lambda b, n, _: (b, 0, n // G, 0))
         """All keys, or values, that the head of queries reads."""
         self.group = pl.BlockSpec((None, T, G, H), lambda b, n, _: (b, 0, n, 0))
         """All queries that read the head of keys."""
-        self.numbers_of_group = pl.BlockSpec((None, G, T), lambda b, n, _: (b, n, 0))
-        self.row = pl.BlockSpec((None, T), lambda b, _, __: (b, 0))
-        self.blocks_of_row = pl.BlockSpec((None, T // BLOCK), lambda b, _, __: (b, 0))
+        self.group_numbers = pl.BlockSpec((None, G, T), lambda b, n, _: (b, n, 0))
+        self.row, self.ends = (pl.BlockSpec((None, size), lambda b, *_: (b, 0)) for size in (T, T // BLOCK))
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, start_ref, o_ref, lse_ref, *, scale: float):
+def _forward_kernel(q_ref, k_ref, v_ref, start_ref, o_ref, lse_ref):
     first, q_XH, start_X, bounds = _of_queries(q_ref, start_ref)
+    scale = _scale(q_XH)
 
     def look(masked: bool, j, carry):
         o_XH, best_X, sum_X = carry
@@ -136,9 +120,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, start_ref, o_ref, lse_ref, *, scale: fl
     lse_ref[...] = best_X + jnp.log2(sum_X)
 
 
-def _backward_queries_kernel(q_ref, k_ref, v_ref, start_ref, do_ref, lse_ref, delta_ref, dq_ref, *, scale: float):
+def _backward_queries_kernel(q_ref, k_ref, v_ref, start_ref, do_ref, lse_ref, delta_ref, dq_ref):
     first, q_XH, start_X, bounds = _of_queries(q_ref, start_ref)
-    do_XH, lse_X, delta_X = do_ref[...], lse_ref[...], delta_ref[...]
+    do_XH, lse_X, delta_X, scale = do_ref[...], lse_ref[...], delta_ref[...], _scale(q_XH)
 
     def look(masked: bool, j, dq_XH):
         keys = pl.ds(j * BLOCK, BLOCK)
@@ -150,18 +134,14 @@ def _backward_queries_kernel(q_ref, k_ref, v_ref, start_ref, do_ref, lse_ref, de
         return dq_XH + plt.dot(dscore_XY.astype(k_YH.dtype), k_YH)
 
     dq_XH = _over(look, jnp.zeros(q_XH.shape, jnp.float32), *bounds)
-    dq_ref[...] = (dq_XH * (scale / math.log2(math.e))).astype(dq_ref.dtype)
+    dq_ref[...] = (dq_XH * (scale / LOG2_E)).astype(dq_ref.dtype)
 
 
-def _backward_keys_kernel(
-    q_ref, k_ref, v_ref, start_ref, end_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref,
-    *, scale: float,
-):  # fmt: skip
+def _backward_keys_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref):
     block = pl.program_id(2)
-    first = block * BLOCK
-    k_YH, v_YH = k_ref[...], v_ref[...]
-    key_Y = first + jnp.arange(BLOCK)
-    low, high = block, pl.cdiv(end_ref[block], BLOCK)
+    first, k_YH, v_YH = block * BLOCK, k_ref[...], v_ref[...]
+    scale, key_Y = _scale(k_YH), first + jnp.arange(BLOCK)
+    end = pl.cdiv(end_ref[block], BLOCK)
 
     def look(g: int, i, carry):
         dk_YH, dv_YH = carry
@@ -177,9 +157,9 @@ def _backward_keys_kernel(
 
     carry = jnp.zeros(k_YH.shape, jnp.float32), jnp.zeros(v_YH.shape, jnp.float32)
     for g in range(q_ref.shape[1]):
-        carry = jax.lax.fori_loop(low, high, partial(look, g), carry)
+        carry = jax.lax.fori_loop(block, end, partial(look, g), carry)
     dk_YH, dv_YH = carry
-    dk_ref[...] = (dk_YH * (scale / math.log2(math.e))).astype(dk_ref.dtype)
+    dk_ref[...] = (dk_YH * (scale / LOG2_E)).astype(dk_ref.dtype)
     dv_ref[...] = dv_YH.astype(dv_ref.dtype)
 
 
@@ -207,14 +187,5 @@ def _sees(first, start_X, first_key):
     return (key_Y[None, :] >= start_X[:, None]) & (key_Y[None, :] <= query_X[:, None])
 
 
-def _scale(H: int) -> float:
-    return H**-0.5 * math.log2(math.e)
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _call(kernel: Callable, **how: Any) -> Callable:
-    params = plt.CompilerParams(num_warps=WARPS, num_stages=STAGES)
-    return pl.pallas_call(kernel, compiler_params=params, **how)
+def _scale(x_XH) -> float:
+    return x_XH.shape[1] ** -0.5 * LOG2_E

@@ -1,9 +1,8 @@
 """The loss of a chunk and the gradient of its logits in one kernel, for GPUs from Ampere on.
 
-Logits are the largest array of a step. XLA reads them three times: for the maximum, for the sum of exponentials,
-and for the gradient. Here one program handles one token. It reads the token's logits once for maximum and sum
-together (Milakov & Gimelshein 2018), and again for the gradient while they are still in the cache. Letters as in
-model/transformer.py; a chunk has M tokens.
+Logits are the largest array of a step, and XLA reads them three times. Here a program handles one token. It reads
+the token's logits once for the maximum and the sum of exponentials (Milakov & Gimelshein 2018), and again for the
+gradient while they are still in the cache. Letters as in model/transformer.py; a chunk has M tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from smollm_jax.kernels.triton_call import triton_call
 from smollm_jax.model.attention import MASKED
 
 # Words at a time, and warps: few programs at a time on a multiprocessor, so that their logits fit the cache
@@ -29,31 +29,22 @@ def fused_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Return what `reference_cross_entropy` returns: the summed loss in nats, and its gradient in `dtype`."""
     logits_MV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
-    nll_M, dlogits_MV = token_losses(
-        logits_MV, targets_BC.reshape(-1), valid_BC.reshape(-1), dtype, interpret=interpret
-    )
+    targets_M, valid_M = targets_BC.reshape(-1), valid_BC.reshape(-1)
+    nll_M, dlogits_MV = token_losses(logits_MV, targets_M, valid_M, dtype, interpret=interpret)
     return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
 
 
 def token_losses(
     logits_MV: jax.Array, targets_M: jax.Array, valid_M: jax.Array, dtype: Any, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Return negative log-likelihoods (M,) in nats of f32 logits, 0 if not valid, and the gradient of their sum
-    to the logits, (M, V) in `dtype`.
-    """
+    """Return negative log-likelihoods (M,) in nats, 0 if not valid, and their sum's gradient (M, V) in `dtype`."""
     M, V = logits_MV.shape
     words = pl.BlockSpec((None, pl.cdiv(V, WORDS) * WORDS), lambda m: (m, 0))
     tokens = pl.BlockSpec((M,), lambda _: (0,))
-    nll_M, dlogits_MV = pl.pallas_call(
-        partial(_kernel, V=V),
-        grid=(M,),
-        in_specs=[words, tokens, tokens],
-        out_specs=[tokens, words],
-        out_shape=[jax.ShapeDtypeStruct((M,), jnp.float32), jax.ShapeDtypeStruct((M, V), dtype)],
-        compiler_params=plt.CompilerParams(num_warps=WARPS),
-        interpret=interpret,
-        name="loss",
-    )(logits_MV, targets_M, valid_M.astype(jnp.float32))
+    valid_M = valid_M.astype(jnp.float32)
+    kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (valid_M, tokens)]
+    outputs = [(valid_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
+    nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, warps=WARPS, interpret=interpret)
     return nll_M, dlogits_MV
 
 

@@ -1,31 +1,30 @@
 """A layer of the decoder in five kernels, for GPUs from Ampere on and a few rows of one token each.
 
-A decode step is bound by kernel launches: XLA emits sixteen kernels per layer. Here are five: norm with query, key
-and value; attention, which also rotates them and writes the cache; the output of attention; norm with gate and up;
-the output of the feed-forward. A row is one vector, so it uses no tensor cores: a program multiplies a few rows of
-weights with it in f32 and adds up in a fixed order.
+A decode step is launch-bound, and XLA emits sixteen kernels per layer. The five are: norm with query, key and
+value; attention, which also rotates queries and keys and writes the cache; the output of attention; norm with gate
+and up; the output of the feed-forward. A row is one vector, too little for tensor cores: a program multiplies it
+with a few rows of weights in f32 and adds up in a fixed order. `generation.decoder` decides when they run.
 
-`generation.decoder` decides when they run. Letters as in model/transformer.py; I inputs, O outputs, R outputs of a
-program, C inputs read at a time, Y keys read at a time.
+Letters as in model/transformer.py; I inputs, O outputs, R outputs of a program, C inputs or Y keys read at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from smollm_jax.kernels.triton_call import triton_call
 from smollm_jax.model.attention import MASKED
 from smollm_jax.model.ops import Rope
 
-# Outputs and warps of a program: the fastest settings tried on an H200 (benchmarks/RESULTS.md). The inputs and
-# keys read at a time are powers of two
+# Outputs and warps of a program: the fastest settings tried on an H200 (benchmarks/RESULTS.md). Inputs and keys
+# read at a time are powers of two
 QKV_OUTPUTS, QKV_WARPS = 4, 4
 O_OUTPUTS, O_WARPS = 4, 4
 GATED_OUTPUTS, GATED_WARPS = 8, 4
@@ -34,7 +33,6 @@ INPUTS = 2_048
 KEYS, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
 MOST_ROWS = 4  # a program multiplies its weights with each row in turn
 LOG2_E = math.log2(math.e)
-
 
 LayerCache = tuple[jax.Array, jax.Array]  # k_BKSH, v_BKSH: heads first, as their products read them
 
@@ -56,7 +54,9 @@ def layer_step(
     *, interpret: bool = False,
 ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
     """Return the layer's output for one token per row, and its cache with the token's key and value added.
-    `rope` is (B, H/2). `position_B` is int32; a position past the end of the cache is not written."""
+
+    `rope` is (B, H/2). `position_B` is int32; a position past the end of the cache is not written.
+    """
     qkv_BO = norm_product(x_BD, layer.attention_norm_D, layer.qkv_OD, layer.epsilon, interpret=interpret)
     seen_BI, layer_cache = attend(qkv_BO, rope, position_B, layer_cache, interpret=interpret)
     add = partial(add_product, interpret=interpret)
@@ -70,17 +70,9 @@ def norm_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
     """Multiply the normed rows by the matrix: (B, O)."""
-    (B, D), outputs, R = x_BD.shape, len(weights_OD), QKV_OUTPUTS
-    return _call(
-        partial(_norm_product_kernel, D=D, outputs=outputs, epsilon=epsilon),
-        grid=(pl.cdiv(outputs, R),),
-        in_specs=[_all(B, _width(D)), _all(_width(D)), pl.BlockSpec((R, _width(D)), lambda i: (i, 0))],
-        out_specs=pl.BlockSpec((B, R), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((B, outputs), x_BD.dtype),
-        warps=QKV_WARPS,
-        interpret=interpret,
-        name="decode_qkv",
-    )(x_BD, scale_D, weights_OD)
+    kernel = partial(_norm_product_kernel, D=x_BD.shape[1], outputs=len(weights_OD), epsilon=epsilon)
+    inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD, QKV_OUTPUTS)
+    return _product_call("decode_qkv", kernel, inputs, QKV_OUTPUTS, len(weights_OD), QKV_WARPS, interpret)
 
 
 def _norm_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, outputs: int, epsilon: float):
@@ -95,17 +87,10 @@ def gated_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
     """Return silu(gate) * up (B, F) of the normed rows; the matrix (2F, D) has the gate first."""
-    (B, D), F, R = x_BD.shape, len(weights_OD) // 2, GATED_OUTPUTS
-    return _call(
-        partial(_gated_product_kernel, D=D, F=F, epsilon=epsilon),
-        grid=(pl.cdiv(F, R),),
-        in_specs=[_all(B, _width(D)), _all(_width(D)), pl.BlockSpec((2, R, _width(D)), lambda i: (0, i, 0))],
-        out_specs=pl.BlockSpec((B, R), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((B, F), x_BD.dtype),
-        warps=GATED_WARPS,
-        interpret=interpret,
-        name="decode_gated",
-    )(x_BD, scale_D, weights_OD.reshape(2, F, D))
+    D, F = x_BD.shape[1], len(weights_OD) // 2
+    kernel = partial(_gated_product_kernel, D=D, F=F, epsilon=epsilon)
+    inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD.reshape(2, F, D), GATED_OUTPUTS)
+    return _product_call("decode_gated", kernel, inputs, GATED_OUTPUTS, F, GATED_WARPS, interpret)
 
 
 def _gated_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, F: int, epsilon: float):
@@ -122,21 +107,10 @@ def add_product(
     *, block: int, warps: int, name: str, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """Add the product of the matrix and `y` to `x`: (B, O); a program has `block` outputs."""
-    (B, outputs), inputs, R = x_BO.shape, y_BI.shape[1], block
-    return _call(
-        partial(_add_product_kernel, inputs=inputs, outputs=outputs),
-        grid=(pl.cdiv(outputs, R),),
-        in_specs=[
-            pl.BlockSpec((B, R), lambda i: (0, i)),
-            _all(B, _width(inputs)),
-            pl.BlockSpec((R, _width(inputs)), lambda i: (i, 0)),
-        ],
-        out_specs=pl.BlockSpec((B, R), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((B, outputs), x_BO.dtype),
-        warps=warps,
-        interpret=interpret,
-        name=name,
-    )(x_BO, y_BI, weights_OI)
+    outputs, inputs = weights_OI.shape
+    kernel = partial(_add_product_kernel, inputs=inputs, outputs=outputs)
+    blocks = (x_BO, _columns(len(x_BO), block)), _whole(y_BI), _rows(weights_OI, block)
+    return _product_call(name, kernel, blocks, block, outputs, warps, interpret)
 
 
 def _add_product_kernel(x_ref, y_ref, weights_ref, out_ref, *, inputs: int, outputs: int):
@@ -158,29 +132,25 @@ def attend(
     B, K, S, H = layer_cache[0].shape
     N = qkv_BO.shape[1] // H - 2 * K
     G = N // K
+    query = pl.BlockSpec((None, H), lambda b, n: (b, n))
+    key = pl.BlockSpec((None, H), lambda b, n: (b, N + n // G))
+    value = pl.BlockSpec((None, H), lambda b, n: (b, N + K + n // G))
     half = pl.BlockSpec((None, H // 2), lambda b, _: (b, 0))
     keys = pl.BlockSpec((None, None, pl.cdiv(S, KEYS) * KEYS, H), lambda b, n: (b, n // G, 0, 0))
-    seen_BI, *grown = _call(
+    cache = [(part, keys) for part in layer_cache]
+    heads = [(qkv_BO, query), (qkv_BO, key), (qkv_BO, value)]
+    seen_BI, new_k_BKSH, new_v_BKSH = triton_call(
+        "decode_attention",
         partial(_attend_kernel, G=G, S=S),
         grid=(B, N),
-        in_specs=[
-            pl.BlockSpec((None, H), lambda b, n: (b, n)),
-            pl.BlockSpec((None, H), lambda b, n: (b, N + n // G)),
-            pl.BlockSpec((None, H), lambda b, n: (b, N + K + n // G)),
-            *(half, half, _all(B), keys, keys),
-        ],
-        out_specs=[pl.BlockSpec((None, H), lambda b, n: (b, n)), keys, keys],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, N * H), qkv_BO.dtype),
-            *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in layer_cache),
-        ],
-        input_output_aliases={6: 1, 7: 2},
+        inputs=[*heads, (rope[0], half), (rope[1], half), (position_B, _all(B)), *cache],
+        outputs=[(jax.ShapeDtypeStruct((B, N * H), qkv_BO.dtype), query), *cache],
+        aliases={6: 1, 7: 2},
         warps=ATTENTION_WARPS,
         stages=ATTENTION_STAGES,
         interpret=interpret,
-        name="decode_attention",
-    )(qkv_BO, qkv_BO, qkv_BO, *rope, position_B, *layer_cache)
-    return seen_BI, (grown[0], grown[1])
+    )
+    return seen_BI, (new_k_BKSH, new_v_BKSH)
 
 
 def _attend_kernel(
@@ -295,6 +265,24 @@ def _all(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
-def _call(kernel: Callable, *, warps: int, stages: int = 1, **how: Any) -> Callable:
-    params = plt.CompilerParams(num_warps=warps, num_stages=stages)
-    return pl.pallas_call(kernel, compiler_params=params, **how)
+def _columns(B: int, block: int) -> pl.BlockSpec:
+    return pl.BlockSpec((B, block), lambda i: (0, i))
+
+
+def _whole(x: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
+    """Return a vector, or rows of vectors, and the spec by which every program reads all of it."""
+    return x, _all(*x.shape[:-1], _width(x.shape[-1]))
+
+
+def _rows(weights: jax.Array, block: int) -> tuple[jax.Array, pl.BlockSpec]:
+    """Return weights (..., O, I), and the spec by which a program reads `block` rows."""
+    *stack, _, inputs = weights.shape
+    return weights, pl.BlockSpec((*stack, block, _width(inputs)), lambda i: (*(0 for _ in stack), i, 0))
+
+
+def _product_call(name, kernel, inputs, block, outputs, warps, interpret) -> jax.Array:
+    """Call a kernel whose programs make `block` of the outputs (B, O) each."""
+    (x, _), *_ = inputs
+    out = jax.ShapeDtypeStruct((len(x), outputs), x.dtype), _columns(len(x), block)
+    grid = (pl.cdiv(outputs, block),)
+    return triton_call(name, kernel, grid, inputs, [out], warps=warps, stages=1, interpret=interpret)[0]

@@ -1,8 +1,8 @@
 """Fused projections of attention and feed-forward, for GPUs from Ampere on.
 
-Queries, keys and values are one product, gate and up another: fewer and larger products. In the backward pass XLA
-would read everything again for each part of such a gradient. Here a kernel writes all parts, and the inputs of the
-products, in one pass over memory. Letters as in model/transformer.py.
+Queries, keys and values are one product, gate and up another: fewer and larger products. XLA would read everything
+again for each part of their gradients. A kernel writes all parts in one pass over memory. Letters as in
+model/transformer.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from jax.experimental.pallas import triton as plt
 from jax.sharding import Mesh, PartitionSpec
 
 from smollm_jax.kernels.shard import per_device
+from smollm_jax.kernels.triton_call import triton_call
 from smollm_jax.model.ops import reference_linear, rotate, swiglu
 
-# Numbers of one token per program of the feed-forward; tokens per program of the heads. On an H200 other sizes
-# were within 4 % of these, or slower
+# Features of one token per program of the feed-forward; tokens per program of the heads. Other sizes tried
+# on an H200 were slower, or within 4 %
 NUMBERS, TOKENS, WARPS = 1_024, 64, 4
 
 
@@ -75,20 +76,13 @@ def _heads_gradient(dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH, *, interpret):
     B, T, N, H = dq_BTNH.shape
     M, K = B * T, dk_BTKH.shape[2]
 
-    def heads(n: int) -> pl.BlockSpec:
-        return pl.BlockSpec((TOKENS, n, H), lambda i: (i, 0, 0))
+    def block(x: Any) -> tuple[Any, pl.BlockSpec]:
+        return x, pl.BlockSpec((TOKENS, *x.shape[1:]), lambda i: (i, *(0,) * (x.ndim - 1)))
 
-    angles = pl.BlockSpec((TOKENS, H // 2), lambda i: (i, 0))
-    dy_MEH = pl.pallas_call(
-        partial(_heads_kernel, M=M),
-        grid=(pl.cdiv(M, TOKENS),),
-        in_specs=[heads(N), heads(K), heads(K), angles, angles],
-        out_specs=heads(N + 2 * K),
-        out_shape=jax.ShapeDtypeStruct((M, N + 2 * K, H), dq_BTNH.dtype),
-        compiler_params=plt.CompilerParams(num_warps=WARPS),
-        interpret=interpret,
-        name="heads_backward",
-    )(*(x.reshape(M, *x.shape[2:]) for x in (dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH)))
+    inputs = [block(x.reshape(M, *x.shape[2:])) for x in (dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH)]
+    outputs = [block(jax.ShapeDtypeStruct((M, N + 2 * K, H), dq_BTNH.dtype))]
+    kernel, grid = partial(_heads_kernel, M=M), (pl.cdiv(M, TOKENS),)
+    (dy_MEH,) = triton_call("heads_backward", kernel, grid, inputs, outputs, warps=WARPS, interpret=interpret)
     return dy_MEH.reshape(B, T, N + 2 * K, H)
 
 
@@ -136,17 +130,10 @@ _gated.defvjp(_gated_forward, _gated_backward)
 def _gated_gradient(y_BTE, da_BTF, *, interpret):
     B, T, F = da_BTF.shape
     M = B * T
-    joint, single = (pl.BlockSpec((None, width), lambda m, _: (m, 0)) for width in (2 * F, F))
-    dy_ME, a_MF = pl.pallas_call(
-        partial(_gated_kernel, F=F),
-        grid=(M, pl.cdiv(F, NUMBERS)),
-        in_specs=[joint, single],
-        out_specs=[joint, single],
-        out_shape=[jax.ShapeDtypeStruct((M, width), y_BTE.dtype) for width in (2 * F, F)],
-        compiler_params=plt.CompilerParams(num_warps=WARPS),
-        interpret=interpret,
-        name="gated_backward",
-    )(y_BTE.reshape(M, 2 * F), da_BTF.reshape(M, F))
+    arrays = y_BTE.reshape(M, 2 * F), da_BTF.reshape(M, F)
+    blocks = [(x, pl.BlockSpec((None, x.shape[1]), lambda m, _: (m, 0))) for x in arrays]
+    kernel, grid = partial(_gated_kernel, F=F), (M, pl.cdiv(F, NUMBERS))
+    dy_ME, a_MF = triton_call("gated_backward", kernel, grid, blocks, blocks, warps=WARPS, interpret=interpret)
     return dy_ME.reshape(B, T, 2 * F), a_MF.reshape(B, T, F)
 
 

@@ -1,12 +1,10 @@
 """Attention over packed rows in plain JAX: the reference for the fused kernels, and the form a CPU runs.
 
-Each block of queries sees the keys up to its end, which skips most scores above the diagonal. The backward pass
-recomputes the scores. The gradient is written by hand (FlashAttention, Dao 2023), and no product has the scores
-transposed, because XLA:CPU transposes one number at a time. With the smaller blocks this makes the gradient 1.5 to
-2.6 times as fast on a CPU as JAX's own. All of it is in float32: differences of large scores decide, and rounding
-scores to bfloat16 costs a CPU more than the faster product saves. A GPU that falls back to this form also computes
-in float32, or TF32 if it has TF32; a TPU rounds operands. Only reverse mode has a gradient. Letters as in
-transformer.py; G is the query heads that share a key/value head.
+Each block of queries sees the keys up to its end, which skips most scores above the diagonal. The gradient is
+written by hand (FlashAttention, Dao 2023) and recomputes the scores. No product has the scores transposed, because
+XLA:CPU transposes one number at a time: on a CPU it is 1.5 to 2.6 times as fast as JAX's own. All is in float32:
+differences of large scores decide, and rounding scores to bfloat16 costs a CPU more than the faster product saves.
+(A GPU may use TF32; a TPU rounds operands.) Only reverse mode has a gradient. Letters as in transformer.py.
 """
 
 from __future__ import annotations
@@ -32,9 +30,7 @@ def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, st
     return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
 
-def _forward(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
     K = k_BTKH.shape[2]
     q_BKGTH, k_BKSH, v_BKSH = _by_group(q_BTNH, K), _heads_first(k_BTKH), _heads_first(v_BTKH)
     outs, logs = [], []
@@ -50,7 +46,7 @@ def _forward(
     return o_BTNH, (q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, jnp.concatenate(logs, axis=3))
 
 
-def _backward(kept: tuple[jax.Array, ...], do_BTNH: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(kept, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, log_BKGT = kept
     # without the barrier XLA keeps the scores of the forward pass if both passes are in one program
     q_BTNH, k_BTKH, v_BTKH = jax.lax.optimization_barrier((q_BTNH, k_BTKH, v_BTKH))

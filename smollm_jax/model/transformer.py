@@ -13,6 +13,7 @@ G = N/K · H head width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,15 +24,14 @@ from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.model.attention import starts_of
 from smollm_jax.model.ops import PRODUCT, REFERENCE, Ops, Rope, cheap
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.trees import flatten
 
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
 
 
 def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope:
-    """Return cos and sin (B, T, 1, H/2) of the rotary embedding, in f32.
-
-    bf16 cannot tell positions past 256 apart.
+    """Return cos and sin (B, T, 1, H/2) in f32, because bf16 cannot tell positions past 256 apart.
 
     Su et al. 2021 (RoFormer); dim i turns with dim i + H/2, as Llama's released weights expect.
     """
@@ -76,9 +76,8 @@ class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.gate, self.up, self.down = (
-            _normal(config, rngs, f"blocks/mlp/{name}") for name in ("gate", "up", "down")
-        )
+        names = "gate", "up", "down"
+        self.gate, self.up, self.down = (_normal(config, rngs, f"blocks/mlp/{name}") for name in names)
 
     @jax.named_scope("feed_forward")
     def __call__(self, x_BTD: jax.Array, ops: Ops) -> jax.Array:
@@ -118,7 +117,7 @@ class SmolLM(nnx.Module):
     ):
         self.config, self.dtype, self.remat, self.unroll, self.ops = config, jnp.dtype(dtype), remat, unroll, ops
         self.embedding = _normal(config, rngs, "embedding")
-        self.blocks = _stacked_blocks(config, rngs)
+        self.blocks = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(partial(Block, config)))(rngs)
         self.final_norm = RMSNorm(config)
         if not config.tie_embeddings:
             self.head = _normal(config, rngs, "head")
@@ -142,7 +141,9 @@ class SmolLM(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)
-        rope = self._rope(jnp.arange(start_BT.shape[1])[None] - start_BT)
+        positions_BT = jnp.arange(start_BT.shape[1])[None] - start_BT
+        with jax.named_scope("projections"):
+            rope = rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
@@ -150,11 +151,10 @@ class SmolLM(nnx.Module):
 
         in_a_loop = self.unroll < self.config.num_layers
         apply = self.ops.wrap_layer(_rematerialise(layer, self.remat, in_a_loop=in_a_loop))
-        x_BTD = self._embed(tokens_BT)
+        with jax.named_scope("embedding"):
+            x_BTD = self.ops.embed(self.embedding[...], tokens_BT).astype(self.dtype)
         with jax.named_scope("layers"):
-            x_BTD, _ = jax.lax.scan(
-                lambda x, weights: (apply(x, weights), None), x_BTD, stacked, unroll=self.unroll
-            )
+            x_BTD, _ = jax.lax.scan(lambda x, each: (apply(x, each), None), x_BTD, stacked, unroll=self.unroll)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -165,14 +165,6 @@ class SmolLM(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Return f32 logits (B, T, V); `segment_ids` (B, T) keeps documents apart, positions restart in each."""
         return self.logits(self.features(tokens_BT, segment_ids))
-
-    @jax.named_scope("embedding")
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return self.ops.embed(self.embedding[...], tokens_BT).astype(self.dtype)
-
-    @jax.named_scope("projections")
-    def _rope(self, positions_BT: jax.Array) -> Rope:
-        return rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -191,15 +183,6 @@ def _normal(config: ModelConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=(0,), out_axes=0)
-    def create(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs)
-
-    return create(rngs)
-
-
 def _rematerialise(layer: Callable[..., jax.Array], remat: Policy, *, in_a_loop: bool) -> Callable[..., jax.Array]:
     if remat == "none":
         return layer
@@ -210,14 +193,9 @@ def _rematerialise(layer: Callable[..., jax.Array], remat: Policy, *, in_a_loop:
 
 
 def _check_same_leaves(expected: Params, params: Params) -> None:
-    want, have = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, params))
-    )
+    want, have = flatten(expected, "/"), flatten(params, "/")
     for name in sorted(want.keys() | have.keys()):
         require(name in have, f"parameter {name} is missing; the config asks for it")
         require(name in want, f"parameter {name} is not part of this config's model")
-        require(
-            want[name] == have[name],
-            f"parameter {name}: expected shape {want[name]} from the config, got {have[name]}",
-        )
+        shape, got = want[name].shape, have[name].shape
+        require(shape == got, f"parameter {name}: expected shape {shape} from the config, got {got}")

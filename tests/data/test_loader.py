@@ -351,9 +351,9 @@ def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
     )
     for number in range(1, 6):
         document, _ = source.draw()
-        place, ahead = source._next
-        assert (place.epoch, place.number) == (0, number)
-        assert document not in [other for other, _ in ahead.result(30).documents]
+        window = source._next.result(30)
+        assert window.position[:2] == (0, number)
+        assert document not in [other for other, _ in window.documents]
         for _ in range(7):
             source.draw()
 
@@ -364,7 +364,7 @@ def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
         time.sleep(0.01)
     stream.close()
     assert not stream._thread.is_alive()
-    assert all(source._next[1].done for source in stream._batches.shards[0].sources)
+    assert all(source._next.done for source in stream._batches.shards[0].sources)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):

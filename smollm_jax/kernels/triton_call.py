@@ -1,0 +1,40 @@
+"""Call a Pallas kernel that Triton compiles for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+
+def triton_call(
+    name: str,
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    inputs: Sequence[tuple[jax.Array, pl.BlockSpec]],
+    outputs: Sequence[tuple[Any, pl.BlockSpec]],
+    *,
+    warps: int,
+    stages: int | None = None,
+    interpret: bool,
+    aliases: dict[int, int] | None = None,
+) -> list[jax.Array]:
+    """Return the outputs of `kernel`, run once per program of `grid` on the blocks that the specs name.
+
+    The first of each pair in `outputs` has the shape and dtype. `stages` are the loads in flight. `aliases` maps
+    an input to the output that takes its memory. `interpret` runs the kernel on any device, slowly.
+    """
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs],
+        input_output_aliases=aliases or {},
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )(*(array for array, _ in inputs))
