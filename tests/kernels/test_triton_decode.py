@@ -26,7 +26,6 @@ TINY = ModelConfig(
     vocab_size=61, hidden_size=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, intermediate_size=50,
     rope_theta=10_000.0, max_seq_len=160, initializer_range=0.4, tie_embeddings=False,
 )  # fmt: skip
-SHAPES = {"135M": MODELS["135M"], "odd": TINY}
 # Of the largest entry
 CLOSE = {"float32": 2e-6, "bfloat16": 0.01}
 
@@ -60,7 +59,9 @@ def norm_of(config, rng):
     return norm
 
 
-every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+every_shape = pytest.mark.parametrize(
+    "config", [pytest.param(MODELS["135M"], id="135M", marks=pytest.mark.slow), pytest.param(TINY, id="odd")]
+)
 # Of them all at once, and in three turns
 ways = pytest.mark.parametrize(
     ("dtype", "rows", "part"), [("float32", 1, 1), ("float32", 3, 4), ("bfloat16", 3, 1)]
@@ -87,7 +88,9 @@ def test_the_gated_product_is_the_plain_one(config, dtype, rows, part, monkeypat
     x_BD, norm = random(rng, rows, D, dtype=dtype), norm_of(config, rng)
     weights_OD = random(rng, 2 * config.intermediate_size, D, dtype=dtype, std=3 * D**-0.5)
     ours = triton_decode.gated_product(x_BD, norm.scale[...], weights_OD, norm.epsilon, interpret=True)
-    gate_BF, up_BF = jnp.split(Matrix(weights_OD, streamed=False)(norm(x_BD[:, None])[:, 0], jnp.float32), 2, axis=-1)
+    gate_BF, up_BF = jnp.split(
+        Matrix(weights_OD, streamed=False)(norm(x_BD[:, None])[:, 0], jnp.float32), 2, axis=-1
+    )
     assert_close(ours, (jax.nn.silu(gate_BF) * up_BF).astype(dtype), dtype)
 
 
@@ -173,8 +176,8 @@ SMOOTH = replace(TINY, initializer_range=1 / 6)  # a softmax of large scores mak
 @pytest.mark.parametrize(
     ("config", "dtype", "rows", "keys"),
     [
-        (TWO_LAYERS, "float32", 1, 64),
-        (TWO_LAYERS, "bfloat16", 1, 128),
+        pytest.param(TWO_LAYERS, "float32", 1, 64, marks=pytest.mark.slow),
+        pytest.param(TWO_LAYERS, "bfloat16", 1, 128, marks=pytest.mark.slow),
         (SMOOTH, "float32", 1, 128),
         (SMOOTH, "float32", 4, 64),
         (SMOOTH, "bfloat16", 4, 64),
