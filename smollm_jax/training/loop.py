@@ -1,9 +1,9 @@
 """The training loop, the same for one process and for many.
 
-A process cannot leave a step that others have begun. Therefore each process sends a `Vote` with its rows of a
-batch. The summed votes come back with the metrics, equal in all processes, while the next step runs. A step that
-one process votes `VOID` changes nothing, and all processes return to the state before it. A process alone needs
-no votes: it sends no step without rows, and its verdict is whether it was asked to stop.
+A process cannot leave a step that others have begun. Therefore each sends a `Vote` with its rows of a batch. The
+summed votes come back with the metrics, equal in all processes, while the next step runs. A step that one process
+votes `VOID` changes nothing, and all return to the state before it. A process alone needs no votes: it sends no
+step without rows, and its verdict is whether it was asked to stop.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class Ballot:
 
     vote: Vote
     item: tuple[Batch, dict[str, Any] | None] | None = None
-    fault: Exception | None = None
-    """Why there are no rows: `SourceTimeout`, or a `ValueError` for data that cannot be read."""
+    fault: Exception | None = None  # why there are no rows: a `SourceTimeout`, or data that cannot be read
 
 
 def train(run: Run) -> Outcome:

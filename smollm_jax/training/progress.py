@@ -72,7 +72,7 @@ def write_line(run: Run) -> None:
 
 
 def skipped_documents(run: Run, pending: Pending) -> int:
-    """Rows and files that --on-bad-data skip has passed over so far, in all processes."""
+    """Return the rows and files that --on-bad-data skip has passed over so far, in all processes."""
     if run.job.several and run.config.data.on_bad_data == "skip":
         cursors = run.job.gather(pending.cursor)
         return 0 if None in cursors else int(merge_cursors(cursors)["skipped"])
@@ -87,13 +87,11 @@ def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
     run.progress.bad_steps += 1
     run.progress.bad_steps_in_a_row += 1
     run.report.say(f"step {pending.step}: loss or gradient not finite; the update is skipped")
-    limit = run.config.optimizer.max_bad_steps
-    if run.progress.bad_steps_in_a_row < limit:
-        return
-    raise TooManyBadSteps(
-        f"{limit} steps in a row without a finite gradient; {write_documents(run, pending)}, "
-        f"the newest checkpoint is {run.counters.saved or 'none'}"
-    )
+    if run.progress.bad_steps_in_a_row >= run.config.optimizer.max_bad_steps:
+        raise TooManyBadSteps(
+            f"{run.progress.bad_steps_in_a_row} steps in a row without a finite gradient; "
+            f"{write_documents(run, pending)}, the newest checkpoint is {run.counters.saved or 'none'}"
+        )
 
 
 def write_documents(run: Run, pending: Pending) -> str:

@@ -1,7 +1,7 @@
 """Decide what a run starts from, and whether it may resume under changed settings.
 
 Weights bring their architecture and tokenizer along if the command line leaves these at the recipe's defaults;
-settings it names must fit the weights. A resume is refused if a changed setting would change the result.
+settings it names must fit the weights.
 """
 
 from __future__ import annotations
