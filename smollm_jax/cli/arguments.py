@@ -27,13 +27,7 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     """Return the `Config` of `argv`; raises `UserError` on a mistake and `SystemExit(0)` after `--help`."""
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="replica")
-    first.add_argument("--preset")
-    try:
-        given, _ = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see {prog} --help") from None
+    given, _ = take_flags(argv, prog, recipe={"default": "replica"}, preset={})
     require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
     default = RECIPES[given.recipe]
     if given.preset is not None:
@@ -41,28 +35,22 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
         model = MODELS[given.preset]
         data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
         default = replace(default, preset=given.preset, model=model, data=data)
+    description = "Pre-train a SmolLM2-class model; the same command again resumes."
+    settings: dict[str, Any] = {"default": default, "config": (tyro.conf.OmitArgPrefixes,)}
     return _usage_in_one_line(
-        prog,
-        lambda: tyro.cli(
-            Config,
-            args=argv,
-            default=default,
-            prog=prog,
-            description="Pre-train a SmolLM2-class model; the same command again resumes.",
-            config=(tyro.conf.OmitArgPrefixes,),
-        ),
+        prog, lambda: tyro.cli(Config, args=argv, prog=prog, description=description, **settings)
     )
 
 
-def split_flag(argv: list[str], name: str, default: int) -> tuple[int, list[str]]:
-    """Return the value of the integer flag `name` and the other arguments; raises `UserError`."""
+def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of some flags, described as for argparse, and the other arguments; raises `UserError`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(name, type=int, default=default, dest="value")
+    for name, description in flags.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **description)
     try:
-        given, rest = parser.parse_known_args(argv)
+        return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    return given.value, rest
+        raise UserError(f"{error}; see {prog} --help") from None
 
 
 def parse_command(

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smollm_jax.cli.arguments import Command, parse_command
+from smollm_jax.cli.arguments import Command, parse, parse_command, take_flags
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.runtime.console import say
-from smollm_jax.runtime.errors import EXIT_FAILED, UserError
+from smollm_jax.runtime.errors import EXIT_FAILED
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
@@ -114,7 +114,7 @@ def generate(
         sys.stdout.write(piece.text)
         sys.stdout.flush()
     print()
-    say(f"stopped: {completer.stop_reason}")
+    say(f"stopped: {piece.reason}")
     return 0
 
 
@@ -203,16 +203,16 @@ def verify_resume(argv: list[str]) -> int:
     import shutil
     import tempfile
 
-    from smollm_jax.cli.arguments import parse, split_flag
     from smollm_jax.training.verify_resume import verify_resume
 
-    steps, rest = split_flag(argv, "--verify-steps", 12)
-    config = parse(rest, prog="python -m smollm_jax verify-resume")
+    prog = "python -m smollm_jax verify-resume"
+    own, rest = take_flags(argv, prog, verify_steps={"type": int, "default": 12})
+    config = parse(rest, prog=prog)
     parent = config.run.run_dir
     if parent is not None:
         Path(parent).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=parent))
-    result = verify_resume(config, folder, steps=steps)
+    result = verify_resume(config, folder, steps=own.verify_steps)
     for what, difference in result.compared.items():
         print(f"{what:<26} {'exact' if difference is None else difference}")
     if result.exact and not result.resumes:
@@ -233,18 +233,9 @@ def plan(argv: list[str]) -> int:
     Takes every flag of train_jax.py, --topology (such as v5e:4x4, v5p:2x2x1, gpu-h100:8 or cpu:1), and --json to
     print one line of JSON instead of the table.
     """
-    import argparse
-
-    from smollm_jax.cli.arguments import parse
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--topology", default="")
-    parser.add_argument("--json", action="store_true")
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    config = parse(rest, prog="python -m smollm_jax plan --topology NAME:AxB [--json]")
+    prog = "python -m smollm_jax plan --topology NAME:AxB [--json]"
+    own, rest = take_flags(argv, prog, topology={"default": ""}, json={"action": "store_true"})
+    config = parse(rest, prog=prog)
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators of this machine to other programs

@@ -1,8 +1,7 @@
 """Estimate the FLOPs, memory, messages and time of a train step by formula.
 
-No device and no compiler confirms these figures. XLA's own counts are not used because they take the body of a
-loop once. A step is taken to last as long as the slower of computing and memory traffic, plus its messages,
-none of which overlap with the computing.
+No device and no compiler confirms these figures; XLA's own counts take the body of a loop once. A step lasts as
+long as the slower of computing and memory traffic, plus its messages, which do not overlap with either.
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class Step:
 
     @cached_property
     def parameters_per_chip(self) -> int:
-        """Parameters that one chip holds, by the sharding rule of a run."""
         return bytes_a_device(abstract_state(self.config, self.mesh)["params"]) // 4
 
 
@@ -83,17 +81,14 @@ def estimate(step: Step, chip: Chip) -> dict[str, float]:
 def flops_per_token(config: Config, remat: Policy) -> float:
     """FLOPs executed per token, recomputation included.
 
-    full recomputes the forward pass of the blocks. dots recomputes attention's forward, a third of its FLOPs,
+    full recomputes the forward pass of the blocks, a third of their FLOPs. dots recomputes it for attention alone,
     because attention is a fused kernel. The head is never recomputed.
     """
     model, seq_len = config.model, config.data.seq_len
     whole = model.flops_per_token(seq_len)
-    again = {
-        "none": 0,
-        "dots": 6 * model.num_layers * seq_len * model.num_heads * model.head_dim,
-        "full": whole - 6 * model.vocab_size * model.hidden_size,
-    }
-    return whole + again[remat] / 3
+    attention = 6 * model.num_layers * seq_len * model.num_heads * model.head_dim
+    blocks = whole - 6 * model.vocab_size * model.hidden_size
+    return whole + {"none": 0, "dots": attention, "full": blocks}[remat] / 3
 
 
 def traffic_bytes(step: Step) -> float:
@@ -126,7 +121,7 @@ def memory_bytes(step: Step) -> int:
     per_token = (residual_bytes(model, step.remat) * model.num_layers + one_layer) * dtype_bytes / 2
     on_gpu = step.mesh.devices.flat[0].platform == "gpu"
     chunk_tokens = min(compute.loss_chunk_for(step.remat, on_gpu=on_gpu), tokens)
-    chunk = chunk_tokens * model.vocab_size * 10 + model.vocab_size * model.hidden_size * 4
+    chunk = model.vocab_size * (chunk_tokens * 10 + model.hidden_size * 4)
     state = step.parameters_per_chip * (STATE_BYTES + 4 + dtype_bytes)
     return int(state + tokens * per_token / step.mesh.shape["tensor"] + chunk)
 

@@ -1,8 +1,8 @@
 """Plan a run on devices that are not here: compile its train step ahead of time and see if it fits.
 
 libtpu compiles the very step of the run for a TPU slice, without a TPU and without the network, and its verdict
-on memory is the plan's. For GPUs, whose compiler needs one, and for more CPU devices than the process has, the
-memory is an estimate by formula. Knows no data, no tokenizer and no run folder.
+on memory is the plan's. GPUs and more CPU devices than the process has have no compiler here: their memory is
+estimated by formula. Knows no data, no tokenizer and no run folder.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def attempt(config: Config, topology: Topology, remat: Policy) -> Plan:
             needed = max(needed_by(str(error)), topology.memory_bytes + 1)
     else:
         needed = memory_bytes(step)
-    platform, devices = topology.devices[0].platform, len(topology.devices)
-    beside = beside_the_step(platform, config.model.num_parameters, devices=devices)
-    return Plan(topology=topology, step=step, memory_bytes=needed + beside)
+    devices, parameters = topology.devices, config.model.num_parameters
+    needed += beside_the_step(devices[0].platform, parameters, devices=len(devices))
+    return Plan(topology=topology, step=step, memory_bytes=needed)
 
 
 def step_of(config: Config, topology: Topology, remat: Policy) -> Step:
@@ -114,13 +114,13 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
 
     More remat comes first, then more microbatches, then parameters divided among more chips.
     """
-    given, now, sizes = config.compute.remat, config.compute.grad_accum, config.compute.mesh_sizes
-    accums, tensor = [now * 2**n for n in range(1, 8)], sizes.get("tensor", 1)
+    given, sizes = config.compute.remat, config.compute.mesh_sizes
+    accums, tensor = [config.compute.grad_accum * 2**n for n in range(8)], sizes.get("tensor", 1)
     if given != "auto":
         yield from ({"remat": remat} for remat in POLICIES[POLICIES.index(given) + 1 :])
-    yield from ({"remat": "full", "grad_accum": accum} for accum in accums)
+    yield from ({"remat": "full", "grad_accum": accum} for accum in accums[1:])
     for fsdp in (2**n for n in range(1, 9)):
         data, left = divmod(devices, fsdp * tensor)
         if not left and fsdp > sizes.get("fsdp", 1):
             mesh = f"data={data},fsdp={fsdp}" + (f",tensor={tensor}" if tensor > 1 else "")
-            yield from ({"remat": "full", "grad_accum": accum, "mesh": mesh} for accum in [now, *accums])
+            yield from ({"remat": "full", "grad_accum": accum, "mesh": mesh} for accum in accums)

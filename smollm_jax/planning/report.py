@@ -14,11 +14,14 @@ WIDTH = 34
 def table(plan: Plan) -> str:
     """Return a line per fact, its unit in its name; facts that no compiler or device confirms say ESTIMATE."""
     facts = as_dict(plan)
-    estimates = {"bytes_per_token", "bytes_sent_per_step", *([] if plan.topology.compiles else ["memory_bytes"])}
     speeds = facts.pop("estimate", None) or {}
-    lines = [(f"{'ESTIMATE ' if name in estimates else ''}{name}", value) for name, value in facts.items()]
-    lines += [(f"ESTIMATE {name}", value) for name, value in speeds.items()]
-    return "\n".join(f"{name.replace('_', ' '):<{WIDTH}}{_readable(name, value)}" for name, value in lines)
+    estimates = {"bytes_per_token", "bytes_sent_per_step", *speeds}
+    if not plan.topology.compiles:
+        estimates.add("memory_bytes")
+    return "\n".join(
+        f"{'ESTIMATE ' * (name in estimates) + name.replace('_', ' '):<{WIDTH}}{_readable(name, value)}"
+        for name, value in (facts | speeds).items()
+    )
 
 
 def _readable(name: str, value: Any) -> str:
@@ -63,10 +66,8 @@ def verdict(plan: Plan) -> str:
     source = "by the compiler" if plan.topology.compiles else "by formula only: there is no compiler for it here"
     if plan.fits:
         return f"fits, {source}"
-    remedy = f"it would with {plan.remedy}"
-    if plan.remedy is None:
-        remedy = "nor with more remat, microbatches or fsdp; give a smaller --batch-size, or more chips"
-    return f"does not fit, {source}; {remedy}"
+    nothing = "nor with more remat, microbatches or fsdp; give a smaller --batch-size, or more chips"
+    return f"does not fit, {source}; {f'it would with {plan.remedy}' if plan.remedy else nothing}"
 
 
 def speed(plan: Plan) -> dict[str, float] | None:

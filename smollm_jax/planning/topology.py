@@ -49,9 +49,7 @@ CHIPS = {
     "gpu-h200": Chip("NVIDIA H200", int(0.75 * 141e9), 4.8e12, 450e9, compute_capability="9.0"),
 }
 GPUS_PER_MACHINE = 8
-EXPECTED = (
-    "expected v5e:AxB or v6e:AxB, v4:AxBxC or v5p:AxBxC, gpu-a100:N, gpu-h100:N, gpu-h200:N (gpu:N) or cpu:N"
-)
+EXPECTED = "expected v5e:AxB, v6e:AxB, v4:AxBxC, v5p:AxBxC, gpu-a100:N, gpu-h100:N, gpu-h200:N (gpu:N) or cpu:N"
 # libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
 # alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
 QUIET_LIBTPU = {
@@ -89,31 +87,30 @@ class Topology:
 def topology_of(topology: str) -> Topology:
     """Return the devices of NAME:AxB, NAME:AxBxC or NAME:N; raises `UserError` for any other name."""
     name, _, shape = topology.partition(":")
-    name, dims = "gpu-h100" if name == "gpu" else name, shape.split("x")
-    known = (name == "cpu" or name in CHIPS) and all(dim.isdecimal() and int(dim) > 0 for dim in dims)
-    chip = CHIPS.get(name)
-    is_tpu = chip is not None and chip.torus_dims > 0
-    require(known and (is_tpu or len(dims) == 1), f"--topology {topology}: {EXPECTED}")
-    if chip is not None and is_tpu:
-        return _tpu(name, chip, [int(dim) for dim in dims])
-    count = int(shape)
+    name = "gpu-h100" if name == "gpu" else name
+    chip, dims = CHIPS.get(name), [int(dim) if dim.isdecimal() else 0 for dim in shape.split("x")]
+    known = (chip is not None or name == "cpu") and all(dims)
+    if chip is not None and chip.torus_dims > 0 and known:
+        return _tpu(name, chip, dims)
+    require(known and len(dims) == 1, f"--topology {topology}: {EXPECTED}")
+    topology, count = f"{name}:{dims[0]}", dims[0]
     if chip is None:
-        return _cpu(count)
+        here = jax.devices("cpu")
+        devices = here[:count] if count <= len(here) else [AbstractDevice(i, "cpu", "cpu") for i in range(count)]
+        memory_bytes = total_bytes(here[0], devices=count)
+        return Topology(topology, devices, memory_bytes, chip=None, compiles=count <= len(here))
     kind, capability = chip.device_kind, chip.compute_capability
     gpus = [AbstractDevice(i, "gpu", kind, capability, process_index=i // GPUS_PER_MACHINE) for i in range(count)]
-    return Topology(f"{name}:{count}", gpus, chip.memory_bytes, chip, compiles=False)
+    return Topology(topology, gpus, chip.memory_bytes, chip, compiles=False)
 
 
 def _tpu(name: str, chip: Chip, dims: list[int]) -> Topology:
     topology, chips = f"{name}:{'x'.join(map(str, dims))}", math.prod(dims)
     require(len(dims) == chip.torus_dims, f"--topology {topology}: {name} has {chip.torus_dims} dims; {EXPECTED}")
     require(chips <= chip.pod_chips, f"--topology {topology}: a pod of {name} has {chip.pod_chips:,} chips")
-    require(
-        importlib.util.find_spec("libtpu") is not None,
-        "a plan for a TPU needs its compiler, libtpu: pip install 'smollm-jax[plan]'",
-    )
-    for variable, value in QUIET_LIBTPU.items():
-        os.environ.setdefault(variable, value)
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    require(has_libtpu, "a plan for a TPU needs its compiler, libtpu: pip install 'smollm-jax[plan]'")
+    os.environ |= QUIET_LIBTPU | os.environ
     # a program sees the two cores of a v4, as of a v5p, as one device
     options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
     if chips == 1:
@@ -125,10 +122,3 @@ def _tpu(name: str, chip: Chip, dims: list[int]) -> Topology:
             raise
         raise UserError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
     return Topology(topology, list(devices), chip.memory_bytes, chip, compiles=True)
-
-
-def _cpu(count: int) -> Topology:
-    here = jax.devices("cpu")
-    compiles = len(here) >= count
-    devices = here[:count] if compiles else [AbstractDevice(i, "cpu", "cpu") for i in range(count)]
-    return Topology(f"cpu:{count}", devices, total_bytes(here[0], devices=count), chip=None, compiles=compiles)

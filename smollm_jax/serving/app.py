@@ -7,16 +7,17 @@ import os
 import re
 import socket
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import uvicorn
+from fastapi import FastAPI
+
+from smollm_jax.runs.load import is_run
 from smollm_jax.runtime.errors import UserError
-from smollm_jax.serving.completion import Backend, Dtype, open_completer
+from smollm_jax.serving.completion import Backend, Dtype, has_torch, open_completer
+from smollm_jax.serving.openai_api import add_routes, error_response
 from smollm_jax.serving.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 LARGEST_BODY = 4 * 2**20  # bytes; enough for a prompt that is too long to get an error naming its length
 # whatever a model writes, the browser fetches nothing from elsewhere
@@ -32,11 +33,8 @@ def open_scheduler(
     path: str, *, backend: Backend | None, dtype: Dtype, max_waiting: int, max_new_tokens: int
 ) -> tuple[Scheduler, str]:
     """Load the model at `path`: its scheduler and its public name; raises `UserError`."""
-    from smollm_jax.runs.load import is_run
-
     if backend is None:
-        has_torch = find_spec("torch") is not None and find_spec("transformers") is not None
-        backend = "torch" if has_torch and not is_run(path) else "jax"
+        backend = "torch" if has_torch() and not is_run(path) else "jax"
     completer = open_completer(path, backend=backend, dtype=dtype)
     name = Path(path).resolve().name if Path(path).exists() else path
     if name == "export":  # the Space or the folder around it has a better name
@@ -58,10 +56,8 @@ def build_app(scheduler: Scheduler, name: str, *, auth: tuple[str, str] | None, 
     # Gradio reads these when it is imported, and would report to its makers
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     import gradio as gr
-    from fastapi import FastAPI
 
-    from smollm_jax.serving.openai_api import add_routes
-    from smollm_jax.serving.page import STYLE, build_page
+    from smollm_jax.serving.page import SCRIPT, STYLE, build_page
 
     # FastAPI's documentation pages would load scripts from elsewhere
     app = FastAPI(title=name, docs_url=None, redoc_url=None)
@@ -71,15 +67,13 @@ def build_app(scheduler: Scheduler, name: str, *, auth: tuple[str, str] | None, 
     theme = gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "Consolas", "monospace"))
     page = build_page(scheduler, name, with_key=api_key is not None)
     return gr.mount_gradio_app(
-        app, page, path="/", auth=auth, theme=theme, css=STYLE, footer_links=["api"], run_history=False,
-        ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
+        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
+        run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
 
 
 def run(app: FastAPI, listening: socket.socket, host: str) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
-    import uvicorn
-
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, limit_concurrency=512)
@@ -98,9 +92,10 @@ class Guard:
             return await self.app(scope, receive, send)
         read, announced = 0, dict(scope["headers"]).get(b"content-length", b"0")
         if scope["path"].startswith("/gradio_api/") and not OPEN.fullmatch(scope["path"]):
-            return await _refuse(403, "this route is closed", scope, receive, send)
+            return await error_response(403, "this route is closed")(scope, receive, send)
         if announced.isdigit() and int(announced) > LARGEST_BODY:
-            return await _refuse(413, f"the body is above {LARGEST_BODY:,} bytes", scope, receive, send)
+            too_long = f"the body is above {LARGEST_BODY:,} bytes"
+            return await error_response(413, too_long)(scope, receive, send)
 
         async def counted() -> Any:
             nonlocal read
@@ -114,9 +109,3 @@ class Guard:
             await send(message)
 
         await self.app(scope, counted, with_policy)
-
-
-async def _refuse(status: int, message: str, scope: Any, receive: Any, send: Any) -> None:
-    from smollm_jax.serving.openai_api import error_response
-
-    await error_response(status, message)(scope, receive, send)

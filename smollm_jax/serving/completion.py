@@ -1,9 +1,8 @@
 """Text in, text out: the layer between an engine over token ids and everything that shows text.
 
-An engine streams ids: `Generator` (JAX) or `TorchEngine`. A `Completer` encodes prompts, decodes ids to text that
-never ends inside a character, finds stop strings, and reports why a text ended. This file knows no page, request
-or command line. Both engines draw a token from the seed and its position alone, so a text continued with the
-same seed reads on as if it had never stopped.
+A `Completer` encodes prompts, decodes ids to text that never ends inside a character, finds stop strings, and
+reports why a text ended. Both engines draw a token from the seed and its position alone, so a text continued
+with the same seed reads on as if it had never stopped. This file knows no page, request or command line.
 """
 
 from __future__ import annotations
@@ -11,20 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import jax
 
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.generation.generator import Generator, check_prompt
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.runtime.devices import use_compilation_cache
+from smollm_jax.model.transformer import SmolLM
+from smollm_jax.runs.load import load_model
+from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 Backend = Literal["jax", "torch"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Reason = Literal["eos", "length", "context", "stop string", "cancelled"]
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the bytes of an unfinished character to
 CONTEXT_IDS = 4  # of the prompt, decoded with new ids: some tokenizers decode the start of a text differently
@@ -45,14 +48,15 @@ class TextChunk:
     """New text and the progress so far; the last chunk of a text has a `reason`."""
 
     text: str
-    tokens: int
+    tokens: int = 0
     """New tokens so far, without the stop token."""
     prompt_tokens: int
-    seconds: float
+    seconds: float = 0.0
     """Since the request started."""
-    seconds_to_first: float | None
+    seconds_to_first: float | None = None
     """Until the first token; None before it or without one."""
-    reason: Reason | None = None
+    reason: str | None = None
+    """Why the text ended: eos, length, context, stop string or cancelled."""
 
 
 class Completer:
@@ -60,12 +64,7 @@ class Completer:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, about: str = ""):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
-        self.stop_reason: Reason | None = None
-
-    @property
-    def context(self) -> int:
-        """The most tokens of prompt and text together."""
-        return self.engine.context
+        self.context = engine.context  # the most tokens of prompt and text together
 
     def encode(self, prompt: str) -> list[int]:
         """Encode a prompt; raises `UserError` if it is empty, no text, or too long for the context."""
@@ -102,12 +101,10 @@ class Completer:
         sampling = replace(sampling, stop_ids=sampling.stop_ids or (self.tokenizer.eos_id,))
         text, gate = TextOfIds(self.tokenizer, ids), StopStrings(stop)
         started, first, made = time.perf_counter(), None, 0
-        reason: Reason | None = None
 
-        def chunk(shown: str) -> TextChunk:
-            seconds, self.stop_reason = time.perf_counter() - started, reason
-            return TextChunk(text=shown, tokens=made, prompt_tokens=len(ids), seconds=seconds,
-                         seconds_to_first=first, reason=reason)  # fmt: skip
+        def chunk(shown: str, reason: str | None = None) -> TextChunk:
+            return TextChunk(text=shown, tokens=made, prompt_tokens=len(ids), seconds_to_first=first,
+                             seconds=time.perf_counter() - started, reason=reason)  # fmt: skip
 
         stream = self.engine.stream(ids, sampling)
         try:
@@ -115,16 +112,12 @@ class Completer:
                 made, first = made + len(new), first or time.perf_counter() - started
                 shown = gate.feed(text.feed(new))
                 if gate.stopped or cancelled():
-                    reason = "stop string" if gate.stopped else "cancelled"
-                    yield chunk(shown)
+                    yield chunk(shown, "stop string" if gate.stopped else "cancelled")
                     return
                 if shown:
                     yield chunk(shown)
-            reason = self.engine.stop_reason  # type: ignore[assignment]
             shown = gate.feed(text.rest())
-            if gate.stopped:
-                reason = "stop string"
-            yield chunk(shown + gate.rest())
+            yield chunk(shown + gate.rest(), "stop string" if gate.stopped else self.engine.stop_reason)
         finally:
             getattr(stream, "close", lambda: None)()
 
@@ -151,9 +144,7 @@ class TextOfIds:
 
     def rest(self) -> str:
         """Return the text left after the last id: the mark of an unfinished character, or an empty text."""
-        new = self._tokenizer.decode(self._window)[self._shown :]
-        self._shown += len(new)
-        return new
+        return self._tokenizer.decode(self._window)[self._shown :]
 
 
 class StopStrings:
@@ -170,19 +161,13 @@ class StopStrings:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        held = max((n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
         shown, self._held = text[: len(text) - held], text[len(text) - held :]
         return shown
 
     def rest(self) -> str:
         """Return the text held back, after the last `feed`."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of `text` that begin `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+        return self._held
 
 
 def check_text(text: Any, name: str) -> None:
@@ -194,31 +179,27 @@ def check_text(text: Any, name: str) -> None:
     require(half is None, f"{name} holds half a character at position {half}")
 
 
+def has_torch() -> bool:
+    """Return whether the PyTorch back end can be used."""
+    return all(find_spec(library) is not None for library in ("torch", "transformers"))
+
+
 def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype = "auto") -> Completer:
     """Load the model of an exported folder, a Hub id or a run; raises `UserError`.
 
     dtype auto: float32 on a CPU, bfloat16 on an accelerator.
     """
     if backend == "torch":
+        require(has_torch(), "--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'")
         from smollm_jax.serving.torch_backend import open_torch
 
         engine, tokenizer, about = open_torch(path, dtype)
         return Completer(engine, tokenizer, about=about)
-    return _open_jax(path, dtype)
-
-
-def _open_jax(path: str | Path, dtype: Dtype) -> Completer:
-    import jax
-
-    from smollm_jax.model.transformer import SmolLM
-    from smollm_jax.runs.load import load_model
-
     config, params, tokenizer = load_model(path)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model runs the same few programs every time it is opened
         use_compilation_cache(ComputeConfig().compilation_cache_dir)
     device = jax.devices()[0]
-    if dtype == "auto":
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params), dtype=dtype)
-    return Completer(Generator(model), tokenizer, about=f"JAX, {dtype}, on {device.device_kind}")
+    computed = compute_dtype(dtype, device.platform)
+    model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params), dtype=computed)
+    return Completer(Generator(model), tokenizer, about=f"JAX, {computed.name}, on {device.device_kind}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import html
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import gradio as gr
@@ -26,10 +26,11 @@ REASONS = {
     "stop string": "stop string reached",
     "cancelled": "stopped by you",
 }
+NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")  # as on the page
 Turn = dict[str, str]  # role and content
-Numbers = tuple[Any, ...]  # temperature, top-p, top-k, repetition penalty, length, seed: as on the page
-Growth = AsyncGenerator[tuple[Any, ...], None]
-NAMES = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")
+Values = tuple[Any, ...]  # for the components that a handler changes
+Growth = AsyncGenerator[Values, None]
+Prompt = tuple[list[int], Callable[[str, str], Values]]  # its ids, and how new text and status line are shown
 
 
 @contextlib.contextmanager
@@ -45,72 +46,78 @@ def status_line(chunk: TextChunk, seed: int) -> str:
     """Format tokens, speed, seed and the reason of the end."""
     first, rest = chunk.seconds_to_first or 0.0, max(chunk.tokens - 1, 0)
     spent = chunk.seconds - first
-    parts = [f"**{chunk.tokens:,} tokens**"]
-    if rest and spent > 0:
-        parts.append(f"{rest / spent:,.1f} tokens/s")
+    speed = [f"{rest / spent:,.1f} tokens/s"] if rest and spent > 0 else []
     reason = REASONS[chunk.reason] if chunk.reason else "writing…"
-    parts += [f"first after {first:.2f} s", f"seed `{seed}`", reason]
-    return " · ".join(parts)
+    return " · ".join(
+        [f"**{chunk.tokens:,} tokens**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason]
+    )
 
 
 class Handlers:
-    """The handlers of the page and of /generate."""
+    """The handlers of the page and of /generate.
+
+    Notebook and chat each have a text box and a past: the texts before each continuation, or the turns so far,
+    which alternate between user and assistant.
+    """
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
 
-    async def grow(self, ids: list[int], numbers: Numbers, request: gr.Request) -> Growth:
-        """Yield the continuation so far and the status line until the text ends or `stop` is called."""
-        named = dict(zip(NAMES, numbers, strict=True))
-        sampling = self.scheduler.sampling(**named | {"seed": _seed(named["seed"])})
-        text, waiting = "", self.scheduler.waiting
-        yield text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…"
-        async with contextlib.aclosing(self.scheduler.stream(ids, sampling, owner=request.session_hash)) as chunks:
-            async for chunk in chunks:
-                # no page can show a NUL, and no prompt may hold one
-                text += chunk.text.replace("\0", "")
-                yield text, status_line(chunk, sampling.seed)
+    def writer(self, prepare: Callable[[str, list[Any]], Prompt]) -> Callable[..., Growth]:
+        """Return a handler that shows a growing text until it ends or `stop` is called.
 
-    async def write(self, text: str, history: list[str], request: gr.Request, *numbers: Any) -> Growth:
-        """Continue the text of the notebook and add the text before it to the history."""
-        history = [*history, text][-UNDO_DEPTH:]
-        with shown_errors():
-            ids = await asyncio.to_thread(self.scheduler.encode, text)
-            async with contextlib.aclosing(self.grow(ids, numbers, request)) as growing:
-                async for grown, line in growing:
-                    yield text + grown, line, history
+        `prepare` makes the prompt of the text box and the past.
+        """
 
-    async def again(self, _: str, history: list[str], request: gr.Request, *numbers: Any) -> Growth:
-        """Undo the last continuation and write another."""
-        with shown_errors():
-            require(bool(history), "there is nothing to write again; press Continue first")
-        async with contextlib.aclosing(self.write(history[-1], history[:-1], request, *numbers)) as growing:
-            async for step in growing:
-                yield step
+        async def write(typed: str, past: list[Any], request: gr.Request, *numbers: Any) -> Growth:
+            with shown_errors():
+                ids, show = await asyncio.to_thread(prepare, typed, past)
+                named = dict(zip(NUMBERS, numbers, strict=True))
+                sampling = self.scheduler.sampling(**named | {"seed": _seed(named["seed"])})
+                text, waiting = "", self.scheduler.waiting
+                yield show(text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…")
+                stream = self.scheduler.stream(ids, sampling, owner=request.session_hash)
+                async with contextlib.aclosing(stream) as chunks:
+                    async for chunk in chunks:
+                        # no page can show a NUL, and no prompt may hold one
+                        text += chunk.text.replace("\0", "")
+                        yield show(text, status_line(chunk, sampling.seed))
 
-    async def answer(self, message: str, talk: list[Turn], request: gr.Request, *numbers: Any) -> Growth:
-        """Answer `message`."""
-        turns = [*talk, {"role": "user", "content": message}]
-        with shown_errors():
-            require(bool(message.strip()), "the message is empty; write something first")
-            ids = await asyncio.to_thread(self.scheduler.encode_chat, turns)
-            async with contextlib.aclosing(self.grow(ids, numbers, request)) as growing:
-                async for grown, line in growing:
-                    answered = [*turns, {"role": "assistant", "content": grown}]
-                    yield escaped(answered), line, answered, ""  # clears the message box
-
-    async def answer_again(self, _: str, talk: list[Turn], request: gr.Request, *numbers: Any) -> Growth:
-        """Undo the last answer and write another."""
-        *talk, message = talk if talk and talk[-1]["role"] == "user" else talk[:-1] or [{}]
-        with shown_errors():
-            require("content" in message, "there is nothing to answer again; send a message first")
-        async with contextlib.aclosing(self.answer(message["content"], talk, request, *numbers)) as growing:
-            async for step in growing:
-                yield step
+        return write
 
     def stop(self, request: gr.Request) -> None:
         """End the requests of this visitor's page."""
         self.scheduler.cancel(str(request.session_hash))
+
+    def continue_text(self, text: str, past: list[str]) -> Prompt:
+        ids, past = self.scheduler.encode(text), [*past, text][-UNDO_DEPTH:]
+        return ids, lambda grown, line: (text + grown, line, past)
+
+    def rewrite_text(self, _: str, past: list[str]) -> Prompt:
+        require(bool(past), "there is nothing to write again; press Continue first")
+        return self.continue_text(past[-1], past[:-1])
+
+    def undo_text(self, text: str, past: list[str]) -> Values:
+        return (past[-1], "", past[:-1]) if past else (text, "nothing to undo", [])
+
+    def answer(self, message: str, talk: list[Turn]) -> Prompt:
+        require(bool(message.strip()), "the message is empty; write something first")
+        turns = [*talk, {"role": "user", "content": message}]
+
+        def show(grown: str, line: str) -> Values:
+            answered = [*turns, {"role": "assistant", "content": grown}]
+            return escaped(answered), line, answered, ""  # clears the message box
+
+        return self.scheduler.encode_chat(turns), show
+
+    def answer_again(self, _: str, talk: list[Turn]) -> Prompt:
+        require(bool(talk), "there is nothing to answer again; send a message first")
+        return self.answer(talk[-2]["content"], talk[:-2])
+
+    def undo_answer(self, message: str, talk: list[Turn]) -> Values:
+        if not talk:
+            return [], "nothing to undo", [], message
+        return escaped(talk[:-2]), "", talk[:-2], talk[-2]["content"]
 
     async def generate(  # noqa: PLR0917 - Gradio passes positional arguments
         self,
@@ -134,28 +141,21 @@ class Handlers:
             async with contextlib.aclosing(self.scheduler.stream(ids, sampling, stops)) as chunks:
                 async for chunk in chunks:
                     text += chunk.text
-                    yield as_json(text, chunk, sampling.seed)
+                    yield {
+                        "text": text,
+                        "seed": sampling.seed,
+                        "tokens": chunk.tokens,
+                        "prompt_tokens": chunk.prompt_tokens,
+                        "seconds": round(chunk.seconds, 3),
+                        "seconds_to_first_token": chunk.seconds_to_first and round(chunk.seconds_to_first, 3),
+                        "stop_reason": chunk.reason,
+                    }
 
 
-def as_json(text: str, chunk: TextChunk, seed: int) -> dict[str, Any]:
-    """Build the answer of /generate."""
-    return {
-        "text": text,
-        "seed": seed,
-        "tokens": chunk.tokens,
-        "prompt_tokens": chunk.prompt_tokens,
-        "seconds": round(chunk.seconds, 3),
-        "seconds_to_first_token": chunk.seconds_to_first and round(chunk.seconds_to_first, 3),
-        "stop_reason": chunk.reason,
-    }
-
-
-def _seed(typed: Any) -> Any:
+def _seed(typed: str | None) -> Any:
     """Parse the seed field: None if empty, an int if possible; else unchanged for the scheduler to refuse."""
-    typed = typed.strip() if isinstance(typed, str) else typed
-    if typed in ("", None):
-        return None
-    return int(typed) if isinstance(typed, str) and typed.isdecimal() and len(typed) < 20 else typed
+    typed = (typed or "").strip()
+    return int(typed) if typed.isdecimal() and len(typed) < 20 else typed or None
 
 
 def escaped(talk: list[Turn]) -> list[Turn]:

@@ -26,6 +26,7 @@ from smollm_jax.serving.openai_schema import BaseRequest, ChatRequest, Completio
 from smollm_jax.serving.scheduler import QueueFull, Scheduler
 
 DEFAULT_TOKENS = 128
+SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
 T = TypeVar("T")
 
 
@@ -43,14 +44,12 @@ class Routes:
 
     async def completions(self, asked: CompletionRequest, request: Request) -> Any:
         """Continue a prompt: a text or token ids."""
-        prompt: Any = asked.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-            prompt = prompt[0]
-        if isinstance(prompt, list):
-            require(all(isinstance(i, int) for i in prompt), "send one prompt per request, not several")
-            ids = self.scheduler.completer.checked(prompt)
-        else:
-            ids = await asyncio.to_thread(self.scheduler.encode, prompt)
+        match asked.prompt:
+            case str(text) | [str(text)]:
+                ids = await asyncio.to_thread(self.scheduler.encode, text)
+            case prompt:
+                require(all(isinstance(i, int) for i in prompt), "send one prompt per request, not several")
+                ids = self.scheduler.completer.checked(prompt)  # type: ignore[arg-type]
         return await self._answer(ids, asked, asked.max_tokens, request)
 
     async def chat_completions(self, asked: ChatRequest, request: Request) -> Any:
@@ -65,12 +64,8 @@ class Routes:
     ) -> Any:
         if asked.model not in (None, self.model):
             raise HTTPException(404, f"model {asked.model!r:.100} is not served here; use {self.model!r}")
-        default = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens)
-        sampling = self.scheduler.sampling(
-            max_new_tokens=default if longest is None else longest, temperature=asked.temperature,
-            top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty, seed=asked.seed,
-        )  # fmt: skip
+        longest = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens) if longest is None else longest
+        sampling = self.scheduler.sampling(max_new_tokens=longest, **asked.model_dump(include=SAMPLING_FIELDS))
         form = ResponseFormat(chat=chat, model=self.model)
         chunks = self.scheduler.stream(ids, sampling, self.scheduler.stop_strings(asked.stop))
         if not asked.stream:
@@ -82,11 +77,9 @@ class Routes:
 
 
 async def _whole(form: ResponseFormat, chunks: AsyncGenerator[TextChunk, None]) -> dict[str, Any]:
-    text = []
     async with contextlib.aclosing(chunks):
-        async for chunk in chunks:
-            text.append(chunk.text)
-    return form.whole("".join(text), chunk)
+        parts = [chunk async for chunk in chunks]
+    return form.whole("".join(chunk.text for chunk in parts), parts[-1])
 
 
 async def _events(
@@ -164,9 +157,8 @@ def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str |
             return error_response(error.status_code, str(error.detail))
         if isinstance(error, QueueFull):
             return error_response(429, str(error), {"Retry-After": "2"})
-        if isinstance(error, ValueError):
-            return error_response(400, str(error).replace("max_new_tokens", "max_tokens"))  # OpenAI's name
-        return error_response(500, str(error))
+        status = 400 if isinstance(error, ValueError) else 500
+        return error_response(status, str(error).replace("max_new_tokens", "max_tokens"))  # OpenAI's name
 
     for kind in (StarletteHTTPException, RequestValidationError, ValueError, QueueFull, RuntimeError):
         app.exception_handler(kind)(explain)

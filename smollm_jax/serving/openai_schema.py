@@ -14,15 +14,19 @@ MOST_MESSAGES = 200
 FINISH = {"eos": "stop", "stop string": "stop", "cancelled": "stop", "length": "length", "context": "length"}
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """A model that refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class BaseRequest(BaseModel):
-    """The fields of both kinds of request; unknown fields are refused."""
+class BaseRequest(Strict):
+    """The fields of both kinds of request."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str | None = None
     max_tokens: Any = None
     temperature: Any = Field(1.0, description="0 (the likeliest token) to 2")
@@ -48,14 +52,12 @@ class CompletionRequest(BaseRequest):
     suffix: None = None
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -74,31 +76,26 @@ class ResponseFormat:
     """Wraps a text as a completion or a chat, whole or in chunks."""
 
     def __init__(self, *, chat: bool, model: str):
-        self.chat = chat
-        self._kind = "chat.completion" if chat else "text_completion"
-        self._common = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self.chat, name = chat, "chatcmpl" if chat else "cmpl"
+        common = {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._whole = common | {"object": "chat.completion" if chat else "text_completion"}
+        self._chunk = common | {"object": "chat.completion.chunk" if chat else "text_completion"}
 
     def whole(self, text: str, last: TextChunk) -> dict[str, Any]:
-        body: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": FINISH[last.reason or "cancelled"]}
-        return {**self._common, "object": self._kind, "choices": [choice], "usage": usage(last)}
+        message = {"role": "assistant", "content": text}
+        choice = _choice({"message": message} if self.chat else {"text": text}, last.reason)
+        return self._whole | {"choices": [choice], "usage": usage(last)}
 
     def chunk(self, text: str, reason: str | None, *, first: bool) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": text} if first else {"content": text}
-        body: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": reason and FINISH[reason]}
-        return {**self._common, "object": self._chunk_kind, "choices": [choice]}
+        delta = ({"role": "assistant"} if first else {}) | {"content": text}
+        return self._chunk | {"choices": [_choice({"delta": delta} if self.chat else {"text": text}, reason)]}
 
     def usage_chunk(self, last: TextChunk) -> dict[str, Any]:
-        return {**self._common, "object": self._chunk_kind, "choices": [], "usage": usage(last)}
+        return self._chunk | {"choices": [], "usage": usage(last)}
 
-    @property
-    def _chunk_kind(self) -> str:
-        return f"{self._kind}.chunk" if self.chat else self._kind
+
+def _choice(body: dict[str, Any], reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **body, "logprobs": None, "finish_reason": reason and FINISH[reason]}
 
 
 def usage(last: TextChunk) -> dict[str, int]:

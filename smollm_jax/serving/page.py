@@ -1,21 +1,24 @@
 """Layout of the page: a notebook whose text grows in place, and a chat if the model has a template.
 
 A base model completes text, so the page is one text that the model continues: Continue, Stop, Undo, Write again.
-handlers.py has what the buttons do; this file has the layout, three scripts and a style.
+handlers.py has what the buttons do; page.css, page.js and page.md are the style, the scripts and the API's help.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from smollm_jax.serving.handlers import Handlers, Turn, escaped
+from smollm_jax.serving.handlers import Handlers
 from smollm_jax.serving.scheduler import RANGES, Scheduler
 
 GRADIO_QUEUE = 64
 STATE_SECONDS = 3_600
+STYLE, SCRIPT, HELP = (Path(__file__).with_suffix(suffix).read_text("utf-8") for suffix in (".css", ".js", ".md"))
 OPENINGS = (
     "Photosynthesis is the process by which",
     "Once upon a time, in a small village by the sea,",
@@ -26,39 +29,8 @@ OPENINGS = (
 # temperature, top-p, top-k, repetition penalty
 PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Likeliest": (0.0, 1.0, 0, 1.0)}
 START = "Textbook"
-STYLE = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
-#sheet textarea { font: 1.08rem/1.7 Georgia, 'Times New Roman', serif; padding: 1rem 1.15rem; }
-#title h1 { margin: 0 0 .1rem; font-size: 1.4rem; } #title p { margin: 0; opacity: .7; }
-#status, #chat-status { min-height: 1.7rem; font-variant-numeric: tabular-nums; }
-#top { align-items: center; flex-wrap: nowrap; } #dark { flex: 0 0 7rem; min-width: 7rem; }
-@media (max-width: 640px) { .buttons button { min-width: 45%; } #sheet textarea { max-height: 50vh; } }
-"""
-DARK = """() => {
-  const dark = document.body.classList.toggle('dark');
-  localStorage.setItem('dark', dark ? 'yes' : 'no');
-}"""
-REMEMBERED = """() => {
-  const dark = localStorage.getItem('dark');
-  if (dark) document.body.classList.toggle('dark', dark === 'yes');
-}"""
-COPY = """() => {
-  const answer = [...document.querySelectorAll('.bot.message .message-content')].at(-1);
-  if (answer) navigator.clipboard.writeText(answer.innerText);
-}"""
-HELP = """
-Replace URL by the address of this page.
-
-**Gradio:** `Client("URL").predict("Once upon a time", api_name="/generate")` with `gradio_client`; its parameters
-are listed under *Use via API* at the bottom of the page.
-
-**OpenAI:** `/v1/completions`{chat} and `/v1/models`, with streaming:
-
-```
-curl URL/v1/completions -H 'Content-Type: application/json'{key} \\
-  -d '{{"prompt": "Once upon a time", "max_tokens": 64, "temperature": 0.7, "seed": 1}}'
-```
-"""
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # /generate is the only documented endpoint
+QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 
 
 def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
@@ -69,7 +41,7 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
             about = f"{scheduler.completer.about} · context {scheduler.completer.context:,} tokens"
             gr.Markdown(f"# {name}\n{about}", elem_id="title")
             dark = gr.Button("Light / dark", size="sm", elem_id="dark", scale=0)
-            dark.click(None, js=DARK, api_visibility="private")
+            dark.click(None, js="() => window.toggleDark()", **PRIVATE)
         with gr.Row():
             side = gr.Column(scale=1, min_width=280, render=False)
             with gr.Column(scale=3, min_width=320):
@@ -83,10 +55,8 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
             side.render()
         with gr.Accordion("API", open=False):
             key = " -H 'Authorization: Bearer KEY'" if with_key else ""
-            routes = ", `/v1/chat/completions`" if has_chat else ""
-            gr.Markdown(HELP.format(chat=routes, key=key))
+            gr.Markdown(HELP.format(chat=", `/v1/chat/completions`" if has_chat else "", key=key))
         gr.api(handlers.generate, api_name="generate", concurrency_limit=None)
-        page.load(None, js=REMEMBERED, api_visibility="private")
     for block in page.blocks.values():
         # a mounted Gradio app would copy any file of this machine, or any URL, that a request names
         block.async_move_resource_to_block_cache = no_files  # type: ignore[method-assign]
@@ -98,7 +68,7 @@ async def no_files(*_: Any) -> str:
 
 
 def settings(scheduler: Scheduler) -> list[gr.components.Component]:
-    """Add presets and inputs for the numbers; returns the inputs in the order of `NAMES`."""
+    """Add presets and inputs for the numbers; returns the inputs in the order of `NUMBERS`."""
     longest, (temperature, top_p, top_k, penalty) = scheduler.max_new_tokens, PRESETS[START]
     preset = gr.Radio(list(PRESETS), value=START, label="Preset")
     sliders = [
@@ -111,25 +81,21 @@ def settings(scheduler: Scheduler) -> list[gr.components.Component]:
     # a text field, because an empty number field of Gradio's reads 0
     seed = gr.Textbox(label="Seed", placeholder="empty: a new seed every time", max_lines=1, elem_id="seed")
     # .input, not .change: only a person's choice may move the sliders
-    preset.input(lambda name: PRESETS[name], preset, sliders, queue=False, api_visibility="private")
+    preset.input(lambda name: PRESETS[name], preset, sliders, queue=False, **PRIVATE)
     return [*sliders, length, seed]
 
 
 def notebook(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
     """Add the text and its buttons."""
-    history = gr.State([], time_to_live=STATE_SECONDS)
+    past = gr.State([], time_to_live=STATE_SECONDS)
     sheet = gr.Textbox(
         lines=14, max_lines=20, label="Text", elem_id="sheet", buttons=["copy"], interactive=True,
         placeholder="Write how a text begins, then press Continue.",
     )  # fmt: skip
     line = gr.Markdown("", elem_id="status")
-
-    def undone(text: str, history: list[str]) -> tuple[str, str, list[str]]:
-        return (history[-1], "", history[:-1]) if history else (text, "nothing to undo", [])
-
     controls(
-        "Continue", (handlers.write, handlers.again), undone, handlers.stop,
-        inputs=[sheet, history], numbers=numbers, outputs=[sheet, line, history],
+        "Continue", handlers.continue_text, handlers.rewrite_text, handlers.undo_text, handlers,
+        inputs=[sheet, past], numbers=numbers, outputs=[sheet, line, past],
     )  # fmt: skip
     gr.Examples(
         [[opening] for opening in OPENINGS], sheet, label="Openings", cache_examples=False,
@@ -145,51 +111,39 @@ def chat(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
     with gr.Row():
         line = gr.Markdown("", elem_id="chat-status")
         copy = gr.Button("Copy answer", size="sm", elem_id="copy", scale=0, min_width=110)
-    copy.click(None, js=COPY, api_visibility="private")
+    copy.click(None, js="() => window.copyAnswer()", **PRIVATE)
     box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Press Enter to send")
-
-    def undone(message: str, talk: list[Turn]) -> tuple[Any, ...]:
-        asked = max((i for i, turn in enumerate(talk) if turn["role"] == "user"), default=None)
-        if asked is None:
-            return [], "nothing to undo", [], message
-        return escaped(talk[:asked]), "", talk[:asked], talk[asked]["content"]
-
-    view.clear(lambda: ([], ""), None, [talk, line], queue=False, api_visibility="private")
+    view.clear(lambda: ([], ""), None, [talk, line], queue=False, **PRIVATE)
     controls(
-        "Send", (handlers.answer, handlers.answer_again), undone, handlers.stop,
-        inputs=[box, talk], numbers=numbers, outputs=[view, line, talk, box], submit=box,
+        "Send", handlers.answer, handlers.answer_again, handlers.undo_answer, handlers,
+        inputs=[box, talk], numbers=numbers, outputs=[view, line, talk, box], enter=[box],
     )  # fmt: skip
 
 
 def controls(
-    verb: str, writers: tuple[Any, Any], undone: Any, end: Any, *,
-    inputs: list[Any], numbers: list[Any], outputs: list[Any], submit: gr.Textbox | None = None,
+    verb: str, write: Any, write_again: Any, undo_last: Any, handlers: Handlers, *,
+    inputs: list[Any], numbers: list[Any], outputs: list[Any], enter: Sequence[gr.Textbox] = (),
 ) -> None:  # fmt: skip
-    """Add the buttons that write, stop, undo and write again."""
+    """Add the buttons that write, stop, undo and write again; pressing Enter in a box of `enter` writes too."""
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(verb, variant="primary", elem_id=verb.lower())
         stop = gr.Button("Stop", variant="stop", visible=False, elem_id=f"stop-{verb.lower()}")
         undo = gr.Button("Undo", elem_id=f"undo-{verb.lower()}")
         again = gr.Button("Write again", elem_id=f"again-{verb.lower()}")
 
-    line = outputs[1]
-    switched = [go, stop, undo, again, *([submit] if submit else [])]
+    switched = [go, stop, undo, again, *enter]
 
     def buttons(working: bool) -> list[Any]:
         others = [gr.update(interactive=not working) for _ in switched[2:]]
         return [gr.update(visible=not working), gr.update(visible=working), *others]
 
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    triggers = [(go.click, writers[0]), (again.click, writers[1])]
-    if submit is not None:
-        triggers.append((submit.submit, writers[0]))
-    for trigger, handler in triggers:
-        event = trigger(lambda: buttons(True), None, switched, **quick).then(
-            handler, [*inputs, *numbers], outputs, show_progress="hidden", concurrency_limit=None,
-            api_visibility="private",
+    for triggers, prepare in (([go.click, *(box.submit for box in enter)], write), ([again.click], write_again)):
+        event = gr.on(triggers, lambda: buttons(True), None, switched, **QUICK).then(
+            handlers.writer(prepare), [*inputs, *numbers], outputs,
+            show_progress="hidden", concurrency_limit=None, **PRIVATE,
         )  # fmt: skip
-        event.success(lambda: buttons(False), None, switched, **quick)
+        event.success(lambda: buttons(False), None, switched, **QUICK)
         # .then does not run after a failure
-        event.failure(lambda: [*buttons(False), ""], None, [*switched, line], **quick)
-    stop.click(end, None, None, **quick)
-    undo.click(undone, inputs, outputs, **quick)
+        event.failure(lambda: [*buttons(False), ""], None, [*switched, outputs[1]], **QUICK)
+    stop.click(handlers.stop, None, None, **QUICK)
+    undo.click(undo_last, inputs, outputs, **QUICK)

@@ -1,8 +1,7 @@
 """A bounded queue of requests served by one thread, which alone uses the model.
 
-Pages and HTTP routes submit requests and read chunks of text; they never touch the engine. If a reader goes away,
-its request leaves the queue at once or ends at the next chunk. This file knows neither Gradio nor HTTP. It adds
-the limits of a server, so that no route can forget them: longest prompt, numbers, stop strings.
+If a reader goes away, its request leaves the queue at once or ends at the next chunk. The limits of a server are
+here, so that no route can forget them: longest prompt, numbers, stop strings. Knows neither Gradio nor HTTP.
 """
 
 from __future__ import annotations
@@ -80,12 +79,12 @@ class Scheduler:
 
     def encode(self, text: Any) -> list[int]:
         """Encode a prompt; raises `UserError` if it is no text, empty or too long."""
-        _check_length(len(text) if isinstance(text, str) else 0, "the prompt has")
+        _check_length(text if isinstance(text, str) else "", "the prompt has")
         return self.completer.encode(text)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Encode a conversation; raises `UserError` as `encode` does."""
-        _check_length(sum(len(message["content"]) for message in messages), "the messages have")
+        _check_length("".join(message["content"] for message in messages), "the messages have")
         return self.completer.encode_chat(messages)
 
     def sampling(self, **numbers: Any) -> Sampling:
@@ -100,7 +99,7 @@ class Scheduler:
             good = isinstance(value, kinds) and not isinstance(value, bool)
             good = good and low <= value <= high  # false for NaN and infinity
             kind = "whole number" if name in WHOLE else "number"
-            require(good, f"{name}={_shown(value)} must be a {kind} from {low:,} to {high:,}")
+            require(good, f"{name}={value!r:.40} must be a {kind} from {low:,} to {high:,}")
         return Sampling(**numbers)
 
     def stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -145,8 +144,7 @@ class Scheduler:
         with self._changed:
             for job in [job for job in self._queue if job.owner == owner]:
                 self._queue.remove(job)
-                job.put(TextChunk(text="", tokens=0, prompt_tokens=len(job.ids), seconds=0.0,
-                                  seconds_to_first=None, reason="cancelled"))  # fmt: skip
+                job.put(TextChunk(text="", prompt_tokens=len(job.ids), reason="cancelled"))
             if self._now is not None and self._now.owner == owner:
                 self._now.left.set()  # its stream yields the last chunk
 
@@ -154,8 +152,8 @@ class Scheduler:
         """End all requests and the thread, because Python must not exit inside native code of a model."""
         with self._changed:
             self._closed = True
-            for job in [*self._queue, *([self._now] if self._now else [])]:
-                job.left.set()
+            if self._now is not None:
+                self._now.left.set()
             self._changed.notify()
         self._thread.join(SECONDS_TO_CLOSE)
 
@@ -164,20 +162,18 @@ class Scheduler:
         with contextlib.suppress(Exception):
             ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
             sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
-            for _ in self.completer.stream(ids, sampling, cancelled=lambda: True):
-                pass
+            list(self.completer.stream(ids, sampling, cancelled=lambda: True))
 
     def _work(self) -> None:
         self._warm_up()
         while True:
             with self._changed:
+                self._now = None
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     return
                 self._now = job = self._queue.popleft()
             self._serve(job)
-            with self._changed:
-                self._now = None
 
     def _serve(self, job: _Job) -> None:
         try:
@@ -191,14 +187,5 @@ class Scheduler:
             job.put(RuntimeError(f"the model failed with {type(error).__name__}; the server's log says more"))
 
 
-def _check_length(length: int, subject: str) -> None:
-    require(length <= LONGEST_PROMPT, f"{subject} {length:,} characters; the most is {LONGEST_PROMPT:,}")
-
-
-def _shown(value: Any) -> str:
-    """Print `value` in at most 40 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of too many digits to print
-        return "a number of thousands of digits"
-    return text if len(text) <= 40 else f"{text[:40]}…"
+def _check_length(text: str, subject: str) -> None:
+    require(len(text) <= LONGEST_PROMPT, f"{subject} {len(text):,} characters; the most is {LONGEST_PROMPT:,}")
