@@ -111,10 +111,14 @@ def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpo
     return VerifiedCheckpoint(step=step, meta=meta, leaves=leaves)
 
 
-def named_step(folder: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
-    """Return the checkpoint of `step`; raises `UserError` if it is missing or damaged."""
-    steps = steps_in(folder)
-    if step not in steps:
+def find_checkpoint(folder: Path, step: int | None, *, group: str | None = None) -> VerifiedCheckpoint:
+    """Return the checkpoint of `step`, None for the newest good one; raises `UserError` if missing or damaged."""
+    if step is None:
+        found = next(verified_checkpoints(folder, group=group), None)
+        if found is None:
+            raise UserError(f"{folder} holds no good checkpoint")
+        return found
+    if step not in (steps := steps_in(folder)):
         there = ", ".join(map(str, reversed(steps))) or "none"
         raise UserError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
     try:

@@ -21,10 +21,6 @@ def group_of(name: str) -> str:
     return name.split("/", maxsplit=1)[0]
 
 
-def groups_of(named: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(map(group_of, named)))
-
-
 def leaves_by_name(tree: Any) -> dict[str, Any]:
     """Return the leaves of a pytree in order, named by path: dict keys, fields and indices joined by "/"."""
     import jax
@@ -86,21 +82,25 @@ def _checkpointer(processes: Processes, key: str) -> Any:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def store(path: Path, leaves: dict[str, Any], processes: Processes) -> None:
-    """Write named leaves as one orbax tree."""
+def store(folder: Path, leaves: dict[str, Any], processes: Processes) -> None:
+    """Write named leaves, each group as an orbax tree of its own below `folder`."""
     import orbax.checkpoint as ocp
 
-    with _checkpointer(processes, f"{path.parent.name}-{path.name}") as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves, "/")))
+    for group, part in unflatten(leaves, "/").items():
+        with _checkpointer(processes, f"{folder.name}-{group}") as checkpointer:
+            checkpointer.save((folder / group).absolute(), args=ocp.args.PyTreeSave({group: part}))
 
 
-def load(path: Path, restore_args: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """Read the named leaves of `restore_args` from an orbax tree."""
+def load(folder: Path, restore_args: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """Read the named leaves of `restore_args` from their orbax trees below `folder`."""
     import orbax.checkpoint as ocp
 
-    args = ocp.args.PyTreeRestore(restore_args=unflatten(restore_args, "/"))
-    with _checkpointer(processes, f"{path.parent.name}-{path.name}-read") as checkpointer:
-        return flatten(checkpointer.restore(path.absolute(), args=args), "/")
+    named: dict[str, Any] = {}
+    for group, part in unflatten(restore_args, "/").items():
+        args = ocp.args.PyTreeRestore(restore_args={group: part})
+        with _checkpointer(processes, f"{folder.name}-{group}-read") as checkpointer:
+            named |= flatten(checkpointer.restore((folder / group).absolute(), args=args), "/")
+    return named
 
 
 def reason(error: Exception) -> str:

@@ -147,7 +147,7 @@ class ShuffledSource:
         if self._current is None or self._current.position != position:
             ahead, self._next = self._next, None
             # a read that timed out before its window was needed is started again
-            stale = ahead is None or (ahead[1].done and isinstance(ahead[1].error, SourceTimeout))
+            stale = ahead is None or isinstance(ahead[1].error, SourceTimeout)
             if ahead is None or stale or ahead[0] != position:
                 self._current = self._read(position)
             else:

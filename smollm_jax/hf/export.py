@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.model_card import model_card
 from smollm_jax.hf.reader import INDEX, WANTED, metadata_of, read_folder, tensor_files
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
-from smollm_jax.tokenizer.tokenizer import FILES as TOKENIZER_FILES
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 MARK = "exported by smollm-jax"  # in the safetensors header: only our own folders are written over
@@ -70,7 +69,13 @@ def write_folder(
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_folder is not None:
-        _copy_tokenizer(Path(tokenizer_folder), out, config)
+        tokenizer = Tokenizer(tokenizer_folder)
+        require(
+            tokenizer.vocab_size <= config.vocab_size,
+            f"the tokenizer in {tokenizer_folder} has {tokenizer.vocab_size} entries, the model only "
+            f"{config.vocab_size}",
+        )
+        tokenizer.save(out)  # its files alone: the folder may be another model's, with a config.json of its own
 
 
 def export_folder(
@@ -81,6 +86,7 @@ def export_folder(
     dtype: str = "float32",
     tokenizer_folder: str | Path | None = None,
     card_facts: dict[str, Any] | None = None,
+    curve: Path | None = None,
     verify: bool = True,
 ) -> str:
     """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
@@ -94,11 +100,9 @@ def export_folder(
     with written_aside(out) as part:
         write_folder(params, config, part, dtype=dtype, tokenizer_folder=tokenizer_folder)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
-        facts = dict(card_facts or {})
-        curve = facts.pop("curve", None)
         if curve is not None:
             shutil.copyfile(curve, part / CURVE)
-        card = model_card(config, facts, dtype=dtype, checked=checked, curve=curve is not None)
+        card = model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=curve is not None)
         (part / CARD).write_text(card, encoding="utf-8")
     return checked
 
@@ -165,25 +169,17 @@ def _refuse_foreign(out: Path) -> None:
         return
     try:
         files = set(tensor_files(out).values())
-    except ValueError:
+    except UserError:
         files = set()
     ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
     require(ours, f"{out} is not empty and no export of ours; give another --out")
-    known = [re.escape(name).replace(r"\*", ".*") for name in (*WANTED, CARD, CURVE)]
-    added = [name for name in held if not any(re.fullmatch(pattern, name) for pattern in known)]
-    require(not added, f"{out} holds {(added or [''])[0]}, which no export wrote; give another --out")
+    added = [name for name in held if not is_exported(name)]
+    require(not added, f"{out} holds {', '.join(added[:1])}, which no export wrote; give another --out")
 
 
-def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> None:
-    """Copy the tokenizer files alone: `folder` may be another model's folder, with a config.json of its own."""
-    tokenizer = Tokenizer(folder)
-    require(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer in {folder} has {tokenizer.vocab_size} entries, the model only {config.vocab_size}",
-    )
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+def is_exported(name: str) -> bool:
+    """Return whether an export may hold a file of this name."""
+    return any(fnmatchcase(name, pattern) for pattern in (*WANTED, CARD, CURVE))
 
 
 def _tokens_to_check(folder: Path, config: ModelConfig) -> tuple[np.ndarray, str]:

@@ -46,10 +46,9 @@ class StopRequest:
         self._lock = threading.Lock()
 
     def __enter__(self) -> StopRequest:
-        self._ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._theirs = theirs
-        self._previous_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
         return self
