@@ -1,10 +1,9 @@
 """Save, verify and restore checkpoints.
 
-A checkpoint is a sealed folder `checkpoints/STEP`: one orbax tree for each top-level part of the state (`params`,
+A checkpoint is a sealed folder `checkpoints/STEP`: an orbax tree for each top-level part of the state (`params`,
 `opt_state`, ...), so that the parameters can be read alone, and `meta.json`. A thread writes it under another name
-and renames it once. So a folder named by its step was complete at that time; the manifest tells whether it still
-is. Orbax has no checksum on array data, casts dtypes silently and takes an empty folder for the latest: we check
-all that before orbax reads anything. Nothing heavy is imported until arrays are saved or loaded.
+and renames it once complete; its manifest tells whether it still is. Orbax has no checksum on array data, casts
+dtypes silently and takes an empty folder for the latest: all that is checked before orbax reads anything.
 """
 
 from __future__ import annotations
@@ -29,15 +28,7 @@ from smollm_jax.checkpoint.listing import (
     verified_checkpoints,
 )
 from smollm_jax.checkpoint.manifest import seal, verify
-from smollm_jax.checkpoint.orbax_io import (
-    described,
-    group_of,
-    leaves_by_name,
-    load,
-    reason,
-    restore_args_for,
-    store,
-)
+from smollm_jax.checkpoint.orbax_io import described, group_of, leaves_by_name, load, reason, store
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.runtime.files import Damaged, fsync, write_json
@@ -119,9 +110,8 @@ class CheckpointManager:
 
     def clean(self) -> None:
         """Remove what dead processes left half written or half deleted; only the holder of the run's lock may."""
-        for path in self.folder.glob(".*"):
-            if path.name.startswith((TEMPORARY, TRASH)):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in (*self.folder.glob(f"{TEMPORARY}*"), *self.folder.glob(f"{TRASH}*")):
+            shutil.rmtree(path, ignore_errors=True)
 
     def latest_good(self, *, quarantine: bool = False) -> VerifiedCheckpoint | None:
         """Return the newest checkpoint that verifies; damaged ones are reported and, if asked, renamed."""
@@ -138,8 +128,7 @@ class CheckpointManager:
         named = leaves_by_name(target)
         found = find_checkpoint(self.folder, step)
         compare(found, described(named))
-        args = {name: restore_args_for(leaf) for name, leaf in named.items()}
-        loaded = load(self.folder / str(step), args, self.processes)
+        loaded = load(self.folder / str(step), named, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
     def _make_room(self, step: int, temporary: Path) -> tuple[bool, str | None]:
@@ -155,9 +144,8 @@ class CheckpointManager:
                     return False, None
                 except Damaged as damage:
                     quarantine(final, damage)
-            self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
         except OSError as error:
             return False, self._could_not(step, error)
         return True, None
@@ -223,13 +211,10 @@ def read_params(
     Reads no other part from the disk and needs no device. The default step is the newest whose part is good;
     raises `UserError` if there is none.
     """
-    import numpy as np
-    import orbax.checkpoint as ocp
-
     folder = Path(folder)
     found = find_checkpoint(folder, step, group=group)
     names = [name for name in found.leaves if group_of(name) == group]
     if not names:
         raise UserError(f"checkpoint {found.step} in {folder} holds no {group}")
-    args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-    return found, unflatten(load(folder / str(found.step), args, Processes()), "/")[group]
+    loaded = load(folder / str(found.step), dict.fromkeys(names), Processes())
+    return found, unflatten(loaded, "/")[group]

@@ -45,15 +45,15 @@ def described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items()}
 
 
-def restore_args_for(leaf: Any) -> Any:
+def _restore_args(target: Any) -> Any:
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
-    if isinstance(leaf, np.ndarray | np.generic):
+    if target is None or isinstance(target, np.ndarray | np.generic):
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=target.shape, dtype=target.dtype, strict=True)
 
 
 def _checkpointer(processes: Processes, key: str) -> Any:
@@ -91,15 +91,19 @@ def store(folder: Path, leaves: dict[str, Any], processes: Processes) -> None:
             checkpointer.save((folder / group).absolute(), args=ocp.args.PyTreeSave({group: part}))
 
 
-def load(folder: Path, restore_args: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """Read the named leaves of `restore_args` from their orbax trees below `folder`."""
+def load(folder: Path, targets: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """Read named leaves from their orbax trees below `folder`.
+
+    A leaf gets the layout and dtype of its target, an array or `jax.ShapeDtypeStruct`; None reads a numpy array.
+    """
     import orbax.checkpoint as ocp
 
     named: dict[str, Any] = {}
-    for group, part in unflatten(restore_args, "/").items():
-        args = ocp.args.PyTreeRestore(restore_args={group: part})
+    args = {name: _restore_args(target) for name, target in targets.items()}
+    for group, part in unflatten(args, "/").items():
         with _checkpointer(processes, f"{folder.name}-{group}-read") as checkpointer:
-            named |= flatten(checkpointer.restore((folder / group).absolute(), args=args), "/")
+            restore = ocp.args.PyTreeRestore(restore_args={group: part})
+            named |= flatten(checkpointer.restore((folder / group).absolute(), args=restore), "/")
     return named
 
 

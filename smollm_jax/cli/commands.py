@@ -187,10 +187,10 @@ def batch(run: Positional, *, step: int) -> int:
     """
     from smollm_jax.runs.replay import replay_step
 
-    replayed = replay_step(run, step)
-    for document in replayed.documents:
+    documents, verdict = replay_step(run, step)
+    for document in documents:
         print(json.dumps(document, ensure_ascii=False))
-    say(replayed.verdict)
+    say(verdict)
     return 0
 
 

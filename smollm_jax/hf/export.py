@@ -44,23 +44,21 @@ def write_folder(
     params: Params, config: ModelConfig, out: Path, *, dtype: str, tokenizer_folder: str | Path | None
 ) -> None:
     """Write config, weights and tokenizer files into the new folder `out`; `params` are numpy arrays."""
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
-    targets = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-    require(dtype in targets, f"dtype {dtype!r}: expected float32 or bfloat16")
-    target = targets[dtype]
+    require(dtype in ("float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     out.mkdir(parents=True)
     held = {tensor.name: tensor for tensor in tensors(config)}
     split = split_state_dict_into_shards_factory(
         held,
-        get_storage_size=lambda tensor: math.prod(tensor.shape) * target.itemsize,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * np.dtype(dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
-        values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(target)) for name in names}
+        values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
         save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
     if split.is_sharded:
@@ -70,11 +68,8 @@ def write_folder(
     _write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_folder is not None:
         tokenizer = Tokenizer(tokenizer_folder)
-        require(
-            tokenizer.vocab_size <= config.vocab_size,
-            f"the tokenizer in {tokenizer_folder} has {tokenizer.vocab_size} entries, the model only "
-            f"{config.vocab_size}",
-        )
+        sizes = f"{tokenizer.vocab_size} entries, the model only {config.vocab_size}"
+        require(tokenizer.vocab_size <= config.vocab_size, f"the tokenizer in {tokenizer_folder} has {sizes}")
         tokenizer.save(out)  # its files alone: the folder may be another model's, with a config.json of its own
 
 
@@ -91,8 +86,7 @@ def export_folder(
 ) -> str:
     """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
 
-    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails; an older export then
-    stays as it is.
+    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails: an older export stays.
     """
     out = Path(os.path.abspath(out))  # "." has no name of its own
     _refuse_foreign(out)
@@ -109,8 +103,6 @@ def export_folder(
 
 def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
     """Compare a written folder with `params`; returns what was compared, raises `RuntimeError` on a difference."""
-    import ml_dtypes
-
     try:
         read_config, read = read_folder(folder)
     except ValueError as error:
@@ -119,7 +111,7 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
         raise RuntimeError(f"config.json reads back as {read_config}, not {config}")
     read_back = flatten(read, "/")
     for name, leaf in flatten(params, "/").items():
-        ours = leaf.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else leaf
+        ours = leaf.astype(dtype).astype(np.float32)
         # as integers: NaN equals itself, and 0 is not -0
         if not np.array_equal(ours.view(np.uint32), read_back[name].view(np.uint32)):
             raise RuntimeError(f"{name} reads back otherwise than it was written")
@@ -128,10 +120,8 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
     tokens, kind = _tokens_to_check(folder, config)
     difference = _logit_difference(folder, read_config, read, tokens)
     if not difference <= LARGEST_DIFFERENCE:  # also when it is NaN
-        raise RuntimeError(
-            f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}; at most "
-            f"{LARGEST_DIFFERENCE:.0e} is rounding"
-        )
+        found = f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}"
+        raise RuntimeError(f"{found}; at most {LARGEST_DIFFERENCE:.0e} is rounding")
     return (
         f"logits from PyTorch and JAX agree to {difference:.1e} of the largest on {tokens.size} tokens of "
         f"{kind}; bits read back equal"

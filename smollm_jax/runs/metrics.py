@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -209,11 +209,8 @@ def plot(run_dir: Path) -> Path | None:
 def _running_mean(values: tuple[float, ...]) -> list[float]:
     """Return an exponential mean with bias correction over about a twentieth of the curve."""
     keep = 1 - 1 / max(len(values) / 20, 1)
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return out
+    sums, weights = (accumulate(x, lambda old, new: keep * old + new) for x in (values, [1.0] * len(values)))
+    return [total / weight for total, weight in zip(sums, weights, strict=True)]
 
 
 def _number(value: float | None, digits: int = 3) -> str:

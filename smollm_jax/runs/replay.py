@@ -5,7 +5,6 @@ The data loader starts at the newest good checkpoint before the step and reads f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,11 @@ from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """The documents of a replayed step."""
+def replay_step(run_dir: str | Path, step: int) -> tuple[list[dict[str, Any]], str]:
+    """Return the documents in the batch of update `step`, counted from 1, and whether its batch hash agrees.
 
-    documents: list[dict[str, Any]]
-    """Source, file, row and text of each document of the batch, in order."""
-    verdict: str
-    """A sentence on whether the batch hash agrees with the one on record."""
-
-
-def replay_step(run_dir: str | Path, step: int) -> Replayed:
-    """Return the documents in the batch of update `step`, counted from 1.
-
-    Raises `UserError` if the run has no such step, or if its data has changed.
+    A document has its source, file, row and text. Raises `UserError` if the run has no such step, or if its data
+    has changed.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
@@ -64,4 +54,4 @@ def replay_step(run_dir: str | Path, step: int) -> Replayed:
     known = "as on record" if recorded == ledger else f"BUT {recorded} IS ON RECORD"
     if recorded is None:
         known = "none on record to compare it with"
-    return Replayed(batches.documents(), f"step {step:,}: ledger {ledger}, {known}")
+    return batches.documents(), f"step {step:,}: ledger {ledger}, {known}"
