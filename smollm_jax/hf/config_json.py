@@ -21,6 +21,7 @@ ONLY = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 # written beside the fields of `FIELDS`
 CONSTANT = {
     **{name: ONLY[name] for name in ("attention_bias", "mlp_bias", "hidden_act", "rope_interleaved")},
@@ -64,12 +65,9 @@ def _rope_theta(hf: dict[str, Any], name: str) -> float:
         if rope is None:
             continue
         require(isinstance(rope, dict), f"config.json: {group} must be an object, {rope!r} came")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        require(kind == "default", f"config.json: {group} asks for {kind!r}; only plain RoPE can be read")
-        unknown = sorted(map(str, set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}))
-        require(not unknown, f"config.json: {group} has {', '.join(unknown)}; only plain RoPE can be read")
-        part = rope.get("partial_rotary_factor", 1.0)
-        require(part == 1.0, f"config.json: {group}.partial_rotary_factor is {part!r}; only 1.0 can be read")
+        for key, value in rope.items():
+            is_plain = key == name or PLAIN_ROPE.get(key, ...) == value
+            require(is_plain, f"config.json: {group} has {key}={value!r}; only plain RoPE can be read")
         if name in rope:
             thetas = {f"{group}.{name}": _positive(rope, name)} | thetas
     require(bool(thetas), "config.json has neither rope_theta nor rope_parameters.rope_theta")

@@ -117,15 +117,7 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
             raise RuntimeError(f"{name} reads back otherwise than it was written")
     if not (find_spec("torch") and find_spec("transformers")):
         return "read back through our own import, bit for bit; torch is not installed, so no logits were compared"
-    tokens, kind = _tokens_to_check(folder, config)
-    difference = _logit_difference(folder, read_config, read, tokens)
-    if not difference <= LARGEST_DIFFERENCE:  # also when it is NaN
-        found = f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}"
-        raise RuntimeError(f"{found}; at most {LARGEST_DIFFERENCE:.0e} is rounding")
-    return (
-        f"logits from PyTorch and JAX agree to {difference:.1e} of the largest on {tokens.size} tokens of "
-        f"{kind}; bits read back equal"
-    )
+    return f"{_compare_logits(folder, read_config, read)}; bits read back equal"
 
 
 def load_hf(path: str | Path) -> Any:
@@ -143,12 +135,11 @@ def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
     """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, a `Tokenizer` or transformers'."""
     from smollm_jax.model.transformer import params_of
 
-    if tokenizer is None or isinstance(tokenizer, str | Path):
-        export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
-        return
     with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
-        (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
-        export_folder(params_of(model), model.config, path, tokenizer_folder=folder)
+        if tokenizer is not None and not isinstance(tokenizer, str | Path):
+            (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
+            tokenizer = folder
+        export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -159,9 +150,9 @@ def _refuse_foreign(out: Path) -> None:
         return
     try:
         files = set(tensor_files(out).values())
+        ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
     except UserError:
-        files = set()
-    ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
+        ours = False
     require(ours, f"{out} is not empty and no export of ours; give another --out")
     added = [name for name in held if not is_exported(name)]
     require(not added, f"{out} holds {', '.join(added[:1])}, which no export wrote; give another --out")
@@ -172,37 +163,39 @@ def is_exported(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in (*WANTED, CARD, CURVE))
 
 
-def _tokens_to_check(folder: Path, config: ModelConfig) -> tuple[np.ndarray, str]:
-    """Return ids (1, T) to compare logits on, and what they are: `TEXT` if there is a tokenizer."""
-    length = min(CHECKED_TOKENS, config.max_seq_len)
-    if (folder / "tokenizer.json").exists():
-        return Tokenizer(folder).encode(TEXT)[None, :length], "English text"
-    return np.random.default_rng(0).integers(0, config.vocab_size, (1, length)), "random ids (no tokenizer)"
-
-
-def _logit_difference(folder: Path, config: ModelConfig, params: Params, tokens: np.ndarray) -> float:
-    """Return the largest difference between transformers' logits and ours, as a share of the largest logit."""
+def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:
+    """Compare transformers' logits with ours; returns the outcome, raises `RuntimeError` if they differ."""
     import jax
     import torch
     from transformers import AutoModelForCausalLM
 
     from smollm_jax.model.transformer import SmolLM
 
+    length = min(CHECKED_TOKENS, config.max_seq_len)
+    if (folder / "tokenizer.json").exists():
+        tokens, kind = Tokenizer(folder).encode(TEXT)[None, :length], "English text"
+    else:
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
+        kind = "random ids (no tokenizer)"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
     )
     theirs, report = loaded
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
+    if problems := {problem: names for problem, names in report.items() if names}:
         raise RuntimeError(f"transformers reports {problems}")
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     # accelerators round the operands of f32 products unless told otherwise
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(
-            SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params))(jax.numpy.asarray(tokens))
-        )
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+        model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params))
+        ours = np.asarray(model(jax.numpy.asarray(tokens)))
+    difference = float(np.abs(ours - expected).max() / np.abs(expected).max())
+    if not difference <= LARGEST_DIFFERENCE:  # also when it is NaN
+        found = f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}"
+        raise RuntimeError(f"{found}; at most {LARGEST_DIFFERENCE:.0e} is rounding")
+    return (
+        f"logits from PyTorch and JAX agree to {difference:.1e} of the largest on {tokens.size} tokens of {kind}"
+    )
 
 
 def _sort_metadata(file: Path) -> None:

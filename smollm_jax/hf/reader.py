@@ -96,12 +96,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """Return the metadata in a safetensors header, empty if it cannot be read."""
-    try:
-        with _opened(file) as tensors_of:
-            return tensors_of.metadata() or {}
-    except UserError:
-        return {}
+    """Return the metadata in a safetensors header; raises `UserError`."""
+    with _opened(file) as tensors_of:
+        return tensors_of.metadata() or {}
 
 
 def _weight_map(file: Path) -> dict[str, str]:

@@ -45,8 +45,7 @@ class RunMetrics:
 
     def train(self, line: dict[str, Any]) -> None:
         self._record(line)
-        rate, step = line["tokens_per_second"], line["step"]
-        loss = _number(line["loss"], 4)
+        rate, step, loss = line["tokens_per_second"], line["step"], _number(line["loss"], 4)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {rate:,.0f} tokens/s")
             return
@@ -75,8 +74,7 @@ class RunMetrics:
             f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
             f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
         )
-        if samples:
-            prompt, text = samples[0]
+        for prompt, text in samples[:1]:
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
         try:
             plot(self.run_dir)
