@@ -23,22 +23,20 @@ class HostCopies:
 
     def prepare(self, state: Any) -> None:
         """Touch the memory for copies of `state`, arrays or `jax.ShapeDtypeStruct`, in a thread of its own."""
-        shapes = {name: leaf for name, leaf in leaves_by_name(state).items() if is_on_the_host(leaf)}
+        import numpy as np
 
         def touch() -> None:
-            import numpy as np
-
             for name, leaf in shapes.items():
                 self._buffers[name] = np.empty(leaf.shape, leaf.dtype)
                 self._buffers[name].fill(0)
 
+        shapes = {name: leaf for name, leaf in leaves_by_name(state).items() if is_on_the_host(leaf)}
         self._touching = BackgroundTask(touch)
 
     def wait(self) -> None:
         """Wait until the memory of `prepare` is ready."""
         if self._touching is not None:
             self._touching.wait()
-            self._touching = None
 
     def of(self, state: Any) -> dict[str, np.ndarray]:
         """Return the leaves of `state` by name; the next call reuses their memory."""
@@ -47,10 +45,10 @@ class HostCopies:
 
         def copy(item: tuple[str, Any]) -> np.ndarray:
             name, leaf = item
+            source, buffer = np.asarray(leaf), self._buffers.get(name)
             # on the host, asarray is a view of the very buffer that the next step overwrites
             if not is_on_the_host(leaf):
-                return np.asarray(leaf)
-            source, buffer = np.asarray(leaf), self._buffers.get(name)
+                return source
             if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
                 buffer = self._buffers[name] = np.empty_like(source)
             np.copyto(buffer, source)

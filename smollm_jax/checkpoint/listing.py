@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint.manifest import verify
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import Damaged, fsync, read_json
 
 META = "meta.json"
@@ -50,7 +50,7 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
     """Return all checkpoints of a run, quarantined ones too, fully verified and ordered by step."""
     infos = []
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
-        base = path.name.split(BAD, maxsplit=1)[0]
+        base, is_bad, _ = path.name.partition(BAD)
         step = _step_of(base)
         if step is None:
             continue
@@ -59,41 +59,32 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
             verdict = "good"
         except Damaged as reason:
             verdict = str(reason)
-        if path.name != base:
-            verdict = f"set aside: {verdict}"
         try:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             age = time.time() - path.stat().st_mtime
         except FileNotFoundError:  # a run under way has just removed it
             continue
+        verdict = f"set aside: {verdict}" if is_bad else verdict
         infos.append(CheckpointInfo(name=path.name, step=step, bytes=size, age_seconds=age, verdict=verdict))
     return sorted(infos, key=lambda info: (info.step, info.name))
 
 
 def table(run_dir: Path) -> str:
     """Return a line of step, size, age and verdict per checkpoint; raises `UserError` if `run_dir` is no run."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{run_dir} is not a run: it has no checkpoints/")
-    rows = [
-        f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {_age(info.age_seconds):>8}  {info.verdict}"
-        for info in list_checkpoints(folder)
-    ]
-    return "\n".join([f"{'checkpoint':>14}  {'size':>13}  {'age':>8}  verdict", *rows])
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    folder, lines = run_dir / "checkpoints", [f"{'checkpoint':>14}  {'size':>13}  {'age':>8}  verdict"]
+    require(folder.is_dir(), f"{run_dir} is not a run: it has no checkpoints/")
+    for info in list_checkpoints(folder):
+        units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+        unit, length = next((pair for pair in units if info.age_seconds >= 2 * pair[1]), units[-1])
+        age = f"{info.age_seconds / length:.0f} {unit}"
+        lines.append(f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {age:>8}  {info.verdict}")
+    return "\n".join(lines)
 
 
 def steps_in(folder: Path) -> list[int]:
     """Return the steps that have a folder, newest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((s for p in folder.iterdir() if (s := _step_of(p.name)) is not None), reverse=True)
+    steps = [_step_of(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((step for step in steps if step is not None), reverse=True)
 
 
 def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
@@ -111,10 +102,14 @@ def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpo
     return VerifiedCheckpoint(step=step, meta=meta, leaves=leaves)
 
 
-def named_step(folder: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
-    """Return the checkpoint of `step`; raises `UserError` if it is missing or damaged."""
-    steps = steps_in(folder)
-    if step not in steps:
+def find_checkpoint(folder: Path, step: int | None, *, group: str | None = None) -> VerifiedCheckpoint:
+    """Return the checkpoint of `step`, None for the newest good one; raises `UserError` if missing or damaged."""
+    if step is None:
+        found = next(verified_checkpoints(folder, group=group), None)
+        if found is None:
+            raise UserError(f"{folder} holds no good checkpoint")
+        return found
+    if step not in (steps := steps_in(folder)):
         there = ", ".join(map(str, reversed(steps))) or "none"
         raise UserError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
     try:
@@ -146,7 +141,7 @@ def compare(found: VerifiedCheckpoint, expected: dict[str, tuple[tuple[int, ...]
 
     wrong = [
         f"{name}: expected {words(expected.get(name))}, the checkpoint holds {words(found.leaves.get(name))}"
-        for name in dict.fromkeys([*expected, *found.leaves])
+        for name in expected | found.leaves
         if expected.get(name) != found.leaves.get(name)
     ]
     if wrong:

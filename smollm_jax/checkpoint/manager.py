@@ -1,10 +1,9 @@
 """Save, verify and restore checkpoints.
 
-A checkpoint is a sealed folder `checkpoints/STEP`: one orbax tree for each top-level part of the state (`params`,
+A checkpoint is a sealed folder `checkpoints/STEP`: an orbax tree for each top-level part of the state (`params`,
 `opt_state`, ...), so that the parameters can be read alone, and `meta.json`. A thread writes it under another name
-and renames it once. So a folder named by its step was complete at that time; the manifest tells whether it still
-is. Orbax has no checksum on array data, casts dtypes silently and takes an empty folder for the latest: we check
-all that before orbax reads anything. Nothing heavy is imported until arrays are saved or loaded.
+and renames it once complete; its manifest tells whether it still is. Orbax has no checksum on array data, casts
+dtypes silently and takes an empty folder for the latest: all that is checked before orbax reads anything.
 """
 
 from __future__ import annotations
@@ -23,22 +22,13 @@ from smollm_jax.checkpoint.listing import (
     META,
     VerifiedCheckpoint,
     compare,
-    named_step,
+    find_checkpoint,
     quarantine,
     steps_in,
     verified_checkpoints,
 )
 from smollm_jax.checkpoint.manifest import seal, verify
-from smollm_jax.checkpoint.orbax_io import (
-    described,
-    group_of,
-    groups_of,
-    leaves_by_name,
-    load,
-    reason,
-    restore_args_for,
-    store,
-)
+from smollm_jax.checkpoint.orbax_io import described, group_of, leaves_by_name, load, reason, store
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.runtime.files import Damaged, fsync, write_json
@@ -120,9 +110,8 @@ class CheckpointManager:
 
     def clean(self) -> None:
         """Remove what dead processes left half written or half deleted; only the holder of the run's lock may."""
-        for path in self.folder.glob(".*"):
-            if path.name.startswith((TEMPORARY, TRASH)):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in (*self.folder.glob(f"{TEMPORARY}*"), *self.folder.glob(f"{TRASH}*")):
+            shutil.rmtree(path, ignore_errors=True)
 
     def latest_good(self, *, quarantine: bool = False) -> VerifiedCheckpoint | None:
         """Return the newest checkpoint that verifies; damaged ones are reported and, if asked, renamed."""
@@ -137,12 +126,9 @@ class CheckpointManager:
         import jax
 
         named = leaves_by_name(target)
-        found = named_step(self.folder, step)
+        found = find_checkpoint(self.folder, step)
         compare(found, described(named))
-        loaded: dict[str, Any] = {}
-        for group in groups_of(named):
-            args = {name: restore_args_for(leaf) for name, leaf in named.items() if group_of(name) == group}
-            loaded |= load(self.folder / str(step) / group, args, self.processes)
+        loaded = load(self.folder / str(step), named, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
     def _make_room(self, step: int, temporary: Path) -> tuple[bool, str | None]:
@@ -158,9 +144,8 @@ class CheckpointManager:
                     return False, None
                 except Damaged as damage:
                     quarantine(final, damage)
-            self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
         except OSError as error:
             return False, self._could_not(step, error)
         return True, None
@@ -173,7 +158,13 @@ class CheckpointManager:
 
     def _write(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
         try:
-            self._write_and_rename(step, leaves, meta, temporary)
+            store(temporary, leaves, self.processes)
+            if self.processes.first:
+                write_json(temporary / META, meta)
+                found = {n: {"shape": shape, "dtype": dtype} for n, (shape, dtype) in described(leaves).items()}
+                seal(temporary, {"step": step, "leaves": found})
+                temporary.rename(self.folder / str(step))
+                fsync(self.folder)
             self.failed, self.newest = None, step
         except Exception as error:  # of any kind: the run continues, and the next save tries again
             shutil.rmtree(temporary, ignore_errors=True)
@@ -185,30 +176,18 @@ class CheckpointManager:
         except OSError as error:
             logger.warning("old checkpoints could not be removed: %s", error)
 
-    def _write_and_rename(self, step: int, leaves: dict[str, Any], meta: dict[str, Any], temporary: Path) -> None:
-        for group in groups_of(leaves):
-            part = {name: leaf for name, leaf in leaves.items() if group_of(name) == group}
-            store(temporary / group, part, self.processes)
-        if not self.processes.first:
-            return
-        write_json(temporary / META, meta)
-        found = {n: {"shape": shape, "dtype": dtype} for n, (shape, dtype) in described(leaves).items()}
-        seal(temporary, {"step": step, "leaves": found})
-        temporary.rename(self.folder / str(step))
-        fsync(self.folder)
-
     def _remove_old(self, saved: int) -> None:
         """Apply the retention rule to whole checkpoints; a damaged one neither counts nor is removed."""
-        whole = []
+        whole = 0
         for step in steps_in(self.folder):
             try:
                 verify(self.folder / str(step), checksums=False)
-                whole.append(step)
             except Damaged:
                 continue
-        for step in whole[self.keep_last :]:
+            whole += 1
+            is_kept = whole <= self.keep_last or (self.keep_every and step % self.keep_every == 0)
             # the one just written is known to be good, even if damaged or foreign ones are newer
-            if step == saved or (self.keep_every and step % self.keep_every == 0):
+            if is_kept or step == saved:
                 continue
             trash = self.folder / f"{TRASH}{step}-{os.getpid()}"
             (self.folder / str(step)).rename(trash)
@@ -232,19 +211,10 @@ def read_params(
     Reads no other part from the disk and needs no device. The default step is the newest whose part is good;
     raises `UserError` if there is none.
     """
-    import numpy as np
-    import orbax.checkpoint as ocp
-
     folder = Path(folder)
-    if step is None:
-        found = next(verified_checkpoints(folder, group=group), None)
-        if found is None:
-            raise UserError(f"{folder} holds no good checkpoint")
-    else:
-        found = named_step(folder, step, group=group)
+    found = find_checkpoint(folder, step, group=group)
     names = [name for name in found.leaves if group_of(name) == group]
     if not names:
         raise UserError(f"checkpoint {found.step} in {folder} holds no {group}")
-    args = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
-    loaded = load(folder / str(found.step) / group, args, Processes())
+    loaded = load(folder / str(found.step), dict.fromkeys(names), Processes())
     return found, unflatten(loaded, "/")[group]

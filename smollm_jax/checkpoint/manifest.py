@@ -42,12 +42,10 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             folders.append(path)
-            continue
-        fsync(path)
-        files[path.relative_to(folder).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "xxh3_128": checksum(path),
-        }
+        else:
+            fsync(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
     manifest = {"format": MANIFEST_FORMAT, "about": about, "files": files}
     write_json(folder / MANIFEST, manifest | {"digest": _manifest_digest(manifest)})
     for path in reversed(folders):
@@ -62,21 +60,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise Damaged(f"the folder cannot be read: {error.strerror}") from None
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise Damaged(f"{MANIFEST} is not an object")
-    if manifest.get("digest") != _manifest_digest(manifest):
+    if not isinstance(manifest, dict) or manifest.get("digest") != _manifest_digest(manifest):
         raise Damaged(f"{MANIFEST} does not match its own digest")
     if manifest.get("format") != MANIFEST_FORMAT:
         raise Damaged(f"{MANIFEST} has format {manifest.get('format')!r}; {MANIFEST_FORMAT} is read here")
-    about, files = manifest.get("about"), manifest.get("files")
-    if not isinstance(about, dict) or not isinstance(files, dict):
+    if not isinstance(manifest.get("about"), dict) or not isinstance(manifest.get("files"), dict):
         raise Damaged(f"{MANIFEST} lacks its files or what they are about")
-    for name, entry in files.items():
+    for name, entry in manifest["files"].items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
             raise Damaged(f"{MANIFEST} names {name!r}, which is not a file below the folder")
         if not isinstance(entry, dict) or set(entry) != {"bytes", "xxh3_128"}:
-            raise Damaged(f"{MANIFEST} says nothing usable of {name!r}")
+            raise Damaged(f"{MANIFEST} gives no size and checksum of {name!r}")
     return manifest
 
 

@@ -21,10 +21,6 @@ def group_of(name: str) -> str:
     return name.split("/", maxsplit=1)[0]
 
 
-def groups_of(named: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(map(group_of, named)))
-
-
 def leaves_by_name(tree: Any) -> dict[str, Any]:
     """Return the leaves of a pytree in order, named by path: dict keys, fields and indices joined by "/"."""
     import jax
@@ -49,15 +45,15 @@ def described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items()}
 
 
-def restore_args_for(leaf: Any) -> Any:
+def _restore_args(target: Any) -> Any:
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
-    if isinstance(leaf, np.ndarray | np.generic):
+    if target is None or isinstance(target, np.ndarray | np.generic):
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=target.shape, dtype=target.dtype, strict=True)
 
 
 def _checkpointer(processes: Processes, key: str) -> Any:
@@ -72,35 +68,41 @@ def _checkpointer(processes: Processes, key: str) -> Any:
     # its event loop; the error is raised as well, and reported here in one line
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    options = ocp.options.MultiprocessingOptions()
+    options: dict[str, Any] = {}
     if processes.several:
-        everyone = set(range(processes.count))
-        options = ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=key)
+        options = {"active_processes": set(range(processes.count)), "barrier_sync_key_prefix": key}
     elif jax.distributed.is_initialized():  # one of several processes reads on its own
         me = jax.process_index()
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{key}-{me}"
-        )
+        options = {"active_processes": {me}, "barrier_sync_key_prefix": f"{key}-{me}", "primary_host": me}
+    together = ocp.options.MultiprocessingOptions(**options)
     # compression makes float32 weights 8 % smaller and takes eight times as long
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=together)
+    return ocp.Checkpointer(handler, multiprocessing_options=together)
 
 
-def store(path: Path, leaves: dict[str, Any], processes: Processes) -> None:
-    """Write named leaves as one orbax tree."""
+def store(folder: Path, leaves: dict[str, Any], processes: Processes) -> None:
+    """Write named leaves, each group as an orbax tree of its own below `folder`."""
     import orbax.checkpoint as ocp
 
-    with _checkpointer(processes, f"{path.parent.name}-{path.name}") as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves, "/")))
+    for group, part in unflatten(leaves, "/").items():
+        with _checkpointer(processes, f"{folder.name}-{group}") as checkpointer:
+            checkpointer.save((folder / group).absolute(), args=ocp.args.PyTreeSave({group: part}))
 
 
-def load(path: Path, restore_args: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """Read the named leaves of `restore_args` from an orbax tree."""
+def load(folder: Path, targets: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """Read named leaves from their orbax trees below `folder`.
+
+    A leaf gets the layout and dtype of its target, an array or `jax.ShapeDtypeStruct`; None reads a numpy array.
+    """
     import orbax.checkpoint as ocp
 
-    args = ocp.args.PyTreeRestore(restore_args=unflatten(restore_args, "/"))
-    with _checkpointer(processes, f"{path.parent.name}-{path.name}-read") as checkpointer:
-        return flatten(checkpointer.restore(path.absolute(), args=args), "/")
+    named: dict[str, Any] = {}
+    args = {name: _restore_args(target) for name, target in targets.items()}
+    for group, part in unflatten(args, "/").items():
+        with _checkpointer(processes, f"{folder.name}-{group}-read") as checkpointer:
+            restore = ocp.args.PyTreeRestore(restore_args={group: part})
+            named |= flatten(checkpointer.restore((folder / group).absolute(), args=restore), "/")
+    return named
 
 
 def reason(error: Exception) -> str:

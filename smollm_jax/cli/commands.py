@@ -39,12 +39,12 @@ def export(
     from smollm_jax.runs.convert import export_run
 
     try:
-        done = export_run(run, out, step=step, dtype=dtype, verify=verify)
+        exported, checked = export_run(run, out, step=step, dtype=dtype, verify=verify)
     except RuntimeError as error:
         say(f"error: the export was rolled back: {error}")
         return EXIT_FAILED
-    say(f"step {done.step:,}: {done.checked}")
-    print(done.folder)
+    say(f"step {exported:,}: {checked}")
+    print(Path(out))
     return 0
 
 
@@ -187,10 +187,10 @@ def batch(run: Positional, *, step: int) -> int:
     """
     from smollm_jax.runs.replay import replay_step
 
-    replayed = replay_step(run, step)
-    for document in replayed.documents:
+    documents, verdict = replay_step(run, step)
+    for document in documents:
         print(json.dumps(document, ensure_ascii=False))
-    say(replayed.verdict)
+    say(verdict)
     return 0
 
 

@@ -140,6 +140,7 @@ class ShuffledSource:
                 self._current = self._read(position)
             else:
                 self._current = ahead.result()
+                assert self._current.position == position, "the window read ahead is not the next one"
             following = self._current.following
             if following != position and not self._is_over(following.epoch):
                 self._next = BackgroundTask(partial(self._read, following))

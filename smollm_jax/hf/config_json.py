@@ -21,6 +21,7 @@ ONLY = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 # written beside the fields of `FIELDS`
 CONSTANT = {
     **{name: ONLY[name] for name in ("attention_bias", "mlp_bias", "hidden_act", "rope_interleaved")},
@@ -64,12 +65,9 @@ def _rope_theta(hf: dict[str, Any], name: str) -> float:
         if rope is None:
             continue
         require(isinstance(rope, dict), f"config.json: {group} must be an object, {rope!r} came")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        require(kind == "default", f"config.json: {group} asks for {kind!r}; only plain RoPE can be read")
-        unknown = sorted(map(str, set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}))
-        require(not unknown, f"config.json: {group} has {', '.join(unknown)}; only plain RoPE can be read")
-        part = rope.get("partial_rotary_factor", 1.0)
-        require(part == 1.0, f"config.json: {group}.partial_rotary_factor is {part!r}; only 1.0 can be read")
+        for key, value in rope.items():
+            is_plain = key == name or PLAIN_ROPE.get(key, ...) == value
+            require(is_plain, f"config.json: {group} has {key}={value!r}; only plain RoPE can be read")
         if name in rope:
             thetas = {f"{group}.{name}": _positive(rope, name)} | thetas
     require(bool(thetas), "config.json has neither rope_theta nor rope_parameters.rope_theta")
@@ -78,24 +76,23 @@ def _rope_theta(hf: dict[str, Any], name: str) -> float:
     return next(iter(thetas.values()))
 
 
-def _size(hf: dict[str, Any], name: str, most: int = LARGEST_SIZE) -> int:
+def _read(hf: dict[str, Any], name: str, kind: Any, fits: Callable[[Any], bool], expected: str) -> Any:
     value = hf.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool) and fits(value):
         return value
-    raise UserError(f"config.json: {name} must be a whole number from 1 to {most:,}, {value!r} came")
+    raise UserError(f"config.json: {name} must be {expected}, {value!r} came")
+
+
+def _size(hf: dict[str, Any], name: str, most: int = LARGEST_SIZE) -> int:
+    return int(_read(hf, name, int, lambda size: 0 < size <= most, f"a whole number from 1 to {most:,}"))
 
 
 def _positive(hf: dict[str, Any], name: str) -> float:
-    value = hf[name]
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30:
-        return float(value)
-    raise UserError(f"config.json: {name} must be a number above 0, {value!r} came")
+    return float(_read(hf, name, int | float, lambda number: 0 < number < 1e30, "a number above 0"))
 
 
 def _flag(hf: dict[str, Any], name: str) -> bool:
-    if isinstance(value := hf[name], bool):
-        return value
-    raise UserError(f"config.json: {name} must be true or false, {value!r} came")
+    return bool(_read(hf, name, bool, lambda _: True, "true or false"))
 
 
 def _token_id(hf: dict[str, Any], name: str) -> int:
@@ -105,9 +102,8 @@ def _token_id(hf: dict[str, Any], name: str) -> int:
         value = value[0]
     if value is None:
         return 0
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size:
-        return value
-    raise UserError(f"config.json: {name} must be an id below vocab_size={vocab_size}, {value!r} came")
+    expected = f"an id below vocab_size={vocab_size}"
+    return int(_read({name: value}, name, int, lambda i: 0 <= i < vocab_size, expected))
 
 
 # our name: Hugging Face's name, and how its value is read

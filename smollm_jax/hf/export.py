@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.model_card import model_card
 from smollm_jax.hf.reader import INDEX, WANTED, metadata_of, read_folder, tensor_files
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
-from smollm_jax.tokenizer.tokenizer import FILES as TOKENIZER_FILES
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 MARK = "exported by smollm-jax"  # in the safetensors header: only our own folders are written over
@@ -45,23 +44,21 @@ def write_folder(
     params: Params, config: ModelConfig, out: Path, *, dtype: str, tokenizer_folder: str | Path | None
 ) -> None:
     """Write config, weights and tokenizer files into the new folder `out`; `params` are numpy arrays."""
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
-    targets = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-    require(dtype in targets, f"dtype {dtype!r}: expected float32 or bfloat16")
-    target = targets[dtype]
+    require(dtype in ("float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     out.mkdir(parents=True)
     held = {tensor.name: tensor for tensor in tensors(config)}
     split = split_state_dict_into_shards_factory(
         held,
-        get_storage_size=lambda tensor: math.prod(tensor.shape) * target.itemsize,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * np.dtype(dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     for file, names in split.filename_to_tensors.items():
-        values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(target)) for name in names}
+        values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
         save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
     if split.is_sharded:
@@ -70,7 +67,10 @@ def write_folder(
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     _write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_folder is not None:
-        _copy_tokenizer(Path(tokenizer_folder), out, config)
+        tokenizer = Tokenizer(tokenizer_folder)
+        sizes = f"{tokenizer.vocab_size} entries, the model only {config.vocab_size}"
+        require(tokenizer.vocab_size <= config.vocab_size, f"the tokenizer in {tokenizer_folder} has {sizes}")
+        tokenizer.save(out)  # its files alone: the folder may be another model's, with a config.json of its own
 
 
 def export_folder(
@@ -81,12 +81,12 @@ def export_folder(
     dtype: str = "float32",
     tokenizer_folder: str | Path | None = None,
     card_facts: dict[str, Any] | None = None,
+    curve: Path | None = None,
     verify: bool = True,
 ) -> str:
     """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
 
-    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails; an older export then
-    stays as it is.
+    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails: an older export stays.
     """
     out = Path(os.path.abspath(out))  # "." has no name of its own
     _refuse_foreign(out)
@@ -94,19 +94,15 @@ def export_folder(
     with written_aside(out) as part:
         write_folder(params, config, part, dtype=dtype, tokenizer_folder=tokenizer_folder)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
-        facts = dict(card_facts or {})
-        curve = facts.pop("curve", None)
         if curve is not None:
             shutil.copyfile(curve, part / CURVE)
-        card = model_card(config, facts, dtype=dtype, checked=checked, curve=curve is not None)
+        card = model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=curve is not None)
         (part / CARD).write_text(card, encoding="utf-8")
     return checked
 
 
 def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
     """Compare a written folder with `params`; returns what was compared, raises `RuntimeError` on a difference."""
-    import ml_dtypes
-
     try:
         read_config, read = read_folder(folder)
     except ValueError as error:
@@ -115,23 +111,13 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
         raise RuntimeError(f"config.json reads back as {read_config}, not {config}")
     read_back = flatten(read, "/")
     for name, leaf in flatten(params, "/").items():
-        ours = leaf.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else leaf
+        ours = leaf.astype(dtype).astype(np.float32)
         # as integers: NaN equals itself, and 0 is not -0
         if not np.array_equal(ours.view(np.uint32), read_back[name].view(np.uint32)):
             raise RuntimeError(f"{name} reads back otherwise than it was written")
     if not (find_spec("torch") and find_spec("transformers")):
         return "read back through our own import, bit for bit; torch is not installed, so no logits were compared"
-    tokens, kind = _tokens_to_check(folder, config)
-    difference = _logit_difference(folder, read_config, read, tokens)
-    if not difference <= LARGEST_DIFFERENCE:  # also when it is NaN
-        raise RuntimeError(
-            f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}; at most "
-            f"{LARGEST_DIFFERENCE:.0e} is rounding"
-        )
-    return (
-        f"logits from PyTorch and JAX agree to {difference:.1e} of the largest on {tokens.size} tokens of "
-        f"{kind}; bits read back equal"
-    )
+    return f"{_compare_logits(folder, read_config, read)}; bits read back equal"
 
 
 def load_hf(path: str | Path) -> Any:
@@ -149,12 +135,11 @@ def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
     """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, a `Tokenizer` or transformers'."""
     from smollm_jax.model.transformer import params_of
 
-    if tokenizer is None or isinstance(tokenizer, str | Path):
-        export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
-        return
     with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
-        (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
-        export_folder(params_of(model), model.config, path, tokenizer_folder=folder)
+        if tokenizer is not None and not isinstance(tokenizer, str | Path):
+            (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
+            tokenizer = folder
+        export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -165,58 +150,52 @@ def _refuse_foreign(out: Path) -> None:
         return
     try:
         files = set(tensor_files(out).values())
-    except ValueError:
-        files = set()
-    ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
+        ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
+    except UserError:
+        ours = False
     require(ours, f"{out} is not empty and no export of ours; give another --out")
-    known = [re.escape(name).replace(r"\*", ".*") for name in (*WANTED, CARD, CURVE)]
-    added = [name for name in held if not any(re.fullmatch(pattern, name) for pattern in known)]
-    require(not added, f"{out} holds {(added or [''])[0]}, which no export wrote; give another --out")
+    added = [name for name in held if not is_exported(name)]
+    require(not added, f"{out} holds {', '.join(added[:1])}, which no export wrote; give another --out")
 
 
-def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> None:
-    """Copy the tokenizer files alone: `folder` may be another model's folder, with a config.json of its own."""
-    tokenizer = Tokenizer(folder)
-    require(
-        tokenizer.vocab_size <= config.vocab_size,
-        f"the tokenizer in {folder} has {tokenizer.vocab_size} entries, the model only {config.vocab_size}",
-    )
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+def is_exported(name: str) -> bool:
+    """Return whether an export may hold a file of this name."""
+    return any(fnmatchcase(name, pattern) for pattern in (*WANTED, CARD, CURVE))
 
 
-def _tokens_to_check(folder: Path, config: ModelConfig) -> tuple[np.ndarray, str]:
-    """Return ids (1, T) to compare logits on, and what they are: `TEXT` if there is a tokenizer."""
-    length = min(CHECKED_TOKENS, config.max_seq_len)
-    if (folder / "tokenizer.json").exists():
-        return Tokenizer(folder).encode(TEXT)[None, :length], "English text"
-    return np.random.default_rng(0).integers(0, config.vocab_size, (1, length)), "random ids (no tokenizer)"
-
-
-def _logit_difference(folder: Path, config: ModelConfig, params: Params, tokens: np.ndarray) -> float:
-    """Return the largest difference between transformers' logits and ours, as a share of the largest logit."""
+def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:
+    """Compare transformers' logits with ours; returns the outcome, raises `RuntimeError` if they differ."""
     import jax
     import torch
     from transformers import AutoModelForCausalLM
 
     from smollm_jax.model.transformer import SmolLM
 
+    length = min(CHECKED_TOKENS, config.max_seq_len)
+    if (folder / "tokenizer.json").exists():
+        tokens, kind = Tokenizer(folder).encode(TEXT)[None, :length], "English text"
+    else:
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
+        kind = "random ids (no tokenizer)"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
     )
     theirs, report = loaded
-    problems = {kind: names for kind, names in report.items() if names}
-    if problems:
+    if problems := {problem: names for problem, names in report.items() if names}:
         raise RuntimeError(f"transformers reports {problems}")
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     # accelerators round the operands of f32 products unless told otherwise
     with jax.default_matmul_precision("highest"):
-        ours = np.asarray(
-            SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params))(jax.numpy.asarray(tokens))
-        )
-    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+        model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params))
+        ours = np.asarray(model(jax.numpy.asarray(tokens)))
+    difference = float(np.abs(ours - expected).max() / np.abs(expected).max())
+    if not difference <= LARGEST_DIFFERENCE:  # also when it is NaN
+        found = f"logits from PyTorch and JAX differ by {difference:.1e} of the largest on {kind}"
+        raise RuntimeError(f"{found}; at most {LARGEST_DIFFERENCE:.0e} is rounding")
+    return (
+        f"logits from PyTorch and JAX agree to {difference:.1e} of the largest on {tokens.size} tokens of {kind}"
+    )
 
 
 def _sort_metadata(file: Path) -> None:

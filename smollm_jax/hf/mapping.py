@@ -84,10 +84,8 @@ def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
     named: dict[str, np.ndarray] = {}
     for tensor in tensors(config):
         value, path = read(tensor.name), tensor.entry.ours
-        require(
-            value.shape == tensor.shape,
-            f"tensor {tensor.name}: expected shape {tensor.shape} from config.json, got {value.shape}",
-        )
+        expected = f"expected shape {tensor.shape} from config.json, got {value.shape}"
+        require(value.shape == tensor.shape, f"tensor {tensor.name}: {expected}")
         shape = shapes[path]
         value = (value.T if tensor.entry.inputs else value).reshape(shape)
         if tensor.layer is None:

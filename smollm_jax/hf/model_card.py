@@ -8,21 +8,10 @@ from smollm_jax.config.architecture import ModelConfig
 
 
 def model_card(config: ModelConfig, facts: dict[str, Any], *, dtype: str, checked: str, curve: bool) -> str:
-    """Return Markdown with the front matter that the Hub reads; facts that are None are left out."""
-    labels = {
-        "recipe": "Recipe",
-        "data": "Data",
-        "steps": "Steps",
-        "tokens": "Tokens",
-        "held_out_loss": "Held-out loss (nats a token)",
-        "bits_per_byte": "Held-out bits per byte",
-    }
-    rows = [("Parameters", f"{config.num_parameters:,}"), ("File dtype", dtype)]
-    for name, label in labels.items():
-        value = facts.get(name)
-        if value is not None:
-            rows.append((label, _cell(value)))
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    """Return Markdown with the front matter that the Hub reads; `facts` by label, left out if None."""
+    rows = {"Parameters": f"{config.num_parameters:,}", "File dtype": dtype}
+    rows |= {label: _cell(value) for label, value in facts.items() if value is not None}
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     picture = "\n![loss](loss.png)\n" if curve else ""
     return f"""---
 library_name: transformers

@@ -7,12 +7,11 @@ Only files that an export consists of are uploaded, no other file in the folder.
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 from smollm_jax.hf.config_json import model_config
-from smollm_jax.hf.export import CARD, CURVE
-from smollm_jax.hf.reader import WANTED, read_json, tensor_files
+from smollm_jax.hf.export import is_exported
+from smollm_jax.hf.reader import read_json, tensor_files
 from smollm_jax.runtime.errors import UserError, one_line, require
 
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
@@ -32,7 +31,17 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
         where = f"would go to {repo}{' (private)' if private else ''}"
         return "\n".join([*lines, f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files {where}"])
-    return _upload(folder, repo, list(sizes), private)
+    from huggingface_hub import HfApi, get_token
+
+    require(get_token() is not None, "no Hub token; set HF_TOKEN or run: hf auth login")
+    try:
+        address = HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=list(sizes), commit_message="Exported by smollm-jax"
+        )
+    except Exception as error:  # its kind differs between releases of the client
+        raise UserError(f"{repo} could not be written on the Hub: {one_line(error)}") from None
+    return str(address)
 
 
 def files_to_push(folder: Path) -> dict[str, int]:
@@ -41,21 +50,5 @@ def files_to_push(folder: Path) -> dict[str, int]:
     require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
     model_config(read_json(folder / "config.json"))
     tensor_files(folder)  # raises if weights are missing
-    patterns = (*WANTED, CARD, CURVE)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch(p.name, x) for x in patterns))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and is_exported(path.name))
     return {path.name: path.stat().st_size for path in files}
-
-
-def _upload(folder: Path, repo: str, names: list[str], private: bool) -> str:
-    from huggingface_hub import HfApi, get_token
-
-    require(get_token() is not None, "no Hub token; set HF_TOKEN or run: hf auth login")
-    hub = HfApi()
-    try:
-        address = hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Exported by smollm-jax"
-        )
-    except Exception as error:  # its kind differs between releases of the client
-        raise UserError(f"{repo} could not be written on the Hub: {one_line(error)}") from None
-    return str(address)

@@ -36,20 +36,18 @@ def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
     config = model_config(read_json(folder / "config.json"))
     where = tensor_files(folder)
     names = [tensor.name for tensor in tensors(config)]
-    missing = [name for name in names if name not in where]
-    require(not missing, f"{folder} lacks tensor {(missing or [''])[0]} ({len(missing)} missing)")
+    if missing := [name for name in names if name not in where]:
+        raise UserError(f"{folder} lacks tensor {missing[0]} ({len(missing)} missing)")
     # old exports hold RoPE's frequencies, which follow from theta
     more = sorted(set(where) - {*names, "lm_head.weight"})
-    extra = [name for name in more if not name.endswith("rotary_emb.inv_freq")]
-    foreign = f"{folder} holds tensor {(extra or [''])[0]}, which a Llama of this config.json does not have"
-    require(not extra, f"{foreign} ({len(extra)} such)")
+    if extra := [name for name in more if not name.endswith("rotary_emb.inv_freq")]:
+        lacks = f"which a Llama of this config.json does not have ({len(extra)} such)"
+        raise UserError(f"{folder} holds tensor {extra[0]}, {lacks}")
     params = from_hf(lambda name: _read_tensor(where[name], name), config)
     if config.tie_embeddings and "lm_head.weight" in where:
         head = _read_tensor(where["lm_head.weight"], "lm_head.weight").astype(np.float32)
-        require(
-            np.array_equal(head, params["embedding"]),
-            f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true",
-        )
+        differs = f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true"
+        require(np.array_equal(head, params["embedding"]), differs)
     return config, params
 
 
@@ -65,9 +63,8 @@ def local_folder(path: str | Path) -> Path:
     try:
         return download_snapshot(str(path), WANTED)
     except Exception as error:  # its kind differs between releases of three libraries
-        raise UserError(
-            f"{path} is no folder here and cannot be fetched from the Hub ({one_line(error)})"
-        ) from None
+        reason = f"cannot be fetched from the Hub ({one_line(error)})"
+        raise UserError(f"{path} is no folder here and {reason}") from None
 
 
 def read_json(file: Path) -> Any:
@@ -80,47 +77,40 @@ def read_json(file: Path) -> Any:
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the safetensors file of each tensor in `folder`; raises `UserError`."""
-    if (folder / INDEX).exists():
-        index = _weight_map(folder / INDEX)
-        files = sorted({folder / name for name in index.values()})
-    else:
-        index, files = None, [folder / WEIGHTS]
+    index = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
     where: dict[str, Path] = {}
-    for file in files:
+    for file in sorted({folder / name for name in index.values()} or {folder / WEIGHTS}):
         if not file.is_file():
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             instead = f" but {pickles[0]}, a pickle, which can run code" if pickles else ""
             raise UserError(f"{folder} has no {file.name}{instead}; only safetensors are read")
         with _opened(file) as tensors_of:
             names = list(tensors_of.keys())
-        twice = sorted(set(where) & set(names))
-        require(not twice, f"{folder}: tensor {(twice or [''])[0]} stands in more than one file")
-        where |= dict.fromkeys(names, file)
-    for name, listed in (index or {}).items():
-        require(
-            where.get(name) == folder / listed, f"{folder / INDEX} says {listed} holds {name}, but it does not"
-        )
+        for name in names:
+            require(name not in where, f"{folder}: tensor {name} stands in more than one file")
+            where[name] = file
+    for name, listed in index.items():
+        is_there = where.get(name) == folder / listed
+        require(is_there, f"{folder / INDEX} says {listed} holds {name}, but it does not")
     return where
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """Return the metadata in a safetensors header, empty if it cannot be read."""
-    try:
-        with _opened(file) as tensors_of:
-            return tensors_of.metadata() or {}
-    except UserError:
-        return {}
+    """Return the metadata in a safetensors header; raises `UserError`."""
+    with _opened(file) as tensors_of:
+        return tensors_of.metadata() or {}
 
 
 def _weight_map(file: Path) -> dict[str, str]:
     """Return the file name of each tensor in an index; raises `UserError` if a name leaves the folder."""
     content = read_json(file)
     index = content.get("weight_map") if isinstance(content, dict) else None
-    require(isinstance(index, dict) and bool(index), f"{file} holds no weight_map")
-    for name, listed in index.items():  # type: ignore[union-attr]
+    if not isinstance(index, dict) or not index:
+        raise UserError(f"{file} holds no weight_map")
+    for name, listed in index.items():
         plain = isinstance(listed, str) and Path(listed).name == listed and listed.endswith(".safetensors")
         require(plain, f"{file}: {name} is said to be in {listed!r}, which is no safetensors file of this folder")
-    return index  # type: ignore[return-value]
+    return index
 
 
 @contextmanager

@@ -6,7 +6,7 @@ The end of a run and `python -m smollm_jax export` both call `export_run`, so th
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
@@ -20,23 +20,14 @@ from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import write_json_atomic, written_aside
 
 
-@dataclass(frozen=True)
-class ExportedRun:
-    """An export of a run at `step`."""
-
-    folder: Path
-    step: int
-    checked: str
-    """How the folder was compared with the run."""
-
-
 def export_run(
     run_dir: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", verify: bool = True
-) -> ExportedRun:
+) -> tuple[int, str]:
     """Export checkpoint `step` of a run, by default the newest good one, to the folder `out`.
 
-    Raises `UserError` if `run_dir` is no run or `out` holds something else, and `RuntimeError` if the written
-    folder does not agree with the checkpoint; no folder is left then.
+    Returns the step, and a sentence on how the folder was compared with the run. Raises `UserError` if `run_dir`
+    is no run or `out` holds something else, and `RuntimeError` if the written folder does not agree with the
+    checkpoint; no folder is left then.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
@@ -44,19 +35,17 @@ def export_run(
     evaluations = [x for x in read_metrics(run_dir) if "eval_loss" in x and x["step"] <= found.step]
     held_out = evaluations[-1] if evaluations else {}
     facts = {
-        "recipe": config.recipe,
-        "data": config.data.data,
-        "steps": found.step,
-        "tokens": found.meta.get("progress", {}).get("tokens"),
-        "held_out_loss": held_out.get("eval_loss"),
-        "bits_per_byte": held_out.get("eval_bits_per_byte"),
-        "curve": plot(run_dir),
+        "Recipe": config.recipe,
+        "Data": config.data.data,
+        "Steps": found.step,
+        "Tokens": found.meta.get("progress", {}).get("tokens"),
+        "Held-out loss (nats a token)": held_out.get("eval_loss"),
+        "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
     }
-    tokenizer = run_dir / "tokenizer"
-    checked = export_folder(
-        params, config.model, out, dtype=dtype, tokenizer_folder=tokenizer, card_facts=facts, verify=verify
-    )
-    return ExportedRun(Path(out), found.step, checked)
+    return found.step, export_folder(
+        params, config.model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", card_facts=facts,
+        curve=plot(run_dir), verify=verify,
+    )  # fmt: skip
 
 
 def import_run(path: str | Path, out: str | Path) -> ModelConfig:

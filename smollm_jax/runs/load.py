@@ -43,8 +43,6 @@ def load_model(path: str | Path, step: int | None = None) -> tuple[ModelConfig, 
     folder = local_folder(path)
     model, params = read_folder(folder)
     tokenizer = load_tokenizer(str(folder.absolute()))
-    require(
-        tokenizer.vocab_size <= model.vocab_size,
-        f"{path}: the tokenizer has {tokenizer.vocab_size} entries, the model only {model.vocab_size}",
-    )
+    sizes = f"{tokenizer.vocab_size} entries, the model only {model.vocab_size}"
+    require(tokenizer.vocab_size <= model.vocab_size, f"{path}: the tokenizer has {sizes}")
     return model, params, tokenizer

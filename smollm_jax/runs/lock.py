@@ -23,42 +23,31 @@ class RunLock:
 
     def __init__(self, run_dir: str | Path):
         self.path = Path(run_dir) / LOCK
-        self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = self.path.open("ab+", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 4096)
-            os.close(descriptor)
-            use = f"{self.path.parent} is in use by {_describe(holder)}"
+            with self._file as held:
+                held.seek(0)
+                use = f"{self.path.parent} is in use by {_describe(held.read(4096))}"
             raise UserError(f"{use}; wait for it, or choose another --run-dir") from None
         except OSError as error:
-            os.close(descriptor)
-            raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
-        self._descriptor = descriptor
+            raise UserError(f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}") from None
         # otherwise a forked child would keep the lock after this process has died
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._file.close)
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        myself = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, myself.encode(), 0)
+        myself = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        self._file.truncate(0)
+        self._file.write(json.dumps(myself).encode())
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor is not None:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        self._forget()
-
-    def _forget(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if not self._file.closed:  # it is, in a forked child
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
 
 
 def _describe(holder: bytes) -> str:

@@ -1,11 +1,10 @@
 """Replay the documents of any step of a run, and compare the batch hash with the one on record.
 
-The data loader starts at the newest checkpoint before the step and reads forward; nothing is trained.
+The data loader starts at the newest good checkpoint before the step and reads forward; nothing is trained.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,18 @@ from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """The documents of a replayed step."""
+def replay_step(run_dir: str | Path, step: int) -> tuple[list[dict[str, Any]], str]:
+    """Return the documents in the batch of update `step`, counted from 1, and whether its batch hash agrees.
 
-    documents: list[dict[str, Any]]
-    """Source, file, row and text of each document of the batch, in order."""
-    verdict: str
-    """A sentence on whether the batch hash agrees with the one on record."""
-
-
-def replay_step(run_dir: str | Path, step: int) -> Replayed:
-    """Return the documents in the batch of update `step`, counted from 1.
-
-    Raises `UserError` if the run has no such step, or if its data has changed.
+    A document has its source, file, row and text. Raises `UserError` if the run has no such step, or if its data
+    has changed.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
-    cursor, ledger = _before(run_dir, step)
+    found = verified_checkpoints(run_dir / "checkpoints", group="step")
+    before = next((x.meta for x in found if x.step < step and x.meta.get("cursor") is not None), None)
+    cursor, ledger = (before["cursor"], before["progress"]["ledger"]) if before else (None, "")
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     held = held_out(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
     batches = open_loader(
@@ -58,20 +50,8 @@ def replay_step(run_dir: str | Path, step: int) -> Replayed:
             ledger = extend(ledger, batch_hash(batch.tokens, batch.segment_ids))
     except StopIteration:
         raise UserError(f"--step {step}: the data ended before") from None
-    return Replayed(batches.documents(), _verdict(run_dir, step, ledger))
-
-
-def _before(run_dir: Path, step: int) -> tuple[Any, str]:
-    """Return cursor and batch hash of the newest good checkpoint before `step`."""
-    for found in verified_checkpoints(run_dir / "checkpoints", group="step"):
-        if found.step < step and found.meta.get("cursor") is not None:
-            return found.meta["cursor"], found.meta["progress"]["ledger"]
-    return None, ""
-
-
-def _verdict(run_dir: Path, step: int, ledger: str) -> str:
     recorded = next((x["ledger"] for x in read_metrics(run_dir) if x["step"] == step and "ledger" in x), None)
+    known = "as on record" if recorded == ledger else f"BUT {recorded} IS ON RECORD"
     if recorded is None:
-        return f"step {step:,}: ledger {ledger}; none on record to compare it with"
-    same = recorded == ledger
-    return f"step {step:,}: ledger {ledger}, {'as on record' if same else f'BUT {recorded} IS ON RECORD'}"
+        known = "none on record to compare it with"
+    return batches.documents(), f"step {step:,}: ledger {ledger}, {known}"

@@ -17,20 +17,14 @@ class BackgroundTask(Generic[T]):
     """Runs `work()` in a thread; `result` returns its value or raises its error."""
 
     def __init__(self, work: Callable[[], T]):
-        self._work = work
-        self._value: T
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work,), name="ahead", daemon=True)
         self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait at most `seconds`; returns whether the work is done."""
         self._thread.join(seconds)
-        return self.done
+        return not self._thread.is_alive()
 
     def result(self, seconds: float | None = None) -> T:
         """Return the value of `work()`; raises its error, or `TimeoutError` after `seconds`."""
@@ -40,8 +34,8 @@ class BackgroundTask(Generic[T]):
             raise self.error
         return self._value
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], T]) -> None:
         try:
-            self._value = self._work()
+            self._value = work()
         except BaseException as error:  # raised again by `result`
             self.error = error

@@ -30,17 +30,12 @@ def run_main(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has closed it, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as error:
-        return explain(error)
-
-
-def explain(error: Exception) -> int:
-    """Print what went wrong to stderr and return the exit code; only a bug of ours gets a traceback."""
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-        say(f"error: {error.filename or 'a file'}: {error.strerror}")
-        return EXIT_FAILED
-    if isinstance(error, UserError):
+    except UserError as error:
         say(f"error: {one_line(error, limit=None)}")
         return EXIT_MISTAKE
-    traceback.print_exception(error)
-    return EXIT_FAILED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            say(f"error: {error.filename or 'a file'}: {error.strerror}")
+        else:  # a bug of ours
+            traceback.print_exception(error)
+        return EXIT_FAILED

@@ -51,17 +51,17 @@ def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
 
 def total_bytes(device: Any, *, devices: int = 1) -> int:
     """Return the memory of one device in bytes; a CPU device has its share of the machine or container."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     stats = device.memory_stats() or {}
-    return stats.get("bytes_limit") or min(_machine_bytes(), _container_bytes()) // devices
+    return stats.get("bytes_limit") or min(machine, _container_bytes()) // devices
 
 
 def compute_dtype(asked: str, platform: str) -> Any:
     """Return the compute dtype that was asked for; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     import jax.numpy as jnp
 
-    if asked == "auto":
-        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    return jnp.dtype(asked)
+    auto = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(auto if asked == "auto" else asked)
 
 
 def use_precision_of(dtype: Any) -> None:
@@ -78,10 +78,6 @@ def use_compilation_cache(folder: str) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_COMPILE_SECONDS)
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _container_bytes() -> int:

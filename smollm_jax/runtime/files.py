@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +48,8 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to a new file and fsync it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fsync(path)
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
@@ -66,17 +63,16 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file; raises `Damaged` if it is missing, unreadable or not JSON."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise Damaged(f"{path.name} is not a file")
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file() or not path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        problem = "is not a file"  # a pipe would keep the reader waiting
     except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
+        problem = "is missing"
     except OSError as error:
-        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
-    except Damaged:
-        raise
+        problem = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError):
-        raise Damaged(f"{path.name} is not JSON") from None
+        problem = "is not JSON"
+    raise Damaged(f"{path.name} {problem}")
 
 
 def _remove(path: Path) -> None:

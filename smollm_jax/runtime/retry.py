@@ -90,11 +90,9 @@ def may_pass(error: Exception) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     response = getattr(error, "response", None)
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
     if isinstance(error, HfHubHTTPError) and response is not None:
         return response.status_code >= 500 or response.status_code in PASSING
-    if isinstance(error, ValueError | FileNotFoundError | PermissionError):
+    if isinstance(error, ValueError | FileNotFoundError | PermissionError | OfflineModeIsEnabled):
         return False
     # httpx under whatever name huggingface_hub ships it
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0].startswith("http")

@@ -46,10 +46,9 @@ class StopRequest:
         self._lock = threading.Lock()
 
     def __enter__(self) -> StopRequest:
-        self._ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._theirs = theirs
-        self._previous_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
         return self
@@ -79,19 +78,16 @@ class StopRequest:
 
     def _watch(self) -> None:
         while numbers := self._ours.recv(16):
-            for number in numbers:
-                if number not in (signal.SIGTERM, signal.SIGINT):
-                    continue
-                now, name = time.monotonic(), signal.Signals(number).name
-                if self._first is not None:
-                    if now - self._first < AGAIN_SECONDS:
-                        continue
+            for name in (signal.Signals(n).name for n in numbers if n in self._previous):
+                now = time.monotonic()
+                if self._first is None:
+                    self._first, self.requested = now, True
+                    if self.nothing_to_lose():
+                        end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
+                    _say(f"{name}: saving and stopping; again, a second later, leaves at once")
+                    threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
+                elif now - self._first >= AGAIN_SECONDS:
                     end_with(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
-                self._first, self.requested = now, True
-                if self.nothing_to_lose():
-                    end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
-                _say(f"{name}: saving and stopping; again, a second later, leaves at once")
-                threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
 
     def _stand_in(self) -> None:
         while True:

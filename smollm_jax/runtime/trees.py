@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 
@@ -21,8 +22,5 @@ def unflatten(named: dict[str, Any], sep: str) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in named.items():
         *parents, name = path.split(sep)
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[name] = leaf
+        reduce(lambda branch, parent: branch.setdefault(parent, {}), parents, tree)[name] = leaf
     return tree

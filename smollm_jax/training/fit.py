@@ -104,10 +104,10 @@ def conclude(run: Run) -> int:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0
     try:
-        folder = export_run(run.run_dir, run.run_dir / "export", step=step).folder
+        export_run(run.run_dir, run.run_dir / "export", step=step)
     except RuntimeError as error:
         print(f"{result}; saved, but not exported")
         run.report.say(f"the export was rolled back: {error}")
         return EXIT_FAILED
-    print(f"{result}; export in {folder}")
+    print(f"{result}; export in {run.run_dir / 'export'}")
     return 0

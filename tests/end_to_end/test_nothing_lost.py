@@ -78,15 +78,15 @@ def test_verify_resume_as_a_command_prints_a_verdict(short_run):
 @pytest.mark.parametrize("step", [1, 8, 30])
 def test_the_documents_of_a_step_are_those_it_was_trained_on(short_run, step):
     run_dir, config = short_run
-    replayed = replay_step(run_dir, step)
-    assert replayed.verdict.endswith("as on record")
+    documents, verdict = replay_step(run_dir, step)
+    assert verdict.endswith("as on record")
     known = {
         (document.source, document.file, document.row): document.text
         for spec in (f"{Path(config.data.tokenizer).parent}/{name}-*.jsonl" for name in "ab")
         for document in open_source(spec, config.data).documents()
     }
-    assert replayed.documents
-    for document in replayed.documents:
+    assert documents
+    for document in documents:
         assert known[document["source"], document["file"], document["row"]] == document["text"]
 
 
