@@ -107,8 +107,8 @@ MUTANTS: tuple[Mutant, ...] = (
            "tests/generation/test_sampling.py"),
     Mutant("seed ignored", "generation/sampling.py", "jax.random.key(arrays.seed)", "jax.random.key(0)",
            "tests/generation"),
-    Mutant("stop string shown in part", "serving/completion.py", "min(len(stop) - 1, len(text))",
-           "min(len(stop) - 2, len(text))", "tests/serving/test_completion.py"),
+    Mutant("stop string shown in part", "serving/completion.py", "for n in range(len(stop)) if text.endswith",
+           "for n in range(len(stop) - 1) if text.endswith", "tests/serving/test_completion.py"),
 )  # fmt: skip
 
 
