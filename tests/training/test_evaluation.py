@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax import save_hf
 from smollm_jax.cli import commands
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
@@ -17,6 +16,7 @@ from smollm_jax.data.heldout import HeldOut
 from smollm_jax.data.packing import num_targets
 from smollm_jax.data.sources import Document
 from smollm_jax.distributed.processes import Processes
+from smollm_jax.hf.export import export_folder
 from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ TEXTS = ["the cat sat on a mat", "naïve birds — café", "one old red house ne
 def folder(tmp_path_factory, tokenizer):
     """A random model as a Hugging Face folder, with the tokenizer of the tests."""
     path = tmp_path_factory.mktemp("model") / "hf"
-    save_hf(SmolLM.from_params(CONFIG, init_params(CONFIG, 0)), path, str(tokenizer))
+    export_folder(init_params(CONFIG, 0), CONFIG, path, tokenizer_folder=tokenizer, verify=False)
     return path
 
 
