@@ -44,7 +44,7 @@ _KEPT: list[Any] = []  # C code holds a pointer to it
 def join_job(compute: ComputeConfig) -> Iterator[Processes]:
     """Connect with the other processes of the job; at the end, leave together with them.
 
-    To be entered before anything else is asked of JAX. Raises `ValueError` if they do not connect in time.
+    Enter this before anything else is asked of JAX. Raises `UserError` if they do not connect in time.
     """
     job = connect(compute)
     if not job.several:
@@ -106,16 +106,15 @@ def connect(compute: ComputeConfig) -> Processes:
 
 
 def _are_several() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    env = os.environ
+    """Return whether a launcher has started this process as one of several."""
     # without a TPU, libtpu leaves a sentence in this variable for child processes
-    hosts = env.get("TPU_WORKER_HOSTNAMES", "")
-    counted = any(int(env.get(name, 1)) > 1 for name in TASK_COUNTS)
-    return counted or set(KUBERNETES.values()) <= env.keys() or ("," in hosts and " " not in hosts)
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    counted = any(int(os.environ.get(name, "1")) > 1 for name in TASK_COUNTS)
+    return counted or set(KUBERNETES.values()) <= os.environ.keys() or ("," in hosts and " " not in hosts)
 
 
 def _wait_for(coordinator: str) -> None:
-    """Wait until the first process listens; raises `ValueError` if it does not in time."""
+    """Wait until the first process listens; raises `UserError` if it does not in time."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
@@ -159,7 +158,7 @@ def _explain_abort() -> list[Processes]:
 
 
 def _is_whole() -> bool:
-    """Whether the coordination service answers; asked by a thread, because an aborting client holds a lock."""
+    """Return whether the coordination service answers; a thread asks, because an aborting client holds a lock."""
     from jax._src import distributed
 
     client = distributed.global_state.client

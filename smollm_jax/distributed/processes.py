@@ -31,10 +31,8 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self.watchdog = Watchdog(index, count)
-        self.exit_code = EXIT_FAILED
-        """Of this process, once the job has ended."""
-        self.leaving = False
-        """Whether `exit_code` is final, whatever happens to the other processes."""
+        self.exit_code = EXIT_FAILED  # of this process, once the job has ended
+        self.leaving = False  # whether `exit_code` is final, whatever happens to the other processes
 
     @property
     def several(self) -> bool:

@@ -36,7 +36,7 @@ class Outcome(StrEnum):
 
 @dataclass
 class Progress:
-    """Counters that a checkpoint stores next to the arrays."""
+    """The counters that a checkpoint stores next to the arrays."""
 
     step: int = 0
     tokens: int = 0
@@ -64,7 +64,7 @@ class Interval:
     began: float = field(default_factory=time.monotonic)
     steps: int = 0
     targets: int = 0
-    slots: int = 0
+    slots: int = 0  # token positions of the batches
     data_wait_seconds: float = 0.0
     latest: tuple[Pending, dict[str, Any]] | None = None  # the last step and its metrics
 
