@@ -67,9 +67,9 @@ class DecoderLayer(nnx.Module):
         attention, mlp = weights["attention"], weights["mlp"]
         qkv_DO = jnp.concatenate([attention[name].reshape(D, -1) for name in "qkv"], axis=1)
         gate_up_DO = jnp.concatenate([mlp["gate"], mlp["up"]], axis=1)
-        self.attention_norm, self.mlp_norm = RMSNorm(config), RMSNorm(config)
-        self.attention_norm.scale = nnx.Param(weights["attention_norm"]["scale"])
-        self.mlp_norm.scale = nnx.Param(weights["mlp_norm"]["scale"])
+        self.attention_norm, self.mlp_norm = (
+            RMSNorm(config, weights[name]["scale"]) for name in ("attention_norm", "mlp_norm")
+        )
         self.qkv, self.o, self.gate_up, self.down = (
             Matrix(weights_IO.T.astype(dtype), streamed=streamed)
             for weights_IO in (qkv_DO, attention["o"].reshape(-1, D), gate_up_DO, mlp["down"])
@@ -102,8 +102,7 @@ class Decoder(nnx.Module):
             for i in range(model.config.num_layers)
         )
         self.embedding = nnx.Param(model.embedding[...].astype(self.dtype))
-        self.final_norm = RMSNorm(model.config)
-        self.final_norm.scale = nnx.Param(model.final_norm.scale[...])
+        self.final_norm = RMSNorm(model.config, model.final_norm.scale[...])
         head_VD = self.embedding[...] if model.config.tie_embeddings else model.head[...]
         self.head = Matrix(head_VD.astype(model.dtype), streamed=streamed)
 

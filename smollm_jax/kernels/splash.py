@@ -36,9 +36,6 @@ def splash_attention(
         interpret=interpret,
     )  # fmt: skip
 
-    def of_row(q_NTH: jax.Array, k_KTH: jax.Array, v_KTH: jax.Array, start_T: jax.Array) -> jax.Array:
-        return kernel(q_NTH, k_KTH, v_KTH, splash_kernel.SegmentIds(start_T, start_T))
-
-    q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    o_BNTH = jax.vmap(of_row)(q_BNTH, k_BKTH, v_BKTH, start_BT)
+    qkv = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    o_BNTH = jax.vmap(kernel)(*qkv, splash_kernel.SegmentIds(start_BT, start_BT))
     return jnp.swapaxes(o_BNTH, 1, 2)[:, :T]

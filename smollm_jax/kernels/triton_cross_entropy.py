@@ -28,24 +28,15 @@ def fused_cross_entropy(
     logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Return what `reference_cross_entropy` returns: the summed loss in nats, and its gradient in `dtype`."""
-    logits_MV = logits_BCV.reshape(-1, logits_BCV.shape[-1])
-    targets_M, valid_M = targets_BC.reshape(-1), valid_BC.reshape(-1)
-    nll_M, dlogits_MV = token_losses(logits_MV, targets_M, valid_M, dtype, interpret=interpret)
-    return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
-
-
-def token_losses(
-    logits_MV: jax.Array, targets_M: jax.Array, valid_M: jax.Array, dtype: Any, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Return negative log-likelihoods (M,) in nats, 0 if not valid, and their sum's gradient (M, V) in `dtype`."""
+    logits_MV, targets_M = logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1)
+    valid_M = valid_BC.reshape(-1).astype(jnp.float32)
     M, V = logits_MV.shape
     words = pl.BlockSpec((None, pl.cdiv(V, WORDS) * WORDS), lambda m: (m, 0))
     tokens = pl.BlockSpec((M,), lambda _: (0,))
-    valid_M = valid_M.astype(jnp.float32)
     kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (valid_M, tokens)]
     outputs = [(valid_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
     nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, warps=WARPS, interpret=interpret)
-    return nll_M, dlogits_MV
+    return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
 
 
 def _kernel(logits_ref, targets_ref, valid_ref, nll_ref, dlogits_ref, *, V: int):

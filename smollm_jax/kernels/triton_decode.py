@@ -161,7 +161,7 @@ def _attend_kernel(
     position = position_ref[pl.program_id(0)]
     q_H = _turned(q_ref, cos_ref, sin_ref).astype(jnp.float32) * (H**-0.5 * LOG2_E)
     k_H, v_H = _turned(k_ref, cos_ref, sin_ref), v_ref[...]
-    # the token's own slot is written while other programs of its group may read the cache: none reads that slot
+    # other programs of the group may read the cache while the token's slot is written: none reads that slot
     before = jnp.minimum(position, S)
 
     def look(j, carry):
@@ -215,13 +215,13 @@ def _product(weights: list[jax.Array], x: list[jax.Array]) -> jax.Array:
 
 
 def _vector(ref, length: int, *at: jax.Array) -> list[jax.Array]:
-    """Read a vector in parts."""
+    """Load a vector in parts, as f32."""
     parts = enumerate(_turns(length))
     return [_load(ref.at[(*at, pl.ds(start, size))], _mask(i, size, length)) for i, (start, size) in parts]
 
 
 def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[jax.Array]:
-    """Read rows of a matrix in parts of the inputs."""
+    """Load rows of a matrix in parts of the inputs, as f32."""
     parts = []
     for i, (start, size) in enumerate(_turns(inputs)):
         mask_RC, column_C = None if row_R is None else row_R[:, None], _mask(i, size, inputs)
@@ -247,7 +247,7 @@ def _numbers(count: int) -> list[jax.Array]:
 
 
 def _mask(block, size: int, length: int) -> jax.Array | None:
-    """Return which of a block of `size` lie within `length`; None if blocks of that size always do."""
+    """Return a mask of the entries of a block that lie within `length`; None if blocks of that size always fit."""
     return None if length % size == 0 else block * size + jnp.arange(size) < length
 
 

@@ -43,8 +43,8 @@ def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope
 class RMSNorm(nnx.Module):
     """Zhang & Sennrich 2019, computed in f32: the mean of squares loses small addends in bf16."""
 
-    def __init__(self, config: ModelConfig):
-        self.scale = nnx.Param(jnp.ones(config.hidden_size))
+    def __init__(self, config: ModelConfig, scale_D: jax.Array | None = None):
+        self.scale = nnx.Param(jnp.ones(config.hidden_size) if scale_D is None else scale_D)
         self.epsilon = config.rms_norm_eps
 
     @jax.named_scope("norm")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.generation.decoder import Decoder
 from smollm_jax.model.attention import BLOCKS, SMALLEST_BLOCK
-from smollm_jax.model.ops import rotate
+from smollm_jax.model.ops import Ops, rotate
 from smollm_jax.model.transformer import SmolLM, init_params, params_of, rope_angles
 
 TINY = ModelConfig(
@@ -139,8 +139,7 @@ def test_future_tokens_cannot_change_the_past():
     tokens = tokens_of(config, 1, length)
 
     def features_from(embedded):
-        model = SmolLM.from_params(config, params)
-        model._embed = lambda _: embedded
+        model = SmolLM.from_params(config, params, ops=Ops(embed=lambda *_: embedded))
         return model.features(jnp.asarray(tokens))
 
     jacobian = jax.jacobian(features_from)(params["embedding"][tokens])  # (1, T, D, 1, T, D)
