@@ -1,23 +1,21 @@
-"""The PyTorch back end: a converted folder through transformers' `generate`, streaming token ids.
+"""The PyTorch back end: a converted folder through transformers' `generate`, one call per token, with one cache.
 
-transformers is seeded before every draw with a hash of the seed and the token's position. A text continued with
-the same seed therefore reads on as if it had never stopped. Greedy texts equal the JAX back end's; drawn
-texts differ, because the random numbers do. torch is an extra and is imported when a model is opened.
+torch is seeded before every draw with a hash of the seed and the token's position. A text continued with the
+same seed therefore reads on as if it had never stopped. Greedy texts equal the JAX back end's; drawn texts
+differ, because the random numbers do. torch is an extra and is imported when a model is opened.
 """
 
 from __future__ import annotations
 
-import queue
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
@@ -30,6 +28,9 @@ from smollm_jax.runtime.devices import compute_dtype
 from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
+# transformers 5.23 renames `past_key_values` to `cache`, which earlier releases do not know
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+
 
 class TorchEngine:
     """A transformers model that streams ids as `Generator` does; prompts are checked by the caller."""
@@ -41,67 +42,37 @@ class TorchEngine:
         self.stop_reason: str | None = None
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
-        """Yield new ids one by one, without the stop id; closing the iterator ends the work within a token."""
-        self.stop_reason = "cancelled"
-        items: queue.SimpleQueue[list[int] | Exception | None] = queue.SimpleQueue()
-        closed = threading.Event()
+        """Yield new ids one by one, without the stop id; closing the iterator ends the work."""
+        self.stop_reason, cache = "cancelled", DynamicCache(config=self._model.config)
         room = min(sampling.max_new_tokens, self.context - len(prompt))
-
-        def put(ids: Any) -> None:
-            if closed.is_set():
-                raise InterruptedError("the reader has left")  # ends `generate`
-            if ids.dim() == 1:  # the prompt comes first, as (1, T)
-                items.put(ids.tolist())
-
-        def work() -> None:
-            try:
-                self._generate(prompt, room, sampling, put)
-                items.put(None)
-            except Exception as error:
-                items.put(error)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (item := items.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                if item[0] in sampling.stop_ids:
-                    self.stop_reason = "eos"
-                    return
-                yield item
-            self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
-        finally:
-            closed.set()
-            thread.join()
-
-    def _generate(self, prompt: Sequence[int], room: int, sampling: Sampling, put: Callable[[Any], None]) -> None:
-        """Run `generate`, which calls `put` with every new id."""
-
-        def seed(ids_BT: Any, scores_BV: Any) -> Any:
+        settings = GenerationConfig(max_new_tokens=1, pad_token_id=0, **_settings(sampling))
+        ids_BT = torch.tensor([list(prompt)], device=self._model.device)
+        for _ in range(room):
             state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
             torch.manual_seed(int(state[0]))
-            return scores_BV
+            ids_BT = self._model.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache, generation_config=settings
+            )
+            token = int(ids_BT[0, -1])
+            if token in sampling.stop_ids:
+                self.stop_reason = "eos"
+                return
+            yield [token]
+        self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
-        settings: dict[str, Any] = {  # GenerationConfig takes no int for a float
-            "max_new_tokens": room,
-            "repetition_penalty": float(sampling.repetition_penalty),
-            "eos_token_id": list(sampling.stop_ids) or None,
-            "pad_token_id": 0,  # never read: there is one row
-        }
-        if sampling.temperature > 0:
-            settings |= {
-                "do_sample": True,
-                "temperature": max(float(sampling.temperature), SMALLEST_TEMPERATURE),
-                "top_k": sampling.top_k,
-                "top_p": float(sampling.top_p),
-                "min_p": float(sampling.min_p),
-            }
-        tokens_BT = torch.tensor([list(prompt)], device=self._model.device)
-        self._model.generate(
-            tokens_BT, attention_mask=torch.ones_like(tokens_BT), logits_processor=[seed],
-            generation_config=GenerationConfig(**settings), streamer=SimpleNamespace(put=put, end=lambda: None),
-        )  # fmt: skip
+
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    """Translate a `Sampling` to fields of `GenerationConfig`, which takes no int for a float."""
+    penalty = {"repetition_penalty": float(sampling.repetition_penalty)}
+    if sampling.temperature == 0:
+        return penalty
+    return penalty | {
+        "do_sample": True,
+        "temperature": max(float(sampling.temperature), SMALLEST_TEMPERATURE),
+        "top_k": sampling.top_k,
+        "top_p": float(sampling.top_p),
+        "min_p": float(sampling.min_p),
+    }
 
 
 def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, str]:
