@@ -364,7 +364,7 @@ def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
         time.sleep(0.01)
     stream.close()
     assert not stream._thread.is_alive()
-    assert all(source._next.done for source in stream._batches.shards[0].sources)
+    assert all(source._next.wait(0) for source in stream._batches.shards[0].sources)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
