@@ -84,7 +84,7 @@ def sharded(mesh: Mesh, axes: tuple[str, ...] = ()) -> NamedSharding:
 
 
 def shards_here(mesh: Mesh, config: Config) -> range:
-    """Return those of the `config.data.shards` of a batch that have a row on the devices of this process.
+    """Return the shards of a batch, of `config.data.shards`, with a row on the devices of this process.
 
     Never none: a process that has nothing but padding keeps the last, which others have too.
     """

@@ -58,7 +58,7 @@ class Step:
 def estimate(step: Step, chip: Chip) -> dict[str, float]:
     """Estimate seconds, tokens/s and MFU of `step` in bfloat16 on chips of the kind `chip`.
 
-    The MFU counts the model's FLOPs, not those of recomputation, against the peak of all chips.
+    The MFU counts the model's FLOPs, not the recomputed ones, against the peak of all chips.
     """
     peak = peak_flops(chip)
     assert peak is not None, chip.device_kind

@@ -35,7 +35,7 @@ def report_step(run: Run, pending: Pending) -> None:
         interval.slots += run.config.batch_size_at(pending.step) * run.config.data.seq_len
         interval.latest = pending, values
         if run.counters.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
-            run.report.say(f"step {pending.step}: THE BATCHES ARE NOT THOSE OF THE FIRST TIME; the ledgers differ")
+            run.report.say(f"step {pending.step}: THE BATCHES DIFFER FROM THE FIRST TIME; the ledgers differ")
         run.report.progress(pending.step)
         count_bad_step(run, pending, finite=bool(values["finite"]))
     if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
