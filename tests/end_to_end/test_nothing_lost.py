@@ -164,5 +164,5 @@ def test_batches_that_are_not_those_of_the_first_time_are_called_out(short_run, 
     process = start(replace(saved, run=replace(saved.run, run_dir=str(run_dir))), stderr=subprocess.PIPE)
     _, words = process.communicate()
     assert process.returncode == 0
-    assert words.count("THE BATCHES ARE NOT THOSE OF THE FIRST TIME") == 1
+    assert words.count("THE BATCHES DIFFER FROM THE FIRST TIME") == 1
     assert "step 25: THE BATCHES" in words
