@@ -55,6 +55,7 @@ def serve(
     folder = path or str(Path(__file__).parent / "export")
     require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
     require(find_spec("gradio") is not None, "the page needs gradio: pip install 'smollm-jax[serve]'")
+    # only now, so that --help and mistakes answer at once
     from smollm_jax.serving.app import build_app, listen, open_scheduler, run
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes

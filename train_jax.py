@@ -13,7 +13,7 @@ from smollm_jax.runtime.signals import StopRequest, leave
 
 def main(stop: StopRequest) -> int:
     config = parse(sys.argv[1:])
-    from smollm_jax.training.fit import fit
+    from smollm_jax.training.fit import fit  # JAX only now: --help and mistakes answer at once
 
     return fit(config, stop)
 

@@ -113,7 +113,7 @@ class ShuffledSource:
 
     def prepare(self) -> None:
         """Begin to read the window that the first `draw` needs."""
-        if not self.state["ended"]:
+        if not self.state["ended"] and self._current is None and self._next is None:
             self._next = BackgroundTask(partial(self._read, self._position()))
 
     def close(self) -> None:

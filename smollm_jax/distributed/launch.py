@@ -21,6 +21,7 @@ from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.distributed.processes import PeerLost, Processes
 from smollm_jax.distributed.watchdog import AGAIN
 from smollm_jax.runtime.background import BackgroundTask
+from smollm_jax.runtime.console import say
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError, one_line, require
 from smollm_jax.runtime.signals import end_with
 
@@ -44,7 +45,8 @@ _KEPT: list[Any] = []  # C code holds a pointer to it
 def join_job(compute: ComputeConfig) -> Iterator[Processes]:
     """Connect with the other processes of the job; at the end, leave together with them.
 
-    Enter this before anything else is asked of JAX. Raises `UserError` if they do not connect in time.
+    Enter this before anything else is asked of JAX. Raises `UserError` if they do not connect in time. Of several
+    processes each prints its own `UserError` and exits with its code; a process alone raises it.
     """
     job = connect(compute)
     if not job.several:
@@ -57,12 +59,10 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
         with job.watchdog.patient("the work before or after training"):
             try:
                 yield job
-            except UserError:  # the same in all processes
-                job.leave(EXIT_MISTAKE)
-                raise
+            except UserError as error:  # said before the wait for the others, of which one may be gone
+                say(f"error: {one_line(error, limit=None)}")
+                job.exit_code = EXIT_MISTAKE
             job.leave(job.exit_code)
-    except UserError:
-        raise
     except Exception as error:
         if isinstance(error, PeerLost) or "Gloo" in str(error):
             end_with(f"the connection to another process broke: {one_line(error)}; {AGAIN}", EXIT_STOPPED)

@@ -31,7 +31,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
         self.watchdog = Watchdog(index, count)
-        self.exit_code = EXIT_FAILED  # of this process, once the job has ended
+        self.exit_code = EXIT_FAILED  # the exit code that this process ends with
         self.leaving = False  # whether `exit_code` is final, whatever happens to the other processes
 
     @property
@@ -65,10 +65,11 @@ class Processes:
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def require_same(self, values: dict[str, Any], what: str) -> None:
-        """Raise `ValueError` in all processes, naming the JSON values in which one differs from the first."""
+        """Raise `UserError` in all processes, naming the JSON values in which one differs from the first."""
         everyone = self.gather(values)
         for index, theirs in enumerate(everyone):
-            differ = [f"{n} {everyone[0].get(n)} and {v}" for n, v in theirs.items() if everyone[0].get(n) != v]
+            pairs = [(name, everyone[0].get(name), value) for name, value in theirs.items()]
+            differ = [f"{name} {first!s:.80} and {value!s:.80}" for name, first, value in pairs if first != value]
             require(not differ, f"process 0 and process {index} were started with different {what}: {differ}")
 
     @contextmanager

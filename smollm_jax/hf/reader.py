@@ -24,6 +24,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files to download from the Hub: no pickles and no code
 WANTED = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
           "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+DOWNLOAD_SECONDS = 600.0  # weights of gigabytes may break off several times on the way
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without rounding
 
@@ -61,7 +62,7 @@ def local_folder(path: str | Path) -> Path:
         f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
     )
     try:
-        return download_snapshot(str(path), WANTED)
+        return download_snapshot(str(path), WANTED, patience=DOWNLOAD_SECONDS)
     except Exception as error:  # its kind differs between releases of three libraries
         reason = f"cannot be fetched from the Hub ({one_line(error)})"
         raise UserError(f"{path} is no folder here and {reason}") from None

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.kernels.triton_layer import TOKENS
 from smollm_jax.model.attention import packed_attention, starts_of
 from smollm_jax.model.loss import reference_cross_entropy
 from smollm_jax.model.ops import REFERENCE, Ops, reference_feed_forward, reference_project_heads
@@ -38,7 +37,7 @@ def check_against_reference(
         return jax.tree.leaves((out, pull(jax.tree.map(lambda d, o: d.astype(o.dtype), cotangent, out))))
 
     try:
-        ours = jax.jit(outcome, static_argnums=0)(fn, *inputs)
+        ours = jax.block_until_ready(jax.jit(outcome, static_argnums=0)(fn, *inputs))
     except Exception as error:  # whatever a compiler may raise: a slow run is better than none
         return f"{what}: does not run here: {one_line(error)}"
     with jax.default_matmul_precision("highest"):  # else a GPU or TPU rounds the operands of f32 products down
@@ -91,6 +90,8 @@ def check_layer(
     project_heads: Callable[..., Any], feed_forward: Callable[..., Any], config: ModelConfig, dtype: Any
 ) -> str:
     """Check both functions at the shapes of `config`, on tokens that fill no whole number of blocks."""
+    from smollm_jax.kernels.triton_layer import TOKENS  # a TPU needs no Triton
+
     T, D, F = TOKENS + 3, config.hidden_size, config.intermediate_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     rope = rope_angles(jnp.arange(2 * T).reshape(2, T) % T, head_dim=H, theta=config.rope_theta)

@@ -124,7 +124,7 @@ class SmolLM(nnx.Module):
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: Params, **compute: Any) -> SmolLM:
-        """Return a model with `params` (see `params_of`); raises `ValueError` naming a leaf that does not fit."""
+        """Return a model with `params` (see `params_of`); raises `UserError` naming a leaf that does not fit."""
         abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **compute))
         graphdef, state = nnx.split(abstract)
         _check_same_leaves(nnx.to_pure_dict(state), params)

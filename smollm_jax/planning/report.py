@@ -66,7 +66,9 @@ def verdict(plan: Plan) -> str:
     source = "by the compiler" if plan.topology.compiles else "by formula only: there is no compiler for it here"
     if plan.fits:
         return f"fits, {source}"
-    nothing = "nor with more remat, microbatches or fsdp; give a smaller --batch-size, or more chips"
+    if plan.memory_bytes == plan.topology.memory_bytes + 1:  # the least that does not fit: no size was named
+        source += ", which refused it without naming a size"
+    nothing = "no more remat, microbatches or fsdp helps; give a smaller --batch-size, or more chips"
     return f"does not fit, {source}; {f'it would with {plan.remedy}' if plan.remedy else nothing}"
 
 

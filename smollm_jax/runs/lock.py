@@ -28,14 +28,18 @@ class RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab+", buffering=0)
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}") from None
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with self._file as held:
                 held.seek(0)
                 use = f"{self.path.parent} is in use by {_describe(held.read(4096))}"
             raise UserError(f"{use}; wait for it, or choose another --run-dir") from None
-        except OSError as error:
-            raise UserError(f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}") from None
+        except OSError as error:  # such as a network's file system without locks
+            self._file.close()
+            raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
         # otherwise a forked child would keep the lock after this process has died
         os.register_at_fork(after_in_child=self._file.close)
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")

@@ -30,13 +30,14 @@ def fsync(path: Path) -> None:
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`; rename it to `path` if the block succeeds, else remove it.
 
-    A reader finds the old file or folder or the new one, never a part of it, also after a crash.
+    A reader finds the old file or folder or the new one, never a part of it, also after the process dies. Raises
+    `OSError` for a file to be written where a folder is.
     """
     part, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("part", "old"))
     _remove(part)
     try:
         yield part
-        if path.is_dir():  # a rename replaces a file, but no folder that holds something
+        if part.is_dir() and path.is_dir():  # a rename replaces a file, but no folder that holds something
             path.rename(old)
         part.replace(path)
     finally:
@@ -76,7 +77,7 @@ def read_json(path: Path) -> Any:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

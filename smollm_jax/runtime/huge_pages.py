@@ -17,8 +17,11 @@ OFFER = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def environment() -> dict[str, str]:
     """What to add to a process's environment; empty if it would not help or the user has decided."""
     already, (library, version) = os.environ.get(VARIABLE, ""), platform.libc_ver()
-    is_requested = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
-    is_granted = OFFER.exists() and "[madvise]" in OFFER.read_text()  # the others are always and never
+    try:
+        is_requested = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+        is_granted = "[madvise]" in OFFER.read_text()  # the others are always and never
+    except (OSError, ValueError):  # no such kernel, a hardened container, another libc
+        return {}
     helps = is_requested and is_granted and TUNABLE not in already and not has_accelerator()
     return {VARIABLE: ":".join(filter(None, (already, f"{TUNABLE}=1")))} if helps else {}
 

@@ -60,16 +60,16 @@ def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Ev
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
-def download_snapshot(repo: str, patterns: Iterable[str]) -> Path:
+def download_snapshot(repo: str, patterns: Iterable[str], *, patience: float = FRESH_SECONDS) -> Path:
     """Download the files of a model repository that match `patterns`, and return their folder.
 
-    If the Hub does not answer, falls back to the cache, else retries for `FRESH_SECONDS`. Raises
-    `SourceTimeout`, or the error of huggingface_hub for a request that no retry helps.
+    If the Hub does not answer, falls back to the cache, else retries for `FRESH_SECONDS`. A download that breaks off
+    is resumed until `patience` seconds have passed. Raises `SourceTimeout`, or the error of huggingface_hub for a
+    request that no retry helps.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    be_quiet()
     # one plain request first: the download would hide a Hub that is down behind minutes of retries
     ask = partial(HfApi().model_info, repo, timeout=request_seconds())
     get = partial(snapshot_download, repo, allow_patterns=list(patterns), etag_timeout=request_seconds())
@@ -82,7 +82,7 @@ def download_snapshot(repo: str, patterns: Iterable[str]) -> Path:
             return Path(get(local_files_only=True))
         except LocalEntryNotFoundError:
             retry(ask, repo, FRESH_SECONDS, threading.Event())
-    return Path(retry(get, repo, FRESH_SECONDS, threading.Event()))
+    return Path(retry(get, f"the download of {repo}", patience, threading.Event()))
 
 
 def may_pass(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
 from smollm_jax.runs.load import is_run
 from smollm_jax.runtime.errors import UserError
@@ -92,7 +93,7 @@ class Guard:
             return await self.app(scope, receive, send)
         read, announced = 0, dict(scope["headers"]).get(b"content-length", b"0")
         if scope["path"].startswith("/gradio_api/") and not OPEN.fullmatch(scope["path"]):
-            return await error_response(403, "this route is closed")(scope, receive, send)
+            return await JSONResponse({"detail": "this is closed"}, 403)(scope, receive, send)
         if announced.isdigit() and int(announced) > LARGEST_BODY:
             too_long = f"the body is above {LARGEST_BODY:,} bytes"
             return await error_response(413, too_long)(scope, receive, send)

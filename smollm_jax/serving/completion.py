@@ -22,7 +22,7 @@ from smollm_jax.generation.sampling import Sampling
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -190,9 +190,11 @@ def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype =
     dtype auto: float32 on a CPU, bfloat16 on an accelerator.
     """
     if backend == "torch":
-        require(has_torch(), "--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'")
-        from smollm_jax.serving.torch_backend import open_torch
-
+        try:
+            from smollm_jax.serving.torch_backend import open_torch
+        except ImportError as error:  # not installed, or an installation that is broken
+            needs = "--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'"
+            raise UserError(f"{needs} ({one_line(error)})") from None
         engine, tokenizer, about = open_torch(path, dtype)
         return Completer(engine, tokenizer, about=about)
     config, params, tokenizer = load_model(path)

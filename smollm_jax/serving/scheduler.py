@@ -99,7 +99,7 @@ class Scheduler:
             good = isinstance(value, kinds) and not isinstance(value, bool)
             good = good and low <= value <= high  # false for NaN and infinity
             kind = "whole number" if name in WHOLE else "number"
-            require(good, f"{name}={value!r:.40} must be a {kind} from {low:,} to {high:,}")
+            require(good, f"{name}={_shown(value)} must be a {kind} from {low:,} to {high:,}")
         return Sampling(**numbers)
 
     def stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ class Scheduler:
                 self._now.left.set()  # its stream yields the last chunk
 
     def close(self) -> None:
-        """End all requests and the thread, because Python must not exit inside native code of a model."""
+        """End the running request and the thread: Python must not exit inside native code of a model."""
         with self._changed:
             self._closed = True
             if self._now is not None:
@@ -189,3 +189,10 @@ class Scheduler:
 
 def _check_length(text: str, subject: str) -> None:
     require(len(text) <= LONGEST_PROMPT, f"{subject} {len(text):,} characters; the most is {LONGEST_PROMPT:,}")
+
+
+def _shown(value: Any) -> str:
+    """Shorten a value, however large it came, for a message of one line."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print it
+        return "a number of thousands of digits"
+    return text if len(text := repr(value)) <= 40 else f"{text[:40]}…"

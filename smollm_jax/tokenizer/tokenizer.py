@@ -18,7 +18,7 @@ import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
 from smollm_jax.runtime.files import written_aside
-from smollm_jax.runtime.retry import WAYS_OUT, download_snapshot
+from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
 BYTES = 256
@@ -156,6 +156,7 @@ def _download(repo: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
+        be_quiet()
         return download_snapshot(repo, FILES)
     except SourceTimeout as error:
         reason = f"{error}; {WAYS_OUT}"

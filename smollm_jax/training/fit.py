@@ -39,15 +39,16 @@ def fit(config: Config, stop: StopRequest) -> int:
             run, notes = setup(config, run_dir, stop, job)
             log_summary(run, notes)
             with closing(run):
-                with job.watchdog.limit():
-                    outcome = train(run)
-                job.exit_code = finish(run, outcome)
-        except SourceTimeout as error:  # in setup: nothing was trained since the last checkpoint
+                try:
+                    with job.watchdog.limit():
+                        outcome = train(run)
+                    job.exit_code = finish(run, outcome)
+                except TooManyBadSteps as error:
+                    run.report.say(f"stopped: {error}")
+                    job.exit_code = EXIT_FAILED
+        except SourceTimeout as error:  # before training: the last checkpoint is still the newest state
             say(f"{error}; run the same command to go on")
             job.exit_code = EXIT_STOPPED
-        except TooManyBadSteps as error:
-            run.report.say(f"stopped: {error}")
-            job.exit_code = EXIT_FAILED
     return job.exit_code
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from smollm_jax.config.settings import MESH_AXES
 from smollm_jax.data.packing import Batch
 from smollm_jax.distributed.sharding import on_devices, padded_rows, sharded
+from smollm_jax.distributed.watchdog import AGAIN
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.progress import report_step, write_line
@@ -64,7 +65,7 @@ def train(run: Run) -> Outcome:
             if verdict != Vote.GO:
                 return outcome_of(run, verdict, ballot)
             if evaluation_due(run):
-                evaluate_run(run)
+                evaluate_run(run)  # a stop during it is noticed by the next ballot, which saves again
     verdict = settle(run, pending)
     if verdict == Vote.ENDED:
         write_line(run)
@@ -83,8 +84,8 @@ def next_ballot(run: Run, before: Ballot | None) -> Ballot:
     try:
         item = _wait_for_rows(run)
     except StopIteration:
-        return Ballot(Vote.STOP if run.stop.requested else Vote.ENDED)
-    except (SourceTimeout, ValueError) as error:
+        return Ballot(Vote.STOP if run.stop.requested and run.job.several else Vote.ENDED)
+    except (SourceTimeout, ValueError) as error:  # it costs nothing of the steps before it: the loop saves first
         return Ballot(Vote.VOID, fault=error)
     finally:
         run.counters.interval.data_wait_seconds += time.monotonic() - began
@@ -100,7 +101,8 @@ def _wait_for_rows(run: Run) -> tuple[Batch, dict[str, Any]] | None:
     deadline = time.monotonic() + patience
     with run.job.watchdog.patient("a batch of the data", patience + STUCK_SECONDS):
         while (item := run.stream.get(timeout=POLL_SECONDS)) is None and not run.stop.requested:
-            if time.monotonic() > deadline:
+            # a process alone holds nobody up: a slow first window may take its time
+            if run.job.several and time.monotonic() > deadline:
                 raise SourceTimeout(f"no data came for {patience:g} s")
     return item
 
@@ -157,5 +159,5 @@ def outcome_of(run: Run, verdict: Vote, ballot: Ballot | None) -> Outcome:
             if ballot is not None and ballot.fault is not None:
                 raise ballot.fault
     except SourceTimeout as error:
-        run.report.say(f"{error}; run the same command to go on")
+        run.report.say(f"{error}; {AGAIN if run.job.several else 'run the same command to go on'}")
     return Outcome.DATA_ENDED if verdict == Vote.ENDED else Outcome.STOPPED

@@ -53,6 +53,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     with job.first_then_rest():  # the first process saves the tokenizer, the others load it
         start = resolve_start(config, run_dir, checkpoints)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
+    job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
     found, model = start.checkpoint, replace(start.config.model, eos_token_id=tokenizer.eos_id)
     config = replace(start.config, model=model)  # a text ends with the tokenizer's own eos
     use_compilation_cache(config.compute.compilation_cache_dir)
@@ -70,7 +71,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
             shards=shards_here(mesh, config),
             resumes=found is not None,
         ).prefetch(found.meta["cursor"] if found else None)
-    job.require_same(stream.loader.fixed, "data")
+    job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)

@@ -48,7 +48,7 @@ class Comparison:
 def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
     """Run `config` to step `steps` straight and in pieces in `folder`, and compare.
 
-    Raises `ValueError` when the recipe itself cannot run.
+    Raises `UserError` if the recipe itself cannot run.
     """
     require(steps >= 2, f"--verify-steps {steps} must be at least 2")
     require(steps <= config.total_steps, f"--verify-steps {steps}: the run has only {config.total_steps:,} steps")
