@@ -63,8 +63,8 @@ def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Ev
 def download_snapshot(repo: str, patterns: Iterable[str], *, patience: float = FRESH_SECONDS) -> Path:
     """Download the files of a model repository that match `patterns`, and return their folder.
 
-    If the Hub does not answer, falls back to the cache, else retries for `FRESH_SECONDS`. A download that breaks
-    off is resumed until `patience` seconds have passed. Raises `SourceTimeout`, or the error of huggingface_hub for a
+    If the Hub does not answer, falls back to the cache, else retries for `FRESH_SECONDS`. A broken download is
+    resumed until `patience` seconds have passed. Raises `SourceTimeout`, or the error of huggingface_hub for a
     request that no retry helps.
     """
     from huggingface_hub import HfApi, snapshot_download
