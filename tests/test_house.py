@@ -17,23 +17,23 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 561),
-    "config": ("runtime", 552),
-    "tokenizer": ("runtime", 270),
+    "runtime": ("", 565),
+    "config": ("runtime", 553),
+    "tokenizer": ("runtime", 271),
     "model": ("config runtime", 547),
     "data": ("tokenizer config runtime", 1_302),
-    "distributed": ("config runtime", 575),
-    "kernels": ("model config runtime", 1_249),
-    "hf": ("model tokenizer config runtime", 679),
+    "distributed": ("config runtime", 576),
+    "kernels": ("model config runtime", 1_252),
+    "hf": ("model tokenizer config runtime", 682),
     "checkpoint": ("distributed runtime", 667),
-    "generation": ("kernels model config runtime", 567),
-    "runs": ("hf checkpoint data tokenizer config runtime", 490),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_588),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_195),
-    "planning": ("training kernels distributed model config runtime", 493),
+    "generation": ("kernels model config runtime", 572),
+    "runs": ("hf checkpoint data tokenizer config runtime", 494),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_592),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_205),
+    "planning": ("training kernels distributed model config runtime", 495),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 376),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_989, 11_254
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_994, 11_293
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -42,6 +42,7 @@ def positive(spread):
     return 0 < spread["min"] <= spread["median"] <= spread["max"]
 
 
+@pytest.mark.slow
 def test_train_gives_speed_memory_and_compile_time_of_each_batch_size(ran):
     found, table = ran("train", *ALONE, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
     assert [(row["side"], row["batch"]) for row in found["rows"]] == [("ours", 1), ("ours", 2)]
@@ -119,6 +120,7 @@ def test_breakdown_adds_up_to_the_whole_step(ran):
     assert whole["share"] == 1
 
 
+@pytest.mark.slow
 def test_profile_attributes_the_time_of_a_step_to_the_parts_of_the_model(ran, tmp_path):
     found, _ = ran("profile", *ALONE[:-2], "--steps", "2", "--out", str(tmp_path))
     shares = {row["part"]: row["share"] for row in found["rows"]}
@@ -173,6 +175,7 @@ def test_the_flops_of_the_parts_add_up_to_the_whole():
     assert sum(flops.values()) + norms == whole
 
 
+@pytest.mark.slow
 def test_attention_times_the_kernels_that_run_here_and_says_why_others_do_not(ran):
     found, _ = ran("attention", *ALONE, "--kernels", "plain", "pallas")
     plain, pallas = found["rows"]
@@ -181,6 +184,7 @@ def test_attention_times_the_kernels_that_run_here_and_says_why_others_do_not(ra
     assert "GPU" in pallas["failed"]
 
 
+@pytest.mark.slow
 def test_decode_gives_prefill_and_decoding_apart(ran):
     flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
     found, _ = ran("decode", *flags, "--batch-sizes", "1", "2", "--dtypes", "float32", "--peers")
@@ -234,9 +238,9 @@ def test_data_sets_the_stream_against_the_tokenizer(ran):
     assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
 
 
-def test_memory_samples_twelve_times_and_reads_at_the_pace(ran):
+def test_memory_samples_twelve_times_and_reads_at_the_pace(anew):
     flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--minutes", "0.05")
-    found, _ = ran("memory", *flags, "--tokens-per-second", "5000")
+    found, _ = anew("memory", *flags, "--tokens-per-second", "5000")
     rows = found["rows"]
     assert len(rows) == 12
     assert rows[-1]["tokens"] == pytest.approx(5_000 * 3, rel=0.2)

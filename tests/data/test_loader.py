@@ -393,7 +393,9 @@ def rows_of(batches):
     return [(batch.tokens.tolist(), batch.segment_ids.tolist()) for batch, _ in batches]
 
 
-@pytest.mark.parametrize("data", ["a*.jsonl=0.7,b.parquet=0.3", "a*.jsonl", "builtin:python-docs"])
+@pytest.mark.parametrize(
+    "data", ["a*.jsonl=0.7,b.parquet=0.3", "a*.jsonl", pytest.param("builtin:python-docs", marks=pytest.mark.slow)]
+)
 def test_shards_share_the_documents_without_loss_or_repeat(folder, tokenizer, data):
     """Fewer files than shards: by row. Every document of an epoch once, whatever the number of shards."""
     if data.startswith("builtin"):

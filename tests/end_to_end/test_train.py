@@ -319,6 +319,7 @@ def test_numbers_that_go_wrong_stop_the_run_and_leave_the_documents_behind(fitte
     assert all(None in (line["loss"], line["grad_norm"]) for line in shown)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice(train, monkeypatch):
     """One program a batch size before the first step; a second evaluation and the second phase compile nothing."""
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")

@@ -37,10 +37,10 @@ def interpreted(name):
     ("seed", "shape"),
     [
         (0, {"length": 256}),
-        (1, {"length": 384}),
-        (5, {"length": 700, "rows": 3}),
+        pytest.param(1, {"length": 384}, marks=pytest.mark.slow),
+        pytest.param(5, {"length": 700, "rows": 3}, marks=pytest.mark.slow),
         (2, {"length": 100, "rows": 1}),
-        (3, {"length": 129, "heads": (4, 2)}),
+        pytest.param(3, {"length": 129, "heads": (4, 2)}, marks=pytest.mark.slow),
         (4, {"length": 128, "heads": (3, 3), "head_dim": 32}),
     ],
 )
@@ -132,6 +132,7 @@ def mesh_of(devices, *, data=1, tensor=1):
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "attention", "dtype"),
     [

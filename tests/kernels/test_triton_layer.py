@@ -46,7 +46,7 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("config", [TINY, replace(TINY, hidden_size=96, num_heads=3, num_kv_heads=1, head_dim=32)])
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dots", "full"))])
 def test_gradients_are_those_of_each_matrix_alone(config, remat):
     found = gradients(config, remat=remat, ops=fused(interpret=True))
     assert_close(found, gradients(config), 1e-5)
@@ -63,7 +63,9 @@ def test_in_bfloat16_they_are_as_near_to_the_exact_ones():
         assert ours < 1.1 * plain < 0.05
 
 
-@pytest.mark.parametrize("intermediate_size", [triton_layer.NUMBERS, triton_layer.NUMBERS + 8, 40])
+@pytest.mark.parametrize(
+    "intermediate_size", [pytest.param(triton_layer.NUMBERS, marks=pytest.mark.slow), triton_layer.NUMBERS + 8, 40]
+)
 def test_a_feed_forward_of_any_width(intermediate_size):
     config = replace(TINY, intermediate_size=intermediate_size)
     assert_close(gradients(config, ops=fused(interpret=True)), gradients(config), 1e-5)

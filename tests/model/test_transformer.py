@@ -212,6 +212,7 @@ def test_what_is_cheap_is_not_kept():
     assert not [shape for shape in shapes if shape[:1] == (TINY.num_layers,) and shape[-2:] == (11, 11)]
 
 
+@pytest.mark.slow
 def test_remat_saves_memory():
     config = ModelConfig(**vars(TINY) | {"num_layers": 8})
     params, tokens = init_params(config, 0), tokens_of(config, 4, 128)

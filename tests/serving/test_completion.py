@@ -207,6 +207,7 @@ def test_both_back_ends_leave_the_same_tokens_to_the_draw(completers):
     assert 2 < len(theirs) <= 9
 
 
+@pytest.mark.slow
 def test_draws_of_torch_follow_the_probabilities(completers):
     """Seeds differ in one bit or one position, so this also tests how they are hashed."""
     engine = completers["torch"].engine
