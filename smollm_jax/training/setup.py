@@ -46,10 +46,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
-    if job.first:  # remove what dead processes left half written
-        checkpoints.clean()
-        for left_over in run_dir.glob(".export.*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+    if job.first:
+        remove_left_overs(run_dir, checkpoints)
     with job.first_then_rest():  # the first process saves the tokenizer, the others load it
         start = resolve_start(config, run_dir, checkpoints)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
@@ -97,6 +95,15 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
     return run, notes
+
+
+def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
+    """Remove the files that dead processes left half written; only for the holder of the lock."""
+    checkpoints.clean()
+    for left_over in run_dir.glob(".export.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    for part in run_dir.glob(".*.part-*"):
+        part.unlink(missing_ok=True)
 
 
 def open_records(

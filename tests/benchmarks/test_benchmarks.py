@@ -19,6 +19,19 @@ ALONE = ("--preset", "quickstart", "--seq-len", "32", "--documents", "2", "--rou
 
 
 @pytest.fixture
+def anew():
+    """Run a benchmark in a process of its own, whose memory is its own."""
+
+    def run(name, *flags):
+        command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout), done.stderr
+
+    return run
+
+
+@pytest.fixture
 def ran(capfd, monkeypatch):
     """Run a benchmark in this process; return its line of JSON, and the tables that it prints to stderr."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # of the sides, which are processes
