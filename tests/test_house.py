@@ -28,12 +28,12 @@ HOUSE = {
     "checkpoint": ("distributed runtime", 667),
     "generation": ("kernels model config runtime", 572),
     "runs": ("hf checkpoint data tokenizer config runtime", 494),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_592),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_599),
     "serving": ("runs generation hf model tokenizer config runtime", 1_205),
     "planning": ("training kernels distributed model config runtime", 495),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 376),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_994, 11_293
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_001, 11_300
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -32,6 +32,7 @@ def test_values_and_gradients_equal_the_plain_ones(shape, vocab, dtype):
     np.testing.assert_allclose(pull(dx)[0], plain_pull(dx)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sums_of_rows_of_all_magnitudes_are_those_of_f64():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, 512, 3)) * 10.0 ** rng.integers(-4, 5, (1, 512, 1)), jnp.float32)

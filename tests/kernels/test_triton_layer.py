@@ -52,6 +52,7 @@ def test_gradients_are_those_of_each_matrix_alone(config, remat):
     assert_close(found, gradients(config), 1e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_they_are_as_near_to_the_exact_ones():
     exact = jax.tree.leaves(gradients(TINY))
 

@@ -80,7 +80,7 @@ def tokens_of(config, *shape, seed=1):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 1), (3, 3)])
-@pytest.mark.parametrize("theta", [10_000.0, 100_000.0])
+@pytest.mark.parametrize("theta", [10_000.0, pytest.param(100_000.0, marks=pytest.mark.slow)])
 def test_logits_equal_hugging_face_on_odd_shapes(heads, kv_heads, theta):
     config = ModelConfig(
         vocab_size=97,

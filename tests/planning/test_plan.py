@@ -131,6 +131,7 @@ def test_the_memory_of_a_cpu_plan_is_the_memory_of_the_run(train):
     assert plan.memory_bytes == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_devices_of_a_cpu_share_its_memory():
     one, eight = (
         make_plan(parse([*TINY, "--mesh", f"data={n}", "--batch-size", "8"]), f"cpu:{n}") for n in (1, 8)

@@ -67,7 +67,8 @@ def expected(tokenizer):
     nats, text_bytes = 0.0, 0
     documents = [[*opened.encode(text).tolist(), opened.eos_id] for text in TEXTS]
     for ids in parts(documents):
-        logits_TV = np.asarray(model(jnp.asarray([ids]))[0], np.float64)
+        padded = [*ids, *[0] * (SEQ_LEN + 1 - len(ids))]  # one shape: what follows has no influence
+        logits_TV = np.asarray(model(jnp.asarray([padded]))[0], np.float64)
         log_z_T = np.log(np.exp(logits_TV).sum(axis=-1))
         nats += sum(log_z_T[t] - logits_TV[t, ids[t + 1]] for t in range(len(ids) - 1))
     for text, ids in zip(TEXTS, documents, strict=True):
