@@ -73,8 +73,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
 def to_hf(params: Params, tensor: Tensor) -> np.ndarray:
     """Return HF's tensor as a view of our numpy parameters."""
     value = flatten(params, "/")[tensor.entry.ours]
-    if tensor.layer is not None:
-        value = value[tensor.layer]
+    value = value if tensor.layer is None else value[tensor.layer]
     return value.reshape(tensor.shape[::-1]).T if tensor.entry.inputs else value
 
 
@@ -83,14 +82,15 @@ def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
     shapes = parameter_shapes(config, one_layer=True)
     named: dict[str, np.ndarray] = {}
     for tensor in tensors(config):
-        value, path = read(tensor.name), tensor.entry.ours
+        value, path, shape = read(tensor.name), tensor.entry.ours, shapes[tensor.entry.ours]
         expected = f"expected shape {tensor.shape} from config.json, got {value.shape}"
         require(value.shape == tensor.shape, f"tensor {tensor.name}: {expected}")
-        shape = shapes[path]
         value = (value.T if tensor.entry.inputs else value).reshape(shape)
         if tensor.layer is None:
             named[path] = value.astype(np.float32)
         else:
             # allocated when its first tensor fits: a folder that does not fit takes no memory
-            named.setdefault(path, np.empty((config.num_layers, *shape), np.float32))[tensor.layer] = value
+            if path not in named:
+                named[path] = np.empty((config.num_layers, *shape), np.float32)
+            named[path][tensor.layer] = value
     return unflatten(named, "/")

@@ -43,7 +43,7 @@ def log_summary(run: Run, notes: list[str]) -> None:
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
         f"starts      {_starting_point(run)} (ready in {run.setup_seconds:.1f} s)",
-        *([f"memory      {hint()}"] if hint() else []),
+        *([f"memory      {advice}"] if (advice := hint()) else []),
         *notes,
         *_padding(run),
     ]
