@@ -117,11 +117,17 @@ def read_profile(path: Path) -> tuple[Counter[str], float]:
     return seconds, (max(ends) - min(begins)) / 1e9 if begins else 0.0
 
 
-def _events(data: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the events of operations: from devices if there are any, else from the CPU's threads."""
+def _events(data: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the events of operations: from devices if they recorded any, else from the CPU's threads."""
     planes = list(data.planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:")]
-    for plane in devices or planes:
+    devices = [
+        plane for plane in planes if plane.name.startswith("/device:")
+    ]  # empty ones where a library has no chip
+    return list(_operations(devices)) or list(_operations(planes))
+
+
+def _operations(planes: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    for plane in planes:
         lines = list(plane.lines)
         operations = [line for line in lines if line.name == "XLA Ops"]
         for line in operations or [line for line in lines if line.name != "XLA Modules"]:

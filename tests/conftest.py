@@ -17,7 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("HF_HUB_OFFLINE", None)  # the tests of the Hub bring their own, on loopback
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-# by jax.config, not by XLA_FLAGS, which the processes that tests start would inherit
+# by jax.config: JAX has read its variables already, and the processes that tests start would inherit XLA_FLAGS
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
