@@ -120,9 +120,7 @@ def read_profile(path: Path) -> tuple[Counter[str], float]:
 def _events(data: Any) -> list[tuple[Any, dict[str, Any]]]:
     """Return the events of operations: from devices if they recorded any, else from the CPU's threads."""
     planes = list(data.planes)
-    devices = [
-        plane for plane in planes if plane.name.startswith("/device:")
-    ]  # empty ones where a library has no chip
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
     return list(_operations(devices)) or list(_operations(planes))
 
 
