@@ -2,7 +2,7 @@
 
 Clients written for OpenAI's API work unchanged. Features that this server lacks (several choices, log
 probabilities, tools) are refused in OpenAI's error format, never ignored. A client that disconnects cancels its
-request. This file knows nothing of the page.
+request. Only this file knows OpenAI's field names; it knows nothing of the page.
 """
 
 from __future__ import annotations
@@ -11,23 +11,83 @@ import asyncio
 import contextlib
 import hmac
 import json
+import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from smollm_jax.runtime.errors import require
 from smollm_jax.serving.completion import TextChunk
-from smollm_jax.serving.openai_schema import BaseRequest, ChatRequest, CompletionRequest, ResponseFormat
 from smollm_jax.serving.scheduler import QueueFull, Scheduler
 
 DEFAULT_TOKENS = 128
+MOST_MESSAGES = 200
 SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
+FINISH = {"eos": "stop", "stop string": "stop", "cancelled": "stop", "length": "length", "context": "length"}
+Body = dict[str, Any]  # of a response
 T = TypeVar("T")
+
+
+class Strict(BaseModel, extra="forbid"):
+    """A model that refuses unknown fields."""
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class BaseRequest(Strict):
+    """The fields of both kinds of request."""
+
+    model: str | None = None
+    max_tokens: Any = None
+    temperature: Any = Field(1.0, description="0 (the likeliest token) to 2")
+    top_p: Any = 1.0
+    top_k: Any = Field(0, description="extension: keep the k likeliest tokens; 0: all")
+    min_p: Any = Field(0.0, description="extension: keep tokens this likely relative to the likeliest")
+    repetition_penalty: Any = Field(1.0, description="extension: above 1 makes repetition rarer")
+    seed: Any = Field(None, description="the same seed gives the same text; default: random")
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    user: str | None = None
+
+
+class CompletionRequest(BaseRequest):
+    prompt: str | list[str] | list[int]
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def as_turn(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatRequest(BaseRequest):
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: Any = None
+    logprobs: Literal[False] | None = None
 
 
 class Routes:
@@ -37,7 +97,7 @@ class Routes:
         self.scheduler, self.model = scheduler, model
         self._created = int(time.time())
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> Body:
         """List the model."""
         card = {"id": self.model, "object": "model", "created": self._created, "owned_by": "smollm-jax"}
         return {"object": "list", "data": [card | {"context_length": self.scheduler.completer.context}]}
@@ -66,40 +126,57 @@ class Routes:
             raise HTTPException(404, f"model {asked.model!r:.100} is not served here; use {self.model!r}")
         longest = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens) if longest is None else longest
         sampling = self.scheduler.sampling(max_new_tokens=longest, **asked.model_dump(include=SAMPLING_FIELDS))
-        form = ResponseFormat(chat=chat, model=self.model)
         chunks = self.scheduler.stream(ids, sampling, self.scheduler.stop_strings(asked.stop))
+        prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
+        head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
+        head["object"] = f"{kind}.chunk" if chat and asked.stream else kind
         if not asked.stream:
-            return await unless_disconnected(request, _whole(form, chunks))
+            return await unless_disconnected(request, _whole(head, chat, chunks))
         # wait for the first chunk before sending status 200, so that an error has its own status
         first = await unless_disconnected(request, anext(chunks))
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return StreamingResponse(_events(form, first, chunks, with_usage), media_type="text/event-stream")
+        return StreamingResponse(_events(head, chat, first, chunks, with_usage), media_type="text/event-stream")
 
 
-async def _whole(form: ResponseFormat, chunks: AsyncGenerator[TextChunk, None]) -> dict[str, Any]:
+async def _whole(head: Body, chat: bool, chunks: AsyncGenerator[TextChunk, None]) -> Body:
     async with contextlib.aclosing(chunks):
         parts = [chunk async for chunk in chunks]
-    return form.whole("".join(chunk.text for chunk in parts), parts[-1])
+    text, last = "".join(chunk.text for chunk in parts), parts[-1]
+    written = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return head | {"choices": [_choice(written, last.reason)], "usage": _usage(last)}
 
 
 async def _events(
-    form: ResponseFormat, first: TextChunk, chunks: AsyncGenerator[TextChunk, None], with_usage: bool
+    head: Body, chat: bool, first: TextChunk, chunks: AsyncGenerator[TextChunk, None], with_usage: bool
 ) -> AsyncGenerator[str, None]:
-    def event(data: dict[str, Any]) -> str:
+    def event(data: Body) -> str:
         return f"data: {json.dumps(data)}\n\n"
+
+    def event_of(chunk: TextChunk, **role: str) -> str:
+        written = {"delta": role | {"content": chunk.text}} if chat else {"text": chunk.text}
+        return event(head | {"choices": [_choice(written, chunk.reason)]})
 
     async with contextlib.aclosing(chunks):
         chunk = first
-        yield event(form.chunk(chunk.text, chunk.reason, first=True))
+        yield event_of(chunk, role="assistant")
         try:
             async for chunk in chunks:
-                yield event(form.chunk(chunk.text, chunk.reason, first=False))
+                yield event_of(chunk)
         except (RuntimeError, ValueError) as error:
             yield event(_error(500, str(error)))
             return
         if with_usage:
-            yield event(form.usage_chunk(chunk))
+            yield event(head | {"choices": [], "usage": _usage(chunk)})
         yield "data: [DONE]\n\n"
+
+
+def _choice(written: Body, reason: str | None) -> Body:
+    return {"index": 0, **written, "logprobs": None, "finish_reason": reason and FINISH[reason]}
+
+
+def _usage(last: TextChunk) -> dict[str, int]:
+    total = last.prompt_tokens + last.tokens
+    return {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.tokens, "total_tokens": total}
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -121,7 +198,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.wait({left, working})
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
+def _error(status: int, message: str) -> Body:
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
