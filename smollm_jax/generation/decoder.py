@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from smollm_jax.kernels.cpu import STREAM_OUTPUTS, stream
 from smollm_jax.kernels.select import select_attention
 from smollm_jax.kernels.triton_decode import LayerCache, LayerWeights
 from smollm_jax.model.attention import MASKED
-from smollm_jax.model.ops import Rope, rotate, swiglu
+from smollm_jax.model.ops import rotate, swiglu
 from smollm_jax.model.transformer import RMSNorm, SmolLM, params_of, rope_angles
 from smollm_jax.runtime.errors import one_line
 
@@ -49,8 +48,7 @@ class Matrix(nnx.Module):
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """`x` (..., I) times the matrix, in the dtype of `x` unless another is asked for."""
         x_MI = x.reshape(-1, x.shape[-1])
-        outs = [self._product(x_MI, part[...]) for part in self.parts]
-        out_MO = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+        out_MO = jnp.concatenate([self._product(x_MI, part[...]) for part in self.parts], axis=1)
         return out_MO.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
 
     def _product(self, x_MI: jax.Array, weights: jax.Array) -> jax.Array:
@@ -68,9 +66,8 @@ class DecoderLayer(nnx.Module):
         attention, mlp = weights["attention"], weights["mlp"]
         qkv_DO = jnp.concatenate([attention[name].reshape(D, -1) for name in "qkv"], axis=1)
         gate_up_DO = jnp.concatenate([mlp["gate"], mlp["up"]], axis=1)
-        self.attention_norm, self.mlp_norm = (
-            RMSNorm(config, weights[name]["scale"]) for name in ("attention_norm", "mlp_norm")
-        )
+        self.attention_norm = RMSNorm(config, weights["attention_norm"]["scale"])
+        self.mlp_norm = RMSNorm(config, weights["mlp_norm"]["scale"])
         self.qkv, self.o, self.gate_up, self.down = (
             Matrix(weights_IO.T.astype(dtype), streamed=streamed)
             for weights_IO in (qkv_DO, attention["o"].reshape(-1, D), gate_up_DO, mlp["down"])
@@ -124,7 +121,14 @@ class Decoder(nnx.Module):
         rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
         x_BTD, grown = self.embedding[...][tokens_BT], []
         if self.kernels and T == 1 and B <= triton_decode.MOST_ROWS:
-            return self._step(x_BTD, rope, positions_BT, cache)
+            angles, x_BD = (rope[0][:, 0, 0], rope[1][:, 0, 0]), x_BTD[:, 0]
+            position_B = positions_BT[:, 0].astype(jnp.int32)
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x_BD, new = triton_decode.layer_step(
+                    x_BD, angles, position_B, layer_cache, layer.for_kernels(), interpret=self.interpret
+                )
+                grown.append(new)
+            return self.final_norm(x_BD[:, None]), tuple(grown)
         N, K = config.num_heads, config.num_kv_heads
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             heads = layer.qkv(layer.attention_norm(x_BTD)).reshape(B, T, N + 2 * K, config.head_dim)
@@ -140,18 +144,6 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return f32 logits (..., V) of features (..., D)."""
         return self.head(x_BTD, jnp.float32)
-
-    def _step(
-        self, x_BTD: jax.Array, rope: Rope, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Compute `features` of one token per row by the kernels."""
-        angles, grown = (rope[0][:, 0, 0], rope[1][:, 0, 0]), []
-        x_BD, position_B = x_BTD[:, 0], positions_BT[:, 0].astype(jnp.int32)
-        step = functools.partial(triton_decode.layer_step, interpret=self.interpret)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BD, new = step(x_BD, angles, position_B, layer_cache, layer.for_kernels())
-            grown.append(new)
-        return self.final_norm(x_BD[:, None]), tuple(grown)
 
 
 def _wants_kernels(model: SmolLM) -> bool:
@@ -179,25 +171,19 @@ def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
 
 def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Attend to the cache in blocks of queries, so that the scores of a long prompt never exist whole."""
+    (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
     k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
     blocks = []
-    for start in range(0, q_BTNH.shape[1], QUERY_BLOCK):
+    for start in range(0, T, QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)
-        mask_BTS = jnp.arange(k_BSKH.shape[1])[None, None] <= positions_BT[:, block, None]
-        blocks.append(_attend(q_BTNH[:, block], k_BSKH, v_BSKH, mask_BTS))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
-
-
-def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention of N query heads over K key/value heads where `mask_BTS` is true: (B, T, N, H)."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    # scores and softmax in f32: differences of large scores decide
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, MASKED)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+        mask_BTS = jnp.arange(S)[None, None] <= positions_BT[:, block, None]
+        q_BTKGH = q_BTNH[:, block].reshape(B, -1, K, N // K, H)
+        # scores and softmax in f32: differences of large scores decide
+        scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, MASKED)
+        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+        blocks.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, -1, N, H))
+    return jnp.concatenate(blocks, axis=1)
 
 
 def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> LayerCache:
@@ -213,45 +199,46 @@ def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT
     return put(cache[0], k_BTKH), put(cache[1], v_BTKH)
 
 
-def check_decode(config: ModelConfig, dtype: Any, *, interpret: bool = False, seed: int = 0) -> str:
+def check_decode(config: ModelConfig, dtype: Any, *, interpret: bool = False) -> str:
     """Describe how a layer by the kernels differs from the reference or fails; "" if they agree.
 
     Random weights at the shapes of `config`, and a token at both ends of a cache full of random numbers, and at
     both ends of a block of keys.
     """
-    rng, config = np.random.default_rng(seed), replace(config, num_layers=1, vocab_size=8)
+    rng, config = np.random.default_rng(0), replace(config, num_layers=1, vocab_size=8)
+
+    def random(shape: tuple[int, ...], std: float, dtype: Any) -> jax.Array:
+        return jnp.asarray(std * rng.standard_normal(shape, np.float32), dtype)
+
     # this std makes queries, keys and values of a normed row about one, as the cache's are
     shapes = params_of(nnx.eval_shape(lambda: SmolLM(config, rngs=nnx.Rngs(0))))
-    params = jax.tree.map(lambda leaf: _random(rng, leaf.shape, config.hidden_size**-0.5, jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: random(leaf.shape, config.hidden_size**-0.5, jnp.float32), shapes)
     blocks = params["blocks"]
     for norm in (blocks["attention_norm"], blocks["mlp_norm"], params["final_norm"]):
         norm["scale"] += 1
     decoder = Decoder(SmolLM.from_params(config, params, dtype=dtype), kernels=True, interpret=interpret)
     length = 2 * triton_decode.KEYS
     cache_shape = 1, config.num_kv_heads, length, config.head_dim
-    old = _random(rng, cache_shape, 1, dtype), _random(rng, cache_shape, 1, dtype)
+    old = random(cache_shape, 1, dtype), random(cache_shape, 1, dtype)
+    graphdef, state = nnx.split(decoder)
 
-    def changes_by(kernels: bool) -> Callable[..., Any]:
+    def changes(kernels: bool, state: Any, old: LayerCache, positions: jax.Array) -> list[jax.Array]:
+        decoder = nnx.merge(graphdef, state)
         decoder.kernels = kernels
-        graphdef = nnx.split(decoder)[0]
 
-        def changes(state: Any, old: LayerCache, position: jax.Array) -> list[jax.Array]:
-            at = position[None, None]
-            x_BTD, (new,) = nnx.merge(graphdef, state).features(at % 8, at, (old,))
+        def at(position: jax.Array) -> list[jax.Array]:
+            position_11 = position[None, None]
+            x_BTD, (new,) = decoder.features(position_11 % 8, position_11, (old,))
             return [x_BTD, *(a.astype(jnp.float32) - b.astype(jnp.float32) for a, b in zip(new, old, strict=True))]
 
-        return lambda state, old, positions: jax.lax.map(lambda at: changes(state, old, at), positions)
+        return jax.lax.map(at, positions)
 
     return check_against_reference(
-        "decoding", changes_by(True), changes_by(False),
+        "decoding", functools.partial(changes, True), functools.partial(changes, False),
         # weights and cache are inputs: a program that closes over them would hold them as constants
-        (nnx.split(decoder)[1], old, jnp.array([0, 1, triton_decode.KEYS - 1, triton_decode.KEYS, length - 1])),
+        (state, old, jnp.array([0, 1, triton_decode.KEYS - 1, triton_decode.KEYS, length - 1])),
         names=("the output", "the cache of keys", "the cache of values"), exact=False,
         tolerance=tolerance_of(dtype),
         # per position, and of vectors: the rounding of one entry in bf16 comes near the tolerance
         size=lambda x: np.linalg.norm(x.reshape(len(x), -1), axis=1),
     )  # fmt: skip
-
-
-def _random(rng: np.random.Generator, shape: tuple[int, ...], std: float, dtype: Any) -> jax.Array:
-    return jnp.asarray(std * rng.standard_normal(shape, np.float32), dtype)

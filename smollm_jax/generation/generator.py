@@ -7,6 +7,7 @@ new. Tokens are decoded in chunks, one device loop per chunk with a known trip c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import jax
@@ -100,10 +101,12 @@ class Generator:
             if max(room) > pending.shape[1]:
                 # the device computes the next chunk while the caller reads this one
                 ahead, rows = self._decode(self._weights, rows, arrays, greedy=greedy)
-            new = [ids[:most] for ids, most in zip(np.asarray(pending).tolist(), room, strict=True)]
-            texts = [_until_stop(ids, sampling.stop_ids) for ids in new]
-            for row, text in enumerate(texts):
-                room[row] = room[row] - len(text) if len(text) == len(new[row]) else 0
+            texts = []
+            for row, ids in enumerate(np.asarray(pending).tolist()):
+                new = ids[: room[row]]
+                text = list(takewhile(lambda token: token not in sampling.stop_ids, new))
+                room[row] = room[row] - len(text) if len(text) == len(new) else 0
+                texts.append(text)
             yield texts
             pending = ahead
 
@@ -148,10 +151,6 @@ def check_prompt(prompt: Sequence[int], *, context: int, vocab_size: int) -> Non
     require(0 < length < context, f"the prompt has {length:,} tokens; the model reads 1 to {context - 1:,}")
     for token in (min(prompt), max(prompt)):
         require(0 <= token < vocab_size, f"token id {token} is outside the vocabulary, 0 to {vocab_size - 1:,}")
-
-
-def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop_ids), ids)
 
 
 def _bucket(length: int) -> int:

@@ -27,16 +27,12 @@ class Sampling:
     """Settings that choose the next token; raises `UserError` naming a setting out of range."""
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    """0 takes the likeliest token (greedy)."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that make up this probability (Holtzman et al. 2020)."""
-    min_p: float = 0.0
-    """Keep tokens at least this likely relative to the likeliest (Nguyen et al. 2024)."""
+    temperature: float = 0.0  # 0 takes the likeliest token (greedy)
+    top_k: int = 0  # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0  # keep the likeliest tokens that make up this probability (Holtzman et al. 2020)
+    min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest (Nguyen et al. 2024)
+    # divides positive and multiplies negative scores of tokens already in the text (Keskar et al. 2019)
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative scores of tokens already in the text (Keskar et al. 2019)."""
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
 

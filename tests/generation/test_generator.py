@@ -120,7 +120,7 @@ def test_bf16_computes_what_the_bf16_model_does():
 @pytest.mark.parametrize("inputs", [7, 40, 48])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_matrix_of_bf16_is_multiplied_in_f32_whatever_its_layout(rows, inputs, streamed, monkeypatch):
-    monkeypatch.setattr("smollm_jax.kernels.cpu.STREAM_OUTPUTS", 16)  # the last part is not whole
+    monkeypatch.setattr("smollm_jax.generation.decoder.STREAM_OUTPUTS", 16)  # the last part is not whole
     rng = np.random.default_rng(0)
     weights_OI = jnp.asarray(rng.normal(size=(70, inputs)), jnp.bfloat16)
     x_1MI = jnp.asarray(rng.normal(size=(1, rows, inputs)), jnp.bfloat16)
