@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse
 
 from smollm_jax.runs.load import is_run
 from smollm_jax.runtime.errors import UserError
-from smollm_jax.serving.completion import Backend, Dtype, has_torch, open_completer
+from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.openai_api import add_routes, error_response
 from smollm_jax.serving.scheduler import Scheduler
 
@@ -35,7 +36,8 @@ def open_scheduler(
 ) -> tuple[Scheduler, str]:
     """Load the model at `path`: its scheduler and its public name; raises `UserError`."""
     if backend is None:
-        backend = "torch" if has_torch() and not is_run(path) else "jax"
+        has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
+        backend = "torch" if has_torch and not is_run(path) else "jax"
     completer = open_completer(path, backend=backend, dtype=dtype)
     name = Path(path).resolve().name if Path(path).exists() else path
     if name == "export":  # the Space or the folder around it has a better name
@@ -77,13 +79,16 @@ def run(app: FastAPI, listening: socket.socket, host: str) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, limit_concurrency=512)
+    config = uvicorn.Config(
+        app, headers=[("content-security-policy", POLICY)], log_level="warning", timeout_graceful_shutdown=3,
+        limit_concurrency=512,
+    )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
 
 
 class Guard:
-    """ASGI middleware: no files through Gradio, no body above `LARGEST_BODY`, no fetch from elsewhere."""
+    """ASGI middleware: no files through Gradio, and no body above `LARGEST_BODY`."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -104,9 +109,4 @@ class Guard:
             read += len(message.get("body", b""))
             return message if read <= LARGEST_BODY else {"type": "http.disconnect"}
 
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, counted, with_policy)
+        await self.app(scope, counted, send)

@@ -45,7 +45,13 @@ class TorchEngine:
         """Yield new ids one by one, without the stop id; closing the iterator ends the work."""
         self.stop_reason, cache = "cancelled", DynamicCache(config=self._model.config)
         room = min(sampling.max_new_tokens, self.context - len(prompt))
-        settings = GenerationConfig(max_new_tokens=1, pad_token_id=0, **_settings(sampling))
+        penalty = float(sampling.repetition_penalty)  # transformers takes no int for a float
+        settings = GenerationConfig(max_new_tokens=1, pad_token_id=0, repetition_penalty=penalty)
+        if sampling.temperature > 0:
+            settings.update(
+                do_sample=True, temperature=max(float(sampling.temperature), SMALLEST_TEMPERATURE),
+                top_k=sampling.top_k, top_p=float(sampling.top_p), min_p=float(sampling.min_p),
+            )  # fmt: skip
         ids_BT = torch.tensor([list(prompt)], device=self._model.device)
         for _ in range(room):
             state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
@@ -59,20 +65,6 @@ class TorchEngine:
                 return
             yield [token]
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
-
-
-def _settings(sampling: Sampling) -> dict[str, Any]:
-    """Translate a `Sampling` to fields of `GenerationConfig`, which takes no int for a float."""
-    penalty = {"repetition_penalty": float(sampling.repetition_penalty)}
-    if sampling.temperature == 0:
-        return penalty
-    return penalty | {
-        "do_sample": True,
-        "temperature": max(float(sampling.temperature), SMALLEST_TEMPERATURE),
-        "top_k": sampling.top_k,
-        "top_p": float(sampling.top_p),
-        "min_p": float(sampling.min_p),
-    }
 
 
 def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, str]:
