@@ -26,10 +26,10 @@ HOUSE = {
     "kernels": ("model config runtime", 1_252),
     "hf": ("model tokenizer config runtime", 682),
     "checkpoint": ("distributed runtime", 667),
-    "generation": ("kernels model config runtime", 572),
+    "generation": ("kernels model config runtime", 549),
     "runs": ("hf checkpoint data tokenizer config runtime", 494),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_599),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_205),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_149),
     "planning": ("training kernels distributed model config runtime", 495),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 376),
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,7 +22,6 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 Backend = Literal["jax", "torch"]
@@ -48,21 +46,17 @@ class TextChunk:
     """New text and the progress so far; the last chunk of a text has a `reason`."""
 
     text: str
-    tokens: int = 0
-    """New tokens so far, without the stop token."""
+    tokens: int = 0  # new ones so far, without the stop token
     prompt_tokens: int
-    seconds: float = 0.0
-    """Since the request started."""
-    seconds_to_first: float | None = None
-    """Until the first token; None before it or without one."""
-    reason: str | None = None
-    """Why the text ended: eos, length, context, stop string or cancelled."""
+    seconds: float = 0.0  # since the request started
+    seconds_to_first: float | None = None  # until the first token; None before it or without one
+    reason: str | None = None  # why the text ended: eos, length, context, stop string or cancelled
 
 
 class Completer:
     """An engine with its tokenizer; `about` describes the back end to people."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, about: str = ""):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, about: str = ""):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
         self.context = engine.context  # the most tokens of prompt and text together
 
@@ -71,12 +65,6 @@ class Completer:
         require(prompt != "", "the prompt is empty; write how the text begins")
         check_text(prompt, "the prompt")
         return self.checked(self.tokenizer.encode(prompt).tolist())
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Encode a conversation under the chat template; raises `UserError` as `encode` does."""
-        for message in messages:
-            check_text(message["content"], "a message")
-        return self.checked(encode_chat(self.tokenizer, messages))
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a prompt; raises `UserError` unless model and tokenizer can read them."""
@@ -117,7 +105,7 @@ class Completer:
                 if shown:
                     yield chunk(shown)
             shown = gate.feed(text.rest())
-            yield chunk(shown + gate.rest(), "stop string" if gate.stopped else self.engine.stop_reason)
+            yield chunk(shown + gate.held, "stop string" if gate.stopped else self.engine.stop_reason)
         finally:
             getattr(stream, "close", lambda: None)()
 
@@ -148,26 +136,21 @@ class TextOfIds:
 
 
 class StopStrings:
-    """A filter that ends a text at the first stop string and holds back the beginnings of one."""
+    """A filter that ends a text at the first stop string; `held` may be the beginning of one."""
 
     def __init__(self, stop: Sequence[str]):
-        self._stop, self._held = tuple(stop), ""
-        self.stopped = False
+        self._stop, self.held, self.stopped = tuple(stop), "", False
 
     def feed(self, text: str) -> str:
         """Return the text that can no longer be part of a stop string."""
-        text = self._held + text
+        text = self.held + text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self.held = True, ""
             return text[: min(found)]
         held = max((n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-        shown, self._held = text[: len(text) - held], text[len(text) - held :]
+        shown, self.held = text[: len(text) - held], text[len(text) - held :]
         return shown
-
-    def rest(self) -> str:
-        """Return the text held back, after the last `feed`."""
-        return self._held
 
 
 def check_text(text: Any, name: str) -> None:
@@ -177,11 +160,6 @@ def check_text(text: Any, name: str) -> None:
     # JSON and browsers can send halves of UTF-16 pairs, which UTF-8 cannot hold
     half = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
     require(half is None, f"{name} holds half a character at position {half}")
-
-
-def has_torch() -> bool:
-    """Return whether the PyTorch back end can be used."""
-    return all(find_spec(library) is not None for library in ("torch", "transformers"))
 
 
 def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype = "auto") -> Completer:
@@ -195,8 +173,7 @@ def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype =
         except ImportError as error:  # not installed, or an installation that is broken
             needs = "--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'"
             raise UserError(f"{needs} ({one_line(error)})") from None
-        engine, tokenizer, about = open_torch(path, dtype)
-        return Completer(engine, tokenizer, about=about)
+        return Completer(*open_torch(path, dtype))
     config, params, tokenizer = load_model(path)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model runs the same few programs every time it is opened
@@ -204,4 +181,4 @@ def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype =
     device = jax.devices()[0]
     computed = compute_dtype(dtype, device.platform)
     model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params), dtype=computed)
-    return Completer(Generator(model), tokenizer, about=f"JAX, {computed.name}, on {device.device_kind}")
+    return Completer(Generator(model), tokenizer, f"JAX, {computed.name}, on {device.device_kind}")

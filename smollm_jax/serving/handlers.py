@@ -48,9 +48,8 @@ def status_line(chunk: TextChunk, seed: int) -> str:
     spent = chunk.seconds - first
     speed = [f"{rest / spent:,.1f} tokens/s"] if rest and spent > 0 else []
     reason = REASONS[chunk.reason] if chunk.reason else "writing…"
-    return " · ".join(
-        [f"**{chunk.tokens:,} tokens**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason]
-    )
+    parts = f"**{chunk.tokens:,} tokens**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason
+    return " · ".join(parts)
 
 
 class Handlers:

@@ -18,7 +18,8 @@ from typing import Any
 
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.serving.completion import Completer, TextChunk
+from smollm_jax.serving.completion import Completer, TextChunk, check_text
+from smollm_jax.tokenizer.chat_template import encode_chat
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
 MOST_STOPS, LONGEST_STOP = 4, 100
@@ -83,22 +84,23 @@ class Scheduler:
         return self.completer.encode(text)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Encode a conversation; raises `UserError` as `encode` does."""
+        """Encode a conversation under the chat template; raises `UserError` as `encode` does."""
         _check_length("".join(message["content"] for message in messages), "the messages have")
-        return self.completer.encode_chat(messages)
+        for message in messages:
+            check_text(message["content"], "a message")
+        return self.completer.checked(encode_chat(self.completer.tokenizer, messages))
 
     def sampling(self, **numbers: Any) -> Sampling:
         """Check the numbers of a request and draw a seed if it is None; raises `UserError` naming the number."""
         if numbers.get("seed") is None:
             numbers["seed"] = secrets.randbelow(2**32)
         for name, value in numbers.items():
-            if name in WHOLE and isinstance(value, float) and value.is_integer():
+            kind, kinds = ("whole number", int) if name in WHOLE else ("number", int | float)
+            if kinds is int and isinstance(value, float) and value.is_integer():
                 numbers[name] = value = int(value)  # noqa: PLW2901 - JavaScript has one type of number
             low, high = RANGES.get(name, (1, self.max_new_tokens))
-            kinds = int if name in WHOLE else int | float
-            good = isinstance(value, kinds) and not isinstance(value, bool)
-            good = good and low <= value <= high  # false for NaN and infinity
-            kind = "whole number" if name in WHOLE else "number"
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            good = is_number and low <= value <= high  # false for NaN and infinity
             require(good, f"{name}={_shown(value)} must be a {kind} from {low:,} to {high:,}")
         return Sampling(**numbers)
 

@@ -110,7 +110,7 @@ def test_what_might_have_become_a_stop_string_is_shown_when_it_does_not():
     gate = StopStrings(["###", "\n\n"])
     assert [gate.feed(part) for part in ("a#", "#b", "\n", "c\n")] == ["a", "##b", "", "\nc"]
     assert not gate.stopped
-    assert gate.rest() == "\n"
+    assert gate.held == "\n"
 
 
 def test_a_text_that_ends_in_half_a_stop_string_is_shown_whole(folder):
