@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
@@ -35,11 +35,7 @@ ANSWER_SECONDS = 2.0  # for the coordination service of a whole job
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 # an indexed Job or JobSet of Kubernetes sets the last, its manifest the others
-KUBERNETES = {
-    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
-    "num_processes": "JAX_NUM_PROCESSES",
-    "process_id": "JOB_COMPLETION_INDEX",
-}
+KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
 _KEPT: list[Any] = []  # C code holds pointers to them
 
 
@@ -80,11 +76,11 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
 
 def connect(compute: ComputeConfig) -> Processes:
     """Connect with the other processes, if there are any."""
-    job = (compute.coordinator, compute.num_processes, compute.process_id)
-    given: dict[str, Any] = dict(zip(KUBERNETES, job, strict=True))
-    named = {name: os.environ.get(variable, "") for name, variable in KUBERNETES.items()}
-    if compute.coordinator is None and all(named.values()):
-        given = {name: int(value) if value.isdecimal() else value for name, value in named.items()}
+    place: Sequence[Any] = (compute.coordinator, compute.num_processes, compute.process_id)
+    found = [os.environ.get(name, "") for name in KUBERNETES]
+    if compute.coordinator is None and all(found):
+        place = [int(value) if value.isdecimal() else value for value in found]
+    host, count, index = place
     several = compute.coordinator is not None or _are_several()
     on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
     may_be_a_pod = on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
@@ -93,15 +89,14 @@ def connect(compute: ComputeConfig) -> Processes:
     import jax
 
     _keep_stdout()
-    _on_abort(
-        lambda _: end_with(f"the job's processes did not come together within {CONNECT_SECONDS} s", EXIT_FAILED)
-    )
+    late = f"the job's processes did not come together within {CONNECT_SECONDS} s"
+    _on_abort(lambda _: end_with(late, EXIT_FAILED))
     if compute.coordinator is not None and compute.process_id:
         _wait_for(compute.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     try:
         jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=CONNECT_SECONDS
+            host, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=CONNECT_SECONDS
         )
     except (RuntimeError, ValueError) as error:
         if not several and "coordinator_address" in str(error):
@@ -119,7 +114,7 @@ def _are_several() -> bool:
     # without a TPU, libtpu leaves a sentence in this variable for child processes
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     counted = any(int(os.environ.get(name, "1")) > 1 for name in TASK_COUNTS)
-    return counted or set(KUBERNETES.values()) <= os.environ.keys() or ("," in hosts and " " not in hosts)
+    return counted or set(KUBERNETES) <= os.environ.keys() or ("," in hosts and " " not in hosts)
 
 
 def _wait_for(coordinator: str) -> None:
