@@ -55,8 +55,7 @@ def plan(
 
 def at_the_limit(preset: Preset, topology: str, seq_len: int) -> Row:
     """Return a row of the table: the plan with the largest batch that fits."""
-    from smollm_jax.planning.plan import Plan, attempt
-    from smollm_jax.planning.report import as_dict
+    from smollm_jax.planning.plan import Plan, as_dict, attempt
     from smollm_jax.planning.topology import topology_of
 
     began, target = time.monotonic(), topology_of(topology)

@@ -22,7 +22,7 @@ HOUSE = {
     "tokenizer": ("runtime", 271),
     "model": ("config runtime", 547),
     "data": ("tokenizer config runtime", 1_302),
-    "distributed": ("config runtime", 576),
+    "distributed": ("config runtime", 542),
     "kernels": ("model config runtime", 1_252),
     "hf": ("model tokenizer config runtime", 682),
     "checkpoint": ("distributed runtime", 667),
@@ -30,8 +30,8 @@ HOUSE = {
     "runs": ("hf checkpoint data tokenizer config runtime", 494),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_599),
     "serving": ("runs generation hf model tokenizer config runtime", 1_149),
-    "planning": ("training kernels distributed model config runtime", 495),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 376),
+    "planning": ("training kernels distributed model config runtime", 483),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 375),
 }
 CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_001, 11_300
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

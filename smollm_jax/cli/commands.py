@@ -239,8 +239,7 @@ def plan(argv: list[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators of this machine to other programs
-    from smollm_jax.planning.plan import make_plan
-    from smollm_jax.planning.report import as_dict, table
+    from smollm_jax.planning.plan import as_dict, make_plan, table
 
     made = make_plan(config, own.topology)
     print(json.dumps(as_dict(made)) if own.json else table(made))

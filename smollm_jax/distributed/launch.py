@@ -12,8 +12,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from glob import glob
 from typing import Any
 
@@ -31,14 +32,11 @@ HEARTBEAT_SECONDS = 60
 VERDICT_SECONDS = HEARTBEAT_SECONDS + 10.0  # after which JAX would have aborted if a process were dead
 CONNECT_SECONDS = 300
 ANSWER_SECONDS = 2.0  # for the coordination service of a whole job
+FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 # an indexed Job or JobSet of Kubernetes sets the last, its manifest the others
-KUBERNETES = {
-    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
-    "num_processes": "JAX_NUM_PROCESSES",
-    "process_id": "JOB_COMPLETION_INDEX",
-}
-_KEPT: list[Any] = []  # C code holds a pointer to it
+KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
+_KEPT: list[Any] = []  # C code holds pointers to them
 
 
 @contextmanager
@@ -62,7 +60,10 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
             except UserError as error:  # said before the wait for the others, of which one may be gone
                 say(f"error: {one_line(error, limit=None)}")
                 job.exit_code = EXIT_MISTAKE
-            job.leave(job.exit_code)
+            job.leaving = True
+            job.gather(None)  # JAX takes a process that leaves early for dead and aborts the others
+            if job.first:
+                time.sleep(FIRST_LEAVES_SECONDS)
     except Exception as error:
         if isinstance(error, PeerLost) or "Gloo" in str(error):
             end_with(f"the connection to another process broke: {one_line(error)}; {AGAIN}", EXIT_STOPPED)
@@ -75,34 +76,37 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
 
 def connect(compute: ComputeConfig) -> Processes:
     """Connect with the other processes, if there are any."""
-    job = (compute.coordinator, compute.num_processes, compute.process_id)
-    given: dict[str, Any] = dict(zip(KUBERNETES, job, strict=True))
-    if compute.coordinator is None:
-        on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
-        may_be_a_pod = on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
-        if not (_are_several() or may_be_a_pod):
-            return Processes()
-        named = {name: os.environ.get(variable, "") for name, variable in KUBERNETES.items()}
-        given = {name: int(v) if v.isdecimal() else v for name, v in named.items()} if all(named.values()) else {}
+    place: Sequence[Any] = (compute.coordinator, compute.num_processes, compute.process_id)
+    found = [os.environ.get(name, "") for name in KUBERNETES]
+    if compute.coordinator is None and all(found):
+        place = [int(value) if value.isdecimal() else value for value in found]
+    host, count, index = place
+    several = compute.coordinator is not None or _are_several()
+    on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
+    may_be_a_pod = on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    if not (several or may_be_a_pod):
+        return Processes()
     import jax
 
     _keep_stdout()
-    jobs = _explain_abort()
+    late = f"the job's processes did not come together within {CONNECT_SECONDS} s"
+    _on_abort(lambda _: end_with(late, EXIT_FAILED))
     if compute.coordinator is not None and compute.process_id:
         _wait_for(compute.coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     try:
         jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=CONNECT_SECONDS
+            host, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=CONNECT_SECONDS
         )
     except (RuntimeError, ValueError) as error:
-        if compute.coordinator is None and "coordinator_address" in str(error) and not _are_several():
+        if not several and "coordinator_address" in str(error):
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
             return Processes()  # a TPU of one host, such as a notebook's
         where = f"coordinator {compute.coordinator or 'found by the launcher'}"
         raise UserError(f"the job's processes did not come together ({where}): {one_line(error)}") from None
-    jobs.append(Processes(jax.process_index(), jax.process_count()))
-    return jobs[0]
+    joined = Processes(jax.process_index(), jax.process_count())
+    _on_abort(partial(_explain_abort, joined))
+    return joined
 
 
 def _are_several() -> bool:
@@ -110,7 +114,7 @@ def _are_several() -> bool:
     # without a TPU, libtpu leaves a sentence in this variable for child processes
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     counted = any(int(os.environ.get(name, "1")) > 1 for name in TASK_COUNTS)
-    return counted or set(KUBERNETES.values()) <= os.environ.keys() or ("," in hosts and " " not in hosts)
+    return counted or set(KUBERNETES) <= os.environ.keys() or ("," in hosts and " " not in hosts)
 
 
 def _wait_for(coordinator: str) -> None:
@@ -135,33 +139,22 @@ def _keep_stdout() -> None:
     sys.stdout = os.fdopen(results, "w", buffering=1)
 
 
-def _explain_abort() -> list[Processes]:
-    """Turn an abort of JAX's client, which has no working callback, into a message and an exit code.
-
-    The job is to be added to the returned list once it is connected.
-    """
-    jobs: list[Processes] = []
-
-    def aborted(number: int) -> None:
-        if not jobs:
-            end_with(f"the job's processes did not come together within {CONNECT_SECONDS} s", EXIT_FAILED)
-        if jobs[0].leaving:
-            os._exit(jobs[0].exit_code)
-        if not _is_whole():
-            end_with(f"another process of the job is gone; {AGAIN}", EXIT_STOPPED)
-        os._exit(128 + number)
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+def _on_abort(act: Callable[[int], None]) -> None:
+    """Call `act` with the signal's number when JAX's client aborts: it has no working callback."""
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(act)
     _KEPT.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-    return jobs
 
 
-def _is_whole() -> bool:
-    """Return whether the coordination service answers; a thread asks, because an aborting client holds a lock."""
+def _explain_abort(job: Processes, number: int) -> None:
+    """End with a message if another process is gone, in which case the coordination service does not answer."""
     from jax._src import distributed
 
+    if job.leaving:
+        os._exit(job.exit_code)
     client = distributed.global_state.client
     assert client is not None
-    asked = BackgroundTask(lambda: client.key_value_dir_get("smollm_jax"))
-    return asked.wait(ANSWER_SECONDS) and asked.error is None
+    asked = BackgroundTask(lambda: client.key_value_dir_get("smollm_jax"))  # an aborting client holds a lock
+    if not asked.wait(ANSWER_SECONDS) or asked.error is not None:
+        end_with(f"another process of the job is gone; {AGAIN}", EXIT_STOPPED)
+    os._exit(128 + number)

@@ -6,7 +6,6 @@ What they must know of each other goes through `Processes.gather`, which all of 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from smollm_jax.distributed.watchdog import Watchdog
 from smollm_jax.runtime.errors import EXIT_FAILED, SourceTimeout, UserError, one_line, require
 
-FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
 FAULTS = (RuntimeError, UserError, SourceTimeout)  # shared, the gravest first; a RuntimeError stands for any other
 
 
@@ -66,15 +64,15 @@ class Processes:
 
     def require_same(self, values: dict[str, Any], what: str) -> None:
         """Raise `UserError` in all processes, naming the JSON values in which one differs from the first."""
-        everyone = self.gather(values)
-        for index, theirs in enumerate(everyone):
-            pairs = [(name, everyone[0].get(name), value) for name, value in theirs.items()]
-            differ = [f"{name} {first!s:.80} and {value!s:.80}" for name, first, value in pairs if first != value]
+        first, *others = self.gather(values)
+        for index, theirs in enumerate(others, start=1):
+            names = [name for name, value in theirs.items() if value != first.get(name)]
+            differ = [f"{name} {first.get(name)!s:.80} and {theirs[name]!s:.80}" for name in names]
             require(not differ, f"process 0 and process {index} were started with different {what}: {differ}")
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """Run the body in each process; if it fails in one, the same kind of error is raised in all."""
+        """Run the body in each process; the gravest error of any is raised in all, so that all end in one way."""
         fault = None
         try:
             yield
@@ -82,35 +80,18 @@ class Processes:
             raise
         except Exception as error:
             fault = error
-        self._raise_in_all(fault)
+        kind = next((i for i in (1, 2) if isinstance(fault, FAULTS[i])), 0)
+        shared = self.gather(None if fault is None else [kind, self.index, str(fault)])
+        if faults := [theirs for theirs in shared if theirs is not None]:
+            kind, index, message = min(faults)
+            if index == self.index and fault is not None:
+                raise fault
+            raise FAULTS[kind](f"process {index}: {message}")
 
     @contextmanager
     def first_then_rest(self) -> Iterator[None]:
         """As `all_or_none`, but the other processes enter the body after the first one has left it."""
-        if not self.first:
-            self._raise_in_all(None)
-        with self.all_or_none():
-            yield
-        if self.first:
-            self._raise_in_all(None)
-
-    def _raise_in_all(self, fault: Exception | None) -> None:
-        """Raise the gravest fault of any process in all of them, so that all end in the same way."""
-        kind = next((i for i in (1, 2) if isinstance(fault, FAULTS[i])), 0)
-        shared = self.gather(None if fault is None else [kind, self.index, str(fault)])
-        if not (found := [theirs for theirs in shared if theirs is not None]):
-            return
-        kind, index, message = min(found)
-        if index == self.index and fault is not None:
-            raise fault
-        raise FAULTS[kind](f"process {index}: {message}")
-
-    def leave(self, code: int) -> None:
-        """Wait until all processes are about to leave; `code` becomes the exit code of this one.
-
-        JAX takes a process that leaves early for dead and aborts the others.
-        """
-        self.exit_code, self.leaving = code, True
-        self.gather(code)
-        if self.first and self.several:
-            time.sleep(FIRST_LEAVES_SECONDS)
+        for turn_of_first in (True, False):
+            with self.all_or_none():
+                if self.first == turn_of_first:
+                    yield

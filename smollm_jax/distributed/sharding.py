@@ -9,7 +9,7 @@ on the mesh beyond rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     Raises `UserError` if there are too few devices, or more than there are rows for.
     """
     devices = list(jax.devices() if devices is None else devices)
-    several, parts = _are_shared(devices), config.compute.grad_accum
+    several, parts = are_shared(devices), config.compute.grad_accum
 
     def rows_in_turn(count: int) -> int:
         return sum(phase.steps * -(-phase.batch_size // (count * parts)) for phase in config.phases)
@@ -58,12 +58,8 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[:count])
 
 
-def is_shared(mesh: Mesh) -> bool:
-    """Return whether several processes hold the devices of `mesh`."""
-    return _are_shared(mesh.devices.flat)
-
-
-def _are_shared(devices: Any) -> bool:
+def are_shared(devices: Iterable[Any]) -> bool:
+    """Return whether several processes hold the devices."""
     return len({device.process_index for device in devices}) > 1
 
 
@@ -111,7 +107,7 @@ def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.
 
 def on_one_device(tree: Any, mesh: Mesh) -> Any:
     """Return a tree with whole arrays on the first of this process's devices; called by all processes."""
-    if not is_shared(mesh):
+    if not are_shared(mesh.devices.flat):
         return jax.device_put(tree, mesh.devices.flat[0])
     whole = jax.jit(lambda tree: tree, out_shardings=sharded(mesh))(tree)
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)

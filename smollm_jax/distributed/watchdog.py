@@ -28,19 +28,15 @@ STEP_SECONDS = 45.0  # for which a network may be down in a step, however short 
 EXCHANGE_SECONDS = 300.0  # for an exchange among processes, including the compilation of its program
 LONGEST_SECONDS = 3600.0  # for activities without a measure: the first step, a save, an evaluation's batch, setup
 TIMES_THE_USUAL = 20  # the median of recent steps, for a step
-LONG, SHORT = "long", "short"
 KEY = "smollm_jax/activity/"
-
-
-# own: between two steps; common: takes all processes; long: the other processes wait patiently
-Kind = Literal["own", "common", "long"]
 
 
 @dataclass
 class Limit:
     """The time limit of an activity, of which `passed` seconds are over."""
 
-    kind: Kind
+    kind: Literal["own", "common", "long"]
+    """own: between two steps; common: takes all processes; long: the other processes wait patiently."""
     seconds: float
     what: str
     passed: float = 0.0
@@ -63,13 +59,13 @@ class Watchdog:
 
     def limit(self) -> AbstractContextManager[None]:
         """Leave with exit code 75 if this process makes no progress between two steps for `OWN_SECONDS`."""
-        return self._within("own", OWN_SECONDS, "the work between two steps")
+        return self._within(Limit("own", OWN_SECONDS, "the work between two steps"))
 
     def step(self, rows: int, what: str) -> AbstractContextManager[None]:
         """Limit a step to 20 times the median duration of recent steps with this batch size."""
         took = self._usual.get(rows)
         usual = min(TIMES_THE_USUAL * statistics.median(took), LONGEST_SECONDS) if took else LONGEST_SECONDS
-        return self._within("common", STEP_SECONDS + usual, what)
+        return self._within(Limit("common", STEP_SECONDS + usual, what))
 
     def step_took(self, rows: int, seconds: float) -> None:
         """Record the duration of a step with this batch size, including the wait for the next rows."""
@@ -77,11 +73,11 @@ class Watchdog:
 
     def exchange(self) -> AbstractContextManager[None]:
         """Limit an exchange among all processes."""
-        return self._within("common", EXCHANGE_SECONDS, "an exchange among the processes")
+        return self._within(Limit("common", EXCHANGE_SECONDS, "an exchange among the processes"))
 
     def patient(self, what: str, seconds: float = LONGEST_SECONDS) -> AbstractContextManager[None]:
         """Limit an activity that may take long; meanwhile the limits of the other processes stand still."""
-        return self._within("long", seconds, what)
+        return self._within(Limit("long", seconds, what))
 
     def reset(self) -> None:
         """Start the current limit again: the activity makes progress."""
@@ -89,9 +85,9 @@ class Watchdog:
             limit.passed = 0.0
 
     @contextmanager
-    def _within(self, kind: Kind, seconds: float, what: str) -> Iterator[None]:
+    def _within(self, limit: Limit) -> Iterator[None]:
         """Hold a limit; the limit around it starts again afterwards."""
-        self._limits.append(Limit(kind, seconds, what))
+        self._limits.append(limit)
         try:
             yield
         finally:
@@ -101,14 +97,14 @@ class Watchdog:
     def _share(self, store: Any) -> None:
         published = ""
         for _ in self._ticks():
-            state = SHORT if any(limit.kind != "long" for limit in self._limits[-1:]) else LONG
+            state = "short" if any(limit.kind != "long" for limit in self._limits[-1:]) else "long"
             with suppress(Exception):  # a service that does not answer: JAX's heartbeats end the process
                 if state != published:
                     store.key_value_set(f"{KEY}{self.index}", state, allow_overwrite=True)
                     published = state
                 found = dict(store.key_value_dir_get(KEY))
                 others = [found.get(f"{KEY}{i}") for i in range(self.count) if i != self.index]
-                self.others_are_long = any(other != SHORT for other in others)
+                self.others_are_long = any(other != "short" for other in others)
 
     def _count(self) -> None:
         """Add the time that passes to the current limit; leave when the limit is exceeded."""

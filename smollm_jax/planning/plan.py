@@ -1,4 +1,4 @@
-"""Plan a run on devices that are not here: compile its train step ahead of time and see if it fits.
+"""Plan a run on devices that are not here: compile its train step ahead of time, see if it fits, and report it.
 
 libtpu compiles the very step of the run for a TPU slice, without a TPU and without the network, and its verdict
 on memory is the plan's. GPUs and more CPU devices than the process has have no compiler here: their memory is
@@ -17,7 +17,7 @@ import jax
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.sharding import make_mesh
 from smollm_jax.model.transformer import Policy
-from smollm_jax.planning.estimate import Step, memory_bytes
+from smollm_jax.planning.estimate import Step, estimate, memory_bytes, sent_bytes, traffic_bytes
 from smollm_jax.planning.topology import Topology, topology_of
 from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, use_precision_of
 from smollm_jax.runtime.errors import UserError
@@ -26,6 +26,7 @@ from smollm_jax.training.step import select_step_ops
 
 POLICIES: tuple[Policy, ...] = ("none", "dots", "full")
 HOPELESS = 1.5  # times the memory: a setting that needs more by formula is not compiled
+WIDTH = 34  # of the names in a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +42,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory_bytes <= self.topology.memory_bytes
-
-    @property
-    def attention(self) -> str:
-        return select_step_ops(self.step.config, self.step.mesh, self.step.dtype).kernels
 
 
 def make_plan(config: Config, topology: str) -> Plan:
@@ -74,8 +71,8 @@ def attempt(config: Config, topology: Topology, remat: Policy) -> Plan:
             needed = max(needed_by(str(error)), topology.memory_bytes + 1)
     else:
         needed = memory_bytes(step)
-    devices, parameters = topology.devices, config.model.num_parameters
-    needed += beside_the_step(devices[0].platform, parameters, devices=len(devices))
+    devices = topology.devices
+    needed += beside_the_step(devices[0].platform, config.model.num_parameters, devices=len(devices))
     return Plan(topology=topology, step=step, memory_bytes=needed)
 
 
@@ -124,3 +121,78 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
         if not left and fsdp > sizes.get("fsdp", 1):
             mesh = f"data={data},fsdp={fsdp}" + (f",tensor={tensor}" if tensor > 1 else "")
             yield from ({"remat": "full", "grad_accum": accum, "mesh": mesh} for accum in accums)
+
+
+def table(plan: Plan) -> str:
+    """Return a line per fact, its unit in its name; facts that no compiler or device confirms say ESTIMATE."""
+    facts = as_dict(plan)
+    speeds = facts.pop("estimate", None) or {}
+    estimates = {"bytes_per_token", "bytes_sent_per_step", *speeds}
+    if not plan.topology.compiles:
+        estimates.add("memory_bytes")
+    return "\n".join(
+        f"{'ESTIMATE ' * (name in estimates) + name.replace('_', ' '):<{WIDTH}}{_readable(name, value)}"
+        for name, value in (facts | speeds).items()
+    )
+
+
+def _readable(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(name, entry)}" for key, entry in value.items())
+    if isinstance(value, str | bool | None):
+        return str(value)
+    if "memory" in name and "bytes" in name:
+        return f"{value:,} ({value / 2**30:.2f} GiB per chip)"
+    return f"{value:,.4g}" if abs(value) < 1_000 else f"{value:,.0f}"
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Return the facts as bytes, seconds and FLOPs, ready for JSON; without speed if the run does not fit."""
+    step, config, model = plan.step, plan.step.config, plan.step.config.model
+    facts = {
+        "topology": plan.topology.name,
+        "chips": step.mesh.size,
+        "mesh": dict(step.mesh.shape),
+        "parameters": model.num_parameters,
+        "batch_size": step.batch_size,
+        "batch_a_chip": step.rows_per_chip,
+        "seq_len": config.data.seq_len,
+        "grad_accum": config.compute.grad_accum,
+        "dtype": step.dtype.name,
+        "remat": step.remat,
+        "attention": select_step_ops(config, step.mesh, step.dtype).kernels,
+        "compiled": plan.topology.compiles,
+        "flops_per_token": model.flops_per_token(config.data.seq_len),
+        "bytes_per_token": traffic_bytes(step) / step.tokens_per_chip,
+        "memory_bytes": plan.memory_bytes,
+        "memory_limit_bytes": plan.topology.memory_bytes,
+        "fits": plan.fits,
+        "remedy": plan.remedy,
+        "verdict": verdict(plan),
+    }
+    return facts | ({"bytes_sent_per_step": sent_bytes(step), "estimate": speed(plan)} if plan.fits else {})
+
+
+def verdict(plan: Plan) -> str:
+    """Return whether the run fits, who says so, and what to do if it does not."""
+    source = "by the compiler" if plan.topology.compiles else "by formula only: there is no compiler for it here"
+    if plan.fits:
+        return f"fits, {source}"
+    if plan.memory_bytes == plan.topology.memory_bytes + 1:  # the least that does not fit: no size was named
+        source += ", which refused it without naming a size"
+    nothing = "no more remat, microbatches or fsdp helps; give a smaller --batch-size, or more chips"
+    return f"does not fit, {source}; {f'it would with {plan.remedy}' if plan.remedy else nothing}"
+
+
+def speed(plan: Plan) -> dict[str, float] | None:
+    """Estimate the largest step and the whole recipe; None if no peak is known for the device and dtype."""
+    chip, phases = plan.topology.chip, plan.step.config.phases
+    if chip is None or plan.step.dtype.name != "bfloat16":
+        return None
+    by_size = {
+        phase.batch_size: estimate(replace(plan.step, batch_size=phase.batch_size), chip) for phase in phases
+    }
+    return by_size[plan.step.batch_size] | {
+        "recipe_tokens": sum(phase.steps * phase.batch_size for phase in phases) * plan.step.config.data.seq_len,
+        "recipe_seconds": sum(phase.steps * by_size[phase.batch_size]["step_seconds"] for phase in phases),
+    }

@@ -89,36 +89,36 @@ def topology_of(topology: str) -> Topology:
     name, _, shape = topology.partition(":")
     name = "gpu-h100" if name == "gpu" else name
     chip, dims = CHIPS.get(name), [int(dim) if dim.isdecimal() else 0 for dim in shape.split("x")]
-    known = (chip is not None or name == "cpu") and all(dims)
-    if chip is not None and chip.torus_dims > 0 and known:
-        return _tpu(name, chip, dims)
-    require(known and len(dims) == 1, f"--topology {topology}: {EXPECTED}")
-    topology, count = f"{name}:{dims[0]}", dims[0]
+    is_torus = chip is not None and chip.torus_dims > 0
+    known = (chip is not None or name == "cpu") and all(dims) and (is_torus or len(dims) == 1)
+    require(known, f"--topology {topology}: {EXPECTED}")
+    topology, count = f"{name}:{'x'.join(map(str, dims))}", math.prod(dims)
     if chip is None:
         here = jax.devices("cpu")
         devices = here[:count] if count <= len(here) else [AbstractDevice(i, "cpu", "cpu") for i in range(count)]
-        memory_bytes = total_bytes(here[0], devices=count)
-        return Topology(topology, devices, memory_bytes, chip=None, compiles=count <= len(here))
+        return Topology(topology, devices, total_bytes(here[0], devices=count), chip, compiles=count <= len(here))
+    if is_torus:
+        require(
+            len(dims) == chip.torus_dims, f"--topology {topology}: {name} has {chip.torus_dims} dims; {EXPECTED}"
+        )
+        require(count <= chip.pod_chips, f"--topology {topology}: a pod of {name} has {chip.pod_chips:,} chips")
+        return Topology(topology, _tpu_slice(topology, count), chip.memory_bytes, chip, compiles=True)
     kind, capability = chip.device_kind, chip.compute_capability
     gpus = [AbstractDevice(i, "gpu", kind, capability, process_index=i // GPUS_PER_MACHINE) for i in range(count)]
     return Topology(topology, gpus, chip.memory_bytes, chip, compiles=False)
 
 
-def _tpu(name: str, chip: Chip, dims: list[int]) -> Topology:
-    topology, chips = f"{name}:{'x'.join(map(str, dims))}", math.prod(dims)
-    require(len(dims) == chip.torus_dims, f"--topology {topology}: {name} has {chip.torus_dims} dims; {EXPECTED}")
-    require(chips <= chip.pod_chips, f"--topology {topology}: a pod of {name} has {chip.pod_chips:,} chips")
+def _tpu_slice(topology: str, chips: int) -> list[Any]:
     has_libtpu = importlib.util.find_spec("libtpu") is not None
     require(has_libtpu, "a plan for a TPU needs its compiler, libtpu: pip install 'smollm-jax[plan]'")
     os.environ |= QUIET_LIBTPU | os.environ
     # a program sees the two cores of a v4, as of a v5p, as one device
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     if chips == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
         raise UserError(f"--topology {topology}: libtpu knows no such slice: {error}") from None
-    return Topology(topology, list(devices), chip.memory_bytes, chip, compiles=True)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.distributed.sharding import bytes_a_device, is_shared, layout_of, on_devices, padded_rows, sharded
+from smollm_jax.distributed.sharding import are_shared, bytes_a_device, layout_of, on_devices, padded_rows, sharded
 from smollm_jax.kernels.select import ops_of, select_checked_ops
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy
@@ -38,7 +38,7 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(layout_of(state), sharded(mesh)),
     )
-    return step.lower(state, rows, rows, *([votes] if is_shared(mesh) else [])).compile()
+    return step.lower(state, rows, rows, *([votes] if are_shared(mesh.devices.flat) else [])).compile()
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:

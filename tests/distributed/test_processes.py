@@ -232,7 +232,7 @@ def test_half_a_job_is_refused(flags, words):
 def untouched(monkeypatch):
     """Connecting leaves the signals and the standard output of this process as they are."""
     monkeypatch.setattr("smollm_jax.distributed.launch._keep_stdout", lambda: None)
-    monkeypatch.setattr("smollm_jax.distributed.launch._explain_abort", list)
+    monkeypatch.setattr("smollm_jax.distributed.launch._on_abort", lambda _: None)
     monkeypatch.setattr("smollm_jax.distributed.launch._wait_for", lambda _: None)
 
 
@@ -247,32 +247,31 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_is_recognised(monkeypatch, launcher):
     asked = {}
-    monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
+    monkeypatch.setattr("jax.distributed.initialize", lambda *place, **given: asked.update(given, place=place))
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "WARNING: could not determine hosts, please set it")
     assert not connect(ComputeConfig()).several
     assert not asked
     for name, value in LAUNCHERS[launcher].items():
         monkeypatch.setenv(name, value)
     connect(ComputeConfig())
-    assert "coordinator_address" not in asked  # it is the library that asks the launcher
+    assert asked["place"] == (None, None, None)  # it is the library that asks the launcher
     assert asked["initialization_timeout"] > 0
 
 
 @pytest.mark.usefixtures("untouched")
 def test_an_indexed_kubernetes_job_is_recognised(monkeypatch):
-    asked = {}
-    monkeypatch.setattr("jax.distributed.initialize", lambda **given: asked.update(given))
+    asked = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *place, **_: asked.append(place))
     names = {"JOB_COMPLETION_INDEX": "1", "JAX_COORDINATOR_ADDRESS": "run-0.run:1234", "JAX_NUM_PROCESSES": "4"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     connect(ComputeConfig())
-    given = {name: asked[name] for name in ("coordinator_address", "process_id", "num_processes")}
-    assert given == {"coordinator_address": "run-0.run:1234", "process_id": 1, "num_processes": 4}
+    assert asked == [("run-0.run:1234", 4, 1)]
 
 
 @pytest.mark.usefixtures("untouched")
 def test_a_tpu_of_one_host_is_a_process_alone(monkeypatch):
-    def nobody(**_):
+    def nobody(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr("jax.distributed.initialize", nobody)
