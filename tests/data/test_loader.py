@@ -352,7 +352,8 @@ def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
     for number in range(1, 6):
         document, _ = source.draw()
         window = source._next.result(30)
-        assert window.position[:2] == (0, number)
+        following = source._current.following
+        assert (following["epoch"], following["number"]) == (0, number)
         assert document not in [other for other, _ in window.documents]
         for _ in range(7):
             source.draw()
