@@ -10,20 +10,19 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.settings import Config
 from smollm_jax.data.fingerprint import changed_files
 from smollm_jax.data.packing import Batch, Packer, num_targets
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count
-from smollm_jax.data.sources import Document, Shard, Source, mixture, open_source
+from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count, text_hash
+from smollm_jax.data.sources import Document, Shard, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -103,10 +102,11 @@ class BatchIterator:
         self.sources = [source for shard in shards.values() for source in shard.sources]
 
     def __next__(self) -> tuple[Batch, Cursor]:
-        if self.step >= self.loader.steps:
+        config = self.loader.config
+        if self.step >= config.total_steps:
             raise StopIteration
-        count = self.loader.config.shards
-        rows = self.loader.batch_size_at(self.step + 1) // count
+        count = config.data.shards
+        rows = config.batch_size_at(self.step + 1) // count
         made = [shard.batch(rows) for shard in self.shards.values()]
         tokens = np.concatenate([part.tokens for part in made])
         segment_ids = np.concatenate([part.segment_ids for part in made])
@@ -115,13 +115,8 @@ class BatchIterator:
         if ended and num_targets(batch) == 0:
             raise StopIteration
         self.step += 1
-        return batch, self.cursor
-
-    @property
-    def cursor(self) -> Cursor:
-        """Plain JSON: the position of each shard, and what the next batches depend on."""
         shards = {str(index): shard.cursor for index, shard in self.shards.items()}
-        return {"step": self.step, **self.loader.fixed, "skipped": _skipped(shards), "lanes": shards}
+        return batch, {"step": self.step, **self.loader.fixed, "skipped": _skipped(shards), "lanes": shards}
 
     def documents(self) -> list[dict[str, Any]]:
         """Return source, file, row and text of each document in the last batch."""
@@ -133,26 +128,34 @@ class BatchIterator:
             source.close()
 
 
-@dataclass(frozen=True)
 class Loader:
-    """The training data of a run: `at` and `prefetch` give its batches from any cursor on."""
+    """The training data of a run: `at` gives its batches from any cursor on.
 
-    config: DataConfig
-    tokenizer: Tokenizer
-    mixture: list[tuple[Source, float]]
-    seed: int
-    batch_size_at: Callable[[int], int]
-    steps: int
-    excluded: frozenset[int]
-    shards: list[int]
+    `fixed` is what the batches depend on besides the settings: hashes of files, tokenizer and held-out texts.
+    """
 
-    @cached_property
-    def fixed(self) -> Cursor:
-        """What the batches depend on besides the settings: hashes of files, tokenizer and held-out texts."""
-        return {
-            "shards": self.config.shards,
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        held_out: Iterable[TokenizedDocument] = (),
+        *,
+        shards: Iterable[int] | None = None,
+        resumes: bool = False,
+    ):
+        """Open the sources, without the texts of `held_out`; raises as `open_source` does.
+
+        `shards` are the neighbouring shards wanted of the `config.data.shards`; None for all.
+        """
+        data = config.data
+        self.config, self.tokenizer = config, tokenizer
+        self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
+        self.excluded = frozenset(text_hash(document.text) for document, _ in held_out)
+        self.shards = list(range(data.shards) if shards is None else shards)
+        self.fixed: Cursor = {
+            "shards": data.shards,
             "fingerprints": {source.name: source.fingerprint for source, _ in self.mixture},
-            "tokenizer": self.tokenizer.fingerprint[:16],
+            "tokenizer": tokenizer.fingerprint[:16],
             "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(self.excluded)).encode()),
         }
 
@@ -172,15 +175,12 @@ class Loader:
                 source.prepare()
         return batches
 
-    def prefetch(self, cursor: Any) -> PrefetchLoader:
-        """Return the batches after `cursor`, made ahead of the device; raises as `at` does."""
-        return PrefetchLoader(self, cursor)
-
     def _open_shard(self, index: int) -> ShardStream:
-        shard = Shard(index, self.config.shards)
+        seed, data = self.config.run.seed, self.config.data
+        shard = Shard(index, data.shards)
         shuffle = partial(ShuffledSource, tokenizer=self.tokenizer, excluded=self.excluded, shard=shard)
-        shuffled = [(shuffle(s, seed=[self.seed, i]), weight) for i, (s, weight) in enumerate(self.mixture)]
-        return ShardStream(shuffled, self.config.seq_len)
+        shuffled = [(shuffle(s, seed=[seed, i]), weight) for i, (s, weight) in enumerate(self.mixture)]
+        return ShardStream(shuffled, data.seq_len)
 
     def _check(self, cursor: Any) -> None:
         afresh = "bring the old ones back, or start afresh with --new-run"
@@ -192,27 +192,6 @@ class Loader:
         for key, what in (("tokenizer", "tokenizer"), ("held_out", "held-out documents"), ("shards", "shards")):
             require(cursor[key] == self.fixed[key], f"the {what} changed since the checkpoint; {afresh}")
         require(is_count(cursor["step"]), f"{DAMAGED}: step={cursor['step']!r:.40} is not a count")
-
-
-def open_loader(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seed: int,
-    batch_size_at: Callable[[int], int],
-    steps: int,
-    excluded: frozenset[int] = frozenset(),
-    shards: Iterable[int] | None = None,
-    resumes: bool = False,
-) -> Loader:
-    """Open the sources of `config.data`, without the texts whose hashes are in `excluded`.
-
-    `shards` are the neighbouring shards wanted of the `config.shards`; None for all. `batch_size_at` maps a
-    step, from 1, to the rows of its batch. Raises as `open_source` does.
-    """
-    sources = [(open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)]
-    wanted = list(range(config.shards) if shards is None else shards)
-    return Loader(config, tokenizer, sources, seed, batch_size_at, steps, excluded, wanted)
 
 
 def merge_cursors(cursors: list[Cursor]) -> Cursor:
@@ -230,8 +209,10 @@ class PrefetchLoader:
     """Batches made ahead of the device by a thread; `get` never blocks for long, so that a stop is noticed."""
 
     def __init__(self, loader: Loader, cursor: Any):
+        """Begin after `cursor`; raises as `Loader.at` does."""
         self.loader = loader
-        self._queue: queue.Queue[Any] = queue.Queue(BATCHES_AHEAD)
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._room = threading.Semaphore(BATCHES_AHEAD)
         self._closed = threading.Event()
         self._batches = loader.at(cursor)
         self._thread = threading.Thread(target=self._produce, name="data", daemon=True)
@@ -250,6 +231,7 @@ class PrefetchLoader:
         if isinstance(item, BaseException):
             self._queue.put(item)  # every later call raises it again
             raise item
+        self._room.release()
         return item
 
     def documents_of(self, cursor: Cursor | None) -> list[dict[str, Any]]:
@@ -262,19 +244,14 @@ class PrefetchLoader:
         """Stop making batches."""
         atexit.unregister(self.close)
         self._closed.set()
+        self._room.release()
         self._batches.close()
         self._thread.join(CLOSE_SECONDS)
 
     def _produce(self) -> None:
-        item: Any = None
-        while not isinstance(item, BaseException) and not self._closed.is_set():
-            try:
-                item = next(self._batches)
-            except BaseException as error:  # it is raised where the batch is asked for
-                item = error
+        try:
             while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
+                self._queue.put(next(self._batches))
+                self._room.acquire()
+        except BaseException as error:  # `get` raises it
+            self._queue.put(error)

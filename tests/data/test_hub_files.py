@@ -11,9 +11,9 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.data import hub_files, sources
-from smollm_jax.data.loader import open_loader
+from smollm_jax.data.loader import Loader, PrefetchLoader
 from smollm_jax.data.sources import open_source
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
@@ -86,10 +86,8 @@ def texts_of(name="parquet", **changes):
 
 
 def prefetch(config, tokenizer, cursor=None):
-    loader = open_loader(
-        config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6, resumes=cursor is not None
-    )
-    return loader.prefetch(cursor)
+    run = RunConfig(seed=1, phases="1000000x4")
+    return PrefetchLoader(Loader(Config(data=config, run=run), tokenizer, resumes=cursor is not None), cursor)
 
 
 def take(config, tokenizer, cursor=None, count=10**6):
@@ -183,12 +181,12 @@ def test_closing_does_not_wait_for_a_stalled_read_and_leaves_no_thread_in_it(hub
 EXIT_IN_A_STALL = """
 import sys, time
 from tests.support.texts import small_tokenizer
-from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.loader import open_loader
-config = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
-loader = open_loader(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 1, steps=9)
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
+from smollm_jax.data.loader import Loader, PrefetchLoader
+data = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
+loader = Loader(Config(data=data, run=RunConfig(phases="9x1")), small_tokenizer())
 if sys.argv[1] == "prefetch":
-    stream = loader.prefetch(None)
+    stream = PrefetchLoader(loader, None)
 else:
     next(loader.at(None))
 time.sleep(1)
