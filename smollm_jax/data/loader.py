@@ -18,7 +18,6 @@ import numpy as np
 import xxhash
 
 from smollm_jax.config.settings import Config
-from smollm_jax.data.fingerprint import changed_files
 from smollm_jax.data.packing import Batch, Packer, num_targets
 from smollm_jax.data.readers import Cursor
 from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count, text_hash
@@ -187,7 +186,7 @@ class Loader:
         for source, _ in self.mixture:
             name, now, then = source.name, source.fingerprint, cursor["fingerprints"].get(source.name)
             require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
-            changes = changed_files(source.files, now, then)
+            changes = source.changes_since(then)
             require(now == then, f"the files of {name} changed since the checkpoint ({changes}); {afresh}")
         for key, what in (("tokenizer", "tokenizer"), ("held_out", "held-out documents"), ("shards", "shards")):
             require(cursor[key] == self.fixed[key], f"the {what} changed since the checkpoint; {afresh}")

@@ -6,7 +6,6 @@ About 2 MB, each text once, in an order fixed by a seed; the same for everyone o
 from __future__ import annotations
 
 import ast
-import inspect
 import random
 import sysconfig
 import warnings
@@ -38,13 +37,10 @@ def _texts() -> Iterator[str]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in code that is only read for its prose
+        with warnings.catch_warnings(action="ignore"):  # of old escapes in code that is only read for its prose
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node, clean=False)
-            if text:
-                yield inspect.cleandoc(text).encode("utf-8", "ignore").decode()
+            yield (ast.get_docstring(node) or "").encode("utf-8", "ignore").decode()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from smollm_jax.runtime.errors import UserError, one_line
+from smollm_jax.runtime.errors import UserError, one_line, require
 
 Cursor = dict[str, Any]
 RowFilter = Callable[[int], bool]
@@ -86,8 +86,8 @@ def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
 
 
 def _require_column(column: str, names: list[str], path: str) -> None:
-    if column not in names:
-        raise UserError(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
+    known = column in names
+    require(known, f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -71,7 +71,7 @@ def hub(content, tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(sources, "FRESH_SECONDS", 0.5)
     monkeypatch.setattr(retry, "FRESH_SECONDS", 0.5)
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     yield hub
     hub.stop()
 
@@ -253,7 +253,7 @@ def test_a_hub_that_stays_down_past_the_timeout_is_a_source_timeout(hub, tokeniz
 def test_a_resumed_run_waits_for_the_list_of_files_and_a_new_one_does_not(hub, tokenizer):
     config = config_of(epochs=1, data_timeout=20)
     expected = take(config, tokenizer)
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     with hub.down():
         began = time.monotonic()
         with pytest.raises(ValueError, match=r"has not answered for \d+ s .*--recipe quickstart") as caught:
@@ -284,12 +284,12 @@ def test_a_listing_that_stalls_ends_too(monkeypatch):
 def test_files_that_changed_on_the_hub_are_refused_by_name(hub, content, tokenizer):
     config = config_of()
     cursor = take(config, tokenizer, count=2)[1][1]
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     hub.commit = "d" * 40  # a new commit that leaves the data alone changes nothing
     assert len(take(config, tokenizer, cursor, 1)) == 1
     hub.files["datasets/me/texts"]["parquet/train-3.parquet"] = content["parquet/test-0.parquet"]
     hub.commit = "e" * 40
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     with pytest.raises(ValueError, match=r"me/texts:parquet changed .*new or changed: .*train-3\.parquet"):
         take(config, tokenizer, cursor)
 
