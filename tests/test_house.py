@@ -19,9 +19,9 @@ PACKAGE = ROOT / "smollm_jax"
 HOUSE = {
     "runtime": ("", 565),
     "config": ("runtime", 553),
-    "tokenizer": ("runtime", 271),
+    "tokenizer": ("runtime", 259),
     "model": ("config runtime", 547),
-    "data": ("tokenizer config runtime", 1_302),
+    "data": ("tokenizer config runtime", 1_179),
     "distributed": ("config runtime", 576),
     "kernels": ("model config runtime", 1_252),
     "hf": ("model tokenizer config runtime", 682),

@@ -30,22 +30,23 @@ BATCHES_AHEAD = 4  # made while the device works; two windows of tokens are held
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `UserError` if the tokenizer has ids that the model has no embedding for."""
-    require(
-        tokenizer.vocab_size <= vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size:,} entries, the model only vocab_size={vocab_size:,}; "
-        "give --vocab-size or another --tokenizer",
-    )
+    sizes = f"the tokenizer has {tokenizer.vocab_size:,} entries, the model only vocab_size={vocab_size:,}"
+    require(tokenizer.vocab_size <= vocab_size, f"{sizes}; give --vocab-size or another --tokenizer")
 
 
 class ShardStream:
-    """The rows of one shard, packed from a mixture of shuffled sources.
+    """The rows of shard `index`, packed from a mixture of shuffled sources.
 
     The next document comes from the source furthest below the share of tokens that its weight asks for.
     """
 
-    def __init__(self, mixture: list[tuple[ShuffledSource, float]], seq_len: int):
-        self.mixture, self.sources = mixture, [source for source, _ in mixture]
-        self.packer: Packer[Document] = Packer(seq_len)
+    def __init__(self, loader: Loader, index: int):
+        seed, data = loader.config.run.seed, loader.config.data
+        shard = Shard(index, data.shards)
+        shuffle = partial(ShuffledSource, tokenizer=loader.tokenizer, excluded=loader.excluded, shard=shard)
+        self.mixture = [(shuffle(s, seed=[seed, i]), weight) for i, (s, weight) in enumerate(loader.mixture)]
+        self.sources = [source for source, _ in self.mixture]
+        self.packer: Packer[Document] = Packer(data.seq_len)
         self.ended = False
         self._before: list[Cursor] = []  # states of the sources before the last document was drawn
         self._carried: int | None = None  # offset in the first document after a seek
@@ -90,15 +91,28 @@ class ShardStream:
 
 
 class BatchIterator:
-    """The batches of a run in order, each with its cursor; synchronous.
+    """The batches after `cursor`, None for all, each with its own cursor; synchronous.
 
-    If `shards` are not all shards of the loader, the batches hold only the rows of those shards and never
+    If the shards of the loader are not all shards, the batches hold only the rows of those shards and never
     end, because this process cannot know whether the other shards have ended.
     """
 
-    def __init__(self, loader: Loader, shards: dict[int, ShardStream]):
-        self.loader, self.shards, self.step = loader, shards, 0
-        self.sources = [source for shard in shards.values() for source in shard.sources]
+    def __init__(self, loader: Loader, cursor: Any):
+        """Raise `UserError` if the batches after `cursor` would not be the same."""
+        self.loader, self.step = loader, 0
+        self.shards = {index: ShardStream(loader, index) for index in loader.shards}
+        self.sources = [source for shard in self.shards.values() for source in shard.sources]
+        if cursor is not None:
+            try:
+                loader.check(cursor)
+                self.step = cursor["step"]
+                for index, shard in self.shards.items():
+                    shard.seek(cursor["lanes"][str(index)])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
+        if len(self.shards) > 1:  # one by one, each would wait for its first window
+            for source in self.sources:
+                source.prepare()
 
     def __next__(self) -> tuple[Batch, Cursor]:
         config = self.loader.config
@@ -122,13 +136,9 @@ class BatchIterator:
         found = [document for shard in self.shards.values() for document in shard.packer.documents]
         return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in found]
 
-    def close(self) -> None:
-        for source in self.sources:
-            source.close()
-
 
 class Loader:
-    """The training data of a run: `at` gives its batches from any cursor on.
+    """The training data of a run, opened once; a `BatchIterator` reads it from any cursor on.
 
     `fixed` is what the batches depend on besides the settings: hashes of files, tokenizer and held-out texts.
     """
@@ -158,30 +168,8 @@ class Loader:
             "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(self.excluded)).encode()),
         }
 
-    def at(self, cursor: Any) -> BatchIterator:
-        """Return the batches after `cursor`, None for all; raises `UserError` if they would not be the same."""
-        batches = BatchIterator(self, {index: self._open_shard(index) for index in self.shards})
-        if cursor is not None:
-            try:
-                self._check(cursor)
-                batches.step = cursor["step"]
-                for index, shard in batches.shards.items():
-                    shard.seek(cursor["lanes"][str(index)])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
-        if len(self.shards) > 1:  # one by one, each would wait for its first window
-            for source in batches.sources:
-                source.prepare()
-        return batches
-
-    def _open_shard(self, index: int) -> ShardStream:
-        seed, data = self.config.run.seed, self.config.data
-        shard = Shard(index, data.shards)
-        shuffle = partial(ShuffledSource, tokenizer=self.tokenizer, excluded=self.excluded, shard=shard)
-        shuffled = [(shuffle(s, seed=[seed, i]), weight) for i, (s, weight) in enumerate(self.mixture)]
-        return ShardStream(shuffled, data.seq_len)
-
-    def _check(self, cursor: Any) -> None:
+    def check(self, cursor: Any) -> None:
+        """Raise `UserError` if `cursor` belongs to other data."""
         afresh = "bring the old ones back, or start afresh with --new-run"
         for source, _ in self.mixture:
             name, now, then = source.name, source.fingerprint, cursor["fingerprints"].get(source.name)
@@ -208,12 +196,12 @@ class PrefetchLoader:
     """Batches made ahead of the device by a thread; `get` never blocks for long, so that a stop is noticed."""
 
     def __init__(self, loader: Loader, cursor: Any):
-        """Begin after `cursor`; raises as `Loader.at` does."""
+        """Begin after `cursor`; raises as `BatchIterator` does."""
         self.loader = loader
         self._queue: queue.Queue[Any] = queue.Queue()
         self._room = threading.Semaphore(BATCHES_AHEAD)
         self._closed = threading.Event()
-        self._batches = loader.at(cursor)
+        self._batches = BatchIterator(loader, cursor)
         self._thread = threading.Thread(target=self._produce, name="data", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -235,7 +223,7 @@ class PrefetchLoader:
 
     def documents_of(self, cursor: Cursor | None) -> list[dict[str, Any]]:
         """Return source, file, row and text of each document in the batch after `cursor`."""
-        batches = self.loader.at(cursor)
+        batches = BatchIterator(self.loader, cursor)
         next(batches)
         return batches.documents()
 
@@ -244,7 +232,8 @@ class PrefetchLoader:
         atexit.unregister(self.close)
         self._closed.set()
         self._room.release()
-        self._batches.close()
+        for source in self._batches.sources:
+            source.close()
         self._thread.join(CLOSE_SECONDS)
 
     def _produce(self) -> None:

@@ -20,19 +20,16 @@ NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages
 @cache
 def python_docs() -> tuple[str, ...]:
     """The distinct texts."""
-    ordered = sorted({text for text in _texts() if len(text) >= SHORTEST})
-    random.Random(0).shuffle(ordered)
-    return tuple(ordered)
-
-
-def _texts() -> Iterator[str]:
     from pydoc_data import topics
 
-    yield from (text.strip() for text in topics.topics.values())
+    texts = {text.strip() for text in topics.topics.values()}
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
+    for path in library.rglob("*.py"):
         if not NOT_THE_LIBRARY & set(path.relative_to(library).parts):
-            yield from _docstrings(path)
+            texts.update(_docstrings(path))
+    ordered = sorted(text for text in texts if len(text) >= SHORTEST)
+    random.Random(0).shuffle(ordered)
+    return tuple(ordered)
 
 
 def _docstrings(path: Path) -> Iterator[str]:

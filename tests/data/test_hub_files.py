@@ -182,13 +182,13 @@ EXIT_IN_A_STALL = """
 import sys, time
 from tests.support.texts import small_tokenizer
 from smollm_jax.config.settings import Config, DataConfig, RunConfig
-from smollm_jax.data.loader import Loader, PrefetchLoader
+from smollm_jax.data.loader import BatchIterator, Loader, PrefetchLoader
 data = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
 loader = Loader(Config(data=data, run=RunConfig(phases="9x1")), small_tokenizer())
 if sys.argv[1] == "prefetch":
     stream = PrefetchLoader(loader, None)
 else:
-    next(loader.at(None))
+    next(BatchIterator(loader, None))
 time.sleep(1)
 sys.exit(3)
 """

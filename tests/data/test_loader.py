@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.data.heldout import batches_in_order, held_out
-from smollm_jax.data.loader import BATCHES_AHEAD, Loader, PrefetchLoader, check_vocab, merge_cursors
+from smollm_jax.data.loader import BATCHES_AHEAD, BatchIterator, Loader, PrefetchLoader, check_vocab, merge_cursors
 from smollm_jax.data.packing import pack
 from smollm_jax.data.shuffle import ShuffledSource, tokenize
 from smollm_jax.data.sources import WHOLE, Shard, open_source
@@ -51,7 +51,7 @@ def open_at(data, tokenizer, cursor=None, *, seed=3, phases="1000000x4", held=()
 
 def batches_of(data, tokenizer, cursor=None, shards=None):
     config = Config(data=data, run=RunConfig(seed=3, phases="1000000x4"))
-    return Loader(config, tokenizer, shards=shards).at(cursor)
+    return BatchIterator(Loader(config, tokenizer, shards=shards), cursor)
 
 
 def take(stream, count=10**6):
