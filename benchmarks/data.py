@@ -13,9 +13,10 @@ from itertools import islice
 from typing import Any
 
 from benchmarks.harness.tables import Row, as_command, finish, spread
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.data.heldout import head_texts
-from smollm_jax.data.loader import PrefetchLoader, open_loader
+from smollm_jax.data.loader import Loader, PrefetchLoader
 from smollm_jax.data.packing import num_targets, pack
 from smollm_jax.data.shuffle import tokenize
 from smollm_jax.data.sources import Document, mixture, open_source
@@ -99,7 +100,9 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def endless(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> PrefetchLoader:
-    return open_loader(config, tokenizer, seed=0, batch_size_at=lambda _: batch_size, steps=2**40).prefetch(None)
+    run = RunConfig(phases=f"{2**31 - 1}x{batch_size}")
+    model = ModelConfig(max_seq_len=config.seq_len)
+    return PrefetchLoader(Loader(Config(data=config, run=run, model=model), tokenizer), None)
 
 
 def read_stream(stream: PrefetchLoader, targets: int) -> tuple[float, float, int]:

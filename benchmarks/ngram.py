@@ -64,7 +64,7 @@ def ngram(*, recipe: str = "quickstart", orders: tuple[int, ...] = (1, 2, 3, 4))
     """
     config = RECIPES[recipe].data
     tokenizer = load_tokenizer(config.tokenizer, documents=head_texts(config))
-    held = [ids.tolist() for ids in held_out(config, tokenizer).tokens]
+    held = [ids.tolist() for _, ids in held_out(config, tokenizer)]
     eos = tokenizer.eos_id
     training = [[*ids.tolist(), eos] for ids in tokenizer.encode_batch(list(head_texts(config)))]
     targets = sum(len(ids) - 1 for ids in held)

@@ -6,14 +6,11 @@ A held-out document is identified by a hash of its text, so copies of it elsewhe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
-
-import numpy as np
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, pack
-from smollm_jax.data.shuffle import text_hash, tokenize
+from smollm_jax.data.shuffle import TokenizedDocument, text_hash, tokenize
 from smollm_jax.data.sources import Document, mixture, open_source
 from smollm_jax.runtime.errors import require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -21,33 +18,17 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 HELD_OUT_EVERY = 10  # every tenth document from the head of a source, until there are enough
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Documents that are never trained on, and their tokens."""
-
-    documents: list[Document]
-    tokens: list[np.ndarray]
-    seq_len: int
-
-    @property
-    def hashes(self) -> frozenset[int]:
-        return frozenset(text_hash(document.text) for document in self.documents)
-
-    def batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[Batch]:
-        """Yield the documents in rows, always in the same order; only the last batch has padding."""
-        documents = zip(self.documents, self.tokens, strict=True)
-        return islice(pack(documents, self.seq_len, batch_size), max_batches)
-
-
-def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> HeldOut:
+def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> list[TokenizedDocument]:
     """Hold out the first documents of `eval_data`, or every tenth from the head of the training sources.
 
-    Raises `UserError` if there are none, and as `open_source` and `Source.documents` do.
+    Returns none for `eval_documents=0`. Raises `UserError` if there are none otherwise, and as `open_source` and
+    `Source.documents` do.
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data
-    require(bool(documents), f"{name} has no document to hold out; give --eval-data, or --eval-documents 0")
-    return HeldOut(documents, [ids for _, ids in tokenize(documents, tokenizer)], config.seq_len)
+    found = bool(documents) or not config.eval_documents
+    require(found, f"{name} has no document to hold out; give --eval-data, or --eval-documents 0")
+    return list(tokenize(documents, tokenizer))
 
 
 def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
@@ -61,8 +42,7 @@ def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) 
 
 def head_texts(config: DataConfig) -> Iterator[str]:
     """Yield texts from the head of each source in turn, without the held-out texts."""
-    documents = _held_out_documents(config) if config.eval_documents else []
-    excluded = {text_hash(document.text) for document in documents}
+    excluded = {text_hash(document.text) for document in _held_out_documents(config)}
     heads = [open_source(spec, config).documents() for spec, _ in mixture(config.data)]
     for document in chain.from_iterable(zip_longest(*heads)):
         if document is not None and text_hash(document.text) not in excluded:
@@ -72,7 +52,7 @@ def head_texts(config: DataConfig) -> Iterator[str]:
 def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Document]:
     every = 1 if config.eval_data else HELD_OUT_EVERY
     documents: dict[int, Document] = {}
-    for spec, weight in mixture(config.eval_data or config.data):
+    for spec, weight in mixture(config.eval_data or config.data) if config.eval_documents else ():
         wanted = max(1, round(config.eval_documents * weight))
         chosen: dict[int, Document] = {}
         for document in islice(open_source(spec, config, resumes=resumes).documents(), every - 1, None, every):

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from smollm_jax.runtime.background import BackgroundTask
@@ -36,8 +36,9 @@ class HubFile:
     content: str
 
 
+@cache  # what is held out and what is trained on come from the same revision
 def list_files(spec: str, split: str, *, patience: float) -> list[HubFile]:
-    """List the files of `OWNER/NAME:CONFIG`, in order.
+    """List the files of `OWNER/NAME:CONFIG`, in order; the same list for the rest of the process.
 
     Raises `UserError` if there is no such dataset, config or split, and `SourceTimeout` if the Hub has not
     answered for `patience` seconds.
@@ -45,12 +46,9 @@ def list_files(spec: str, split: str, *, patience: float) -> list[HubFile]:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     repo, _, config = spec.partition(":")
-
-    def ask() -> list[HubFile]:
-        return BackgroundTask(partial(_list, repo, config or None, split)).result(LISTING_SECONDS)
-
+    listing = partial(_list, repo, config or None, split)
     try:
-        return retry(ask, spec, patience, threading.Event())
+        return retry(lambda: BackgroundTask(listing).result(LISTING_SECONDS), spec, patience, threading.Event())
     except SourceTimeout:
         raise
     except RepositoryNotFoundError:

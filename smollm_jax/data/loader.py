@@ -10,20 +10,18 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.fingerprint import changed_files
+from smollm_jax.config.settings import Config
 from smollm_jax.data.packing import Batch, Packer, num_targets
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count
-from smollm_jax.data.sources import Document, Shard, Source, mixture, open_source
+from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count, text_hash
+from smollm_jax.data.sources import Document, Shard, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -32,22 +30,23 @@ BATCHES_AHEAD = 4  # made while the device works; two windows of tokens are held
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `UserError` if the tokenizer has ids that the model has no embedding for."""
-    require(
-        tokenizer.vocab_size <= vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size:,} entries, the model only vocab_size={vocab_size:,}; "
-        "give --vocab-size or another --tokenizer",
-    )
+    sizes = f"the tokenizer has {tokenizer.vocab_size:,} entries, the model only vocab_size={vocab_size:,}"
+    require(tokenizer.vocab_size <= vocab_size, f"{sizes}; give --vocab-size or another --tokenizer")
 
 
 class ShardStream:
-    """The rows of one shard, packed from a mixture of shuffled sources.
+    """The rows of shard `index`, packed from a mixture of shuffled sources.
 
     The next document comes from the source furthest below the share of tokens that its weight asks for.
     """
 
-    def __init__(self, mixture: list[tuple[ShuffledSource, float]], seq_len: int):
-        self.mixture, self.sources = mixture, [source for source, _ in mixture]
-        self.packer: Packer[Document] = Packer(seq_len)
+    def __init__(self, loader: Loader, index: int):
+        seed, data = loader.config.run.seed, loader.config.data
+        shard = Shard(index, data.shards)
+        shuffle = partial(ShuffledSource, tokenizer=loader.tokenizer, excluded=loader.excluded, shard=shard)
+        self.mixture = [(shuffle(s, seed=[seed, i]), weight) for i, (s, weight) in enumerate(loader.mixture)]
+        self.sources = [source for source, _ in self.mixture]
+        self.packer: Packer[Document] = Packer(data.seq_len)
         self.ended = False
         self._before: list[Cursor] = []  # states of the sources before the last document was drawn
         self._carried: int | None = None  # offset in the first document after a seek
@@ -92,21 +91,35 @@ class ShardStream:
 
 
 class BatchIterator:
-    """The batches of a run in order, each with its cursor; synchronous.
+    """The batches after `cursor`, None for all, each with its own cursor; synchronous.
 
-    If `shards` are not all shards of the loader, the batches hold only the rows of those shards and never
+    If the shards of the loader are not all shards, the batches hold only the rows of those shards and never
     end, because this process cannot know whether the other shards have ended.
     """
 
-    def __init__(self, loader: Loader, shards: dict[int, ShardStream]):
-        self.loader, self.shards, self.step = loader, shards, 0
-        self.sources = [source for shard in shards.values() for source in shard.sources]
+    def __init__(self, loader: Loader, cursor: Any):
+        """Raise `UserError` if the batches after `cursor` would not be the same."""
+        self.loader, self.step = loader, 0
+        self.shards = {index: ShardStream(loader, index) for index in loader.shards}
+        self.sources = [source for shard in self.shards.values() for source in shard.sources]
+        if cursor is not None:
+            try:
+                loader.check(cursor)
+                self.step = cursor["step"]
+                for index, shard in self.shards.items():
+                    shard.seek(cursor["lanes"][str(index)])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
+        if len(self.shards) > 1:  # one by one, each would wait for its first window
+            for source in self.sources:
+                source.prepare()
 
     def __next__(self) -> tuple[Batch, Cursor]:
-        if self.step >= self.loader.steps:
+        config = self.loader.config
+        if self.step >= config.total_steps:
             raise StopIteration
-        count = self.loader.config.shards
-        rows = self.loader.batch_size_at(self.step + 1) // count
+        count = config.data.shards
+        rows = config.batch_size_at(self.step + 1) // count
         made = [shard.batch(rows) for shard in self.shards.values()]
         tokens = np.concatenate([part.tokens for part in made])
         segment_ids = np.concatenate([part.segment_ids for part in made])
@@ -115,104 +128,57 @@ class BatchIterator:
         if ended and num_targets(batch) == 0:
             raise StopIteration
         self.step += 1
-        return batch, self.cursor
-
-    @property
-    def cursor(self) -> Cursor:
-        """Plain JSON: the position of each shard, and what the next batches depend on."""
         shards = {str(index): shard.cursor for index, shard in self.shards.items()}
-        return {"step": self.step, **self.loader.fixed, "skipped": _skipped(shards), "lanes": shards}
+        return batch, {"step": self.step, **self.loader.fixed, "skipped": _skipped(shards), "lanes": shards}
 
     def documents(self) -> list[dict[str, Any]]:
         """Return source, file, row and text of each document in the last batch."""
         found = [document for shard in self.shards.values() for document in shard.packer.documents]
         return [{"source": d.source, "file": d.file, "row": d.row, "text": d.text} for d in found]
 
-    def close(self) -> None:
-        for source in self.sources:
-            source.close()
 
-
-@dataclass(frozen=True)
 class Loader:
-    """The training data of a run: `at` and `prefetch` give its batches from any cursor on."""
+    """The training data of a run, opened once; a `BatchIterator` reads it from any cursor on.
 
-    config: DataConfig
-    tokenizer: Tokenizer
-    mixture: list[tuple[Source, float]]
-    seed: int
-    batch_size_at: Callable[[int], int]
-    steps: int
-    excluded: frozenset[int]
-    shards: list[int]
+    `fixed` is what the batches depend on besides the settings: hashes of files, tokenizer and held-out texts.
+    """
 
-    @cached_property
-    def fixed(self) -> Cursor:
-        """What the batches depend on besides the settings: hashes of files, tokenizer and held-out texts."""
-        return {
-            "shards": self.config.shards,
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        held_out: Iterable[TokenizedDocument] = (),
+        *,
+        shards: Iterable[int] | None = None,
+        resumes: bool = False,
+    ):
+        """Open the sources, without the texts of `held_out`; raises as `open_source` does.
+
+        `shards` are the neighbouring shards wanted of the `config.data.shards`; None for all.
+        """
+        data = config.data
+        self.config, self.tokenizer = config, tokenizer
+        self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
+        self.excluded = frozenset(text_hash(document.text) for document, _ in held_out)
+        self.shards = list(range(data.shards) if shards is None else shards)
+        self.fixed: Cursor = {
+            "shards": data.shards,
             "fingerprints": {source.name: source.fingerprint for source, _ in self.mixture},
-            "tokenizer": self.tokenizer.fingerprint[:16],
+            "tokenizer": tokenizer.fingerprint[:16],
             "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(self.excluded)).encode()),
         }
 
-    def at(self, cursor: Any) -> BatchIterator:
-        """Return the batches after `cursor`, None for all; raises `UserError` if they would not be the same."""
-        batches = BatchIterator(self, {index: self._open_shard(index) for index in self.shards})
-        if cursor is not None:
-            try:
-                self._check(cursor)
-                batches.step = cursor["step"]
-                for index, shard in batches.shards.items():
-                    shard.seek(cursor["lanes"][str(index)])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
-        if len(self.shards) > 1:  # one by one, each would wait for its first window
-            for source in batches.sources:
-                source.prepare()
-        return batches
-
-    def prefetch(self, cursor: Any) -> PrefetchLoader:
-        """Return the batches after `cursor`, made ahead of the device; raises as `at` does."""
-        return PrefetchLoader(self, cursor)
-
-    def _open_shard(self, index: int) -> ShardStream:
-        shard = Shard(index, self.config.shards)
-        shuffle = partial(ShuffledSource, tokenizer=self.tokenizer, excluded=self.excluded, shard=shard)
-        shuffled = [(shuffle(s, seed=[self.seed, i]), weight) for i, (s, weight) in enumerate(self.mixture)]
-        return ShardStream(shuffled, self.config.seq_len)
-
-    def _check(self, cursor: Any) -> None:
+    def check(self, cursor: Any) -> None:
+        """Raise `UserError` if `cursor` belongs to other data."""
         afresh = "bring the old ones back, or start afresh with --new-run"
         for source, _ in self.mixture:
             name, now, then = source.name, source.fingerprint, cursor["fingerprints"].get(source.name)
             require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
-            changes = changed_files(source.files, now, then)
+            changes = source.changes_since(then)
             require(now == then, f"the files of {name} changed since the checkpoint ({changes}); {afresh}")
         for key, what in (("tokenizer", "tokenizer"), ("held_out", "held-out documents"), ("shards", "shards")):
             require(cursor[key] == self.fixed[key], f"the {what} changed since the checkpoint; {afresh}")
         require(is_count(cursor["step"]), f"{DAMAGED}: step={cursor['step']!r:.40} is not a count")
-
-
-def open_loader(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    seed: int,
-    batch_size_at: Callable[[int], int],
-    steps: int,
-    excluded: frozenset[int] = frozenset(),
-    shards: Iterable[int] | None = None,
-    resumes: bool = False,
-) -> Loader:
-    """Open the sources of `config.data`, without the texts whose hashes are in `excluded`.
-
-    `shards` are the neighbouring shards wanted of the `config.shards`; None for all. `batch_size_at` maps a
-    step, from 1, to the rows of its batch. Raises as `open_source` does.
-    """
-    sources = [(open_source(spec, config, resumes=resumes), weight) for spec, weight in mixture(config.data)]
-    wanted = list(range(config.shards) if shards is None else shards)
-    return Loader(config, tokenizer, sources, seed, batch_size_at, steps, excluded, wanted)
 
 
 def merge_cursors(cursors: list[Cursor]) -> Cursor:
@@ -230,10 +196,12 @@ class PrefetchLoader:
     """Batches made ahead of the device by a thread; `get` never blocks for long, so that a stop is noticed."""
 
     def __init__(self, loader: Loader, cursor: Any):
+        """Begin after `cursor`; raises as `BatchIterator` does."""
         self.loader = loader
-        self._queue: queue.Queue[Any] = queue.Queue(BATCHES_AHEAD)
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._room = threading.Semaphore(BATCHES_AHEAD)
         self._closed = threading.Event()
-        self._batches = loader.at(cursor)
+        self._batches = BatchIterator(loader, cursor)
         self._thread = threading.Thread(target=self._produce, name="data", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -250,11 +218,12 @@ class PrefetchLoader:
         if isinstance(item, BaseException):
             self._queue.put(item)  # every later call raises it again
             raise item
+        self._room.release()
         return item
 
     def documents_of(self, cursor: Cursor | None) -> list[dict[str, Any]]:
         """Return source, file, row and text of each document in the batch after `cursor`."""
-        batches = self.loader.at(cursor)
+        batches = BatchIterator(self.loader, cursor)
         next(batches)
         return batches.documents()
 
@@ -262,19 +231,15 @@ class PrefetchLoader:
         """Stop making batches."""
         atexit.unregister(self.close)
         self._closed.set()
-        self._batches.close()
+        self._room.release()
+        for source in self._batches.sources:
+            source.close()
         self._thread.join(CLOSE_SECONDS)
 
     def _produce(self) -> None:
-        item: Any = None
-        while not isinstance(item, BaseException) and not self._closed.is_set():
-            try:
-                item = next(self._batches)
-            except BaseException as error:  # it is raised where the batch is asked for
-                item = error
+        try:
             while not self._closed.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
+                self._queue.put(next(self._batches))
+                self._room.acquire()
+        except BaseException as error:  # `get` raises it
+            self._queue.put(error)

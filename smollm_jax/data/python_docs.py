@@ -6,7 +6,6 @@ About 2 MB, each text once, in an order fixed by a seed; the same for everyone o
 from __future__ import annotations
 
 import ast
-import inspect
 import random
 import sysconfig
 import warnings
@@ -21,30 +20,24 @@ NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages
 @cache
 def python_docs() -> tuple[str, ...]:
     """The distinct texts."""
-    ordered = sorted({text for text in _texts() if len(text) >= SHORTEST})
+    from pydoc_data import topics
+
+    texts = {text.strip() for text in topics.topics.values()}
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in library.rglob("*.py"):
+        if not NOT_THE_LIBRARY & set(path.relative_to(library).parts):
+            texts.update(_docstrings(path))
+    ordered = sorted(text for text in texts if len(text) >= SHORTEST)
     random.Random(0).shuffle(ordered)
     return tuple(ordered)
 
 
-def _texts() -> Iterator[str]:
-    from pydoc_data import topics
-
-    yield from (text.strip() for text in topics.topics.values())
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        if not NOT_THE_LIBRARY & set(path.relative_to(library).parts):
-            yield from _docstrings(path)
-
-
 def _docstrings(path: Path) -> Iterator[str]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in code that is only read for its prose
+        with warnings.catch_warnings(action="ignore"):  # of old escapes in code that is only read for its prose
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node, clean=False)
-            if text:
-                yield inspect.cleandoc(text).encode("utf-8", "ignore").decode()
+            yield (ast.get_docstring(node) or "").encode("utf-8", "ignore").decode()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from smollm_jax.runtime.errors import UserError, one_line
+from smollm_jax.runtime.errors import UserError, one_line, require
 
 Cursor = dict[str, Any]
 RowFilter = Callable[[int], bool]
@@ -42,11 +42,10 @@ def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: 
             if first + rows > start["row"]:
                 values = parquet.read_row_group(group, columns=[column]).column(0)
                 for row in filter(wanted, range(max(start["row"], first), first + rows)):
-                    value, fault = None, ""
                     try:
-                        value = values[row - first].as_py()
+                        value, fault = values[row - first].as_py(), ""
                     except UnicodeDecodeError as error:
-                        fault = one_line(error)
+                        value, fault = None, one_line(error)
                     yield Record(value, row, {**start, "row": row + 1}, fault)
             first += rows
 
@@ -61,14 +60,13 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
         for row, (piece, end) in enumerate(pieces, start["row"]):
             if row and not wanted(row):  # the first row shows whether the column exists
                 continue
-            value, fault = None, ""
             try:
                 text = piece.removeprefix(b"" if row else BOM).decode()
                 value, fault = _column_of(text, column, path, row) if json_lines and text.strip() else (text, "")
             except UserError:  # a mistake in the settings, whatever --on-bad-data says
                 raise
             except (ValueError, RecursionError) as error:
-                fault = one_line(error)
+                value, fault = None, one_line(error)
             if wanted(row):
                 yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
 
@@ -86,8 +84,7 @@ def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
 
 
 def _require_column(column: str, names: list[str], path: str) -> None:
-    if column not in names:
-        raise UserError(f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
+    require(column in names, f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -40,20 +40,11 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
         yield from zip(group, (np.append(ids, np.int32(tokenizer.eos_id)) for ids in encoded), strict=True)
 
 
-class WindowPosition(NamedTuple):
-    """Where a window begins."""
-
-    epoch: int
-    number: int
-    start: Cursor | None
-
-
 class Window(NamedTuple):
-    """The documents of a window in shuffled order, and how many rows could not be read."""
+    """The documents of a window in shuffled order, the state after it, and how many rows could not be read."""
 
-    position: WindowPosition
     documents: list[TokenizedDocument]
-    following: WindowPosition
+    following: Cursor
     skipped: int
 
 
@@ -79,7 +70,7 @@ class ShuffledSource:
         """Return the next document and its tokens, eos included; None after the last epoch."""
         state = self.state
         while not state["ended"]:
-            window, i = self._window(self._position()), state["index"]
+            window, i = self._window(), state["index"]
             if i == 0:
                 state["skipped"] += window.skipped
             if i < len(window.documents):
@@ -87,14 +78,13 @@ class ShuffledSource:
                 state["tokens"] += len(window.documents[i][1])
                 return window.documents[i]
             require(i == len(window.documents), f"the cursor points past a window of {self.source.name}")
-            if not window.documents and window.position.number == 0:
+            if not window.documents and state["number"] == 0:
                 index, count = self.shard.index, self.shard.count
                 where = "" if count == 1 else f" in shard {index + 1} of {count} (give a smaller --shards)"
                 empty = f"--data {self.source.name} holds no document to train on{where}"
                 raise UserError(f"{empty}; held-out documents do not count")
-            epoch, number, start = window.following
-            state |= {"window": start, "number": number, "index": 0, "epoch": epoch}
-            state["ended"] = self._is_over(epoch)
+            state |= window.following
+            self._current = None
         return None
 
     def seek(self, state: Any) -> None:
@@ -112,9 +102,9 @@ class ShuffledSource:
         self.state = dict(state)
 
     def prepare(self) -> None:
-        """Begin to read the window that the first `draw` needs."""
-        if not self.state["ended"] and self._current is None and self._next is None:
-            self._next = BackgroundTask(partial(self._read, self._position()))
+        """Begin to read the window that the first `draw` needs, before that `draw`."""
+        if not self.state["ended"]:
+            self._next = BackgroundTask(partial(self._read, dict(self.state)))
 
     def close(self) -> None:
         """Stop reading; wait up to `CLOSE_SECONDS` for the window that is being read ahead.
@@ -126,38 +116,33 @@ class ShuffledSource:
         if self._next is not None:
             self._next.wait(CLOSE_SECONDS)
 
-    def _position(self) -> WindowPosition:
-        return WindowPosition(self.state["epoch"], self.state["number"], self.state["window"])
-
-    def _is_over(self, epoch: int) -> bool:
-        return 0 < self.source.settings.epochs <= epoch
-
-    def _window(self, position: WindowPosition) -> Window:
-        if self._current is None or self._current.position != position:
+    def _window(self) -> Window:
+        if self._current is None:
             ahead, self._next = self._next, None
             if ahead is None or isinstance(ahead.error, SourceTimeout):
                 # a read ahead that timed out before its window was needed is started again
-                self._current = self._read(position)
+                self._current = self._read(self.state)
             else:
                 self._current = ahead.result()
-                assert self._current.position == position, "the window read ahead is not the next one"
-            following = self._current.following
-            if following != position and not self._is_over(following.epoch):
-                self._next = BackgroundTask(partial(self._read, following))
+            if not self._current.following["ended"]:
+                self._next = BackgroundTask(partial(self._read, self._current.following))
         return self._current
 
-    def _read(self, position: WindowPosition) -> Window:
+    def _read(self, state: Cursor) -> Window:
+        """Read the window at whose start the source has `state`."""
         size = max(self.source.settings.shuffle_window // self.shard.count, 1)
         skipped: list[str] = []
-        documents = self.source.documents(position.start, skipped, self.shard)
+        documents = self.source.documents(state["window"], skipped, self.shard)
         kept = (document for document in documents if text_hash(document.text) not in self.excluded)
         in_order = list(tokenize(islice(kept, size), self.tokenizer))
+        epoch, number = state["epoch"], state["number"]
         if len(in_order) == size:
-            following = WindowPosition(position.epoch, position.number + 1, in_order[-1][0].cursor)
+            following = {"window": in_order[-1][0].cursor, "number": number + 1, "index": 0, "epoch": epoch}
         else:
-            following = WindowPosition(position.epoch + 1, 0, None)
-        order = np.random.default_rng([*self.seed, position.epoch, position.number]).permutation(len(in_order))
-        return Window(position, [in_order[i] for i in order], following, len(skipped))
+            following = {"window": None, "number": 0, "index": 0, "epoch": epoch + 1}
+        following["ended"] = 0 < self.source.settings.epochs <= following["epoch"]
+        order = np.random.default_rng([*self.seed, epoch, number]).permutation(len(in_order))
+        return Window([in_order[i] for i in order], following, len(skipped))
 
 
 def is_count(value: Any) -> bool:

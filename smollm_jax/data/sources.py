@@ -13,15 +13,14 @@ import logging
 import sys
 import threading
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import xxhash
+
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.fingerprint import hash_files, short_hash
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
@@ -33,6 +32,9 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 BUILTIN = "builtin:python-docs"
 UNEVEN = 1.1  # how much larger one shard of whole files may be than another: all shards give as many rows
 PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
+# The hash of a local file covers all of it if the source is small, else this many probes spread over the
+# file, its ends included: an edit between two probes that keeps the size may then go unnoticed.
+WHOLE_BYTES, PROBES, PROBE_BYTES = 2**30, 64, 2**16
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,8 @@ class Shard:
 WHOLE = Shard()
 
 
-class Source(ABC):
-    """An ordered set of files; a subclass knows how to read one.
+class Source:
+    """An ordered set of files; a subclass knows how to open one.
 
     `sizes` are the bytes of each file; `fingerprint` has one hash per file, of its name, size and content.
     Setting `closed` ends every wait.
@@ -77,9 +79,15 @@ class Source(ABC):
         self.fingerprint = " ".join(prints)
         self.closed = threading.Event()
 
-    @abstractmethod
+    def open(self, i: int) -> BinaryIO:
+        """Open file `i` for reading."""
+        raise NotImplementedError
+
     def records(self, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
         """Yield the wanted rows of file `start["file"]` from `start` on; raises what its parser raises."""
+        path = self.files[start["file"]]
+        read = read_parquet if path.endswith(".parquet") else read_text
+        return read(self.open(start["file"]), path, start, self.settings.text_column, wanted)
 
     def documents(
         self, cursor: Cursor | None = None, skipped: list[str] | None = None, shard: Shard = WHOLE
@@ -90,7 +98,8 @@ class Source(ABC):
         Raises `SourceTimeout`, or `UserError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
-        by_file = self.is_even(shard.count)
+        parts = [sum(self.sizes[i :: shard.count]) for i in range(shard.count)]
+        by_file = shard.count == 1 or 0 < max(parts) <= UNEVEN * min(parts)
         while cursor["file"] < len(self.files):
             following = {**START, "file": cursor["file"] + 1}
             if by_file and not shard.has(cursor["file"]):
@@ -116,10 +125,14 @@ class Source(ABC):
                     self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {one_line(error)}", skipped)
             cursor, tries = following, 0
 
-    def is_even(self, shards: int) -> bool:
-        """Return whether shards of whole files have nearly the same size."""
-        parts = [sum(self.sizes[i::shards]) for i in range(shards)]
-        return shards == 1 or 0 < max(parts) <= UNEVEN * min(parts)
+    def changes_since(self, then: str) -> str:
+        """Describe how the files differ from those whose fingerprint was `then`."""
+        before, now = set(then.split()), self.fingerprint.split()
+        new = [file for file, one in zip(self.files, now, strict=True) if one not in before]
+        gone = len(before - set(now))
+        changes = [f"{gone} of {len(then.split())} files gone or changed"] if gone else []
+        changes += [f"new or changed: {', '.join(new[:3])}{' and others' if len(new) > 3 else ''}"] if new else []
+        return "; ".join(changes) or "the same files in another order or number"
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
@@ -128,20 +141,7 @@ class Source(ABC):
         logger.warning("skipped: %s", message)
 
 
-class FileSource(Source):
-    """A source of files in one of the formats of `SUFFIXES`."""
-
-    @abstractmethod
-    def open(self, i: int) -> BinaryIO:
-        """Open file `i` for reading."""
-
-    def records(self, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
-        path = self.files[start["file"]]
-        read = read_parquet if path.endswith(".parquet") else read_text
-        return read(self.open(start["file"]), path, start, self.settings.text_column, wanted)
-
-
-class LocalSource(FileSource):
+class LocalSource(Source):
     """The local files that a path or glob pattern names."""
 
     def __init__(self, pattern: str, settings: DataConfig):
@@ -152,7 +152,8 @@ class LocalSource(FileSource):
         _require_known(files, pattern)
         try:
             sizes = [Path(path).stat().st_size for path in files]
-            prints = hash_files(files, sizes)
+            whole = sum(sizes) <= WHOLE_BYTES
+            prints = [_local_hash(Path(file), size, whole=whole) for file, size in zip(files, sizes, strict=True)]
         except OSError as error:
             raise UserError(f"--data {pattern}: {one_line(error)}") from None
         super().__init__(pattern, files, sizes, prints, settings)
@@ -165,7 +166,7 @@ class LocalSource(FileSource):
         return cast(BinaryIO, pa.OSFile(path) if path.endswith(".parquet") else Path(path).open("rb"))
 
 
-class HubSource(FileSource):
+class HubSource(Source):
     """The files of a dataset on the Hugging Face Hub."""
 
     parse_tries = PARSE_TRIES
@@ -174,14 +175,14 @@ class HubSource(FileSource):
         """Raise `UserError` if there are none, and as `open_source` says if the Hub does not answer."""
         patience = settings.data_timeout if resumes else min(FRESH_SECONDS, settings.data_timeout)
         try:
-            self._listing = _files_of(spec, settings.split, patience=patience)
+            self._listing = list_files(spec, settings.split, patience=patience)
         except SourceTimeout as error:
             if resumes:
                 raise
             raise UserError(f"--data {error}; {WAYS_OUT}") from None
         files, sizes = [file.name for file in self._listing], [file.size for file in self._listing]
         _require_known(files, spec)
-        prints = [short_hash(file.name, file.size, file.content) for file in self._listing]
+        prints = [_short_hash(file.name, file.size, file.content) for file in self._listing]
         super().__init__(spec, files, sizes, prints, settings)
 
     def open(self, i: int) -> BinaryIO:
@@ -195,7 +196,7 @@ class PythonDocsSource(Source):
 
     def __init__(self, settings: DataConfig):
         version = ".".join(map(str, sys.version_info[:3]))
-        prints = [short_hash(version, *python_docs())]
+        prints = [_short_hash(version, *python_docs())]
         super().__init__(BUILTIN, [f"{BUILTIN} of Python {version}"], [], prints, settings)
 
     def records(self, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
@@ -231,8 +232,23 @@ def mixture(data: str) -> list[tuple[str, float]]:
     return [(spec, weight / total) for spec, weight in parts]
 
 
-# one listing per process: what is held out and what is trained on come from the same revision
-_files_of = cache(list_files)
+def _short_hash(*parts: Any) -> str:
+    """Eight hex digits: enough to tell that a file changed, short enough for a cursor of thousands."""
+    return xxhash.xxh3_64_hexdigest(repr(parts).encode())[:8]
+
+
+def _local_hash(file: Path, size: int, *, whole: bool) -> str:
+    """Hash name, size and content of a file; raises `OSError`."""
+    content = xxhash.xxh3_64()
+    with file.open("rb") as opened:
+        if whole or size <= PROBES * PROBE_BYTES:
+            while block := opened.read(PROBES * PROBE_BYTES):
+                content.update(block)
+        else:
+            for probe in range(PROBES):
+                opened.seek((size - PROBE_BYTES) * probe // (PROBES - 1))
+                content.update(opened.read(PROBE_BYTES))
+    return _short_hash(file.name, size, content.hexdigest())
 
 
 def _fault(value: Any, column: str) -> str:

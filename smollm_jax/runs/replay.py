@@ -11,7 +11,7 @@ from typing import Any
 from smollm_jax.checkpoint.listing import verified_checkpoints
 from smollm_jax.data.batch_hash import batch_hash, extend
 from smollm_jax.data.heldout import held_out
-from smollm_jax.data.loader import open_loader
+from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.runs.load import read_run
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.console import say
@@ -32,15 +32,8 @@ def replay_step(run_dir: str | Path, step: int) -> tuple[list[dict[str, Any]], s
     before = next((x.meta for x in found if x.step < step and x.meta.get("cursor") is not None), None)
     cursor, ledger = (before["cursor"], before["progress"]["ledger"]) if before else (None, "")
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
-    held = held_out(config.data, tokenizer, resumes=True) if config.data.eval_documents else None
-    batches = open_loader(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        batch_size_at=config.batch_size_at,
-        steps=config.total_steps,
-        excluded=held.hashes if held else frozenset(),
-    ).at(cursor)
+    loader = Loader(config, tokenizer, held_out(config.data, tokenizer, resumes=True))
+    batches = BatchIterator(loader, cursor)
     start = cursor["step"] if cursor else 0
     if step - start > 1:
         say(f"replaying steps {start + 1:,} to {step:,}")

@@ -7,6 +7,7 @@ template become ids. The same characters in a message stay text, so that no mess
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -50,16 +51,11 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
 
 
 def _encode(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:
+    # the longest first, for special tokens that begin at the same place
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     ids: list[int] = []
-    while text:
-        # the first special token; the longest if several begin there
-        found = [(text.find(token), -len(token), token) for token in special if token in text]
-        at, _, token = min(found, default=(len(text), 0, ""))
-        ids += tokenizer.encode(text[:at].replace(MARK, "")).tolist()
-        if not token:
-            break
-        ids.append(special[token])
-        text = text[at + len(token) :]
+    for part in re.split(f"({pattern})", text) if special else [text]:
+        ids += [special[part]] if part in special else tokenizer.encode(part.replace(MARK, "")).tolist()
     return ids
 
 

@@ -52,6 +52,7 @@ class Tokenizer:
         self._fast.no_padding()
         # a document that spells out <|endoftext|> must not end itself
         self._fast.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         self.settings = self._json("tokenizer_config.json", folder)
         self.chat_template = _default_template(self.settings.get("chat_template"))
@@ -107,10 +108,6 @@ class Tokenizer:
             if i not in special:
                 lengths[i] = len(token) if byte_level else len(self._fast.decode([i]).encode())
         return lengths
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write the files that the tokenizer was read from."""

@@ -22,7 +22,7 @@ import numpy as np
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig
 from smollm_jax.data.heldout import batches_in_order
 from smollm_jax.data.loader import check_vocab
-from smollm_jax.data.packing import Batch
+from smollm_jax.data.packing import Batch, pack
 from smollm_jax.distributed.sharding import make_mesh, on_one_device
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
@@ -106,14 +106,14 @@ def evaluate_run(run: Run) -> None:
 
     While the main thread compiles for minutes, another thread handles a stop request by calling `save`.
     """
-    if run.heldout is None or run.interrupted:
+    if not run.heldout or run.interrupted:
         return
     began, config, parts = time.monotonic(), run.config, run.config.compute.grad_accum
-    batches = run.heldout.batches(config.main_batch_size // parts, config.data.eval_batches * parts)
+    batches = pack(run.heldout, config.data.seq_len, config.main_batch_size // parts)
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
-        running, token_bytes_V = _until_stopped(run, batches), run.tokenizer.token_bytes
-        score = score_batches(run.nll, run.state["params"], running, token_bytes_V)
+        running = _until_stopped(run, islice(batches, config.data.eval_batches * parts))
+        score = score_batches(run.nll, run.state["params"], running, run.tokenizer.token_bytes)
         texts = sample(run)
     if run.interrupted:
         return

@@ -16,8 +16,8 @@ import jax
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.data.heldout import HeldOut
 from smollm_jax.data.loader import PrefetchLoader, merge_cursors
+from smollm_jax.data.shuffle import TokenizedDocument
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.generation.generator import Generator
 from smollm_jax.model.transformer import Policy
@@ -99,7 +99,7 @@ class Run:
     job: Processes
     tokenizer: Tokenizer
     stream: PrefetchLoader
-    heldout: HeldOut | None
+    heldout: list[TokenizedDocument]
     mesh: jax.sharding.Mesh
     dtype: Any
     remat: Policy

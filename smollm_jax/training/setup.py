@@ -18,7 +18,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import head_texts, held_out
-from smollm_jax.data.loader import check_vocab, open_loader
+from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import make_mesh, shards_here
 from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
@@ -57,18 +57,11 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     with job.all_or_none():
-        held = held_out(config.data, tokenizer, resumes=found is not None) if config.data.eval_documents else None
+        resumes = found is not None
+        held = held_out(config.data, tokenizer, resumes=resumes)
         check_prompts(config, tokenizer)
-        stream = open_loader(
-            config.data,
-            tokenizer,
-            seed=config.run.seed,
-            batch_size_at=config.batch_size_at,
-            steps=config.total_steps,
-            excluded=held.hashes if held else frozenset(),
-            shards=shards_here(mesh, config),
-            resumes=found is not None,
-        ).prefetch(found.meta["cursor"] if found else None)
+        loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
+        stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
     job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")
     if job.first:
         keep_config(config, run_dir)

@@ -22,11 +22,9 @@ def log_summary(run: Run, notes: list[str]) -> None:
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
     held_out = "none"
-    if run.heldout is not None:
+    if run.heldout:
         eval_tokens = config.data.eval_batches * config.main_batch_size * T
-        held_out = (
-            f"{len(run.heldout.documents):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
-        )
+        held_out = f"{len(run.heldout):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
     lines = [
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"

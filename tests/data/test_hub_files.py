@@ -11,9 +11,9 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.data import hub_files, sources
-from smollm_jax.data.loader import open_loader
+from smollm_jax.data.loader import Loader, PrefetchLoader
 from smollm_jax.data.sources import open_source
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def hub(content, tmp_path, monkeypatch):
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(sources, "FRESH_SECONDS", 0.5)
     monkeypatch.setattr(retry, "FRESH_SECONDS", 0.5)
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     yield hub
     hub.stop()
 
@@ -86,10 +86,8 @@ def texts_of(name="parquet", **changes):
 
 
 def prefetch(config, tokenizer, cursor=None):
-    loader = open_loader(
-        config, tokenizer, seed=1, batch_size_at=lambda _: 4, steps=10**6, resumes=cursor is not None
-    )
-    return loader.prefetch(cursor)
+    run = RunConfig(seed=1, phases="1000000x4")
+    return PrefetchLoader(Loader(Config(data=config, run=run), tokenizer, resumes=cursor is not None), cursor)
 
 
 def take(config, tokenizer, cursor=None, count=10**6):
@@ -183,14 +181,14 @@ def test_closing_does_not_wait_for_a_stalled_read_and_leaves_no_thread_in_it(hub
 EXIT_IN_A_STALL = """
 import sys, time
 from tests.support.texts import small_tokenizer
-from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.loader import open_loader
-config = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
-loader = open_loader(config, small_tokenizer(), seed=0, batch_size_at=lambda _: 1, steps=9)
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
+from smollm_jax.data.loader import BatchIterator, Loader, PrefetchLoader
+data = DataConfig(data="me/texts:parquet", seq_len=32, shuffle_window=16)
+loader = Loader(Config(data=data, run=RunConfig(phases="9x1")), small_tokenizer())
 if sys.argv[1] == "prefetch":
-    stream = loader.prefetch(None)
+    stream = PrefetchLoader(loader, None)
 else:
-    next(loader.at(None))
+    next(BatchIterator(loader, None))
 time.sleep(1)
 sys.exit(3)
 """
@@ -255,7 +253,7 @@ def test_a_hub_that_stays_down_past_the_timeout_is_a_source_timeout(hub, tokeniz
 def test_a_resumed_run_waits_for_the_list_of_files_and_a_new_one_does_not(hub, tokenizer):
     config = config_of(epochs=1, data_timeout=20)
     expected = take(config, tokenizer)
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     with hub.down():
         began = time.monotonic()
         with pytest.raises(ValueError, match=r"has not answered for \d+ s .*--recipe quickstart") as caught:
@@ -286,12 +284,12 @@ def test_a_listing_that_stalls_ends_too(monkeypatch):
 def test_files_that_changed_on_the_hub_are_refused_by_name(hub, content, tokenizer):
     config = config_of()
     cursor = take(config, tokenizer, count=2)[1][1]
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     hub.commit = "d" * 40  # a new commit that leaves the data alone changes nothing
     assert len(take(config, tokenizer, cursor, 1)) == 1
     hub.files["datasets/me/texts"]["parquet/train-3.parquet"] = content["parquet/test-0.parquet"]
     hub.commit = "e" * 40
-    sources._files_of.cache_clear()
+    hub_files.list_files.cache_clear()
     with pytest.raises(ValueError, match=r"me/texts:parquet changed .*new or changed: .*train-3\.parquet"):
         take(config, tokenizer, cursor)
 

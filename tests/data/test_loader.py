@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.data.heldout import batches_in_order, held_out
-from smollm_jax.data.loader import check_vocab, merge_cursors, open_loader
-from smollm_jax.data.shuffle import ShuffledSource, text_hash
+from smollm_jax.data.loader import BATCHES_AHEAD, BatchIterator, Loader, PrefetchLoader, check_vocab, merge_cursors
+from smollm_jax.data.packing import pack
+from smollm_jax.data.shuffle import ShuffledSource, tokenize
 from smollm_jax.data.sources import WHOLE, Shard, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
@@ -41,18 +42,16 @@ def config_of(folder, data="a*.jsonl", **changes):
     return DataConfig(**({"data": data, "seq_len": 16, "shuffle_window": 8, "epochs": 1} | changes))
 
 
-def open_at(config, tokenizer, cursor=None, *, seed=3, batch_size_at=lambda _: 4, steps=10**6, excluded=()):
+def open_at(data, tokenizer, cursor=None, *, seed=3, phases="1000000x4", held=()):
     # what a checkpoint does to it
     cursor = None if cursor is None else json.loads(json.dumps(cursor))
-    loader = open_loader(
-        config, tokenizer, seed=seed, batch_size_at=batch_size_at, steps=steps, excluded=frozenset(excluded)
-    )
-    return loader.prefetch(cursor)
+    config = Config(data=data, run=RunConfig(seed=seed, phases=phases))
+    return PrefetchLoader(Loader(config, tokenizer, held), cursor)
 
 
-def batches_of(config, tokenizer, cursor=None, shards=None):
-    loader = open_loader(config, tokenizer, seed=3, batch_size_at=lambda _: 4, steps=10**6, shards=shards)
-    return loader.at(cursor)
+def batches_of(data, tokenizer, cursor=None, shards=None):
+    config = Config(data=data, run=RunConfig(seed=3, phases="1000000x4"))
+    return BatchIterator(Loader(config, tokenizer, shards=shards), cursor)
 
 
 def take(stream, count=10**6):
@@ -129,11 +128,11 @@ def test_the_order_depends_on_window_seed_and_epoch(folder, tokenizer):
 )  # fmt: skip
 def test_every_cursor_gives_the_very_same_next_batches(folder, tokenizer, data, epochs, window):
     config = config_of(folder, data, epochs=epochs, shuffle_window=window)
-    phases = lambda step: 4 if step <= 12 else 2  # noqa: E731
-    straight = take(open_at(config, tokenizer, batch_size_at=phases))
+    phases = "12x4,1000000x2"
+    straight = take(open_at(config, tokenizer, phases=phases))
     assert len(straight) > 20
     for i in range(len(straight)):
-        again = take(open_at(config, tokenizer, straight[i][1], batch_size_at=phases), 3)
+        again = take(open_at(config, tokenizer, straight[i][1], phases=phases), 3)
         assert len(again) == min(3, len(straight) - 1 - i)
         for (batch, cursor), (expected, expected_cursor) in zip(again, straight[i + 1 : i + 4], strict=True):
             assert same(batch, expected)
@@ -162,9 +161,9 @@ def test_a_resume_after_the_last_batch_ends_at_once(folder, tokenizer):
 
 def test_the_stream_ends_after_the_last_step(folder, tokenizer):
     config = config_of(folder, epochs=0)
-    taken = take(open_at(config, tokenizer, steps=50))
+    taken = take(open_at(config, tokenizer, phases="50x4"))
     assert len(taken) == 50
-    assert len(take(open_at(config, tokenizer, taken[47][1], steps=50))) == 2
+    assert len(take(open_at(config, tokenizer, taken[47][1], phases="50x4"))) == 2
 
 
 def test_the_documents_of_a_batch_are_those_in_its_rows(folder, tokenizer):
@@ -198,7 +197,7 @@ def test_a_mixture_keeps_its_shares_of_tokens(tmp_path, tokenizer):
 def test_held_out_documents_of_a_mixture_come_source_by_source(folder, tokenizer):
     """The last source first: a change of this order changes every held-out loss of a mixture."""
     held = held_out(config_of(folder, "a1.jsonl,b.parquet", eval_documents=4), tokenizer)
-    assert [Path(document.file).name for document in held.documents] == ["b.parquet"] * 2 + ["a1.jsonl"] * 2
+    assert [Path(document.file).name for document, _ in held] == ["b.parquet"] * 2 + ["a1.jsonl"] * 2
 
 
 def test_shards_are_shuffled_each_in_its_own_order(tmp_path, tokenizer):
@@ -219,18 +218,19 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, toke
     for changes in ({}, {"eval_data": str(tmp_path / "b.parquet")}):
         config = config_of(tmp_path, "a.jsonl,b.parquet", epochs=2, eval_documents=8, **changes)
         held = held_out(config, tokenizer)
-        places = [(document.file[-5:], document.row) for document in held.documents]
+        places = [(document.file[-5:], document.row) for document, _ in held]
         if changes:
             assert sorted(row for _, row in places) == list(range(8))
         else:
             assert sorted(row for _, row in places) == [9, 9, 19, 19, 29, 29, 39, 39]
-        out = {tuple(tokens.tolist()) for tokens in held.tokens}
-        trained = documents_in(b for b, _ in take(open_at(config, tokenizer, excluded=held.hashes)))
+        out = {tuple(tokens.tolist()) for _, tokens in held}
+        trained = documents_in(b for b, _ in take(open_at(config, tokenizer, held=held)))
         assert out.isdisjoint(map(tuple, trained))
         everything = texts + texts[9:30] + make_texts(40, seed=1) + texts
-        kept = [text for text in everything if text_hash(text) not in held.hashes]
+        held_texts = {document.text for document, _ in held}
+        kept = [text for text in everything if text not in held_texts]
         assert sorted(trained) == sorted(2 * expected_documents(kept, tokenizer))
-        assert documents_in(held.batches(2)) == [tokens.tolist() for tokens in held.tokens]
+        assert documents_in(pack(held, 16, 2)) == [tokens.tolist() for _, tokens in held]
 
 
 def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, tokenizer):
@@ -239,7 +239,7 @@ def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, token
     config = config_of(folder)
     cursor = take(open_at(config, tokenizer), 2)[1][1]
     with pytest.raises(ValueError, match="held-out documents changed"):
-        open_at(config, tokenizer, cursor, excluded=[5])
+        open_at(config, tokenizer, cursor, held=held_out(config_of(folder, eval_documents=1), tokenizer))
     with pytest.raises(ValueError, match="tokenizer changed"):
         open_at(config, train_tokenizer(make_texts(50), 310), cursor)
 
@@ -314,7 +314,7 @@ def test_a_source_without_documents_is_refused(tmp_path, tokenizer):
     write_jsonl(tmp_path / "b.jsonl", make_texts(3))
     config = config_of(tmp_path, "b.jsonl", epochs=0)
     with pytest.raises(ValueError, match="holds no document to train on"):
-        take(open_at(config, tokenizer, excluded=[text_hash(text) for text in make_texts(3)]))
+        take(open_at(config, tokenizer, held=tokenize(open_source(config.data, config).documents(), tokenizer)))
 
 
 def test_resumes_count_a_skipped_row_once(tmp_path, tokenizer):
@@ -352,7 +352,8 @@ def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
     for number in range(1, 6):
         document, _ = source.draw()
         window = source._next.result(30)
-        assert window.position[:2] == (0, number)
+        following = source._current.following
+        assert (following["epoch"], following["number"]) == (0, number)
         assert document not in [other for other, _ in window.documents]
         for _ in range(7):
             source.draw()
@@ -360,7 +361,7 @@ def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
 
 def test_a_closed_stream_leaves_no_thread(folder, tokenizer):
     stream = open_at(config_of(folder, epochs=0), tokenizer)
-    while not stream._queue.full():
+    while stream._queue.qsize() <= BATCHES_AHEAD:
         time.sleep(0.01)
     stream.close()
     assert not stream._thread.is_alive()
@@ -456,7 +457,6 @@ def test_files_of_different_sizes_are_shared_by_row(tmp_path, tokenizer):
     """Every shard gives as many rows, so if shards were files, documents of small files would come more often."""
     write_jsonl(tmp_path / "a.jsonl", make_texts(90))
     write_jsonl(tmp_path / "b.jsonl", make_texts(10, seed=5))
-    assert not open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
     config = config_of(tmp_path, "*.jsonl", epochs=0, shards=2)
     batches, drawn = batches_of(config, tokenizer), Counter()
     while sum(drawn.values()) < 600:
@@ -470,7 +470,6 @@ def test_files_of_different_sizes_are_shared_by_row(tmp_path, tokenizer):
 def test_files_of_one_size_are_shared_whole(tmp_path, tokenizer):
     for i in range(4):
         write_jsonl(tmp_path / f"{i}.jsonl", make_texts(20))
-    assert open_source(f"{tmp_path}/*.jsonl", DataConfig()).is_even(2)
     config = config_of(tmp_path, "*.jsonl", epochs=1, shards=2)
     batches, files = batches_of(config, tokenizer, shards=[1]), set()
     for _ in range(20):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data import fingerprint
+from smollm_jax.data import sources
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.sources import mixture, open_source
 from tests.support.texts import make_texts, write_jsonl, write_parquet
@@ -208,10 +208,10 @@ def test_weights_of_a_mixture():
 
 @pytest.mark.parametrize("whole_bytes", [2**30, 0])
 def test_a_byte_changed_in_the_middle_of_a_file_changes_its_fingerprint(tmp_path, monkeypatch, whole_bytes):
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(fingerprint, "PROBES", 3)
+    monkeypatch.setattr(sources, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(sources, "PROBES", 3)
     path = tmp_path / "a.txt"
-    text = bytearray(b"x" * (fingerprint.PROBE_BYTES * 9))
+    text = bytearray(b"x" * (sources.PROBE_BYTES * 9))
     path.write_bytes(text)
     before = open_source(str(path), DataConfig()).fingerprint
     text[len(text) // 2] += 1

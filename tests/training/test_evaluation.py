@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import islice
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -12,8 +13,7 @@ import pytest
 from smollm_jax.cli import commands
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
-from smollm_jax.data.heldout import HeldOut
-from smollm_jax.data.packing import num_targets
+from smollm_jax.data.packing import num_targets, pack
 from smollm_jax.data.sources import Document
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.hf.export import export_folder
@@ -111,7 +111,7 @@ def test_an_evaluation_reads_as_much_whatever_the_accumulation(parts):
     """Three batches of four rows, in parts that fit the memory of a micro-batch."""
     rng, lines, rows = np.random.default_rng(0), [], []
     tokens = [rng.integers(1, 300, size=rng.integers(5, 40), dtype=np.int32) for _ in range(60)]
-    documents = [Document(str(i), "a", "a", i, {}) for i in range(60)]
+    documents = [(Document(str(i), "a", "a", i, {}), ids) for i, ids in enumerate(tokens)]
 
     def nll(_, tokens_BT1, segment_ids_BT1):
         rows.append(len(tokens_BT1))
@@ -122,14 +122,14 @@ def test_an_evaluation_reads_as_much_whatever_the_accumulation(parts):
             run=RunConfig(phases="9x4", sample_tokens=0), compute=ComputeConfig(grad_accum=parts),
             data=DataConfig(seq_len=SEQ_LEN, eval_batches=3),
         ),
-        heldout=HeldOut(documents, tokens, SEQ_LEN), interrupted=False, job=Processes(), stop=StopRequest(),
+        heldout=documents, interrupted=False, job=Processes(), stop=StopRequest(),
         progress=Progress(step=9), counters=Counters(), nll=nll, state={"params": None},
         tokenizer=SimpleNamespace(token_bytes=np.ones(300, np.int32)),
         report=SimpleNamespace(evaluation=lambda line, _: lines.append(line)),
     )  # fmt: skip
     evaluate_run(run)
     assert (sum(rows), set(rows)) == (12, {4 // parts})
-    whole = HeldOut(documents, tokens, SEQ_LEN).batches(4, 3)
+    whole = islice(pack(documents, SEQ_LEN, 4), 3)
     assert lines[0]["eval_tokens"] == sum(map(num_targets, whole))
 
 
