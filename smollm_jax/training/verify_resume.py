@@ -61,11 +61,10 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
         process = start(pieces)
         while process.poll() is None and (last_step(run_dir) < stop or not steps_in(run_dir / "checkpoints")):
             time.sleep(POLL_SECONDS)
-        ended_by_itself = process.poll() is not None
+        if process.poll() is not None:  # it ended by itself
+            break
         process.kill()
         process.wait()
-        if ended_by_itself:
-            break
         resumes += 1
         say(f"killed at step {last_step(run_dir)}")
     _finish(pieces)
