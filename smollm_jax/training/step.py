@@ -30,7 +30,7 @@ HEAD_AXIS = "tensor"  # the mesh axis that divides heads
 
 
 class Vote(IntEnum):
-    """What each of several processes declares about its part of a batch."""
+    """What a process declares about its part of a batch, and the verdict of all processes on a step or the run."""
 
     GO = 0
     STOP = 1  # stop after this step
