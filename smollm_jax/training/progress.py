@@ -35,7 +35,10 @@ def report_step(run: Run, pending: Pending) -> None:
     if run.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
         run.report.say(f"step {pending.step}: THE BATCHES DIFFER FROM THE FIRST TIME; the ledgers differ")
     run.report.progress(pending.step)
-    count_bad_step(run, pending, finite=bool(values["finite"]))
+    if values["finite"]:
+        run.progress.bad_steps_in_a_row = 0
+    else:
+        count_bad_step(run, pending)
     if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
         write_line(run)
 
@@ -77,11 +80,8 @@ def skipped_documents(run: Run, pending: Pending) -> int:
     return int(pending.cursor["skipped"]) if pending.cursor else 0
 
 
-def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
+def count_bad_step(run: Run, pending: Pending) -> None:
     """Count a step without finite gradients; after --max-bad-steps in a row raise `TooManyBadSteps`."""
-    if finite:
-        run.progress.bad_steps_in_a_row = 0
-        return
     run.progress.bad_steps += 1
     run.progress.bad_steps_in_a_row += 1
     run.report.say(f"step {pending.step}: loss or gradient not finite; the update is skipped")
