@@ -114,8 +114,8 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
     """Return notes on other devices than the checkpoint's; raises `UserError` for another dtype."""
     before = found.meta.get("computed", computed) if found else computed
     was, now = before["dtype"], computed["dtype"]
-    hint = f"give --dtype {was}, or start afresh with --new-run"
-    require(was == now, f"the run computed in {was}, and would go on in {now}; {hint}")
+    remedy = f"give --dtype {was}, or start afresh with --new-run"
+    require(was == now, f"the run computed in {was}, and would go on in {now}; {remedy}")
     return [
         f"{name} changed from {before[name]} to {now}: same maths, the last bits will differ"
         for name, now in computed.items()
@@ -175,6 +175,15 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     peak = peak_flops(device)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
+    source = config.run.init_from
+    start = "from fresh weights" if source is None else f"from the weights of {source}"
+    if run.progress.step:
+        start = f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
+    processes = ""
+    if run.job.several:
+        own = config.data.shards >= (count := run.job.count)
+        reads = "its own part of the data" if own else f"all of the data: --shards {count} would divide it"
+        processes = f", {count} processes; each reads {reads}"
     held_out = "none"
     if run.heldout is not None:
         eval_tokens = config.data.eval_batches * config.main_batch_size * T
@@ -184,7 +193,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     lines = [
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
-        f"{axes and f': {axes}'}{_shared_by(run)}",
+        f"{axes and f': {axes}'}{processes}",
         f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
@@ -196,7 +205,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"held out    {held_out}",
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
-        f"starts      {_starting_point(run)} (ready in {seconds:.1f} s)",
+        f"starts      {start} (ready in {seconds:.1f} s)",
         *([f"memory      {advice}"] if (advice := hint()) else []),
         *notes,
         *_padding(run),
@@ -216,19 +225,3 @@ def _padding(run: Run) -> list[str]:
             nothing = f"; {idle} of {shards} devices have nothing else" if idle else ""
             found.append(f"padding     {rows - size} empty rows follow the {size} of a batch{nothing}")
     return found
-
-
-def _shared_by(run: Run) -> str:
-    if not run.job.several:
-        return ""
-    count = run.job.count
-    own = run.config.data.shards >= count
-    reads = "its own part of the data" if own else f"all of the data: --shards {count} would divide it"
-    return f", {count} processes; each reads {reads}"
-
-
-def _starting_point(run: Run) -> str:
-    if run.progress.step:
-        return f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
-    source = run.config.run.init_from
-    return "from fresh weights" if source is None else f"from the weights of {source}"
