@@ -28,7 +28,7 @@ HOUSE = {
     "checkpoint": ("distributed runtime", 667),
     "generation": ("kernels model config runtime", 572),
     "runs": ("hf checkpoint data tokenizer config runtime", 494),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_599),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_543),
     "serving": ("runs generation hf model tokenizer config runtime", 1_205),
     "planning": ("training kernels distributed model config runtime", 495),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 376),

@@ -77,15 +77,13 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
-    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler works
+    shapes = abstract_state(config, mesh)
+    checkpoints.prepare(shapes)  # while the compiler works
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
-    if found is None:
-        progress, state = Progress(), init_state(config, mesh, start.params)
-    else:
-        progress = Progress(**found.meta["progress"])
-        state = checkpoints.restore(found.step, abstract_state(config, mesh))
+    progress = Progress(**found.meta["progress"]) if found else Progress()
+    state = checkpoints.restore(found.step, shapes) if found else init_state(config, mesh, start.params)
     checkpoints.newest = step = progress.step
     records = keep_records(run_dir, step) if job.first else Records(0, {})
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
