@@ -28,7 +28,7 @@ HOUSE = {
     "checkpoint": ("distributed runtime", 667),
     "generation": ("kernels model config runtime", 549),
     "runs": ("hf checkpoint data tokenizer config runtime", 487),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_590),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_534),
     "serving": ("runs generation hf model tokenizer config runtime", 1_149),
     "planning": ("training kernels distributed model config runtime", 483),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 375),

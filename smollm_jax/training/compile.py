@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,22 +64,22 @@ def compile_steps(
     sizes, asked = sorted({phase.batch_size for phase in config.phases}, reverse=True), config.compute.remat
     policies: tuple[Policy, ...] = ("none", "dots", "full") if asked == "auto" else (asked,)
     for remat in policies:
-        largest, last = None, remat == policies[-1]
+        compile_for = partial(compile_step, config, mesh, dtype=dtype, remat=remat, ops=ops)
         try:
-            largest = compile_step(config, mesh, sizes[0], dtype=dtype, remat=remat, ops=ops)
+            largest = compile_for(sizes[0])
         except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses a step that does not fit
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-        require(
-            agree(largest is not None) or not last,
-            f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
-            "give a smaller --batch-size, or --grad-accum 2 or more",
-        )
-        if last or agree(largest is not None and compiled_bytes(largest) < memory_bytes):
+            largest = None
+        if agree(largest is not None and compiled_bytes(largest) < memory_bytes):
             break
+    require(
+        agree(largest is not None),
+        f"batch size {sizes[0]} with remat {remat} does not fit the device's memory; "
+        "give a smaller --batch-size, or --grad-accum 2 or more",
+    )
     assert largest is not None
-    rest = {size: compile_step(config, mesh, size, dtype=dtype, remat=remat, ops=ops) for size in sizes[1:]}
-    return {sizes[0]: largest} | rest, remat
+    return {sizes[0]: largest} | {size: compile_for(size) for size in sizes[1:]}, remat
 
 
 def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Processes) -> tuple[Ops, list[str]]:

@@ -126,7 +126,7 @@ def evaluate_run(run: Run) -> None:
     }
     with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)
-    run.counters.evaluated = run.progress.step
+    run.evaluated = run.progress.step
 
 
 def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -24,9 +24,9 @@ from smollm_jax.runtime.trees import flatten
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.loop import train
 from smollm_jax.training.progress import TooManyBadSteps
-from smollm_jax.training.run import Outcome, Run
+from smollm_jax.training.run import Run
 from smollm_jax.training.setup import setup
-from smollm_jax.training.summary import log_summary
+from smollm_jax.training.step import Vote
 
 
 def fit(config: Config, stop: StopRequest) -> int:
@@ -36,13 +36,11 @@ def fit(config: Config, stop: StopRequest) -> int:
     """
     with join_job(config.compute) as job, acquire_run_dir(config, job) as run_dir:
         try:
-            run, notes = setup(config, run_dir, stop, job)
-            log_summary(run, notes)
-            with closing(run):
+            with closing(setup(config, run_dir, stop, job)) as run:
                 try:
                     with job.watchdog.limit():
-                        outcome = train(run)
-                    job.exit_code = finish(run, outcome)
+                        verdict = train(run)
+                    job.exit_code = finish(run, verdict)
                 except TooManyBadSteps as error:
                     run.report.say(f"stopped: {error}")
                     job.exit_code = EXIT_FAILED
@@ -74,21 +72,21 @@ def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
         yield run_dir
 
 
-def finish(run: Run, outcome: Outcome) -> int:
+def finish(run: Run, verdict: Vote) -> int:
     """Wait for the last checkpoint, export a finished run, print the result; returns the exit code."""
     if not run.checkpoints.wait():
         run.report.say(f"the last checkpoint could not be saved: {run.checkpoints.failed}")
         return EXIT_FAILED
     step, total = run.progress.step, run.config.total_steps
-    if outcome == Outcome.DATA_ENDED and run.counters.evaluated < step and run.config.run.eval_every:
+    if verdict == Vote.ENDED and run.evaluated < step and run.config.run.eval_every:
         evaluate_run(run)
-    if outcome == Outcome.STOPPED or run.interrupted:
+    if verdict == Vote.STOP or run.interrupted:
         again = "the same command without --new-run" if run.config.run.new_run else "the same command"
         run.report.say(f"stopped at step {step:,} of {total:,}, saved; run {again} to go on")
         return EXIT_STOPPED
     if not run.job.first:
         return 0
-    if step < total and outcome == Outcome.DONE:
+    if step < total and verdict == Vote.GO:
         print(f"step {step:,} of {total:,}, as --stop-after asked; saved in {run.run_dir}/checkpoints/{step}")
         return 0
     return conclude(run)

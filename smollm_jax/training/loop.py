@@ -22,7 +22,7 @@ from smollm_jax.distributed.watchdog import AGAIN
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.progress import report_step, write_line
-from smollm_jax.training.run import Outcome, Pending, Run, evaluation_due, save, save_due
+from smollm_jax.training.run import Pending, Run, evaluation_due, save, save_due
 from smollm_jax.training.step import Vote
 
 POLL_SECONDS = 0.2
@@ -38,14 +38,14 @@ class Ballot:
     fault: Exception | None = None  # why there are no rows: a `SourceTimeout`, or data that cannot be read
 
 
-def train(run: Run) -> Outcome:
-    """Train until the last step, a stop request or the end of the data.
+def train(run: Run) -> Vote:
+    """Train until the last step (`GO`), a stop request (`STOP`) or the end of the data (`ENDED`).
 
     One step is on the device while the metrics of the one before are read, so the device never waits for the host.
     Raises `TooManyBadSteps`, or in all processes `UserError` if one cannot read its data.
     """
-    if run.counters.evaluated < run.progress.step and evaluation_due(run):
-        with run.counters.paused():
+    if run.evaluated < run.progress.step and evaluation_due(run):
+        with run.interval.paused():
             evaluate_run(run)
     pending, ballot = None, None
     while run.progress.step < run.last_step:
@@ -59,7 +59,7 @@ def train(run: Run) -> Outcome:
         verdict, pending = (verdict if verdict >= Vote.ENDED else max(verdict, last)), None
         if verdict == Vote.ENDED:
             write_line(run)
-        with run.counters.paused():
+        with run.interval.paused():
             if save_due(run) or verdict != Vote.GO:
                 save(run)  # first: nothing that happens in an evaluation can cost a checkpoint
             if verdict != Vote.GO:
@@ -71,7 +71,7 @@ def train(run: Run) -> Outcome:
         write_line(run)
     save(run)
     reached = verdict == Vote.GO or run.progress.step == run.last_step
-    return Outcome.DONE if reached else outcome_of(run, verdict, ballot)
+    return Vote.GO if reached else outcome_of(run, verdict, ballot)
 
 
 def next_ballot(run: Run, before: Ballot | None) -> Ballot:
@@ -88,7 +88,7 @@ def next_ballot(run: Run, before: Ballot | None) -> Ballot:
     except (SourceTimeout, ValueError) as error:  # it costs nothing of the steps before it: the loop saves first
         return Ballot(Vote.VOID, fault=error)
     finally:
-        run.counters.interval.data_wait_seconds += time.monotonic() - began
+        run.interval.data_wait_seconds += time.monotonic() - began
     if item is None:
         return Ballot(Vote.VOID)
     padding = not item[0].segment_ids.any()
@@ -152,12 +152,12 @@ def settle(run: Run, pending: Pending | None) -> Vote:
     return Vote.STOP if votes[Vote.STOP] else Vote.GO
 
 
-def outcome_of(run: Run, verdict: Vote, ballot: Ballot | None) -> Outcome:
-    """Return why all processes end here; raises `UserError` in all if one cannot read its data."""
+def outcome_of(run: Run, verdict: Vote, ballot: Ballot | None) -> Vote:
+    """Return why all processes end, `ENDED` or `STOP`; raises `UserError` in all if one cannot read its data."""
     try:
         with run.job.all_or_none():
             if ballot is not None and ballot.fault is not None:
                 raise ballot.fault
     except SourceTimeout as error:
         run.report.say(f"{error}; {AGAIN if run.job.several else 'run the same command to go on'}")
-    return Outcome.DATA_ENDED if verdict == Vote.ENDED else Outcome.STOPPED
+    return Vote.ENDED if verdict == Vote.ENDED else Vote.STOP

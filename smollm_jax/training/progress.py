@@ -25,30 +25,31 @@ class TooManyBadSteps(RuntimeError):
 
 def report_step(run: Run, pending: Pending) -> None:
     """Wait for a step's metrics, check and count them, and write a line every --log-every steps."""
-    values, interval = jax.device_get(pending.metrics), run.counters.interval
-    if pending.step > run.counters.read:
-        run.counters.read = pending.step
-        run.progress.tokens += int(values["targets"])
-        run.progress.ledger = extend(run.progress.ledger, values["batch_hash"])
-        interval.steps += 1
-        interval.targets += int(values["targets"])
-        interval.slots += run.config.batch_size_at(pending.step) * run.config.data.seq_len
-        interval.latest = pending, values
-        if run.counters.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
-            run.report.say(f"step {pending.step}: THE BATCHES DIFFER FROM THE FIRST TIME; the ledgers differ")
-        run.report.progress(pending.step)
-        count_bad_step(run, pending, finite=bool(values["finite"]))
+    values, interval = jax.device_get(pending.metrics), run.interval
+    run.progress.tokens += int(values["targets"])
+    run.progress.ledger = extend(run.progress.ledger, values["batch_hash"])
+    interval.steps += 1
+    interval.targets += int(values["targets"])
+    interval.slots += run.config.batch_size_at(pending.step) * run.config.data.seq_len
+    interval.latest = pending, values
+    if run.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
+        run.report.say(f"step {pending.step}: THE BATCHES DIFFER FROM THE FIRST TIME; the ledgers differ")
+    run.report.progress(pending.step)
+    if values["finite"]:
+        run.progress.bad_steps_in_a_row = 0
+    else:
+        count_bad_step(run, pending)
     if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
         write_line(run)
 
 
 def write_line(run: Run) -> None:
     """Write a metrics line unless there is one: values of the last step, and rates since the line before."""
-    interval = run.counters.interval
-    if interval.latest is None or interval.latest[0].step <= run.counters.recorded:
+    interval = run.interval
+    if interval.latest is None:
         return
     pending, values = interval.latest
-    run.counters.recorded, skipped = pending.step, skipped_documents(run, pending)
+    skipped = skipped_documents(run, pending)
     seconds = max(time.monotonic() - interval.began, 1e-9)
     line = {
         "step": pending.step,
@@ -58,7 +59,7 @@ def write_line(run: Run) -> None:
         "tokens": run.progress.tokens,
         "tokens_per_second": interval.targets / seconds,
         "data_wait_seconds": interval.data_wait_seconds,
-        "step_seconds": seconds / max(interval.steps, 1),
+        "step_seconds": seconds / interval.steps,
         "bad_steps": run.progress.bad_steps,
         "skipped_documents": skipped,
         "ledger": run.progress.ledger,
@@ -68,7 +69,7 @@ def write_line(run: Run) -> None:
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)
     run.report.train(line)
-    run.counters.interval = Interval()
+    run.interval = Interval()
 
 
 def skipped_documents(run: Run, pending: Pending) -> int:
@@ -79,18 +80,15 @@ def skipped_documents(run: Run, pending: Pending) -> int:
     return int(pending.cursor["skipped"]) if pending.cursor else 0
 
 
-def count_bad_step(run: Run, pending: Pending, *, finite: bool) -> None:
+def count_bad_step(run: Run, pending: Pending) -> None:
     """Count a step without finite gradients; after --max-bad-steps in a row raise `TooManyBadSteps`."""
-    if finite:
-        run.progress.bad_steps_in_a_row = 0
-        return
     run.progress.bad_steps += 1
     run.progress.bad_steps_in_a_row += 1
     run.report.say(f"step {pending.step}: loss or gradient not finite; the update is skipped")
     if run.progress.bad_steps_in_a_row >= run.config.optimizer.max_bad_steps:
         raise TooManyBadSteps(
             f"{run.progress.bad_steps_in_a_row} steps in a row without a finite gradient; "
-            f"{write_documents(run, pending)}, the newest checkpoint is {run.counters.saved or 'none'}"
+            f"{write_documents(run, pending)}, the newest checkpoint is {run.saved or 'none'}"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.config.fields import Rule, resume_rules
+from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
@@ -37,7 +37,8 @@ class StartState:
 
     config: Config
     checkpoint: VerifiedCheckpoint | None = None
-    weights: tuple[Any, Tokenizer] | None = None  # f32 parameters and the tokenizer they were trained with
+    params: Any = None  # f32 weights, and the tokenizer that they were trained with
+    tokenizer: Tokenizer | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,9 +65,8 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     if source is None:
         return StartState(config)
     model, params, tokenizer = load_model(source)
-    config = _completed(config, model, source)
     config = replace(config, run=replace(config.run, init_from=source))
-    return StartState(config, weights=(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), tokenizer))
+    return StartState(_completed(config, model, source), params=params, tokenizer=tokenizer)
 
 
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
@@ -102,21 +102,20 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
     Raises `UserError` naming every change that would change the result.
     """
     before, now = flatten(old, "."), flatten(to_dict(config), ".")
-    changed: dict[Rule, list[str]] = {"": [], "free": [], "same maths": [], "schedule": []}
-    for name, rule in resume_rules(config).items():
-        if before.get(name) != now[name]:
-            changed[rule].append(name)
+    changed = {name: rule for name, rule in resume_rules(config).items() if before.get(name) != now[name]}
+    refused, maths, schedule = (
+        [n for n in changed if changed[n] == rule] for rule in ("", "same maths", "schedule")
+    )
     notes = [
         f"{name} changed from {before.get(name)} to {now[name]}: same maths, the last bits may differ"
-        for name in changed["same maths"]
+        for name in maths
     ]
     past = f"the run is at step {step}, past --steps {config.total_steps}; ask for more, or use --new-run"
     require(config.total_steps >= step, past)
-    refused = changed[""]
-    if changed["schedule"] and _updates(from_dict(old), step) == _updates(config, step):
-        notes.append(f"{', '.join(changed['schedule'])} changed: all {step} updates so far stay as they were")
+    if schedule and _updates(from_dict(old), step) == _updates(config, step):
+        notes.append(f"{', '.join(schedule)} changed: all {step} updates so far stay as they were")
     else:
-        refused += changed["schedule"]
+        refused += schedule
     changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in refused)
     require(
         not refused,

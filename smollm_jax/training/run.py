@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,9 @@ from smollm_jax.data.loader import PrefetchLoader, merge_cursors
 from smollm_jax.data.shuffle import TokenizedDocument
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.generation.generator import Generator
-from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
-
-
-class Outcome(StrEnum):
-    """Why the training loop ended."""
-
-    DONE = "done"
-    STOPPED = "stopped"
-    DATA_ENDED = "data ended"
 
 
 @dataclass
@@ -66,27 +56,14 @@ class Interval:
     targets: int = 0
     slots: int = 0  # token positions of the batches
     data_wait_seconds: float = 0.0
-    latest: tuple[Pending, dict[str, Any]] | None = None  # the last step and its metrics
-
-
-@dataclass
-class Counters:
-    """The last step saved, read, recorded and evaluated, and the sums for the next metrics line."""
-
-    saved: int = 0  # step of the last checkpoint begun
-    read: int = 0  # last step whose metrics were read
-    recorded: int = 0  # last step with a line in metrics.jsonl
-    evaluated: int = 0  # last step whose evaluation is on record
-    ledgers: dict[int, str] = field(default_factory=dict)
-    """Batch hash per step on record at the start; a step trained again must have the same."""
-    interval: Interval = field(default_factory=Interval)
+    latest: tuple[Pending, dict[str, Any]] | None = None  # the last step, if it has no line yet, and its metrics
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Keep the time inside out of the interval."""
         paused = time.monotonic()
         yield
-        self.interval.began += time.monotonic() - paused
+        self.began += time.monotonic() - paused
 
 
 @dataclass(kw_only=True)
@@ -102,17 +79,18 @@ class Run:
     heldout: list[TokenizedDocument]
     mesh: jax.sharding.Mesh
     dtype: Any
-    remat: Policy
     steps: dict[int, jax.stages.Compiled]
     nll: Callable[..., jax.Array]
     checkpoints: CheckpointManager
     state: dict[str, Any]
     report: RunMetrics | NullMetrics
     progress: Progress
-    counters: Counters
+    saved: int  # step of the last checkpoint begun
+    evaluated: int  # last step whose evaluation is on record
+    ledgers: dict[int, str]  # batch hash per step on record at the start: a step trained again must have the same
+    interval: Interval = field(default_factory=Interval)
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
     kernels: bool | None  # False if samples must not use kernels because the steps do not
-    setup_seconds: float
     generator: Generator | None = None  # decodes the samples; None before the first evaluation
 
     @property
@@ -134,7 +112,7 @@ class Run:
 def save(run: Run) -> None:
     """Begin a checkpoint of the current step, unless the step is saved already."""
     step = run.progress.step
-    if step == run.counters.saved:
+    if step == run.saved:
         return
     cursor = merge_cursors(run.job.gather(run.progress.cursor))
     meta = {
@@ -145,7 +123,7 @@ def save(run: Run) -> None:
     }
     with run.job.watchdog.patient("a save"):
         run.checkpoints.save(step, run.state, meta)
-    run.counters.saved = step
+    run.saved = step
 
 
 def evaluation_due(run: Run) -> bool:

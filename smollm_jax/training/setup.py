@@ -1,4 +1,4 @@
-"""Set up a run: everything before the first step, the cheapest place to find a mistake first."""
+"""Set up a run and log what it will do: everything before the first step, what finds a mistake cheapest first."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.distributed.sharding import make_mesh, shards_here
+from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
+from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
-from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache, use_precision_of
+from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
+from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from smollm_jax.training.compile import compile_within, make_scorer, select_agreed_ops
+from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
 from smollm_jax.training.restore import StartState, resolve_start
-from smollm_jax.training.run import Counters, Progress, Run
+from smollm_jax.training.run import Progress, Run
 from smollm_jax.training.step import abstract_state, init_state
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
 
 
-def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> tuple[Run, list[str]]:
-    """Build or restore a run; returns it with notes for the start-up summary.
+def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> Run:
+    """Build or restore a run, and log a summary of it.
 
     Raises `UserError` for a mistake in settings or input, `SourceTimeout` if the data does not answer.
     """
@@ -68,26 +70,26 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> t
     use_precision_of(dtype)
     computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
-    checkpoints.prepare(abstract_state(config, mesh))  # while the compiler works
+    shapes = abstract_state(config, mesh)
+    checkpoints.prepare(shapes)  # while the compiler works
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
-    if found is None:
-        progress, state = Progress(), init_state(config, mesh, start.weights[0] if start.weights else None)
-    else:
-        progress = Progress(**found.meta["progress"])
-        state = checkpoints.restore(found.step, abstract_state(config, mesh))
-    counters, report = open_records(config, run_dir, job, found.step if found else 0)
-    checkpoints.newest = counters.saved
+    progress = Progress(**found.meta["progress"]) if found else Progress()
+    state = checkpoints.restore(found.step, shapes) if found else init_state(config, mesh, start.params)
+    checkpoints.newest = step = progress.step
+    records = keep_records(run_dir, step) if job.first else Records(0, {})
+    report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
-        mesh=mesh, dtype=dtype, remat=remat, steps=steps, nll=nll, checkpoints=checkpoints, state=state,
-        report=report, progress=progress, counters=counters, computed=computed,
-        kernels=False if ops.kernels == "plain" else None, setup_seconds=time.monotonic() - began,
+        mesh=mesh, dtype=dtype, steps=steps, nll=nll, checkpoints=checkpoints, state=state, report=report,
+        progress=progress, saved=step, evaluated=job.gather(records.evaluated)[0], ledgers=records.ledgers,
+        computed=computed, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
-    return run, notes
+    log_summary(run, remat, notes, seconds=time.monotonic() - began)
+    return run
 
 
 def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
@@ -99,22 +101,12 @@ def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
         part.unlink(missing_ok=True)
 
 
-def open_records(
-    config: Config, run_dir: Path, job: Processes, step: int
-) -> tuple[Counters, RunMetrics | NullMetrics]:
-    """Cut the records back to `step`, the step of the checkpoint, and open them in the first process."""
-    records = keep_records(run_dir, step) if job.first else Records(0, {})
-    report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
-    evaluated = job.gather(records.evaluated)[0]
-    return Counters(saved=step, read=step, recorded=step, evaluated=evaluated, ledgers=records.ledgers), report
-
-
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
     """Return notes on other devices than the checkpoint's; raises `UserError` for another dtype."""
     before = found.meta.get("computed", computed) if found else computed
     was, now = before["dtype"], computed["dtype"]
-    hint = f"give --dtype {was}, or start afresh with --new-run"
-    require(was == now, f"the run computed in {was}, and would go on in {now}; {hint}")
+    remedy = f"give --dtype {was}, or start afresh with --new-run"
+    require(was == now, f"the run computed in {was}, and would go on in {now}; {remedy}")
     return [
         f"{name} changed from {before[name]} to {now}: same maths, the last bits will differ"
         for name, now in computed.items()
@@ -151,7 +143,7 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
         tokenizer = load_tokenizer(str(folder))
     else:
         data, name, init_from = start.config.data, start.config.data.tokenizer, start.config.run.init_from
-        theirs = start.weights[1] if start.weights else None
+        theirs = start.tokenizer
         if theirs is not None and name == init_from:
             tokenizer = theirs
         else:
@@ -162,3 +154,63 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
         tokenizer.save(folder)
     check_vocab(tokenizer, start.config.model.vocab_size)
     return tokenizer
+
+
+def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) -> None:
+    """Log in a dozen lines what the run will do, and `notes`, each a line."""
+    config, model, mesh, T = run.config, run.config.model, run.mesh, run.config.data.seq_len
+    device, optimizer = mesh.devices.flat[0], config.optimizer
+    phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {T}" for p in config.phases)
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    memory = compiled_bytes(run.steps[max(run.steps)]) / 2**30
+    peak = peak_flops(device)
+    scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
+    fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
+    source = config.run.init_from
+    start = "from fresh weights" if source is None else f"from the weights of {source}"
+    if run.progress.step:
+        start = f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
+    processes = ""
+    if run.job.several:
+        own = config.data.shards >= (count := run.job.count)
+        reads = "its own part of the data" if own else f"all of the data: --shards {count} would divide it"
+        processes = f", {count} processes; each reads {reads}"
+    held_out = "none"
+    if run.heldout:
+        eval_tokens = config.data.eval_batches * config.main_batch_size * T
+        held_out = f"{len(run.heldout):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
+    lines = [
+        f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
+        f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
+        f"{axes and f': {axes}'}{processes}",
+        f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
+        f"context {model.max_seq_len:,}",
+        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
+        f"tokens      {config.main_batch_size * T:,} a step, "
+        f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
+        f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        f"warm-up {config.warmup_steps} steps{fitted}",
+        f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
+        f"held out    {held_out}",
+        f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
+        f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
+        f"starts      {start} (ready in {seconds:.1f} s)",
+        *([f"memory      {advice}"] if (advice := hint()) else []),
+        *notes,
+        *_padding(run),
+    ]
+    if run.job.first and any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
+        lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
+    run.report.say("\n".join(lines))
+
+
+def _padding(run: Run) -> list[str]:
+    """Return a line for each batch size that does not divide evenly among the devices."""
+    found, shards = [], row_shards(run.mesh)
+    for size in run.steps:
+        rows = padded_rows(size, run.mesh, run.config.compute.grad_accum)
+        idle = shards - -(-size * shards // rows)
+        if rows > size:
+            nothing = f"; {idle} of {shards} devices have nothing else" if idle else ""
+            found.append(f"padding     {rows - size} empty rows follow the {size} of a batch{nothing}")
+    return found

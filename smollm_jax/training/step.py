@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ HEAD_AXIS = "tensor"  # the mesh axis that divides heads
 
 
 class Vote(IntEnum):
-    """What each of several processes declares about its part of a batch."""
+    """What a process declares about its part of a batch, and the verdict of all processes on a step or the run."""
 
     GO = 0
     STOP = 1  # stop after this step
@@ -40,20 +41,18 @@ class Vote(IntEnum):
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
     """Return the state before the first update, with fresh parameters unless `params` are given."""
-
-    def create(params: Any) -> State:
-        return _state_of(config, init_params(config.model, config.run.seed) if params is None else params)
-
-    return jax.jit(create, out_shardings=layout_of(abstract_state(config, mesh)))(params)
+    return jax.jit(partial(create, config), out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
     """Return shapes, dtypes and layout of the state, without its arrays."""
-    shapes = jax.eval_shape(lambda: _state_of(config, init_params(config.model, config.run.seed)))
-    return with_layout(shapes, mesh)
+    return with_layout(jax.eval_shape(partial(create, config), None), mesh)
 
 
-def _state_of(config: Config, params: Any) -> State:
+def create(config: Config, params: Any | None) -> State:
+    """Return the state as `init_state` does, in the layout that the caller's jit gives it."""
+    if params is None:
+        params = init_params(config.model, config.run.seed)
     opt_state = make_optimizer(config.optimizer).init(params)
     return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
 
@@ -91,9 +90,7 @@ def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[...
     Devices along `tensor` hold the same rows, so each takes a part of every row.
     """
 
-    def summed(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
-        return summed_nll(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, ops.cross_entropy)
-
+    summed = partial(summed_nll, chunk_tokens=chunk_tokens, cross_entropy=ops.cross_entropy)
     if mesh is None or mesh.size == 1:
         return summed
     tokens, whole = PartitionSpec(BATCH_AXES, HEAD_AXIS), PartitionSpec()

@@ -38,7 +38,7 @@ class Comparison:
 
     steps: int
     compared: dict[str, str | None]
-    resumes: int = 0  # how often the run was killed and resumed from a checkpoint
+    resumes: int  # how often the run was killed and resumed from a checkpoint
 
     @property
     def exact(self) -> bool:
@@ -61,15 +61,14 @@ def verify_resume(config: Config, folder: Path, *, steps: int) -> Comparison:
         process = start(pieces)
         while process.poll() is None and (last_step(run_dir) < stop or not steps_in(run_dir / "checkpoints")):
             time.sleep(POLL_SECONDS)
-        ended_by_itself = process.poll() is not None
+        if process.poll() is not None:  # it ended by itself
+            break
         process.kill()
         process.wait()
-        if ended_by_itself:
-            break
         resumes += 1
         say(f"killed at step {last_step(run_dir)}")
     _finish(pieces)
-    return replace(compare_runs(Path(straight.run_dir), run_dir), resumes=resumes)
+    return Comparison(last_step(run_dir), compare_runs(Path(straight.run_dir), run_dir), resumes)
 
 
 def _short(config: Config, run_dir: Path, steps: int) -> Config:
@@ -100,8 +99,8 @@ def last_step(run_dir: Path) -> int:
     return max((line["step"] for line in read_metrics(run_dir)), default=0)
 
 
-def compare_runs(one: Path, other: Path) -> Comparison:
-    """Compare the records of two runs, and every bit of their newest checkpoints."""
+def compare_runs(one: Path, other: Path) -> dict[str, str | None]:
+    """Compare the records of two runs, and every bit of their newest checkpoints; returns as in `Comparison`."""
     from smollm_jax.checkpoint.manager import read_params
 
     compared: dict[str, str | None] = {"ledger, losses and norms": None, "samples": None}
@@ -122,7 +121,7 @@ def compare_runs(one: Path, other: Path) -> Comparison:
         a, b = flatten(a, "/"), flatten(b, "/")
         wrong = len(a.keys() ^ b.keys()) + sum(not _same(a[name], b[name]) for name in a.keys() & b.keys())
         compared[group] = f"{wrong} arrays differ" if wrong else None
-    return Comparison(found_a.step, compared)
+    return compared
 
 
 def _same(x: Any, y: Any) -> bool:

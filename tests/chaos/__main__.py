@@ -235,7 +235,7 @@ def in_pieces(config: Config, straight: Path, seed: int) -> tuple[list[Stop], st
     code = quiet(config).wait()
     if code != 0:
         return stops, f"could not be finished: exit code {code}, see {run_dir.with_suffix('.log')}"
-    differences = [f"{what}: {words}" for what, words in compare_runs(straight, run_dir).compared.items() if words]
+    differences = [f"{what}: {words}" for what, words in compare_runs(straight, run_dir).items() if words]
     return stops, "; ".join(differences) or None
 
 

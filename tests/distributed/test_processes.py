@@ -16,7 +16,7 @@ from smollm_jax.distributed.launch import connect
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.errors import SourceTimeout, UserError
 from smollm_jax.training.loop import next_ballot
-from smollm_jax.training.run import Counters, Progress
+from smollm_jax.training.run import Interval, Progress
 from smollm_jax.training.step import Vote
 
 
@@ -25,7 +25,7 @@ def run_of_two(stream, *, requested=False, data_timeout=600.0):
     config = Config(data=DataConfig(seq_len=32, data_timeout=data_timeout), run=RunConfig(phases="9x4"))
     return SimpleNamespace(
         config=config, progress=Progress(step=2), stream=stream, stop=SimpleNamespace(requested=requested),
-        job=Processes(1, 2), counters=Counters(), interrupted=False,
+        job=Processes(1, 2), interval=Interval(), interrupted=False,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def test_verify_resume_finds_a_recipe_exact_and_a_tampered_run_not(short_run, tm
     lines = metrics.read_text().splitlines()
     ledger = json.loads(lines[4])["ledger"]
     metrics.write_text("\n".join(lines).replace(ledger, "0" * 32) + "\n")
-    compared = compare_runs(tmp_path / "straight", tmp_path / "pieces").compared
+    compared = compare_runs(tmp_path / "straight", tmp_path / "pieces")
     assert compared["ledger, losses and norms"] == "step 5: ledger differ"
 
 

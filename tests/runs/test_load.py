@@ -145,7 +145,7 @@ def test_train_and_serve_start_from_an_import(folder, tmp_path):
     origin = resolve_start(asked, tmp_path / "run", checkpoints)
     assert origin.checkpoint is None
     assert origin.config.model == CONFIG
-    assert_same_bits(origin.weights[0], read_folder(folder)[1])
+    assert_same_bits(origin.params, read_folder(folder)[1])
     texts = []
     for name in ("run", "hf"):
         pieces = open_completer(tmp_path / name).stream("The water", Sampling(max_new_tokens=8), ())

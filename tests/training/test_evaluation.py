@@ -21,7 +21,7 @@ from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.evaluation import HeldOutScore, evaluate_model, evaluate_run
-from smollm_jax.training.run import Counters, Progress
+from smollm_jax.training.run import Progress
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24,
@@ -123,7 +123,7 @@ def test_an_evaluation_reads_as_much_whatever_the_accumulation(parts):
             data=DataConfig(seq_len=SEQ_LEN, eval_batches=3),
         ),
         heldout=documents, interrupted=False, job=Processes(), stop=StopRequest(),
-        progress=Progress(step=9), counters=Counters(), nll=nll, state={"params": None},
+        progress=Progress(step=9), evaluated=0, nll=nll, state={"params": None},
         tokenizer=SimpleNamespace(token_bytes=np.ones(300, np.int32)),
         report=SimpleNamespace(evaluation=lambda line, _: lines.append(line)),
     )  # fmt: skip

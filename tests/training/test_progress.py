@@ -12,7 +12,7 @@ from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.training import progress
 from smollm_jax.training.progress import report_step, write_line
-from smollm_jax.training.run import Counters, Interval, Pending, Progress, save_due
+from smollm_jax.training.run import Interval, Pending, Progress, save_due
 
 
 class Recorded(list):
@@ -30,7 +30,7 @@ class Recorded(list):
 def run():
     config = Config(run=RunConfig(phases="100x4", log_every=1000, checkpoint_every=3), data=DataConfig(seq_len=32))
     return SimpleNamespace(
-        config=config, job=Processes(), report=Recorded(), progress=Progress(), counters=Counters(),
+        config=config, job=Processes(), report=Recorded(), progress=Progress(), ledgers={}, interval=Interval(),
         mesh=SimpleNamespace(devices=np.array(jax.devices()[:1] * 4), size=4),
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def pending(step, *, targets, finite=True):
 def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run):
     for step, targets in ((2, 100), (3, 20), (4, 60)):
         report_step(run, pending(step, targets=targets))
-    run.counters.interval.began = time.monotonic() - 10
+    run.interval.began = time.monotonic() - 10
     write_line(run)
     [line] = run.report
     assert line["step"] == 4
@@ -55,7 +55,7 @@ def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run
     assert line["step_seconds"] == pytest.approx(10 / 3, rel=0.05)
     assert line["skipped_documents"] == 7
     report_step(run, pending(5, targets=40))
-    run.counters.interval.began = time.monotonic() - 2
+    run.interval.began = time.monotonic() - 2
     write_line(run)
     assert run.report[1]["tokens"] == 220
     assert run.report[1]["tokens_per_second"] == pytest.approx(20, rel=0.05)
@@ -64,7 +64,7 @@ def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run
 def test_mfu_is_the_flops_of_all_positions_over_the_peak_of_all_devices(run, monkeypatch):
     monkeypatch.setattr(progress, "peak_flops", lambda _: 1e12)
     report_step(run, pending(2, targets=10))
-    run.counters.interval.began = time.monotonic() - 5
+    run.interval.began = time.monotonic() - 5
     write_line(run)
     model = run.config.model
     weights = model.num_parameters  # the head is tied: the embedding counts once, as the head
@@ -107,5 +107,5 @@ def test_the_last_step_is_saved_even_if_it_is_bad(run):
 def test_a_new_interval_begins_with_each_line(run):
     report_step(run, pending(2, targets=10))
     write_line(run)
-    assert vars(run.counters.interval).keys() == vars(Interval()).keys()
-    assert run.counters.interval.targets == 0
+    assert vars(run.interval).keys() == vars(Interval()).keys()
+    assert run.interval.targets == 0
