@@ -7,7 +7,6 @@ model/transformer.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 from jax.sharding import Mesh, PartitionSpec
 
 from smollm_jax.kernels.shard import per_device
-from smollm_jax.kernels.triton_call import triton_call
+from smollm_jax.kernels.triton_call import LOG2_E, load_f32, store, triton_call
 from smollm_jax.model.ops import reference_linear, rotate, swiglu
 
 # Features of one token per program of the feed-forward; tokens per program of the heads. Other sizes tried
 # on an H200 were slower, or within 4 %
-NUMBERS, TOKENS, WARPS = 1_024, 64, 4
+NUMBERS, TOKENS = 1_024, 64
 
 
 def fused_layer(
@@ -82,25 +80,22 @@ def _heads_gradient(dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH, *, interpret):
     inputs = [block(x.reshape(M, *x.shape[2:])) for x in (dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH)]
     outputs = [block(jax.ShapeDtypeStruct((M, N + 2 * K, H), dq_BTNH.dtype))]
     kernel, grid = partial(_heads_kernel, M=M), (pl.cdiv(M, TOKENS),)
-    (dy_MEH,) = triton_call("heads_backward", kernel, grid, inputs, outputs, warps=WARPS, interpret=interpret)
+    (dy_MEH,) = triton_call("heads_backward", kernel, grid, inputs, outputs, interpret=interpret)
     return dy_MEH.reshape(B, T, N + 2 * K, H)
 
 
 def _heads_kernel(dq_ref, dk_ref, dv_ref, cos_ref, sin_ref, dy_ref, *, M: int):
     half = dy_ref.shape[2] // 2
     inside = (pl.program_id(0) * TOKENS + jnp.arange(TOKENS) < M)[:, None]
-    cos, sin = (plt.load(ref, mask=inside, other=0.0) for ref in (cos_ref, sin_ref))
+    cos, sin = load_f32(cos_ref, inside), load_f32(sin_ref, inside)
     halves, at = (pl.ds(0, half), pl.ds(half, half)), 0
     for ref, turned in ((dq_ref, True), (dk_ref, True), (dv_ref, False)):
         for n in range(ref.shape[1]):
-            a, b = (
-                plt.load(ref.at[:, jnp.int32(n), part], mask=inside, other=0.0).astype(jnp.float32)
-                for part in halves
-            )
+            a, b = (load_f32(ref.at[:, jnp.int32(n), part], inside) for part in halves)
             if turned:  # rotate back
                 a, b = a * cos + b * sin, b * cos - a * sin
             for part, x in zip(halves, (a, b), strict=True):
-                plt.store(dy_ref.at[:, jnp.int32(at), part], x.astype(dy_ref.dtype), mask=inside)
+                store(dy_ref.at[:, jnp.int32(at), part], x, inside)
             at += 1
 
 
@@ -133,7 +128,7 @@ def _gated_gradient(y_BTE, da_BTF, *, interpret):
     arrays = y_BTE.reshape(M, 2 * F), da_BTF.reshape(M, F)
     blocks = [(x, pl.BlockSpec((None, x.shape[1]), lambda m, _: (m, 0))) for x in arrays]
     kernel, grid = partial(_gated_kernel, F=F), (M, pl.cdiv(F, NUMBERS))
-    dy_ME, a_MF = triton_call("gated_backward", kernel, grid, blocks, blocks, warps=WARPS, interpret=interpret)
+    dy_ME, a_MF = triton_call("gated_backward", kernel, grid, blocks, blocks, interpret=interpret)
     return dy_ME.reshape(B, T, 2 * F), a_MF.reshape(B, T, F)
 
 
@@ -141,16 +136,9 @@ def _gated_kernel(y_ref, da_ref, dy_ref, a_ref, *, F: int):
     first = pl.program_id(1) * NUMBERS
     inside = first + jnp.arange(NUMBERS) < F
     of_gate, of_up = pl.ds(first, NUMBERS), pl.ds(F + first, NUMBERS)
-
-    def load(ref, numbers):
-        return plt.load(ref.at[numbers], mask=inside, other=0.0).astype(jnp.float32)
-
-    def store(ref, numbers, x):
-        plt.store(ref.at[numbers], x.astype(ref.dtype), mask=inside)
-
-    gate, up, da = load(y_ref, of_gate), load(y_ref, of_up), load(da_ref, of_gate)
-    sigmoid = 1 / (1 + jnp.exp2(-math.log2(math.e) * gate))
+    gate, up, da = (load_f32(x, inside) for x in (y_ref.at[of_gate], y_ref.at[of_up], da_ref.at[of_gate]))
+    sigmoid = 1 / (1 + jnp.exp2(-LOG2_E * gate))
     silu = gate * sigmoid
-    store(dy_ref, of_gate, da * up * (sigmoid + silu * (1 - sigmoid)))
-    store(dy_ref, of_up, da * silu)
-    store(a_ref, of_gate, silu * up)
+    store(dy_ref.at[of_gate], da * up * (sigmoid + silu * (1 - sigmoid)), inside)
+    store(dy_ref.at[of_up], da * silu, inside)
+    store(a_ref.at[of_gate], silu * up, inside)
