@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.model.attention import packed_attention, starts_of
-from smollm_jax.model.loss import reference_cross_entropy
-from smollm_jax.model.ops import REFERENCE, Ops, reference_feed_forward, reference_project_heads
+from smollm_jax.model.attention import starts_of
+from smollm_jax.model.ops import REFERENCE, Ops
 from smollm_jax.model.transformer import rope_angles
 from smollm_jax.runtime.errors import one_line
 
@@ -53,11 +52,10 @@ def check_against_reference(
 def check_ops(ops: Ops, config: ModelConfig, dtype: Any) -> str:
     """Check every kernel among `ops` at the shapes of `config`; "" if all agree with the reference."""
     wrong = check_attention(ops.attention, config, dtype)
-    if not wrong and ops.cross_entropy is not REFERENCE.cross_entropy:
-        wrong = check_cross_entropy(ops.cross_entropy, config.vocab_size, dtype)
-    if not wrong and ops.feed_forward is not REFERENCE.feed_forward:
-        wrong = check_layer(ops.project_heads, ops.feed_forward, config, dtype)
-    return wrong
+    if wrong or not ops.on_gpu:  # only a GPU has other kernels
+        return wrong
+    wrong = check_cross_entropy(ops.cross_entropy, config.vocab_size, dtype)
+    return wrong or check_layer(ops.project_heads, ops.feed_forward, config, dtype)
 
 
 def check_attention(attention: Callable[..., jax.Array], config: ModelConfig, dtype: Any) -> str:
@@ -67,7 +65,7 @@ def check_attention(attention: Callable[..., jax.Array], config: ModelConfig, dt
     ends_2E = jnp.array([[70, 71, 200], [128, 250, 256]])
     start_2T = starts_of(jnp.sum(jnp.arange(T)[None, :, None] >= ends_2E[:, None], axis=-1))
     return check_against_reference(
-        "attention", lambda *qkv: attention(*qkv, start_2T), lambda *qkv: packed_attention(*qkv, start_2T),
+        "attention", lambda *qkv: attention(*qkv, start_2T), lambda *qkv: REFERENCE.attention(*qkv, start_2T),
         (q, k, v), names=("the output", "dq", "dk", "dv"), tolerance=tolerance_of(dtype), cotangent=do,
     )  # fmt: skip
 
@@ -81,7 +79,7 @@ def check_cross_entropy(cross_entropy: Callable[..., Any], words: int, dtype: An
     tolerances = tolerance_of("float32") / 10, tolerance_of(dtype) / (4 if dtype == jnp.bfloat16 else 10)
     return check_against_reference(
         "cross entropy", lambda logits: cross_entropy(logits, targets_BC, valid_BC, dtype),
-        lambda logits: reference_cross_entropy(logits, targets_BC, valid_BC, jnp.float32),
+        lambda logits: REFERENCE.cross_entropy(logits, targets_BC, valid_BC, jnp.float32),
         (logits_BCV,), names=("the loss", "its gradient"), tolerance=tolerances,
     )  # fmt: skip
 
@@ -100,11 +98,12 @@ def check_layer(
     q, k, v, gate, up, down = (0.1 * weights for weights in _random(1, "float32", *shapes))
     cotangent = tuple(_random(2, dtype, *((2, T, n, H) for n in (N, K, K))))
     check = partial(check_against_reference, "a layer", tolerance=tolerance_of(dtype))
+    linear = REFERENCE.linear
     return check(
-        partial(project_heads, rope=rope), partial(reference_project_heads, rope=rope),
+        *(partial(fn, rope=rope, linear=linear) for fn in (project_heads, REFERENCE.project_heads)),
         (x_BTD, q, k, v), names=("queries", "keys", "values", "dx", "dq", "dk", "dv"), cotangent=cotangent,
     ) or check(
-        feed_forward, reference_feed_forward,
+        *(partial(fn, linear=linear) for fn in (feed_forward, REFERENCE.feed_forward)),
         (x_BTD, gate, up, down), names=("the feed-forward", "dx", "dgate", "dup", "ddown"), cotangent=dx_BTD,
     )  # fmt: skip
 

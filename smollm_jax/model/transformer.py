@@ -66,7 +66,8 @@ class Attention(nnx.Module):
 
     @jax.named_scope("projections")
     def __call__(self, x_BTD: jax.Array, rope: Rope, start_BT: jax.Array, ops: Ops) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = ops.project_heads(x_BTD, self.q[...], self.k[...], self.v[...], rope)
+        weights = self.q[...], self.k[...], self.v[...]
+        q_BTNH, k_BTKH, v_BTKH = ops.project_heads(x_BTD, *weights, rope, linear=ops.linear)
         with jax.named_scope("scores"):
             o_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, start_BT)
         return ops.linear("BTNH,NHD->BTD", o_BTNH, self.o[...])
@@ -81,7 +82,7 @@ class MLP(nnx.Module):
 
     @jax.named_scope("feed_forward")
     def __call__(self, x_BTD: jax.Array, ops: Ops) -> jax.Array:
-        return ops.feed_forward(x_BTD, self.gate[...], self.up[...], self.down[...])
+        return ops.feed_forward(x_BTD, self.gate[...], self.up[...], self.down[...], linear=ops.linear)
 
 
 class Block(nnx.Module):
@@ -157,14 +158,11 @@ class SmolLM(nnx.Module):
             x_BTD, _ = jax.lax.scan(lambda x, each: (apply(x, each), None), x_BTD, stacked, unroll=self.unroll)
         return self.final_norm(x_BTD)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Return f32 logits (..., V) of features (..., D)."""
-        head_VD = self.head_VD.astype(x_BTD.dtype)
-        return jnp.einsum("...D,VD->...V", x_BTD, head_VD, preferred_element_type=jnp.float32)
-
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Return f32 logits (B, T, V); `segment_ids` (B, T) keeps documents apart, positions restart in each."""
-        return self.logits(self.features(tokens_BT, segment_ids))
+        x_BTD = self.features(tokens_BT, segment_ids)
+        head_VD = self.head_VD.astype(x_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
