@@ -100,10 +100,11 @@ def check_layer(
     check = partial(check_against_reference, "a layer", tolerance=tolerance_of(dtype))
     linear = REFERENCE.linear
     return check(
-        *(partial(fn, rope=rope, linear=linear) for fn in (project_heads, REFERENCE.project_heads)),
+        partial(project_heads, rope=rope, linear=linear),
+        partial(REFERENCE.project_heads, rope=rope, linear=linear),
         (x_BTD, q, k, v), names=("queries", "keys", "values", "dx", "dq", "dk", "dv"), cotangent=cotangent,
     ) or check(
-        *(partial(fn, linear=linear) for fn in (feed_forward, REFERENCE.feed_forward)),
+        partial(feed_forward, linear=linear), partial(REFERENCE.feed_forward, linear=linear),
         (x_BTD, gate, up, down), names=("the feed-forward", "dx", "dgate", "dup", "ddown"), cotangent=dx_BTD,
     )  # fmt: skip
 
