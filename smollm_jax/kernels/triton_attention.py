@@ -25,7 +25,8 @@ from smollm_jax.model.attention import MASKED
 
 # Queries or keys per block, and loads in flight: for heads of width 64 no other setting tried on an H200 is more
 # than 2 % faster (benchmarks/RESULTS.md)
-BLOCK, STAGES = 64, 3
+BLOCK = 64
+_call = partial(triton_call, stages=3)
 
 
 def triton_attention(
@@ -75,10 +76,6 @@ def _backward(interpret, kept, do_BTNH):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _call(name, kernel, grid, inputs, outputs, interpret):
-    return triton_call(name, kernel, grid, inputs, outputs, stages=STAGES, interpret=interpret)
 
 
 class _Specs:

@@ -20,10 +20,10 @@ def triton_call(
     grid: tuple[int, ...],
     inputs: Sequence[tuple[jax.Array, pl.BlockSpec]],
     outputs: Sequence[tuple[Any, pl.BlockSpec]],
+    interpret: bool,
     *,
     warps: int = 4,
     stages: int | None = None,
-    interpret: bool,
     aliases: dict[int, int] | None = None,
 ) -> list[jax.Array]:
     """Return the outputs of `kernel`, run once per program of `grid` on the blocks that the specs name.

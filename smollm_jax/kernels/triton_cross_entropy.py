@@ -33,7 +33,7 @@ def fused_cross_entropy(
     tokens = pl.BlockSpec((M,), lambda _: (0,))
     kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (valid_M, tokens)]
     outputs = [(valid_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
-    nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, warps=WARPS, interpret=interpret)
+    nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, interpret, warps=WARPS)
     return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
 
 

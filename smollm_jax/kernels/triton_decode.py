@@ -61,17 +61,17 @@ def norm_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
     """Multiply the normed rows by the matrix: (B, O)."""
-    kernel = partial(_norm_product_kernel, D=x_BD.shape[1], outputs=len(weights_OD), epsilon=epsilon)
+    outputs, D = weights_OD.shape
+
+    def kernel(x_ref, scale_ref, weights_ref, y_ref):
+        row_R = _mask(pl.program_id(0), OUTPUTS, outputs)
+        weights = _weights(weights_ref, row_R, D)
+        for b in _numbers(len(x_ref)):
+            y_R = _product(weights, _normed(x_ref, b, scale_ref, D, epsilon))
+            store(y_ref.at[b, :], y_R, row_R)
+
     inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD, OUTPUTS)
-    return _product_call("decode_qkv", kernel, inputs, OUTPUTS, len(weights_OD), interpret)
-
-
-def _norm_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, outputs: int, epsilon: float):
-    row_R = _mask(pl.program_id(0), y_ref.shape[1], outputs)
-    weights = _weights(weights_ref, row_R, D)
-    for b in _numbers(len(x_ref)):
-        y_R = _product(weights, _normed(x_ref, b, scale_ref, D, epsilon))
-        store(y_ref.at[b, :], y_R, row_R)
+    return _product_call("decode_qkv", kernel, inputs, OUTPUTS, outputs, interpret)
 
 
 def gated_product(
@@ -79,36 +79,34 @@ def gated_product(
 ) -> jax.Array:
     """Return silu(gate) * up (B, F) of the normed rows; the matrix (2F, D) has the gate first."""
     D, F = x_BD.shape[1], len(weights_OD) // 2
-    kernel = partial(_gated_product_kernel, D=D, F=F, epsilon=epsilon)
+
+    def kernel(x_ref, scale_ref, weights_ref, y_ref):
+        row_R = _mask(pl.program_id(0), GATED_OUTPUTS, F)
+        gates, ups = (_weights(weights_ref, row_R, D, half) for half in _numbers(2))
+        for b in _numbers(len(x_ref)):
+            x = _normed(x_ref, b, scale_ref, D, epsilon)
+            gate_R, up_R = _product(gates, x), _product(ups, x)
+            store(y_ref.at[b, :], gate_R / (1 + jnp.exp2(-LOG2_E * gate_R)) * up_R, row_R)
+
     inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD.reshape(2, F, D), GATED_OUTPUTS)
     return _product_call("decode_gated", kernel, inputs, GATED_OUTPUTS, F, interpret)
-
-
-def _gated_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, F: int, epsilon: float):
-    row_R = _mask(pl.program_id(0), y_ref.shape[1], F)
-    gates, ups = (_weights(weights_ref, row_R, D, half) for half in _numbers(2))
-    for b in _numbers(len(x_ref)):
-        x = _normed(x_ref, b, scale_ref, D, epsilon)
-        gate_R, up_R = _product(gates, x), _product(ups, x)
-        store(y_ref.at[b, :], gate_R / (1 + jnp.exp2(-LOG2_E * gate_R)) * up_R, row_R)
 
 
 def add_product(
     name: str, x_BO: jax.Array, y_BI: jax.Array, weights_OI: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """Add the product of the matrix and `y` to `x`: (B, O)."""
-    outputs, inputs = weights_OI.shape
-    kernel = partial(_add_product_kernel, inputs=inputs, outputs=outputs)
-    blocks = (x_BO, _columns(len(x_BO), OUTPUTS)), _whole(y_BI), _rows(weights_OI, OUTPUTS)
-    return _product_call(name, kernel, blocks, OUTPUTS, outputs, interpret)
+    outputs, width = weights_OI.shape
 
+    def kernel(x_ref, y_ref, weights_ref, out_ref):
+        row_R = _mask(pl.program_id(0), OUTPUTS, outputs)
+        weights = _weights(weights_ref, row_R, width)
+        for b in _numbers(len(x_ref)):
+            x_R = load_f32(x_ref.at[b, :], row_R)
+            store(out_ref.at[b, :], x_R + _product(weights, _vector(y_ref, width, b)), row_R)
 
-def _add_product_kernel(x_ref, y_ref, weights_ref, out_ref, *, inputs: int, outputs: int):
-    row_R = _mask(pl.program_id(0), out_ref.shape[1], outputs)
-    weights = _weights(weights_ref, row_R, inputs)
-    for b in _numbers(len(x_ref)):
-        x_R = load_f32(x_ref.at[b, :], row_R)
-        store(out_ref.at[b, :], x_R + _product(weights, _vector(y_ref, inputs, b)), row_R)
+    inputs = (x_BO, _columns(len(x_BO), OUTPUTS)), _whole(y_BI), _rows(weights_OI, OUTPUTS)
+    return _product_call(name, kernel, inputs, OUTPUTS, outputs, interpret)
 
 
 def attend(
@@ -135,9 +133,9 @@ def attend(
         grid=(B, N),
         inputs=[*heads, (rope[0], half), (rope[1], half), (position_B, _all(B)), *cache],
         outputs=[(jax.ShapeDtypeStruct((B, N * H), qkv_BO.dtype), query), *cache],
-        aliases={6: 1, 7: 2},
-        stages=STAGES,
         interpret=interpret,
+        stages=STAGES,
+        aliases={6: 1, 7: 2},
     )
     return seen_BI, (new_k_BKSH, new_v_BKSH)
 
@@ -261,4 +259,4 @@ def _product_call(name, kernel, inputs, block, outputs, interpret) -> jax.Array:
     (x, _), *_ = inputs
     out = jax.ShapeDtypeStruct((len(x), outputs), x.dtype), _columns(len(x), block)
     grid = (pl.cdiv(outputs, block),)
-    return triton_call(name, kernel, grid, inputs, [out], stages=1, interpret=interpret)[0]
+    return triton_call(name, kernel, grid, inputs, [out], interpret, stages=1)[0]

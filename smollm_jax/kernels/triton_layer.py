@@ -78,24 +78,22 @@ def _heads_gradient(dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH, *, interpret):
 
     inputs = [block(x.reshape(M, *x.shape[2:])) for x in (dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH)]
     outputs = [block(jax.ShapeDtypeStruct((M, N + 2 * K, H), dq_BTNH.dtype))]
-    kernel, grid = partial(_heads_kernel, M=M), (pl.cdiv(M, TOKENS),)
-    (dy_MEH,) = triton_call("heads_backward", kernel, grid, inputs, outputs, interpret=interpret)
+
+    def kernel(dq_ref, dk_ref, dv_ref, cos_ref, sin_ref, dy_ref):
+        inside = (pl.program_id(0) * TOKENS + jnp.arange(TOKENS) < M)[:, None]
+        cos, sin = load_f32(cos_ref, inside), load_f32(sin_ref, inside)
+        halves, at = (pl.ds(0, H // 2), pl.ds(H // 2, H // 2)), 0
+        for ref, turned in ((dq_ref, True), (dk_ref, True), (dv_ref, False)):
+            for n in range(ref.shape[1]):
+                a, b = (load_f32(ref.at[:, jnp.int32(n), part], inside) for part in halves)
+                if turned:  # rotate back
+                    a, b = a * cos + b * sin, b * cos - a * sin
+                for part, x in zip(halves, (a, b), strict=True):
+                    store(dy_ref.at[:, jnp.int32(at), part], x, inside)
+                at += 1
+
+    (dy_MEH,) = triton_call("heads_backward", kernel, (pl.cdiv(M, TOKENS),), inputs, outputs, interpret)
     return dy_MEH.reshape(B, T, N + 2 * K, H)
-
-
-def _heads_kernel(dq_ref, dk_ref, dv_ref, cos_ref, sin_ref, dy_ref, *, M: int):
-    half = dy_ref.shape[2] // 2
-    inside = (pl.program_id(0) * TOKENS + jnp.arange(TOKENS) < M)[:, None]
-    cos, sin = load_f32(cos_ref, inside), load_f32(sin_ref, inside)
-    halves, at = (pl.ds(0, half), pl.ds(half, half)), 0
-    for ref, turned in ((dq_ref, True), (dk_ref, True), (dv_ref, False)):
-        for n in range(ref.shape[1]):
-            a, b = (load_f32(ref.at[:, jnp.int32(n), part], inside) for part in halves)
-            if turned:  # rotate back
-                a, b = a * cos + b * sin, b * cos - a * sin
-            for part, x in zip(halves, (a, b), strict=True):
-                store(dy_ref.at[:, jnp.int32(at), part], x, inside)
-            at += 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -126,18 +124,18 @@ def _gated_gradient(y_BTE, da_BTF, *, interpret):
     M = B * T
     arrays = y_BTE.reshape(M, 2 * F), da_BTF.reshape(M, F)
     blocks = [(x, pl.BlockSpec((None, x.shape[1]), lambda m, _: (m, 0))) for x in arrays]
-    kernel, grid = partial(_gated_kernel, F=F), (M, pl.cdiv(F, NUMBERS))
-    dy_ME, a_MF = triton_call("gated_backward", kernel, grid, blocks, blocks, interpret=interpret)
+
+    def kernel(y_ref, da_ref, dy_ref, a_ref):
+        first = pl.program_id(1) * NUMBERS
+        inside = first + jnp.arange(NUMBERS) < F
+        of_gate, of_up = pl.ds(first, NUMBERS), pl.ds(F + first, NUMBERS)
+        gate, up, da = (load_f32(x, inside) for x in (y_ref.at[of_gate], y_ref.at[of_up], da_ref.at[of_gate]))
+        sigmoid = 1 / (1 + jnp.exp2(-LOG2_E * gate))
+        silu = gate * sigmoid
+        store(dy_ref.at[of_gate], da * up * (sigmoid + silu * (1 - sigmoid)), inside)
+        store(dy_ref.at[of_up], da * silu, inside)
+        store(a_ref.at[of_gate], silu * up, inside)
+
+    grid = M, pl.cdiv(F, NUMBERS)
+    dy_ME, a_MF = triton_call("gated_backward", kernel, grid, blocks, blocks, interpret)
     return dy_ME.reshape(B, T, 2 * F), a_MF.reshape(B, T, F)
-
-
-def _gated_kernel(y_ref, da_ref, dy_ref, a_ref, *, F: int):
-    first = pl.program_id(1) * NUMBERS
-    inside = first + jnp.arange(NUMBERS) < F
-    of_gate, of_up = pl.ds(first, NUMBERS), pl.ds(F + first, NUMBERS)
-    gate, up, da = (load_f32(x, inside) for x in (y_ref.at[of_gate], y_ref.at[of_up], da_ref.at[of_gate]))
-    sigmoid = 1 / (1 + jnp.exp2(-LOG2_E * gate))
-    silu = gate * sigmoid
-    store(dy_ref.at[of_gate], da * up * (sigmoid + silu * (1 - sigmoid)), inside)
-    store(dy_ref.at[of_up], da * silu, inside)
-    store(a_ref.at[of_gate], silu * up, inside)
