@@ -23,7 +23,7 @@ HOUSE = {
     "model": ("config runtime", 508),
     "data": ("tokenizer config runtime", 1_302),
     "distributed": ("config runtime", 576),
-    "kernels": ("model config runtime", 1_205),
+    "kernels": ("model config runtime", 1_199),
     "hf": ("model tokenizer config runtime", 682),
     "checkpoint": ("distributed runtime", 667),
     "generation": ("kernels model config runtime", 572),

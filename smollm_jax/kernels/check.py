@@ -25,8 +25,8 @@ def check_against_reference(
     """Describe how `fn` differs from `reference` or fails, after `what` it is; "" if they agree.
 
     Compares the outputs and, with a `cotangent`, the gradients of all inputs, in the order of `names`; `tolerance`
-    is for all or for each. The `reference` gets float32 copies of the inputs if `exact`. `size` measures a gap,
-    relative to the reference.
+    is for all or for each. If `exact`, the inputs are arrays and the `reference` gets them in float32. `size`
+    measures a gap, relative to the reference.
     """
 
     def outcome(fn: Callable[..., Any], *inputs: Any) -> list[jax.Array]:
@@ -39,8 +39,10 @@ def check_against_reference(
         ours = jax.block_until_ready(jax.jit(outcome, static_argnums=0)(fn, *inputs))
     except Exception as error:  # whatever a compiler may raise: a slow run is better than none
         return f"{what}: does not run here: {one_line(error)}"
+    if exact:
+        inputs = [x.astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):  # else a GPU or TPU rounds the operands of f32 products down
-        theirs = jax.jit(outcome, static_argnums=0)(reference, *(_in_f32(inputs) if exact else inputs))
+        theirs = jax.jit(outcome, static_argnums=0)(reference, *inputs)
     for name, most, *pair in zip(names, np.broadcast_to(tolerance, len(names)), ours, theirs, strict=True):
         a, b = (np.asarray(x, np.float32) for x in pair)
         gap = np.max(size(a - b) / np.maximum(size(b), 1e-6))
@@ -88,9 +90,7 @@ def check_layer(
     project_heads: Callable[..., Any], feed_forward: Callable[..., Any], config: ModelConfig, dtype: Any
 ) -> str:
     """Check both functions at the shapes of `config`, on tokens that fill no whole number of blocks."""
-    from smollm_jax.kernels.triton_layer import TOKENS  # a TPU needs no Triton
-
-    T, D, F = TOKENS + 3, config.hidden_size, config.intermediate_size
+    T, D, F = 67, config.hidden_size, config.intermediate_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     rope = rope_angles(jnp.arange(2 * T).reshape(2, T) % T, head_dim=H, theta=config.rope_theta)
     x_BTD, dx_BTD = _random(0, dtype, (2, T, D), (2, T, D))
@@ -112,10 +112,6 @@ def check_layer(
 def _random(seed: int, dtype: Any, *shapes: tuple[int, ...]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
-
-
-def _in_f32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def tolerance_of(dtype: Any) -> float:

@@ -38,7 +38,7 @@ def fused_layer(
         D, N, H = q_DNH.shape
         weights_DE = jnp.concatenate([w.reshape(D, -1) for w in (q_DNH, k_DKH, v_DKH)], axis=1)
         y_BTE = linear("BTD,DE->BTE", x_BTD, weights_DE)
-        cos_BTH, sin_BTH = (jnp.broadcast_to(x[:, :, 0], (*x_BTD.shape[:2], H // 2)) for x in rope)
+        cos_BTH, sin_BTH = (x[:, :, 0] for x in rope)
         return _heads(run, N, y_BTE.reshape(*x_BTD.shape[:2], -1, H), cos_BTH, sin_BTH)
 
     def feed_forward(x_BTD, gate_DF, up_DF, down_FD, *, linear):
