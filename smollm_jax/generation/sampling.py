@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smollm_jax.model.attention import MASKED
 from smollm_jax.runtime.errors import require
 
-MASKED = -1e30
 SMALLEST_TEMPERATURE = 1e-30  # below this a float32 quotient is no longer finite
 DRAW_BLOCK = 128  # probabilities are summed in blocks of tokens first, so that the draw needs no long cumsum
 

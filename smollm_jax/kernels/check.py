@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.model.attention import packed_attention, starts_of
-from smollm_jax.model.loss import reference_cross_entropy
-from smollm_jax.model.ops import REFERENCE, Ops, reference_feed_forward, reference_project_heads
+from smollm_jax.model.attention import starts_of
+from smollm_jax.model.ops import REFERENCE, Ops
 from smollm_jax.model.transformer import rope_angles
 from smollm_jax.runtime.errors import one_line
 
@@ -26,8 +25,8 @@ def check_against_reference(
     """Describe how `fn` differs from `reference` or fails, after `what` it is; "" if they agree.
 
     Compares the outputs and, with a `cotangent`, the gradients of all inputs, in the order of `names`; `tolerance`
-    is for all or for each. The `reference` gets float32 copies of the inputs if `exact`. `size` measures a gap,
-    relative to the reference.
+    is for all or for each. If `exact`, the inputs are arrays and the `reference` gets them in float32. `size`
+    measures a gap, relative to the reference.
     """
 
     def outcome(fn: Callable[..., Any], *inputs: Any) -> list[jax.Array]:
@@ -40,8 +39,10 @@ def check_against_reference(
         ours = jax.block_until_ready(jax.jit(outcome, static_argnums=0)(fn, *inputs))
     except Exception as error:  # whatever a compiler may raise: a slow run is better than none
         return f"{what}: does not run here: {one_line(error)}"
+    if exact:
+        inputs = [x.astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):  # else a GPU or TPU rounds the operands of f32 products down
-        theirs = jax.jit(outcome, static_argnums=0)(reference, *(_in_f32(inputs) if exact else inputs))
+        theirs = jax.jit(outcome, static_argnums=0)(reference, *inputs)
     for name, most, *pair in zip(names, np.broadcast_to(tolerance, len(names)), ours, theirs, strict=True):
         a, b = (np.asarray(x, np.float32) for x in pair)
         gap = np.max(size(a - b) / np.maximum(size(b), 1e-6))
@@ -53,11 +54,10 @@ def check_against_reference(
 def check_ops(ops: Ops, config: ModelConfig, dtype: Any) -> str:
     """Check every kernel among `ops` at the shapes of `config`; "" if all agree with the reference."""
     wrong = check_attention(ops.attention, config, dtype)
-    if not wrong and ops.cross_entropy is not REFERENCE.cross_entropy:
-        wrong = check_cross_entropy(ops.cross_entropy, config.vocab_size, dtype)
-    if not wrong and ops.feed_forward is not REFERENCE.feed_forward:
-        wrong = check_layer(ops.project_heads, ops.feed_forward, config, dtype)
-    return wrong
+    if wrong or not ops.on_gpu:  # only a GPU has other kernels
+        return wrong
+    wrong = check_cross_entropy(ops.cross_entropy, config.vocab_size, dtype)
+    return wrong or check_layer(ops.project_heads, ops.feed_forward, config, dtype)
 
 
 def check_attention(attention: Callable[..., jax.Array], config: ModelConfig, dtype: Any) -> str:
@@ -67,7 +67,7 @@ def check_attention(attention: Callable[..., jax.Array], config: ModelConfig, dt
     ends_2E = jnp.array([[70, 71, 200], [128, 250, 256]])
     start_2T = starts_of(jnp.sum(jnp.arange(T)[None, :, None] >= ends_2E[:, None], axis=-1))
     return check_against_reference(
-        "attention", lambda *qkv: attention(*qkv, start_2T), lambda *qkv: packed_attention(*qkv, start_2T),
+        "attention", lambda *qkv: attention(*qkv, start_2T), lambda *qkv: REFERENCE.attention(*qkv, start_2T),
         (q, k, v), names=("the output", "dq", "dk", "dv"), tolerance=tolerance_of(dtype), cotangent=do,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def check_cross_entropy(cross_entropy: Callable[..., Any], words: int, dtype: An
     tolerances = tolerance_of("float32") / 10, tolerance_of(dtype) / (4 if dtype == jnp.bfloat16 else 10)
     return check_against_reference(
         "cross entropy", lambda logits: cross_entropy(logits, targets_BC, valid_BC, dtype),
-        lambda logits: reference_cross_entropy(logits, targets_BC, valid_BC, jnp.float32),
+        lambda logits: REFERENCE.cross_entropy(logits, targets_BC, valid_BC, jnp.float32),
         (logits_BCV,), names=("the loss", "its gradient"), tolerance=tolerances,
     )  # fmt: skip
 
@@ -90,9 +90,7 @@ def check_layer(
     project_heads: Callable[..., Any], feed_forward: Callable[..., Any], config: ModelConfig, dtype: Any
 ) -> str:
     """Check both functions at the shapes of `config`, on tokens that fill no whole number of blocks."""
-    from smollm_jax.kernels.triton_layer import TOKENS  # a TPU needs no Triton
-
-    T, D, F = TOKENS + 3, config.hidden_size, config.intermediate_size
+    T, D, F = 67, config.hidden_size, config.intermediate_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     rope = rope_angles(jnp.arange(2 * T).reshape(2, T) % T, head_dim=H, theta=config.rope_theta)
     x_BTD, dx_BTD = _random(0, dtype, (2, T, D), (2, T, D))
@@ -100,11 +98,13 @@ def check_layer(
     q, k, v, gate, up, down = (0.1 * weights for weights in _random(1, "float32", *shapes))
     cotangent = tuple(_random(2, dtype, *((2, T, n, H) for n in (N, K, K))))
     check = partial(check_against_reference, "a layer", tolerance=tolerance_of(dtype))
+    linear = REFERENCE.linear
     return check(
-        partial(project_heads, rope=rope), partial(reference_project_heads, rope=rope),
+        partial(project_heads, rope=rope, linear=linear),
+        partial(REFERENCE.project_heads, rope=rope, linear=linear),
         (x_BTD, q, k, v), names=("queries", "keys", "values", "dx", "dq", "dk", "dv"), cotangent=cotangent,
     ) or check(
-        feed_forward, reference_feed_forward,
+        partial(feed_forward, linear=linear), partial(REFERENCE.feed_forward, linear=linear),
         (x_BTD, gate, up, down), names=("the feed-forward", "dx", "dgate", "dup", "ddown"), cotangent=dx_BTD,
     )  # fmt: skip
 
@@ -112,10 +112,6 @@ def check_layer(
 def _random(seed: int, dtype: Any, *shapes: tuple[int, ...]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
-
-
-def _in_f32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def tolerance_of(dtype: Any) -> float:

@@ -20,21 +20,17 @@ from smollm_jax.model.ops import PRODUCT
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def wide_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     """Multiply by f32 weights in float32 and round once, also for the gradient of x.
 
     The gradient of the weights is not rounded. Each letter must appear in two of the three arrays.
     """
-    return checkpoint_name(_wide(letters, x, weights), PRODUCT)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wide(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     return _forward(letters, x, weights)[0]
 
 
 def _forward(letters: str, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _einsum(letters, x, weights.astype(x.dtype)).astype(x.dtype)
+    y = checkpoint_name(_einsum(letters, x, weights.astype(x.dtype)).astype(x.dtype), PRODUCT)
     # not a copy of the weights in the dtype of x: the weights exist anyway, and a scan would stack the copies
     return y, (x, weights)
 
@@ -48,7 +44,7 @@ def _backward(letters: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array) ->
     return dx.astype(x.dtype), _einsum(f"{of_x},{of_y}->{of_weights}", x, dy)
 
 
-_wide.defvjp(_forward, _backward)
+wide_linear.defvjp(_forward, _backward)
 
 
 def residuals_as_bits(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

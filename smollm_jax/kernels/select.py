@@ -19,7 +19,7 @@ from smollm_jax.kernels.check import check_ops
 from smollm_jax.kernels.cpu import residuals_as_bits, wide_linear
 from smollm_jax.kernels.embedding import reproducible_embed
 from smollm_jax.kernels.shard import attention_per_device
-from smollm_jax.model.ops import REFERENCE, Ops, keep_layer
+from smollm_jax.model.ops import REFERENCE, Ops
 from smollm_jax.runtime.devices import TRITON_CAPABILITY
 from smollm_jax.runtime.errors import require
 
@@ -34,8 +34,13 @@ def select_ops(asked: AttentionName, mesh: Mesh | None, dtype: Any, *, rows: Any
     """
     if mesh is None:
         return REFERENCE
-    name, _ = select_attention(asked, mesh.devices.flat[0], dtype)
-    return ops_of(name, mesh, dtype, rows=rows, heads=heads)
+    device = mesh.devices.flat[0]
+    name, _ = select_attention(asked, device, dtype)
+    if device.platform == "cpu":
+        ops = replace(REFERENCE, linear=wide_linear)
+        return replace(ops, wrap_layer=residuals_as_bits) if jnp.dtype(dtype) == jnp.bfloat16 else ops
+    ops = replace(REFERENCE, embed=reproducible_embed(mesh, rows=rows)) if device.platform == "gpu" else REFERENCE
+    return with_kernels(ops, name, mesh, rows=rows, heads=heads)
 
 
 def select_checked_ops(
@@ -53,7 +58,7 @@ def select_checked_ops(
         notes = [f"attention   {name}, checked against the reference"]
         if wrong:
             name, notes = "plain", [f"attention   plain: {name} failed its check, {wrong}"]
-    return ops_of(name, mesh, dtype, rows=rows, heads=heads), notes
+    return select_ops(name, mesh, dtype, rows=rows, heads=heads), notes
 
 
 def select_attention(asked: AttentionName, device: Any, dtype: Any) -> tuple[AttentionName, str]:
@@ -85,16 +90,6 @@ def _obstacle(name: str, device: Any, dtype: Any) -> str:
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"{name} is for bfloat16; tensor cores would round {jnp.dtype(dtype).name} down"
     return ""
-
-
-def ops_of(name: AttentionName, mesh: Mesh, dtype: Any, *, rows: Any = None, heads: Any = None) -> Ops:
-    """Return the functions for the devices of `mesh` with the kernels called `name`."""
-    platform = mesh.devices.flat[0].platform
-    if platform == "cpu":
-        as_bits = jnp.dtype(dtype) == jnp.bfloat16
-        return Ops.with_linear(wide_linear, wrap_layer=residuals_as_bits if as_bits else keep_layer)
-    ops = replace(REFERENCE, embed=reproducible_embed(mesh, rows=rows)) if platform == "gpu" else REFERENCE
-    return with_kernels(ops, name, mesh, rows=rows, heads=heads)
 
 
 def with_kernels(

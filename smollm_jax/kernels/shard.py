@@ -32,20 +32,21 @@ def attention_per_device(
     mesh: Mesh | None, kernel: Callable[..., jax.Array], *, rows: Any = None, heads: Any = None
 ) -> Callable[..., jax.Array]:
     """Return an attention kernel run per device, on its `rows`, and its `heads` if the axis divides them."""
+    if mesh is None or mesh.size == 1:
+        return kernel
 
     def divided(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
-        divides = mesh is not None and heads is not None and k_BTKH.shape[2] % mesh.shape[heads] == 0
+        divides = heads is not None and k_BTKH.shape[2] % mesh.shape[heads] == 0
         by_head, by_row = PartitionSpec(rows, None, heads if divides else None), PartitionSpec(rows)
         each = per_device(mesh, kernel, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head)
         return each(q_BTNH, k_BTKH, v_BTKH, start_BT)
 
-    return kernel if mesh is None or mesh.size == 1 else divided
+    return divided
 
 
 def padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Return q, k, v and `start_BT` with T a multiple of `multiple`; the padding is a document of its own."""
-    T = arrays[0].shape[1]
-    missing = -T % multiple
     *qkv, start_BT = arrays
-    longer = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in qkv)
-    return *longer, jnp.pad(start_BT, ((0, 0), (0, missing)), constant_values=T)
+    T = start_BT.shape[1]
+    pad = [(0, 0), (0, -T % multiple)]
+    return *(jnp.pad(x, [*pad, (0, 0), (0, 0)]) for x in qkv), jnp.pad(start_BT, pad, constant_values=T)

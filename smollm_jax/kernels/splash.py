@@ -25,14 +25,12 @@ def splash_attention(
     q, k, v, start_BT = padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, start_BT)
     length = q.shape[1]
     block = max(size for size in range(LANES, LARGEST_SPLASH_BLOCK + 1, LANES) if length % size == 0)
-    kernel = splash_kernel.make_splash_mha(
+    kernel = splash_kernel.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * N),
         block_sizes=splash_kernel.BlockSizes(
             block_q=block, block_kv=block,
             block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
         ),
-        head_shards=1,
-        q_seq_shards=1,
         interpret=interpret,
     )  # fmt: skip
 

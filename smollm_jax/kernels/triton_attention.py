@@ -5,12 +5,11 @@ first document to itself. A block of keys reads queries from itself to the end o
 as much as its documents. The G queries of a group share keys and values without a copy. No sum depends on the
 order of threads, so the same step gives the same bits.
 
-Scores are in base 2: e^x = 2^(x log2 e). Letters as in model/transformer.py; a block has X queries or Y keys.
+Scores are in base 2. Letters as in model/transformer.py; a block has X queries or Y keys.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,13 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from smollm_jax.kernels.shard import padded
-from smollm_jax.kernels.triton_call import triton_call
+from smollm_jax.kernels.triton_call import LOG2_E, triton_call
 from smollm_jax.model.attention import MASKED
 
-# Queries or keys per block, warps per program, and loads in flight: for heads of width 64 no other setting tried
-# on an H200 is more than 2 % faster (benchmarks/RESULTS.md)
-BLOCK, WARPS, STAGES = 64, 4, 3
-LOG2_E = math.log2(math.e)
+# Queries or keys per block, and loads in flight: for heads of width 64 no other setting tried on an H200 is more
+# than 2 % faster (benchmarks/RESULTS.md)
+BLOCK = 64
+_call = partial(triton_call, stages=3)
 
 
 def triton_attention(
@@ -79,22 +78,16 @@ def _backward(interpret, kept, do_BTNH):
 _attention.defvjp(_forward, _backward)
 
 
-def _call(name, kernel, grid, inputs, outputs, interpret):
-    return triton_call(name, kernel, grid, inputs, outputs, warps=WARPS, stages=STAGES, interpret=interpret)
-
-
 class _Specs:
     """Block specs of the program for row b, head n, and block i of queries or keys."""
 
     def __init__(self, T: int, H: int, G: int):
+        # a block of one head: queries, keys, or their outputs and gradients; and one number per query of the block
         self.block = pl.BlockSpec((None, BLOCK, None, H), lambda b, n, i: (b, i, n, 0))
-        """A block of one head: queries, keys, or their outputs and gradients."""
         self.numbers = pl.BlockSpec((None, None, BLOCK), lambda b, n, i: (b, n, i))
-        """One number per query of the block."""
+        # all keys, or values, that the head of queries reads; all queries that read the head of keys
         self.head = pl.BlockSpec((None, T, None, H), lambda b, n, _: (b, 0, n // G, 0))
-        """All keys, or values, that the head of queries reads."""
         self.group = pl.BlockSpec((None, T, G, H), lambda b, n, _: (b, 0, n, 0))
-        """All queries that read the head of keys."""
         self.group_numbers = pl.BlockSpec((None, G, T), lambda b, n, _: (b, n, 0))
         self.row, self.ends = (pl.BlockSpec((None, size), lambda b, *_: (b, 0)) for size in (T, T // BLOCK))
 

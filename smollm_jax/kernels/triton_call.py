@@ -1,13 +1,17 @@
-"""Call a Pallas kernel that Triton compiles for a GPU."""
+"""Call a Pallas kernel that Triton compiles for a GPU, and the loads and stores of such kernels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+LOG2_E = math.log2(math.e)  # a GPU's exponential has base 2: e^x = 2^(x log2 e)
 
 
 def triton_call(
@@ -16,10 +20,10 @@ def triton_call(
     grid: tuple[int, ...],
     inputs: Sequence[tuple[jax.Array, pl.BlockSpec]],
     outputs: Sequence[tuple[Any, pl.BlockSpec]],
-    *,
-    warps: int,
-    stages: int | None = None,
     interpret: bool,
+    *,
+    warps: int = 4,
+    stages: int | None = None,
     aliases: dict[int, int] | None = None,
 ) -> list[jax.Array]:
     """Return the outputs of `kernel`, run once per program of `grid` on the blocks that the specs name.
@@ -38,3 +42,14 @@ def triton_call(
         interpret=interpret,
         name=name,
     )(*(array for array, _ in inputs))
+
+
+def load_f32(ref, mask: jax.Array | None) -> jax.Array:
+    """Load as f32, 0 where masked."""
+    loaded = plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0.0)
+    return loaded.astype(jnp.float32)
+
+
+def store(ref, x: jax.Array, mask: jax.Array | None) -> None:
+    """Store in the dtype of `ref`, nothing where masked."""
+    plt.store(ref, x.astype(ref.dtype), mask=mask)

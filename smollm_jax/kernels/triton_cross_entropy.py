@@ -7,7 +7,6 @@ gradient while they are still in the cache. Letters as in model/transformer.py; 
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from smollm_jax.kernels.triton_call import triton_call
+from smollm_jax.kernels.triton_call import LOG2_E, triton_call
 from smollm_jax.model.attention import MASKED
 
 # Words at a time, and warps: few programs at a time on a multiprocessor, so that their logits fit the cache
 WORDS, WARPS = 4_096, 16
-LOG2_E = math.log2(math.e)  # a GPU's exponential has base 2
 
 
 def fused_cross_entropy(
@@ -35,7 +33,7 @@ def fused_cross_entropy(
     tokens = pl.BlockSpec((M,), lambda _: (0,))
     kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (valid_M, tokens)]
     outputs = [(valid_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
-    nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, warps=WARPS, interpret=interpret)
+    nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, interpret, warps=WARPS)
     return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
 
 

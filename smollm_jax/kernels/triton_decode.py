@@ -10,29 +10,22 @@ Letters as in model/transformer.py; I inputs, O outputs, R outputs of a program,
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
-from smollm_jax.kernels.triton_call import triton_call
+from smollm_jax.kernels.triton_call import LOG2_E, load_f32, store, triton_call
 from smollm_jax.model.attention import MASKED
 from smollm_jax.model.ops import Rope
 
-# Outputs and warps of a program: the fastest settings tried on an H200 (benchmarks/RESULTS.md). Inputs and keys
-# read at a time are powers of two
-QKV_OUTPUTS, QKV_WARPS = 4, 4
-O_OUTPUTS, O_WARPS = 4, 4
-GATED_OUTPUTS, GATED_WARPS = 8, 4
-DOWN_OUTPUTS, DOWN_WARPS = 4, 4
-INPUTS = 2_048
-KEYS, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
+# The fastest settings tried on an H200 (benchmarks/RESULTS.md): outputs of a program, of gate and up and of the
+# other matrices; inputs and keys read at a time, powers of two; loads of keys in flight
+GATED_OUTPUTS, OUTPUTS = 8, 4
+INPUTS, KEYS, STAGES = 2_048, 64, 2
 MOST_ROWS = 4  # a program multiplies its weights with each row in turn
-LOG2_E = math.log2(math.e)
 
 LayerCache = tuple[jax.Array, jax.Array]  # k_BKSH, v_BKSH: heads first, as their products read them
 
@@ -59,28 +52,26 @@ def layer_step(
     """
     qkv_BO = norm_product(x_BD, layer.attention_norm_D, layer.qkv_OD, layer.epsilon, interpret=interpret)
     seen_BI, layer_cache = attend(qkv_BO, rope, position_B, layer_cache, interpret=interpret)
-    add = partial(add_product, interpret=interpret)
-    x_BD = add(x_BD, seen_BI, layer.o_DI, block=O_OUTPUTS, warps=O_WARPS, name="decode_o")
+    x_BD = add_product("decode_o", x_BD, seen_BI, layer.o_DI, interpret=interpret)
     gated_BF = gated_product(x_BD, layer.mlp_norm_D, layer.gate_up_OD, layer.epsilon, interpret=interpret)
-    x_BD = add(x_BD, gated_BF, layer.down_DF, block=DOWN_OUTPUTS, warps=DOWN_WARPS, name="decode_down")
-    return x_BD, layer_cache
+    return add_product("decode_down", x_BD, gated_BF, layer.down_DF, interpret=interpret), layer_cache
 
 
 def norm_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
     """Multiply the normed rows by the matrix: (B, O)."""
-    kernel = partial(_norm_product_kernel, D=x_BD.shape[1], outputs=len(weights_OD), epsilon=epsilon)
-    inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD, QKV_OUTPUTS)
-    return _product_call("decode_qkv", kernel, inputs, QKV_OUTPUTS, len(weights_OD), QKV_WARPS, interpret)
+    outputs, D = weights_OD.shape
 
+    def kernel(x_ref, scale_ref, weights_ref, y_ref):
+        row_R = _mask(pl.program_id(0), OUTPUTS, outputs)
+        weights = _weights(weights_ref, row_R, D)
+        for b in _numbers(len(x_ref)):
+            y_R = _product(weights, _normed(x_ref, b, scale_ref, D, epsilon))
+            store(y_ref.at[b, :], y_R, row_R)
 
-def _norm_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, outputs: int, epsilon: float):
-    row_R = _mask(pl.program_id(0), y_ref.shape[1], outputs)
-    weights = _weights(weights_ref, row_R, D)
-    for b in _numbers(len(x_ref)):
-        y_R = _product(weights, _normed(x_ref, b, scale_ref, D, epsilon))
-        _store(y_ref, b, y_R, row_R)
+    inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD, OUTPUTS)
+    return _product_call("decode_qkv", kernel, inputs, OUTPUTS, outputs, interpret)
 
 
 def gated_product(
@@ -88,37 +79,34 @@ def gated_product(
 ) -> jax.Array:
     """Return silu(gate) * up (B, F) of the normed rows; the matrix (2F, D) has the gate first."""
     D, F = x_BD.shape[1], len(weights_OD) // 2
-    kernel = partial(_gated_product_kernel, D=D, F=F, epsilon=epsilon)
+
+    def kernel(x_ref, scale_ref, weights_ref, y_ref):
+        row_R = _mask(pl.program_id(0), GATED_OUTPUTS, F)
+        gates, ups = (_weights(weights_ref, row_R, D, half) for half in _numbers(2))
+        for b in _numbers(len(x_ref)):
+            x = _normed(x_ref, b, scale_ref, D, epsilon)
+            gate_R, up_R = _product(gates, x), _product(ups, x)
+            store(y_ref.at[b, :], gate_R / (1 + jnp.exp2(-LOG2_E * gate_R)) * up_R, row_R)
+
     inputs = _whole(x_BD), _whole(scale_D), _rows(weights_OD.reshape(2, F, D), GATED_OUTPUTS)
-    return _product_call("decode_gated", kernel, inputs, GATED_OUTPUTS, F, GATED_WARPS, interpret)
-
-
-def _gated_product_kernel(x_ref, scale_ref, weights_ref, y_ref, *, D: int, F: int, epsilon: float):
-    row_R = _mask(pl.program_id(0), y_ref.shape[1], F)
-    gates, ups = (_weights(weights_ref, row_R, D, half) for half in _numbers(2))
-    for b in _numbers(len(x_ref)):
-        x = _normed(x_ref, b, scale_ref, D, epsilon)
-        gate_R, up_R = _product(gates, x), _product(ups, x)
-        _store(y_ref, b, gate_R / (1 + jnp.exp2(-LOG2_E * gate_R)) * up_R, row_R)
+    return _product_call("decode_gated", kernel, inputs, GATED_OUTPUTS, F, interpret)
 
 
 def add_product(
-    x_BO: jax.Array, y_BI: jax.Array, weights_OI: jax.Array,
-    *, block: int, warps: int, name: str, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
-    """Add the product of the matrix and `y` to `x`: (B, O); a program has `block` outputs."""
-    outputs, inputs = weights_OI.shape
-    kernel = partial(_add_product_kernel, inputs=inputs, outputs=outputs)
-    blocks = (x_BO, _columns(len(x_BO), block)), _whole(y_BI), _rows(weights_OI, block)
-    return _product_call(name, kernel, blocks, block, outputs, warps, interpret)
+    name: str, x_BO: jax.Array, y_BI: jax.Array, weights_OI: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Add the product of the matrix and `y` to `x`: (B, O)."""
+    outputs, width = weights_OI.shape
 
+    def kernel(x_ref, y_ref, weights_ref, out_ref):
+        row_R = _mask(pl.program_id(0), OUTPUTS, outputs)
+        weights = _weights(weights_ref, row_R, width)
+        for b in _numbers(len(x_ref)):
+            x_R = load_f32(x_ref.at[b, :], row_R)
+            store(out_ref.at[b, :], x_R + _product(weights, _vector(y_ref, width, b)), row_R)
 
-def _add_product_kernel(x_ref, y_ref, weights_ref, out_ref, *, inputs: int, outputs: int):
-    row_R = _mask(pl.program_id(0), out_ref.shape[1], outputs)
-    weights = _weights(weights_ref, row_R, inputs)
-    for b in _numbers(len(x_ref)):
-        x_R = _load(x_ref.at[b, :], row_R)
-        _store(out_ref, b, x_R + _product(weights, _vector(y_ref, inputs, b)), row_R)
+    inputs = (x_BO, _columns(len(x_BO), OUTPUTS)), _whole(y_BI), _rows(weights_OI, OUTPUTS)
+    return _product_call(name, kernel, inputs, OUTPUTS, outputs, interpret)
 
 
 def attend(
@@ -145,10 +133,9 @@ def attend(
         grid=(B, N),
         inputs=[*heads, (rope[0], half), (rope[1], half), (position_B, _all(B)), *cache],
         outputs=[(jax.ShapeDtypeStruct((B, N * H), qkv_BO.dtype), query), *cache],
-        aliases={6: 1, 7: 2},
-        warps=ATTENTION_WARPS,
-        stages=ATTENTION_STAGES,
         interpret=interpret,
+        stages=STAGES,
+        aliases={6: 1, 7: 2},
     )
     return seen_BI, (new_k_BKSH, new_v_BKSH)
 
@@ -168,10 +155,7 @@ def _attend_kernel(
         o_H, best, total = carry
         keys = pl.ds(j * KEYS, KEYS)
         is_before_Y = j * KEYS + jnp.arange(KEYS) < before
-        k_YH, v_YH = (
-            plt.load(ref.at[keys, :], mask=is_before_Y[:, None], other=0.0).astype(jnp.float32)
-            for ref in (old_k_ref, old_v_ref)
-        )
+        k_YH, v_YH = (load_f32(ref.at[keys, :], is_before_Y[:, None]) for ref in (old_k_ref, old_v_ref))
         score_Y = jnp.where(is_before_Y, jnp.sum(k_YH * q_H[None, :], axis=1), MASKED)
         new = jnp.maximum(best, jnp.max(score_Y))
         p_Y, shrink = jnp.exp2(score_Y - new), jnp.exp2(best - new)
@@ -217,7 +201,7 @@ def _product(weights: list[jax.Array], x: list[jax.Array]) -> jax.Array:
 def _vector(ref, length: int, *at: jax.Array) -> list[jax.Array]:
     """Load a vector in parts, as f32."""
     parts = enumerate(_turns(length))
-    return [_load(ref.at[(*at, pl.ds(start, size))], _mask(i, size, length)) for i, (start, size) in parts]
+    return [load_f32(ref.at[(*at, pl.ds(start, size))], _mask(i, size, length)) for i, (start, size) in parts]
 
 
 def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[jax.Array]:
@@ -227,18 +211,8 @@ def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[
         mask_RC, column_C = None if row_R is None else row_R[:, None], _mask(i, size, inputs)
         if column_C is not None:
             mask_RC = column_C[None, :] if mask_RC is None else mask_RC & column_C[None, :]
-        parts.append(_load(ref.at[(*at, slice(None), pl.ds(start, size))], mask_RC))
+        parts.append(load_f32(ref.at[(*at, slice(None), pl.ds(start, size))], mask_RC))
     return parts
-
-
-def _load(ref, mask: jax.Array | None) -> jax.Array:
-    """Load as f32, 0 where masked."""
-    loaded = plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0.0)
-    return loaded.astype(jnp.float32)
-
-
-def _store(ref, b: jax.Array, y_R: jax.Array, row_R: jax.Array | None) -> None:
-    plt.store(ref.at[b, :], y_R.astype(ref.dtype), mask=row_R)
 
 
 def _numbers(count: int) -> list[jax.Array]:
@@ -280,9 +254,9 @@ def _rows(weights: jax.Array, block: int) -> tuple[jax.Array, pl.BlockSpec]:
     return weights, pl.BlockSpec((*stack, block, _width(inputs)), lambda i: (*(0 for _ in stack), i, 0))
 
 
-def _product_call(name, kernel, inputs, block, outputs, warps, interpret) -> jax.Array:
+def _product_call(name, kernel, inputs, block, outputs, interpret) -> jax.Array:
     """Call a kernel whose programs make `block` of the outputs (B, O) each."""
     (x, _), *_ = inputs
     out = jax.ShapeDtypeStruct((len(x), outputs), x.dtype), _columns(len(x), block)
     grid = (pl.cdiv(outputs, block),)
-    return triton_call(name, kernel, grid, inputs, [out], warps=warps, stages=1, interpret=interpret)[0]
+    return triton_call(name, kernel, grid, inputs, [out], interpret, stages=1)[0]

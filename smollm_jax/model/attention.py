@@ -50,12 +50,12 @@ def _backward(kept, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, start_BT, o_BTNH, log_BKGT = kept
     # without the barrier XLA keeps the scores of the forward pass if both passes are in one program
     q_BTNH, k_BTKH, v_BTKH = jax.lax.optimization_barrier((q_BTNH, k_BTKH, v_BTKH))
-    T, K, H = k_BTKH.shape[1], k_BTKH.shape[2], q_BTNH.shape[3]
+    B, T, K, H = k_BTKH.shape
     q_BKGTH, do_BKGTH, o_BKGTH = (_by_group(x_BTNH, K) for x_BTNH in (q_BTNH, do_BTNH, o_BTNH))
     k_BKSH, v_BKSH = _heads_first(k_BTKH), _heads_first(v_BTKH)
     along_BKGT = jnp.sum(do_BKGTH * o_BKGTH, axis=-1)
     blocks_of_dq = []
-    dk_BKHS = dv_BKHS = jnp.zeros((len(k_BTKH), K, H, T))
+    dk_BKHS = dv_BKHS = jnp.zeros((B, K, H, T))
     for rows in _blocks(T):
         seen = slice(0, rows.stop)
         own_q_BKGTH, own_do_BKGTH = q_BKGTH[:, :, :, rows], do_BKGTH[:, :, :, rows]

@@ -78,8 +78,7 @@ def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, cross_entropy):
     return total, (dx_BTD, dhead_VD.astype(kept_dtype))
 
 
-def _backward(chunk_tokens, cross_entropy, gradients, cotangent):
-    del chunk_tokens, cross_entropy
+def _backward(_chunk_tokens, _cross_entropy, gradients, cotangent):
     dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangent).astype(x.dtype) for x in gradients)
     return dx_BTD, dhead_VD, None, None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,7 @@ def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
 
 def reference_project_heads(
     x_BTD: jax.Array, q_DNH: jax.Array, k_DKH: jax.Array, v_DKH: jax.Array, rope: Rope,
-    *, linear: Callable[..., jax.Array] = reference_linear,
+    *, linear: Callable[..., jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Return queries (B, T, N, H) and keys (B, T, K, H), both rotated, and values (B, T, K, H)."""
     q_BTNH = rotate(linear("BTD,DNH->BTNH", x_BTD, q_DNH), rope)
@@ -61,22 +60,12 @@ def reference_project_heads(
 
 
 def reference_feed_forward(
-    x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array,
-    *, linear: Callable[..., jax.Array] = reference_linear,
-) -> jax.Array:  # fmt: skip
+    x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array, *, linear: Callable[..., jax.Array]
+) -> jax.Array:
     """Return the output (B, T, D) of the SwiGLU feed-forward."""
     gate_BTF, up_BTF = (linear("BTD,DF->BTF", x_BTD, weights) for weights in (gate_DF, up_DF))
-
-    @cheap
-    def gated(gate_BTF: jax.Array, up_BTF: jax.Array, down_FD: jax.Array) -> jax.Array:
-        return linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down_FD)
-
+    gated = cheap(lambda gate_BTF, up_BTF, down_FD: linear("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), down_FD))
     return gated(gate_BTF, up_BTF, down_FD)
-
-
-def keep_layer(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return `layer`, whose residuals are stored as they are."""
-    return layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +79,12 @@ class Ops:
     linear: Callable[..., jax.Array] = reference_linear
     """`(einsum letters, x, f32 weights) -> y` in the dtype of x."""
     project_heads: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = reference_project_heads
-    """`(x_BTD, q_DNH, k_DKH, v_DKH, rope) -> q_BTNH, k_BTKH, v_BTKH`, queries and keys rotated."""
+    """`(x_BTD, q_DNH, k_DKH, v_DKH, rope, linear=) -> q_BTNH, k_BTKH, v_BTKH`, queries and keys rotated."""
     feed_forward: Callable[..., jax.Array] = reference_feed_forward
-    """`(x_BTD, gate_DF, up_DF, down_FD) -> (B, T, D)`."""
+    """`(x_BTD, gate_DF, up_DF, down_FD, linear=) -> (B, T, D)`."""
     cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy
     """`(logits_BCV, targets_BC, valid_BC, dtype) -> nll, dlogits_BCV`: summed loss, gradient in `dtype`."""
-    wrap_layer: Callable[..., Callable[..., jax.Array]] = keep_layer
+    wrap_layer: Callable[..., Callable[..., jax.Array]] = lambda layer: layer
     """`layer(x_BTD, weights) -> x_BTD` to a layer that stores its residuals in another form."""
     kernels: str = "plain"
     """The kernels among them: "plain" (none), "splash" (TPU) or "pallas" (GPU)."""
@@ -104,16 +93,6 @@ class Ops:
     def on_gpu(self) -> bool:
         """Whether GPU kernels are among them, which decides `unroll` and `loss_chunk`."""
         return self.kernels == "pallas"
-
-    @classmethod
-    def with_linear(cls, linear: Callable[..., jax.Array], **others: Any) -> Ops:
-        """Return the reference with another `linear`, also inside the projections and the feed-forward."""
-        return cls(
-            linear=linear,
-            project_heads=partial(reference_project_heads, linear=linear),
-            feed_forward=partial(reference_feed_forward, linear=linear),
-            **others,
-        )
 
 
 REFERENCE = Ops()

@@ -12,7 +12,6 @@ G = N/K · H head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +27,9 @@ from smollm_jax.runtime.trees import flatten
 
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
+_policies = jax.checkpoint_policies
+# what the backward pass does not recompute
+KEPT = {"dots": _policies.save_only_these_names(PRODUCT), "full": _policies.nothing_saveable}
 
 
 def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope:
@@ -66,7 +68,8 @@ class Attention(nnx.Module):
 
     @jax.named_scope("projections")
     def __call__(self, x_BTD: jax.Array, rope: Rope, start_BT: jax.Array, ops: Ops) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = ops.project_heads(x_BTD, self.q[...], self.k[...], self.v[...], rope)
+        weights = self.q[...], self.k[...], self.v[...]
+        q_BTNH, k_BTKH, v_BTKH = ops.project_heads(x_BTD, *weights, rope, linear=ops.linear)
         with jax.named_scope("scores"):
             o_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, start_BT)
         return ops.linear("BTNH,NHD->BTD", o_BTNH, self.o[...])
@@ -81,7 +84,7 @@ class MLP(nnx.Module):
 
     @jax.named_scope("feed_forward")
     def __call__(self, x_BTD: jax.Array, ops: Ops) -> jax.Array:
-        return ops.feed_forward(x_BTD, self.gate[...], self.up[...], self.down[...])
+        return ops.feed_forward(x_BTD, self.gate[...], self.up[...], self.down[...], linear=ops.linear)
 
 
 class Block(nnx.Module):
@@ -125,9 +128,13 @@ class SmolLM(nnx.Module):
     @classmethod
     def from_params(cls, config: ModelConfig, params: Params, **compute: Any) -> SmolLM:
         """Return a model with `params` (see `params_of`); raises `UserError` naming a leaf that does not fit."""
-        abstract = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **compute))
-        graphdef, state = nnx.split(abstract)
-        _check_same_leaves(nnx.to_pure_dict(state), params)
+        shapes, found = parameter_shapes(config), flatten(params, "/")
+        for name in sorted(shapes.keys() | found.keys()):
+            require(name in found, f"parameter {name} is missing; the config asks for it")
+            require(name in shapes, f"parameter {name} is not part of this config's model")
+            shape, got = shapes[name], found[name].shape
+            require(shape == got, f"parameter {name}: expected shape {shape} from the config, got {got}")
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **compute)))
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
 
@@ -149,22 +156,23 @@ class SmolLM(nnx.Module):
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
             return nnx.merge(graphdef, weights)(x_BTD, rope, start_BT, self.ops)
 
-        in_a_loop = self.unroll < self.config.num_layers
-        apply = self.ops.wrap_layer(_rematerialise(layer, self.remat, in_a_loop=in_a_loop))
+        apply = layer
+        if self.remat != "none":
+            # XLA can merge a recomputation with the original only if all layers are in one program
+            all_in_one = self.unroll >= self.config.num_layers
+            apply = jax.checkpoint(layer, policy=KEPT[self.remat], prevent_cse=all_in_one)
+        apply = self.ops.wrap_layer(apply)
         with jax.named_scope("embedding"):
             x_BTD = self.ops.embed(self.embedding[...], tokens_BT).astype(self.dtype)
         with jax.named_scope("layers"):
             x_BTD, _ = jax.lax.scan(lambda x, each: (apply(x, each), None), x_BTD, stacked, unroll=self.unroll)
         return self.final_norm(x_BTD)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Return f32 logits (..., V) of features (..., D)."""
-        head_VD = self.head_VD.astype(x_BTD.dtype)
-        return jnp.einsum("...D,VD->...V", x_BTD, head_VD, preferred_element_type=jnp.float32)
-
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Return f32 logits (B, T, V); `segment_ids` (B, T) keeps documents apart, positions restart in each."""
-        return self.logits(self.features(tokens_BT, segment_ids))
+        x_BTD = self.features(tokens_BT, segment_ids)
+        head_VD = self.head_VD.astype(x_BTD.dtype)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -181,21 +189,3 @@ def _normal(config: ModelConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
     """Return a normal parameter of the shape at `path`, without the layer dim, which `nnx.vmap` adds."""
     shape = parameter_shapes(config, one_layer=True)[path]
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))
-
-
-def _rematerialise(layer: Callable[..., jax.Array], remat: Policy, *, in_a_loop: bool) -> Callable[..., jax.Array]:
-    if remat == "none":
-        return layer
-    policies = jax.checkpoint_policies
-    policy = {"dots": policies.save_only_these_names(PRODUCT), "full": policies.nothing_saveable}[remat]
-    # XLA can merge a recomputation with the original only if all layers are in one program
-    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_a_loop)
-
-
-def _check_same_leaves(expected: Params, params: Params) -> None:
-    want, have = flatten(expected, "/"), flatten(params, "/")
-    for name in sorted(want.keys() | have.keys()):
-        require(name in have, f"parameter {name} is missing; the config asks for it")
-        require(name in want, f"parameter {name} is not part of this config's model")
-        shape, got = want[name].shape, have[name].shape
-        require(shape == got, f"parameter {name}: expected shape {shape} from the config, got {got}")

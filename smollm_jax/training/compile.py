@@ -15,7 +15,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import are_shared, bytes_a_device, layout_of, on_devices, padded_rows, sharded
-from smollm_jax.kernels.select import ops_of, select_checked_ops
+from smollm_jax.kernels.select import select_checked_ops, select_ops
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy
 from smollm_jax.runtime.devices import memory_bytes
@@ -88,7 +88,7 @@ def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Process
     with processes.all_or_none():
         ops, notes = select_checked_ops(config.compute.attention, mesh, dtype, config.model, **axes)
     if len(set(processes.gather(ops.kernels))) > 1:
-        ops = ops_of("plain", mesh, dtype, **axes)
+        ops = select_ops("plain", mesh, dtype, **axes)
         notes = ["attention   plain: the kernel's check did not end alike in all processes"]
     return ops, notes
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from smollm_jax.generation.sampling import (
-    MASKED,
     Sampling,
     SamplingArrays,
     choose_token,
@@ -14,6 +13,7 @@ from smollm_jax.generation.sampling import (
     filtered,
     penalised,
 )
+from smollm_jax.model.attention import MASKED
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.kernels.cpu import residuals_as_bits, wide_linear
-from smollm_jax.model.ops import Ops, keep_layer, reference_linear
+from smollm_jax.model.ops import REFERENCE, Ops, reference_linear
 from smollm_jax.model.transformer import SmolLM, init_params
 
 TINY = ModelConfig(
@@ -53,13 +53,13 @@ def test_residuals_kept_as_bits_give_the_same_gradients(remat, linear):
 
     def compiled(wrap_layer):
         def loss(p):
-            ops = Ops.with_linear(linear, wrap_layer=wrap_layer)
+            ops = Ops(linear=linear, wrap_layer=wrap_layer)
             model = SmolLM.from_params(TINY, p, dtype=jnp.bfloat16, remat=remat, ops=ops)
             return jnp.square(model(tokens, segment_ids)).mean()
 
         return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
 
-    plain, bits = compiled(keep_layer), compiled(residuals_as_bits)
+    plain, bits = compiled(REFERENCE.wrap_layer), compiled(residuals_as_bits)
     stack = f"u16[{TINY.num_layers},"
     assert stack in bits.as_text()
     assert stack not in plain.as_text()

@@ -12,7 +12,7 @@ from smollm_jax.config.architecture import MODELS
 from smollm_jax.kernels import triton_layer
 from smollm_jax.kernels.check import check_layer
 from smollm_jax.kernels.triton_layer import fused_layer
-from smollm_jax.model.ops import Ops
+from smollm_jax.model.ops import REFERENCE, Ops
 from smollm_jax.model.transformer import SmolLM, init_params
 from tests.support.lowering import KERNEL, lowered_for_cuda
 
@@ -85,8 +85,9 @@ def test_the_kernels_lower_for_cuda():
     angle = jax.ShapeDtypeStruct((2, 100, 1, config.head_dim // 2), jnp.float32)
 
     def loss(x, block, cos, sin):
-        q, k, v = project_heads(x, *(block["attention"][name] for name in "qkv"), (cos, sin))
-        out = feed_forward(x, *(block["mlp"][name] for name in ("gate", "up", "down")))
+        linear = REFERENCE.linear
+        q, k, v = project_heads(x, *(block["attention"][name] for name in "qkv"), (cos, sin), linear=linear)
+        out = feed_forward(x, *(block["mlp"][name] for name in ("gate", "up", "down")), linear=linear)
         return sum(jnp.sum(jnp.square(each.astype(jnp.float32))) for each in (q, k, v, out))
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
@@ -100,11 +101,11 @@ def _blocks(config):
 def test_the_check_finds_wrong_layers_and_kernels_that_do_not_run():
     project_heads, feed_forward = fused_layer(interpret=True)
 
-    def not_rotated(x, q, k, v, rope):
-        return project_heads(x, q, k, v, (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1])))
+    def not_rotated(x, q, k, v, rope, *, linear):
+        return project_heads(x, q, k, v, (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1])), linear=linear)
 
-    def without_gradient_of_up(x, gate, up, down):
-        return feed_forward(x, gate, jax.lax.stop_gradient(up), down)
+    def without_gradient_of_up(x, gate, up, down, *, linear):
+        return feed_forward(x, gate, jax.lax.stop_gradient(up), down, linear=linear)
 
     for dtype in (jnp.float32, jnp.bfloat16):
         assert check_layer(project_heads, feed_forward, TINY, dtype) == ""

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.generation.decoder import Decoder
 from smollm_jax.model.attention import BLOCKS, SMALLEST_BLOCK
-from smollm_jax.model.ops import Ops, rotate
+from smollm_jax.model.ops import REFERENCE, Ops, rotate
 from smollm_jax.model.transformer import SmolLM, init_params, params_of, rope_angles
 
 TINY = ModelConfig(
@@ -146,6 +146,19 @@ def test_future_tokens_cannot_change_the_past():
     reach_TT = np.abs(np.asarray(jacobian)).sum(axis=(0, 2, 3, 5))
     assert (np.triu(reach_TT, 1) == 0).all()
     assert (reach_TT[np.tril_indices(length)] > 0).all()
+
+
+def test_every_product_of_a_layer_is_the_linear_of_its_ops():
+    seen = []
+
+    def linear(letters, x, weights):
+        seen.append(letters)
+        return REFERENCE.linear(letters, x, weights)
+
+    model = SmolLM.from_params(TINY, init_params(TINY, 0), ops=Ops(linear=linear))
+    jax.eval_shape(model.features, tokens_of(TINY, 1, 9))
+    heads, mlp = ["BTD,DNH->BTNH", *["BTD,DKH->BTKH"] * 2, "BTNH,NHD->BTD"], [*["BTD,DF->BTF"] * 2, "BTF,FD->BTD"]
+    assert seen == [*heads, *mlp]
 
 
 def test_rope_depends_on_distance_only():

@@ -82,7 +82,7 @@ def test_the_residuals_by_formula_are_those_the_model_keeps(remat, linear):
 
     def residuals(params):
         def features(params):
-            how = {"dtype": jnp.bfloat16, "remat": remat, "ops": Ops.with_linear(linear)}
+            how = {"dtype": jnp.bfloat16, "remat": remat, "ops": Ops(linear=linear)}
             return SmolLM.from_params(config, params, **how).features(rows)
 
         return jax.vjp(features, params)[1]
