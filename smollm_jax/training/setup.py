@@ -21,7 +21,7 @@ from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import check_vocab, open_loader
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import make_mesh, shards_here
-from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
+from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
@@ -110,10 +110,10 @@ def open_records(
     config: Config, run_dir: Path, job: Processes, step: int
 ) -> tuple[Counters, RunMetrics | NullMetrics]:
     """Cut the records back to `step`, the step of the checkpoint, and open them in the first process."""
-    records = keep_records(run_dir, step) if job.first else Records(0, {})
+    evaluated, ledgers = keep_records(run_dir, step) if job.first else (0, {})
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
-    evaluated = job.gather(records.evaluated)[0]
-    return Counters(saved=step, read=step, recorded=step, evaluated=evaluated, ledgers=records.ledgers), report
+    evaluated = job.gather(evaluated)[0]
+    return Counters(saved=step, read=step, recorded=step, evaluated=evaluated, ledgers=ledgers), report
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
