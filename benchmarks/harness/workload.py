@@ -112,7 +112,7 @@ def write_model(model: ModelConfig, seed: int, folder: Path) -> Any:
 
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         params = jax.tree.map(np.asarray, init_params(model, seed))
-    write_folder(params, model, folder, dtype="float32", tokenizer_folder=None)
+    write_folder(params, model, folder)
     return params
 
 

@@ -17,20 +17,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.checkpoint.copies import HostCopies
-from smollm_jax.checkpoint.listing import (
-    META,
-    VerifiedCheckpoint,
-    compare,
-    find_checkpoint,
-    quarantine,
-    steps_in,
-    verified_checkpoints,
-)
+from smollm_jax.checkpoint.arrays import HostCopies, described, leaves_by_name, load, reason, store
+from smollm_jax.checkpoint.listing import META, VerifiedCheckpoint, compare, find_checkpoint, quarantine, steps_in
 from smollm_jax.checkpoint.manifest import seal, verify
-from smollm_jax.checkpoint.orbax_io import described, group_of, leaves_by_name, load, reason, store
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, fsync, write_json
 from smollm_jax.runtime.trees import unflatten
 
@@ -47,10 +38,8 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int, processes: Processes | None = None):
-        self.folder = Path(folder)
-        self.processes = processes or Processes()
-        self.keep_last = keep_last
-        self.keep_every = keep_every
+        self.folder, self.processes = Path(folder), processes or Processes()
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.failed: str | None = None
         """Step and reason if the last save failed."""
         self.newest = 0
@@ -74,18 +63,16 @@ class CheckpointManager:
         """
         self.wait()
         json.dumps(meta)  # a mistake of the caller must be raised here, not in the thread
-        temporary = self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         if self.processes.several:
             leaves = leaves_by_name(_copy_on_devices()(state) if self.beside_the_step else state)
-            temporary = self.folder / str(self.processes.gather(temporary.name)[0])
         else:
             leaves = self.copies.of(state)
-        needed, self.failed = self.processes.gather(self._make_room(step, temporary))[0]
-        if not needed:
+        temporary, self.failed = self.processes.gather(self._make_room(step))[0]
+        if temporary is None:
             return
         # not a daemon, which would be torn down in the middle of orbax's own threads
         self._thread = threading.Thread(
-            target=self._write, args=(step, leaves, meta, temporary), name=f"save-{step}"
+            target=self._write, args=(step, leaves, meta, self.folder / temporary), name=f"save-{step}"
         )
         self._thread.start()
         if self.processes.several and not self.beside_the_step:
@@ -98,24 +85,19 @@ class CheckpointManager:
             self.failed = next(filter(None, self.processes.gather(self.failed)), None)
         return self.failed is None
 
-    def close(self) -> bool:
-        """Wait for a save under way; returns whether it succeeded in this process.
+    def close(self) -> None:
+        """Wait for a save under way in this process.
 
         Call this however a run ends, because orbax cannot finish once the interpreter shuts down.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        return self.failed is None
 
     def clean(self) -> None:
         """Remove what dead processes left half written or half deleted; only the holder of the run's lock may."""
         for path in (*self.folder.glob(f"{TEMPORARY}*"), *self.folder.glob(f"{TRASH}*")):
             shutil.rmtree(path, ignore_errors=True)
-
-    def latest_good(self, *, quarantine: bool = False) -> VerifiedCheckpoint | None:
-        """Return the newest checkpoint that verifies; damaged ones are reported and, if asked, renamed."""
-        return next(verified_checkpoints(self.folder, rename=quarantine), None)
 
     def restore(self, step: int, target: Any) -> Any:
         """Return the state saved at `step` in the structure, layout and dtypes of `target`.
@@ -131,24 +113,27 @@ class CheckpointManager:
         loaded = load(self.folder / str(step), named, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
-    def _make_room(self, step: int, temporary: Path) -> tuple[bool, str | None]:
-        """Return whether to write the checkpoint, and a failure; the first process looks and makes the folder."""
+    def _make_room(self, step: int) -> tuple[str | None, str | None]:
+        """Return the name of a new folder, None if there is nothing to write, and a failure.
+
+        Only the first process looks, and makes the folder.
+        """
         if not self.processes.first:
-            return False, None
-        final = self.folder / str(step)
+            return None, None
+        final, temporary = self.folder / str(step), self.folder / f"{TEMPORARY}{step}-{os.getpid()}"
         try:
             if final.exists():
                 try:
                     verify(final)
                     self.newest = step
-                    return False, None
+                    return None, None
                 except Damaged as damage:
                     quarantine(final, damage)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as error:
-            return False, self._could_not(step, error)
-        return True, None
+            return None, self._could_not(step, error)
+        return temporary.name, None
 
     def _could_not(self, step: int, error: Exception) -> str:
         """Log that a save failed; returns step and reason."""
@@ -213,8 +198,7 @@ def read_params(
     """
     folder = Path(folder)
     found = find_checkpoint(folder, step, group=group)
-    names = [name for name in found.leaves if group_of(name) == group]
-    if not names:
-        raise UserError(f"checkpoint {found.step} in {folder} holds no {group}")
+    names = [name for name in found.leaves if name.split("/")[0] == group]
+    require(bool(names), f"checkpoint {found.step} in {folder} holds no {group}")
     loaded = load(folder / str(found.step), dict.fromkeys(names), Processes())
     return found, unflatten(loaded, "/")[group]

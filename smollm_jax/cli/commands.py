@@ -160,7 +160,7 @@ def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private
         dry_run: List the files and upload nothing.
         private: Make the repository private if it is new.
     """
-    from smollm_jax.hf.push import push
+    from smollm_jax.hf.publish import push
 
     print(push(folder, repo, dry_run=dry_run, private=private))
     return 0

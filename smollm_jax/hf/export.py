@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import tempfile
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ import numpy as np
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
-from smollm_jax.hf.model_card import model_card
-from smollm_jax.hf.reader import INDEX, WANTED, metadata_of, read_folder, tensor_files
+from smollm_jax.hf.publish import CARD, CURVE, is_exported, model_card
+from smollm_jax.hf.reader import INDEX, metadata_of, read_folder, tensor_files
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 MARK = "exported by smollm-jax"  # in the safetensors header: only our own folders are written over
-CARD, CURVE = "README.md", "loss.png"
 SHARD_BYTES = 5 * 10**9
 CHECKED_TOKENS = 64
 # of the largest logit: f32 sums in another order differ by 1e-6 to 1e-5, a wrong layout by about 1
@@ -39,10 +37,8 @@ the ocean, water evaporates and rises as vapour; high up it cools, condenses int
 rain or snow. In 1580 Bernard Palissy wrote that rivers are fed by rain alone, which few people then believed."""
 
 
-def write_folder(
-    params: Params, config: ModelConfig, out: Path, *, dtype: str, tokenizer_folder: str | Path | None
-) -> None:
-    """Write config, weights and tokenizer files into the new folder `out`; `params` are numpy arrays."""
+def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str = "float32") -> None:
+    """Write config and weights into the new folder `out`; `params` are numpy arrays."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
@@ -60,16 +56,13 @@ def write_folder(
         values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
         save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
-    if split.is_sharded:
-        _write_json(out / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    _write_json(out / "config.json", hf_config(config, dtype))
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    _write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
-    if tokenizer_folder is not None:
-        tokenizer = Tokenizer(tokenizer_folder)
-        sizes = f"{tokenizer.vocab_size} entries, the model only {config.vocab_size}"
-        require(tokenizer.vocab_size <= config.vocab_size, f"the tokenizer in {tokenizer_folder} has {sizes}")
-        tokenizer.save(out)  # its files alone: the folder may be another model's, with a config.json of its own
+    defaults = {"_from_model_config": True, **ids}
+    contents = {"config.json": hf_config(config, dtype), "generation_config.json": defaults}
+    if split.is_sharded:
+        contents[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    for file, content in contents.items():
+        (out / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def export_folder(
@@ -91,7 +84,13 @@ def export_folder(
     _refuse_foreign(out)
     params = unflatten({name: np.asarray(leaf) for name, leaf in flatten(params, "/").items()}, "/")
     with written_aside(out) as part:
-        write_folder(params, config, part, dtype=dtype, tokenizer_folder=tokenizer_folder)
+        write_folder(params, config, part, dtype=dtype)
+        if tokenizer_folder is not None:
+            tokenizer = Tokenizer(tokenizer_folder)
+            sizes = f"{tokenizer.vocab_size} entries, the model only {config.vocab_size}"
+            require(tokenizer.vocab_size <= config.vocab_size, f"the tokenizer in {tokenizer_folder} has {sizes}")
+            # its files alone: the folder may be another model's, with a config.json of its own
+            tokenizer.save(part)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
         if curve is not None:
             shutil.copyfile(curve, part / CURVE)
@@ -160,11 +159,6 @@ def _refuse_foreign(out: Path) -> None:
     require(not added, f"{out} holds {', '.join(added[:1])}, which no export wrote; give another --out")
 
 
-def is_exported(name: str) -> bool:
-    """Return whether an export may hold a file of this name."""
-    return any(fnmatchcase(name, pattern) for pattern in (*WANTED, CARD, CURVE))
-
-
 def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:
     """Compare transformers' logits with ours; returns the outcome, raises `RuntimeError` if they differ."""
     import jax
@@ -210,7 +204,3 @@ def _sort_metadata(file: Path) -> None:
         assert len(written) == size, "safetensors writes its header otherwise than json.dumps"
         opened.seek(8)
         opened.write(written)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

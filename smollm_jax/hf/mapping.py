@@ -20,77 +20,64 @@ from smollm_jax.runtime.trees import flatten, unflatten
 Params = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class WeightMapping:
-    """One parameter: our path and HF's name, in which "{}" is the layer."""
-
-    ours: str
-    theirs: str
-    inputs: int = 0
-    """Number of our leading dims, the layer dim not counted, that are HF's second dim; 0: the same layout."""
-
-
-TABLE = (
-    WeightMapping("embedding", "model.embed_tokens.weight"),
-    WeightMapping("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight"),
-    WeightMapping("blocks/attention/q", "model.layers.{}.self_attn.q_proj.weight", 1),
-    WeightMapping("blocks/attention/k", "model.layers.{}.self_attn.k_proj.weight", 1),
-    WeightMapping("blocks/attention/v", "model.layers.{}.self_attn.v_proj.weight", 1),
-    WeightMapping("blocks/attention/o", "model.layers.{}.self_attn.o_proj.weight", 2),
-    WeightMapping("blocks/mlp_norm/scale", "model.layers.{}.post_attention_layernorm.weight"),
-    WeightMapping("blocks/mlp/gate", "model.layers.{}.mlp.gate_proj.weight", 1),
-    WeightMapping("blocks/mlp/up", "model.layers.{}.mlp.up_proj.weight", 1),
-    WeightMapping("blocks/mlp/down", "model.layers.{}.mlp.down_proj.weight", 1),
-    WeightMapping("final_norm/scale", "model.norm.weight"),
-    WeightMapping("head", "lm_head.weight"),
-)
+# our path: HF's name, in which "{}" is the layer, and how many of our leading dims, without the layer dim, are
+# HF's second dim; 0: the same layout
+TABLE = {
+    "embedding": ("model.embed_tokens.weight", 0),
+    "blocks/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", 0),
+    "blocks/attention/q": ("model.layers.{}.self_attn.q_proj.weight", 1),
+    "blocks/attention/k": ("model.layers.{}.self_attn.k_proj.weight", 1),
+    "blocks/attention/v": ("model.layers.{}.self_attn.v_proj.weight", 1),
+    "blocks/attention/o": ("model.layers.{}.self_attn.o_proj.weight", 2),
+    "blocks/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", 0),
+    "blocks/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", 1),
+    "blocks/mlp/up": ("model.layers.{}.mlp.up_proj.weight", 1),
+    "blocks/mlp/down": ("model.layers.{}.mlp.down_proj.weight", 1),
+    "final_norm/scale": ("model.norm.weight", 0),
+    "head": ("lm_head.weight", 0),
+}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face folder; `layer` is None if the parameter has no layer dim."""
+    """One tensor of a Hugging Face folder, and the parameter of ours that holds it."""
 
     name: str
-    entry: WeightMapping
-    layer: int | None
     shape: tuple[int, ...]
+    ours: str
+    layer: tuple[int, ...]
+    """Index into our parameter; empty if the parameter has no layer dim."""
+    is_transposed: bool
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
     """Return every tensor that a folder of this config holds, without a tied head."""
-    shapes, out = parameter_shapes(config, one_layer=True), []
-    for entry in TABLE:
-        if entry.ours not in shapes:
-            continue
-        shape = shapes[entry.ours]
-        if entry.inputs:
-            shape = (math.prod(shape[entry.inputs :]), math.prod(shape[: entry.inputs]))
-        for layer in range(config.num_layers) if entry.ours.startswith("blocks/") else (None,):
-            out.append(Tensor(entry.theirs.format(layer), entry, layer, shape))
-    return out
+    found = []
+    for ours, dims in parameter_shapes(config, one_layer=True).items():
+        theirs, inputs = TABLE[ours]
+        shape = (math.prod(dims[inputs:]), math.prod(dims[:inputs])) if inputs else dims
+        for layer in [(i,) for i in range(config.num_layers)] if ours.startswith("blocks/") else [()]:
+            found.append(Tensor(theirs.format(*layer), shape, ours, layer, inputs > 0))
+    return found
 
 
 def to_hf(params: Params, tensor: Tensor) -> np.ndarray:
     """Return HF's tensor as a view of our numpy parameters."""
-    value = flatten(params, "/")[tensor.entry.ours]
-    value = value if tensor.layer is None else value[tensor.layer]
-    return value.reshape(tensor.shape[::-1]).T if tensor.entry.inputs else value
+    value = flatten(params, "/")[tensor.ours][tensor.layer]
+    return value.reshape(tensor.shape[::-1]).T if tensor.is_transposed else value
 
 
 def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
     """Return our f32 parameters from `read(name)`; raises `UserError` naming a tensor of another shape."""
-    shapes = parameter_shapes(config, one_layer=True)
+    shapes = parameter_shapes(config)
     named: dict[str, np.ndarray] = {}
     for tensor in tensors(config):
-        value, path, shape = read(tensor.name), tensor.entry.ours, shapes[tensor.entry.ours]
+        value = read(tensor.name)
         expected = f"expected shape {tensor.shape} from config.json, got {value.shape}"
         require(value.shape == tensor.shape, f"tensor {tensor.name}: {expected}")
-        value = (value.T if tensor.entry.inputs else value).reshape(shape)
-        if tensor.layer is None:
-            named[path] = value.astype(np.float32)
-        else:
-            # allocated when its first tensor fits: a folder that does not fit takes no memory
-            if path not in named:
-                named[path] = np.empty((config.num_layers, *shape), np.float32)
-            named[path][tensor.layer] = value
+        # allocated when its first tensor fits: a folder that does not fit takes no memory
+        if tensor.ours not in named:
+            named[tensor.ours] = np.empty(shapes[tensor.ours], np.float32)
+        place = named[tensor.ours][tensor.layer]
+        place[...] = (value.T if tensor.is_transposed else value).reshape(place.shape)
     return unflatten(named, "/")

@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
@@ -215,18 +214,12 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
 
 
-@dataclass(frozen=True)
-class Records:
-    """What is on record of a run after its files were cut back to a checkpoint."""
+def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
+    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats every later step.
 
-    evaluated: int
-    """Last step whose evaluation is on record."""
-    ledgers: dict[int, str]
-    """Batch hash of every step on record, also of steps after the checkpoint: a repeated step must agree."""
-
-
-def keep_records(run_dir: Path, step: int) -> Records:
-    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats every later step."""
+    Returns the last step whose evaluation is kept, and the batch hash of every step that was on record, also of
+    later ones: a repeated step must agree.
+    """
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
     lines = read_metrics(run_dir)
     kept = [values for values in lines if values["step"] <= step]
@@ -240,7 +233,7 @@ def keep_records(run_dir: Path, step: int) -> Records:
         _rewrite(metrics, map(json.dumps, kept))
     if samples.exists():
         _rewrite(samples, takewhile(is_kept, samples.read_text(encoding="utf-8").splitlines()))
-    return Records(evaluated, {values["step"]: values["ledger"] for values in lines if "ledger" in values})
+    return evaluated, {values["step"]: values["ledger"] for values in lines if "ledger" in values}
 
 
 def _rewrite(path: Path, lines: Iterable[str]) -> None:

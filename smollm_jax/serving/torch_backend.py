@@ -75,7 +75,7 @@ def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, st
         if is_run(path):
             folder = Path(scratch) / "model"
             config, params, tokenizer = load_model(path)
-            write_folder(params, config, folder, dtype="float32", tokenizer_folder=None)
+            write_folder(params, config, folder)
         else:
             folder = local_folder(path)
             config = model_config(read_json(folder / "config.json"))

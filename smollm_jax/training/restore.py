@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smollm_jax.checkpoint.listing import VerifiedCheckpoint
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint, verified_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.fields import resume_rules
@@ -53,7 +53,7 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     Raises `UserError` if the run cannot resume under `config`, if all its checkpoints are damaged, or if the
     weights have another architecture.
     """
-    found, source = checkpoints.latest_good(quarantine=True), config.run.init_from
+    found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
     if found is None:
         damaged = ", ".join(sorted(path.name for path in checkpoints.folder.glob("[!.]*")))
         hint = "see python -m smollm_jax checkpoints, or start afresh with --new-run"

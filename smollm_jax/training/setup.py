@@ -22,7 +22,7 @@ from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.model.transformer import Policy
-from smollm_jax.runs.metrics import NullMetrics, Records, RunMetrics, keep_records
+from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
@@ -78,12 +78,12 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     progress = Progress(**found.meta["progress"]) if found else Progress()
     state = checkpoints.restore(found.step, shapes) if found else init_state(config, mesh, start.params)
     checkpoints.newest = step = progress.step
-    records = keep_records(run_dir, step) if job.first else Records(0, {})
+    evaluated, ledgers = keep_records(run_dir, step) if job.first else (0, {})
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
         mesh=mesh, dtype=dtype, steps=steps, nll=nll, checkpoints=checkpoints, state=state, report=report,
-        progress=progress, saved=step, evaluated=job.gather(records.evaluated)[0], ledgers=records.ledgers,
+        progress=progress, saved=step, evaluated=job.gather(evaluated)[0], ledgers=ledgers,
         computed=computed, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
     # one of several processes cannot leave by itself

@@ -20,10 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from smollm_jax.checkpoint.listing import list_checkpoints
+from smollm_jax.checkpoint.arrays import store
+from smollm_jax.checkpoint.listing import list_checkpoints, verified_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.checkpoint.manifest import MANIFEST
-from smollm_jax.checkpoint.orbax_io import store
 from smollm_jax.distributed.processes import Processes
 
 
@@ -57,8 +57,12 @@ def saved(folder, *steps, keep_last=9, keep_every=0) -> CheckpointManager:
     checkpoints = CheckpointManager(folder, keep_last=keep_last, keep_every=keep_every)
     for step in steps:
         checkpoints.save(step, make_state(step), {"step": step, "cursor": {"row": step}})
-    assert checkpoints.close(), checkpoints.failed
+    assert checkpoints.wait(), checkpoints.failed
     return checkpoints
+
+
+def newest_good(folder, **options):
+    return next(verified_checkpoints(Path(folder), **options), None)
 
 
 def names(folder) -> list[str]:
@@ -87,7 +91,7 @@ def test_a_restored_state_has_the_saved_bits_structure_and_meta(tmp_path):
     checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=0)
     meta = {"step": 7, "config": {"é": [1, 2.5, None]}}
     checkpoints.save(7, state, meta)
-    found = checkpoints.latest_good() if checkpoints.wait() else None
+    found = newest_good(tmp_path) if checkpoints.wait() else None
     assert (found.step, found.meta) == (7, meta)
     assert_same_bits(checkpoints.restore(7, shapes_of(state)), state)
 
@@ -261,7 +265,7 @@ def test_damage_is_named_passed_over_and_left_for_the_person(tmp_path, damage, c
         checkpoints.restore(3, make_state())
 
     with caplog.at_level(logging.WARNING):
-        found = checkpoints.latest_good(quarantine=True)
+        found = newest_good(tmp_path, rename=True)
     assert found.step == 2
     assert str(tmp_path / "3") in caplog.text
     assert DAMAGE[damage] in caplog.text
@@ -271,23 +275,23 @@ def test_damage_is_named_passed_over_and_left_for_the_person(tmp_path, damage, c
 
 
 def test_looking_without_set_aside_changes_no_name(tmp_path, caplog):
-    checkpoints = saved(tmp_path, 1, 2)
+    saved(tmp_path, 1, 2)
     flipped_bit_in_an_array(tmp_path / "2")
-    assert checkpoints.latest_good().step == 1
+    assert newest_good(tmp_path).step == 1
     assert "passed over" in caplog.text
     assert names(tmp_path) == ["1", "2"]
 
 
 def test_where_nothing_is_good_nothing_is_found_and_nothing_is_gone(tmp_path):
-    checkpoints = saved(tmp_path, 1, 2)
+    saved(tmp_path, 1, 2)
     missing_manifest(tmp_path / "1")
     missing_file(tmp_path / "2")
-    assert checkpoints.latest_good(quarantine=True) is None
+    assert newest_good(tmp_path, rename=True) is None
     assert names(tmp_path) == ["1.bad", "2.bad"]
     assert [info.verdict.split(":")[0] for info in list_checkpoints(tmp_path)] == ["set aside", "set aside"]
     with pytest.raises(ValueError, match="no good checkpoint"):
         read_params(tmp_path)
-    assert CheckpointManager(tmp_path / "new", keep_last=1, keep_every=0).latest_good() is None
+    assert newest_good(tmp_path / "new") is None
 
 
 def test_only_leftovers_of_saves_and_removals_are_cleaned(tmp_path):
@@ -296,7 +300,7 @@ def test_only_leftovers_of_saves_and_removals_are_cleaned(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     checkpoints = CheckpointManager(tmp_path, keep_last=1, keep_every=0)
-    assert checkpoints.latest_good().step == 1
+    assert newest_good(tmp_path).step == 1
     checkpoints.clean()
     assert names(tmp_path) == [".git", "1", "2.bad", "notes"]
 
@@ -477,8 +481,7 @@ def test_kill_9_at_any_moment_of_a_save_leaves_the_newest_loadable(tmp_path):
         process.send_signal(signal.SIGKILL)
         reported = max([reported, *map(int, process.communicate()[0].split())])
         interrupted += any(name.startswith(".") for name in names(tmp_path))
-        checkpoints = CheckpointManager(tmp_path, keep_last=2, keep_every=0)
-        found = checkpoints.latest_good()
+        found = newest_good(tmp_path)
         assert found.step in (reported, reported + 1)
         assert {info.verdict for info in list_checkpoints(tmp_path)} == {"good"}
         _, params = read_params(tmp_path)

@@ -26,7 +26,7 @@ def test_the_table_goes_round_bit_for_bit_and_covers_every_parameter(config):
     params["embedding"][0, :3] = np.nan, -0.0, np.float32(1e-45)
     held = {tensor.name: to_hf(params, tensor) for tensor in tensors(config)}
     assert_same_bits(from_hf(held.__getitem__, config), params)
-    assert set(parameter_shapes(config)) == {e.ours for e in TABLE if config is UNTIED or e.ours != "head"}
+    assert set(parameter_shapes(config)) == {ours for ours in TABLE if config is UNTIED or ours != "head"}
 
 
 @pytest.mark.parametrize("preset", ["135M", "360M", "1.7B"])

@@ -99,7 +99,7 @@ def test_a_step_is_picked_by_number_and_a_missing_one_is_named(folder, tmp_path)
     checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", keep_last=5, keep_every=0)
     later = jax.tree.map(lambda p: p + 1, read_folder(folder)[1])
     checkpoints.save(3, {"params": later}, {})
-    assert checkpoints.close()
+    assert checkpoints.wait()
     assert_same_bits(load_model(tmp_path / "run")[1], later)
     assert_same_bits(load_model(tmp_path / "run", 0)[1], read_folder(folder)[1])
     with pytest.raises(ValueError, match="2"):

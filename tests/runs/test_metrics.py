@@ -18,12 +18,12 @@ def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '\n{"step": 4, "lo')
     (tmp_path / "samples.txt").write_text("=== step 2\n  a\n  === step 9\n=== step 4\n  b\n")
-    records = keep_records(tmp_path, 2)
-    assert records.evaluated == 2
-    assert records.ledgers == {1: "a", 2: "b", 3: "c"}
+    evaluated, ledgers = keep_records(tmp_path, 2)
+    assert evaluated == 2
+    assert ledgers == {1: "a", 2: "b", 3: "c"}
     assert [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines[:3]
     assert (tmp_path / "samples.txt").read_text() == "=== step 2\n  a\n  === step 9\n"
-    assert keep_records(tmp_path, 1).evaluated == 0
+    assert keep_records(tmp_path, 1)[0] == 0
     assert (tmp_path / "samples.txt").read_text() == ""
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from smollm_jax.hf.export import MARK
-from smollm_jax.hf.push import push
+from smollm_jax.hf.publish import push
 
 
 def test_a_dry_run_lists_files_and_sizes_without_a_token_or_the_network(folder, monkeypatch):

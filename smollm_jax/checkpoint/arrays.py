@@ -1,7 +1,7 @@
-"""Write trees of arrays to files with orbax, and read them back.
+"""Copy the arrays of a state to host memory, write them to files with orbax, and read them back.
 
 Leaves are named by their paths, such as `params/embedding`. The first part of a name is the leaf's group, and each
-group is an orbax tree of its own. Nothing heavy is imported until arrays are stored or loaded.
+group is an orbax tree of its own. Nothing heavy is imported until arrays are copied, stored or loaded.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smollm_jax.distributed.processes import Processes
+from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import UserError, one_line
 from smollm_jax.runtime.trees import flatten, unflatten
 
+if TYPE_CHECKING:
+    import numpy as np
 
-def group_of(name: str) -> str:
-    return name.split("/", maxsplit=1)[0]
+COPY_THREADS = 4  # page faults on fresh host memory limit a single copying thread, not the bus
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def leaves_by_name(tree: Any) -> dict[str, Any]:
     return named
 
 
-def is_on_the_host(leaf: Any) -> bool:
+def _is_on_the_host(leaf: Any) -> bool:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or all(device.platform == "cpu" for device in sharding.device_set):
         return True
@@ -43,6 +46,53 @@ def is_on_the_host(leaf: Any) -> bool:
 def described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the shape and dtype of each leaf."""
     return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in named.items()}
+
+
+class HostCopies:
+    """Host memory for copies, kept from save to save: touching fresh pages takes longer than copying."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+        self._touching: BackgroundTask[None] | None = None
+
+    def prepare(self, state: Any) -> None:
+        """Touch the memory for copies of `state`, arrays or `jax.ShapeDtypeStruct`, in a thread of its own."""
+        import numpy as np
+
+        def touch() -> None:
+            for name, leaf in leaves.items():
+                self._buffers[name] = np.full(leaf.shape, 0, leaf.dtype)  # np.zeros would touch nothing
+
+        leaves = {name: leaf for name, leaf in leaves_by_name(state).items() if _is_on_the_host(leaf)}
+        self._touching = BackgroundTask(touch)
+
+    def wait(self) -> None:
+        """Wait until the memory of `prepare` is ready."""
+        if self._touching is not None:
+            self._touching.wait()
+
+    def of(self, state: Any) -> dict[str, np.ndarray]:
+        """Return the leaves of `state` by name; the next call reuses their memory."""
+        import jax
+        import numpy as np
+
+        def copy(name: str, leaf: Any) -> np.ndarray:
+            source, buffer = np.asarray(leaf), self._buffers.get(name)
+            # on the host, asarray is a view of the very buffer that the next step overwrites
+            if not _is_on_the_host(leaf):
+                return source
+            if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                buffer = self._buffers[name] = np.empty_like(source)
+            np.copyto(buffer, source)
+            return buffer
+
+        self.wait()
+        named = leaves_by_name(state)
+        for leaf in named.values():
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            return dict(zip(named, pool.map(copy, named, named.values()), strict=True))
 
 
 def _restore_args(target: Any) -> Any:
