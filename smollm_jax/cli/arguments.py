@@ -53,7 +53,7 @@ def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[arg
 
 
 def parse_command(
-    commands: dict[str, Command] | Command, argv: list[str], prog: str, *, description: str | None = None
+    commands: tuple[Command, ...] | Command, argv: list[str], prog: str, *, description: str | None = None
 ) -> Callable[[], int]:
     """Return the command of `argv` with its arguments, ready to be called; raises like `parse`.
 
@@ -62,7 +62,7 @@ def parse_command(
     with _mistake_in_one_line(prog):
         if callable(commands):
             return tyro.cli(_deferred(commands), args=argv, prog=prog)
-        named = {name: _deferred(command) for name, command in commands.items()}
+        named = {command.__name__.removesuffix("_"): _deferred(command) for command in commands}
         return tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
 
 
