@@ -17,8 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smollm_jax.cli.arguments import parse_command
-from smollm_jax.runtime.console import run_main
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, run_main
 
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy is in front of the port
 

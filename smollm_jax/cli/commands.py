@@ -17,8 +17,7 @@ import tyro
 
 from smollm_jax.cli.arguments import parse, parse_command, take_flags
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.runtime.console import say
-from smollm_jax.runtime.errors import EXIT_FAILED
+from smollm_jax.runtime.errors import EXIT_FAILED, say
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
