@@ -11,8 +11,9 @@ from pathlib import Path
 
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.export import is_exported
-from smollm_jax.hf.reader import read_json, tensor_files
+from smollm_jax.hf.reader import tensor_files
 from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.files import read_json
 
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import NoReturn
 
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED
@@ -72,8 +71,7 @@ class StopRequest:
             with self._lock:  # not during a save
                 self._save = None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+    def _handle(self, *_: object) -> None:
         self.requested = True
 
     def _watch(self) -> None:
