@@ -5,8 +5,6 @@ OpenAI's at /v1. All requests share one queue. The server listens on this machin
 otherwise, fetches nothing from elsewhere, and reads or writes no file for a client.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import sys

@@ -4,8 +4,6 @@ The recipe and the preset are parsed first, because they are the defaults that `
 flags from the dataclasses, one group per dataclass; its error boxes are folded into a single line.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -5,8 +5,6 @@ Results go to stdout, everything else to stderr. A command is a function: its si
 docstring the help. It imports what it needs when it runs, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from itertools import chain, islice

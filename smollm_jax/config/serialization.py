@@ -1,7 +1,5 @@
 """Convert a `Config` to the JSON of config.json and of every checkpoint, and back."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing

@@ -4,8 +4,6 @@ The text beside or below a field is its help. A number has one home: the default
 preset that differs from it. This module imports nothing heavy, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import accumulate

@@ -3,8 +3,6 @@
 Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has no peak, and its run no MFU.
 """
 
-from __future__ import annotations
-
 import os
 from glob import glob
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Errors of the user, of a data source and of the machine, one line for each, and the exit codes of commands."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

@@ -1,7 +1,5 @@
 """Files that are complete or absent: written aside and renamed, and JSON that may be damaged."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
