@@ -17,8 +17,8 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 565),
-    "config": ("runtime", 553),
+    "runtime": ("", 531),
+    "config": ("runtime", 521),
     "tokenizer": ("runtime", 271),
     "model": ("config runtime", 547),
     "data": ("tokenizer config runtime", 1_302),
@@ -29,9 +29,9 @@ HOUSE = {
     "generation": ("kernels model config runtime", 572),
     "runs": ("hf checkpoint data tokenizer config runtime", 494),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_599),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_205),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_206),
     "planning": ("training kernels distributed model config runtime", 495),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 376),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 344),
 }
 CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_001, 11_300
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
