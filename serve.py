@@ -1,11 +1,8 @@
 """Serve a model: `python serve.py PATH [--backend torch|jax] [--host 127.0.0.1] [--port 7860]`.
 
-PATH is an exported folder, a Hub id or a run. One process serves the page at /, Gradio's API at /generate, and
-OpenAI's at /v1. All requests share one queue. The server listens on this machine only unless --host says
-otherwise, fetches nothing from elsewhere, and reads or writes no file for a client.
+One process serves the page at /, Gradio's API at /generate, and OpenAI's at /v1. All requests share one queue.
+The server fetches nothing from elsewhere, and reads or writes no file for a client.
 """
-
-from __future__ import annotations
 
 import os
 import secrets
@@ -17,8 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smollm_jax.cli.arguments import parse_command
-from smollm_jax.runtime.console import run_main
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, run_main, say
 
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy is in front of the port
 
@@ -61,7 +57,7 @@ def serve(
     listening = listen(host, port)  # before the model is loaded, which may take minutes
     if auth and api_key is None:
         api_key = secrets.token_urlsafe(24)
-        print(f"API key for /v1: {api_key}", file=sys.stderr, flush=True)
+        say(f"API key for /v1: {api_key}")
     scheduler, name = open_scheduler(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens
     )

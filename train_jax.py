@@ -7,7 +7,7 @@ The same command again resumes. Exit codes: 0 finished; 2 a mistake in the argum
 import sys
 
 from smollm_jax.cli.arguments import parse
-from smollm_jax.runtime.console import run_main
+from smollm_jax.runtime.errors import run_main
 from smollm_jax.runtime.signals import StopRequest, leave
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from smollm_jax.cli.commands import main
-from smollm_jax.runtime.console import run_main
+from smollm_jax.runtime.errors import run_main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

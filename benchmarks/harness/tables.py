@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.cli.arguments import parse_command
-from smollm_jax.runtime.console import run_main
+from smollm_jax.runtime.errors import run_main
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]

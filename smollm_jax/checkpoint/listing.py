@@ -92,7 +92,7 @@ def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpo
     about = verify(path, parts=None if group is None else {group, META})["about"]
     if about.get("step") != step:
         raise Damaged(f"it says that it is of step {about.get('step')!r}")
-    meta = read_json(path / META)
+    meta = read_json(path / META, META)
     if not isinstance(meta, dict):
         raise Damaged(f"{META} is not an object")
     try:

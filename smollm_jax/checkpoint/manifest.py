@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise Damaged("the folder is empty")
     except OSError as error:
         raise Damaged(f"the folder cannot be read: {error.strerror}") from None
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("digest") != _manifest_digest(manifest):
         raise Damaged(f"{MANIFEST} does not match its own digest")
     if manifest.get("format") != MANIFEST_FORMAT:

@@ -4,16 +4,16 @@ The recipe and the preset are parsed first, because they are the defaults that `
 flags from the dataclasses, one group per dataclass; its error boxes are folded into a single line.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+
+import tyro
 
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.config.recipes import RECIPES
@@ -25,8 +25,6 @@ Command = Callable[..., int]
 
 def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     """Return the `Config` of `argv`; raises `UserError` on a mistake and `SystemExit(0)` after `--help`."""
-    import tyro
-
     given, _ = take_flags(argv, prog, recipe={"default": "replica"}, preset={})
     require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
     default = RECIPES[given.recipe]
@@ -35,11 +33,10 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
         model = MODELS[given.preset]
         data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
         default = replace(default, preset=given.preset, model=model, data=data)
-    description = "Pre-train a SmolLM2-class model; the same command again resumes."
-    settings: dict[str, Any] = {"default": default, "config": (tyro.conf.OmitArgPrefixes,)}
-    return _usage_in_one_line(
-        prog, lambda: tyro.cli(Config, args=argv, prog=prog, description=description, **settings)
-    )
+    about = "Pre-train a SmolLM2-class model; the same command again resumes."
+    flat = (tyro.conf.OmitArgPrefixes,)
+    with _mistake_in_one_line(prog):
+        return tyro.cli(Config, args=argv, prog=prog, description=about, default=default, config=flat)
 
 
 def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
@@ -54,21 +51,17 @@ def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[arg
 
 
 def parse_command(
-    commands: dict[str, Command] | Command, argv: list[str], prog: str, *, description: str | None = None
+    commands: tuple[Command, ...] | Command, argv: list[str], prog: str, *, description: str | None = None
 ) -> Callable[[], int]:
     """Return the command of `argv` with its arguments, ready to be called; raises like `parse`.
 
     The flags, types and help come from the command's signature and docstring.
     """
-    import tyro
-
-    if callable(commands):
-        only = _deferred(commands)
-        return _usage_in_one_line(prog, lambda: tyro.cli(only, args=argv, prog=prog))
-    named = {name: _deferred(command) for name, command in commands.items()}
-    return _usage_in_one_line(
-        prog, lambda: tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
-    )
+    with _mistake_in_one_line(prog):
+        if callable(commands):
+            return tyro.cli(_deferred(commands), args=argv, prog=prog)
+        named = {command.__name__.removesuffix("_"): _deferred(command) for command in commands}
+        return tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
 
 
 def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
@@ -81,25 +74,17 @@ def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
     return fill_in
 
 
-def _usage_in_one_line(prog: str, read: Callable[[], Any]) -> Any:
-    """Return `read()`; a mistake in the arguments raises `UserError` with one line."""
+@contextlib.contextmanager
+def _mistake_in_one_line(prog: str) -> Iterator[None]:
+    """Raise `UserError` with the message in tyro's first error box, instead of printing the boxes and exiting."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return read()
+            yield
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise UserError(f"{_fold(output.getvalue())}; see {prog} --help") from None
-
-
-def _fold(boxes: str) -> str:
-    """Return the message in tyro's first box as one line without the frame."""
-    words = []
-    for line in boxes.splitlines():
-        text = line.strip("╭╮╰╯│─ ")
-        if "For full helptext" in text:
-            break
-        if text and not line.startswith("╭"):
-            words.append(text)
-    return re.sub(r"^Error parsing \S+: ", "", " ".join(words)) or "the arguments could not be read"
+        first_box = output.getvalue().partition("For full helptext")[0].splitlines()
+        text = [line.strip("│─ ") for line in first_box if not line.startswith(("╭", "╰"))]
+        words = re.sub(r"^Error parsing \S+: ", "", " ".join(filter(None, text)))
+        raise UserError(f"{words or 'the arguments could not be read'}; see {prog} --help") from None

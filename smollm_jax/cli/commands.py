@@ -5,8 +5,6 @@ Results go to stdout, everything else to stderr. A command is a function: its si
 docstring the help. It imports what it needs when it runs, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from itertools import chain, islice
@@ -15,10 +13,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smollm_jax.cli.arguments import Command, parse, parse_command, take_flags
+from smollm_jax.cli.arguments import parse, parse_command, take_flags
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.runtime.console import say
-from smollm_jax.runtime.errors import EXIT_FAILED
+from smollm_jax.runtime.errors import EXIT_FAILED, say
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
@@ -98,14 +95,9 @@ def generate(
     from smollm_jax.serving.completion import open_completer
 
     sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
     completer = open_completer(path, backend=backend, dtype=dtype)
     pieces = completer.stream(prompt, sampling, stop)
     first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
@@ -208,23 +200,22 @@ def verify_resume(argv: list[str]) -> int:
     prog = "python -m smollm_jax verify-resume"
     own, rest = take_flags(argv, prog, verify_steps={"type": int, "default": 12})
     config = parse(rest, prog=prog)
-    parent = config.run.run_dir
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=parent))
+    if config.run.run_dir is not None:
+        Path(config.run.run_dir).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=config.run.run_dir))
     result = verify_resume(config, folder, steps=own.verify_steps)
     for what, difference in result.compared.items():
-        print(f"{what:<26} {'exact' if difference is None else difference}")
+        print(f"{what:<26} {difference or 'exact'}")
     if result.exact and not result.resumes:
         print("verdict: NOT TESTED, the run was over before it could be killed; give more --verify-steps")
-        return 1
+        return EXIT_FAILED
     words = "exact" if result.exact else "NOT EXACT"
     print(f"verdict: {words} over {result.steps} steps, killed and resumed {result.resumes} times")
-    if result.exact:
-        shutil.rmtree(folder)
-        return 0
-    say(f"both runs are kept in {folder}")
-    return 1
+    if not result.exact:
+        say(f"both runs are kept in {folder}")
+        return EXIT_FAILED
+    shutil.rmtree(folder)
+    return 0
 
 
 def plan(argv: list[str]) -> int:
@@ -246,15 +237,7 @@ def plan(argv: list[str]) -> int:
     return 0 if made.fits else EXIT_FAILED
 
 
-COMMANDS: dict[str, Command] = {
-    "export": export,
-    "import": import_,
-    "generate": generate,
-    "evaluate": evaluate,
-    "push": push,
-    "checkpoints": checkpoints,
-    "batch": batch,
-}
+COMMANDS = (export, import_, generate, evaluate, push, checkpoints, batch)
 
 
 def main() -> int:

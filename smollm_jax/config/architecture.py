@@ -1,10 +1,7 @@
 """The architecture of a model, and the published presets."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.runtime.errors import require
@@ -68,22 +65,18 @@ class ModelConfig:
         return 6 * (self.num_parameters - lookup_only) + attention
 
 
-SIZES = {  # D, L, N, K and F of each preset
-    "135M": (576, 30, 9, 3, 1_536),
-    "360M": (960, 32, 15, 5, 2_560),
-    "1.7B": (2_048, 24, 32, 32, 8_192),
-    "quickstart": (256, 3, 4, 2, 704),
-}
-OTHERS: dict[str, dict[str, Any]] = {  # what else differs from the 135M
-    "1.7B": {"rope_theta": 130_000.0, "initializer_range": 0.02},
-    "quickstart": {"vocab_size": 4_096, "rope_theta": 1e4, "max_seq_len": 1_024, "initializer_range": 1 / 16},
-}
 MODELS = {
-    name: ModelConfig(
-        hidden_size=D, num_layers=L, num_heads=N, num_kv_heads=K, intermediate_size=F, **OTHERS.get(name, {})
-    )
-    for name, (D, L, N, K, F) in SIZES.items()
-}
+    "135M": ModelConfig(),
+    "360M": ModelConfig(hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2_560),
+    "1.7B": ModelConfig(
+        hidden_size=2_048, num_layers=24, num_heads=32, num_kv_heads=32, intermediate_size=8_192,
+        rope_theta=130_000.0, initializer_range=0.02,
+    ),
+    "quickstart": ModelConfig(
+        vocab_size=4_096, hidden_size=256, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=704,
+        rope_theta=10_000.0, max_seq_len=1_024, initializer_range=1 / 16,
+    ),
+}  # fmt: skip
 
 
 def parameter_shapes(config: ModelConfig, *, one_layer: bool = False) -> dict[str, tuple[int, ...]]:

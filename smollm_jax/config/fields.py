@@ -1,7 +1,5 @@
 """A field of a settings dataclass: its default, its range, and whether a resumed run may change it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Phases of a run: so many steps with batches of one size, one phase after the other."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

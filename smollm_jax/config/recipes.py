@@ -1,7 +1,5 @@
 """The recipes: complete settings of the runs this project is for."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from smollm_jax.config.architecture import MODELS, ModelConfig

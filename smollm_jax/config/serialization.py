@@ -1,7 +1,5 @@
 """Convert a `Config` to the JSON of config.json and of every checkpoint, and back."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing
@@ -56,8 +54,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         require(isinstance(value, list | tuple), f"{where} must be a list, {value!r} came")
         return tuple(_value(inner[0], item, where) for item in value)
     if origin is Literal:
-        named = isinstance(value, str) and value in inner
-        require(named, f"{where} must be one of {', '.join(inner)}, {value!r} came")
+        require(value in inner, f"{where} must be one of {', '.join(inner)}, {value!r} came")
         return value
     fits = isinstance(value, int | float) if hint is float else isinstance(value, hint)
     require(fits and isinstance(value, bool) == (hint is bool), f"{where} must be {hint.__name__}, {value!r} came")

@@ -4,8 +4,6 @@ The text beside or below a field is its help. A number has one home: the default
 preset that differs from it. This module imports nothing heavy, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,14 +14,10 @@ from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
 from smollm_jax.runtime.errors import require
 
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each recipe
-WARMUP_SHARE = 10  # a recipe's own warm-up is at most a tenth of the steps
-DECAY_SHARE = 5  # warm-up-stable-decay decays over the last fifth: 400,000 of SmolLM2's 2,000,000 steps
-
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each recipe, at most a tenth of the run
 MESH_AXES = ("data", "fsdp", "tensor")
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
 
-Remat = Literal["auto", "none", "dots", "full"]
 AttentionName = Literal["auto", "plain", "splash", "pallas"]
 
 
@@ -36,7 +30,7 @@ class ComputeConfig:
     # free: the dtype that auto resolves to is compared at the start, by training.setup.check_computed
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", resume="free")
     """Compute dtype over float32 parameters. auto: float32 on a CPU, bfloat16 on GPU and TPU."""
-    remat: Remat = setting("auto", resume="same maths")
+    remat: Literal["auto", "none", "dots", "full"] = setting("auto", resume="same maths")
     """What the backward pass recomputes. none: cheap ops; dots: all but matmuls; full: all; auto: by memory."""
     attention: AttentionName = setting("auto", resume="same maths")
     """Kernel. plain: the reference; splash: TPU; pallas: GPU; auto: the best that agrees with plain at start."""
@@ -239,14 +233,14 @@ class Config:
     @property
     def warmup_steps(self) -> int:
         given = self.optimizer.warmup_steps
-        return min(WARMUP_STEPS[self.recipe], self.total_steps // WARMUP_SHARE) if given is None else given
+        return min(WARMUP_STEPS[self.recipe], self.total_steps // 10) if given is None else given
 
     @property
     def decay_steps(self) -> int:
         """Updates of the decay: the whole rest of the run for `linear` and `cosine`."""
         schedule, given = self.optimizer.schedule, self.optimizer.decay_steps
-        if schedule == "wsd":
-            return self.total_steps // DECAY_SHARE if given is None else given
+        if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
+            return self.total_steps // 5 if given is None else given
         return 0 if schedule == "constant" else self.total_steps - self.warmup_steps
 
     @property

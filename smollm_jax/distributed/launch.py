@@ -22,8 +22,7 @@ from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.distributed.processes import PeerLost, Processes
 from smollm_jax.distributed.watchdog import AGAIN
 from smollm_jax.runtime.background import BackgroundTask
-from smollm_jax.runtime.console import say
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError, one_line, require
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_STOPPED, UserError, one_line, require, say
 from smollm_jax.runtime.signals import end_with
 
 # Measured with three processes, 2026-11-27: kill -9 of the first ends all others at once; SIGSTOP of the first,
@@ -58,7 +57,7 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
             try:
                 yield job
             except UserError as error:  # said before the wait for the others, of which one may be gone
-                say(f"error: {one_line(error, limit=None)}")
+                say(f"error: {one_line(error)}")
                 job.exit_code = EXIT_MISTAKE
             job.leaving = True
             job.gather(None)  # JAX takes a process that leaves early for dead and aborts the others

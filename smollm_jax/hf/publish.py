@@ -13,8 +13,9 @@ from typing import Any
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
-from smollm_jax.hf.reader import WANTED, read_json, tensor_files
+from smollm_jax.hf.reader import WANTED, tensor_files
 from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.files import read_json
 
 CARD, CURVE = "README.md", "loss.png"
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash

@@ -6,7 +6,6 @@ unsupported raises `UserError` naming the field, tensor or file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.files import read_json
 from smollm_jax.runtime.retry import download_snapshot
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,14 +66,6 @@ def local_folder(path: str | Path) -> Path:
     except Exception as error:  # its kind differs between releases of three libraries
         reason = f"cannot be fetched from the Hub ({one_line(error)})"
         raise UserError(f"{path} is no folder here and {reason}") from None
-
-
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file; raises `UserError`."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -12,8 +12,9 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.hf.reader import local_folder, read_folder, read_json
+from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.files import read_json
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 

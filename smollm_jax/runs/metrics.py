@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
-from smollm_jax.runtime.console import say
+from smollm_jax.runtime.errors import say
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "

@@ -14,8 +14,7 @@ from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.runs.load import read_run
 from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runtime.console import say
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 

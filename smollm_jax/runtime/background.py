@@ -4,8 +4,6 @@ Python joins the threads of `concurrent.futures` at exit, so a read that stalls 
 from ending. A `BackgroundTask` is a daemon thread, and waiting for its result can have a time limit.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar

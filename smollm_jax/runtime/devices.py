@@ -3,10 +3,7 @@
 Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has no peak, and its run no MFU.
 """
 
-from __future__ import annotations
-
 import os
-import sys
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -52,8 +49,12 @@ def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
 def total_bytes(device: Any, *, devices: int = 1) -> int:
     """Return the memory of one device in bytes; a CPU device has its share of the machine or container."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        container = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        container = machine
     stats = device.memory_stats() or {}
-    return stats.get("bytes_limit") or min(machine, _container_bytes()) // devices
+    return stats.get("bytes_limit") or min(machine, container) // devices
 
 
 def compute_dtype(asked: str, platform: str) -> Any:
@@ -78,10 +79,3 @@ def use_compilation_cache(folder: str) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_COMPILE_SECONDS)
-
-
-def _container_bytes() -> int:
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no such group, or "max"
-        return sys.maxsize

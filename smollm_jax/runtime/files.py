@@ -1,7 +1,5 @@
 """Files that are complete or absent: written aside and renamed, and JSON that may be damaged."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -53,16 +51,15 @@ def write_json(path: Path, value: Any) -> None:
     fsync(path)
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
+def write_json_atomic(path: Path, value: Any) -> None:
     """Replace the file by `value` as JSON, and wait until it is on the disk."""
-    path = Path(path)
     with written_aside(path) as part:
         write_json(part, value)
     fsync(path.parent)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raises `Damaged` if it is missing, unreadable or not JSON."""
+def read_json(path: Path, name: str | None = None) -> Any:
+    """Return the content of a JSON file; raises `Damaged`, whose message names it by `name` or its path."""
     try:
         if path.is_file() or not path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
@@ -71,9 +68,9 @@ def read_json(path: Path) -> Any:
         problem = "is missing"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    except (ValueError, RecursionError):
-        problem = "is not JSON"
-    raise Damaged(f"{path.name} {problem}")
+    except (ValueError, RecursionError) as error:
+        problem = f"is not JSON: {error}"
+    raise Damaged(f"{name or path} {problem}")
 
 
 def _remove(path: Path) -> None:

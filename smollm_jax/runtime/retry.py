@@ -1,7 +1,5 @@
 """Retry requests to the Hugging Face Hub that may succeed when repeated."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

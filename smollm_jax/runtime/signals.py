@@ -5,8 +5,6 @@ So the signal also wakes a thread of ours. It exits at once if nothing would be 
 While the main thread is known to be busy, another thread saves in its place.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -15,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED
 
@@ -45,7 +42,7 @@ class StopRequest:
         self._save: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         self._ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
@@ -72,8 +69,7 @@ class StopRequest:
             with self._lock:  # not during a save
                 self._save = None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+    def _handle(self, *_: object) -> None:
         self.requested = True
 
     def _watch(self) -> None:

@@ -1,7 +1,5 @@
 """Nested dicts as flat dicts whose names are paths, and back."""
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any
 

@@ -22,10 +22,11 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.export import write_folder
-from smollm_jax.hf.reader import local_folder, read_json
+from smollm_jax.hf.reader import local_folder
 from smollm_jax.runs.load import is_run, load_model
 from smollm_jax.runtime.devices import compute_dtype
 from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.files import read_json
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # transformers 5.23 renames `past_key_values` to `cache`, which earlier releases do not know

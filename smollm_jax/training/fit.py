@@ -17,8 +17,7 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
 from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runtime.console import say
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, say
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.training.evaluation import evaluate_run

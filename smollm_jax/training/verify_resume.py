@@ -20,8 +20,7 @@ from smollm_jax.checkpoint.listing import steps_in
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runtime.console import run_main, say
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, run_main, say
 from smollm_jax.runtime.huge_pages import environment
 from smollm_jax.runtime.signals import StopRequest, leave
 from smollm_jax.runtime.trees import flatten

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.data import hub_files, sources
 from smollm_jax.data.loader import Loader, PrefetchLoader
 from smollm_jax.data.sources import open_source
+from smollm_jax.runtime import retry
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 from tests.support.hub import KINDS, Hub
@@ -66,7 +66,6 @@ def hub(content, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    retry = import_module("smollm_jax.runtime.retry")  # the package has a function of that name
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(sources, "FRESH_SECONDS", 0.5)

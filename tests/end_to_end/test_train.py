@@ -13,7 +13,7 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
 from smollm_jax.runs.convert import import_run
 from smollm_jax.runs.replay import replay_step
-from smollm_jax.runtime.console import run_main
+from smollm_jax.runtime.errors import run_main
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.training.fit import fit
 from tests.support.runs import TINY, assert_same_run, ended, leaves, records, wait_for_step

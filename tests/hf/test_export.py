@@ -215,7 +215,7 @@ def test_without_torch_the_file_is_read_back_and_the_card_says_that(tmp_path):
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from dataclasses import replace\nimport numpy as np\n"
-        "from smollm_jax.config import MODELS\nfrom smollm_jax.hf.export import export_folder\n"
+        "from smollm_jax.config.architecture import MODELS\nfrom smollm_jax.hf.export import export_folder\n"
         "from smollm_jax.hf.mapping import from_hf, tensors\n"
         "config = replace(MODELS['quickstart'], num_layers=1, vocab_size=64)\n"
         "shapes = {t.name: t.shape for t in tensors(config)}\n"
@@ -247,7 +247,7 @@ def test_the_same_weights_give_the_same_file_in_every_process(tmp_path):
     program = (
         "import sys, numpy as np\n"
         "from dataclasses import replace\n"
-        "from smollm_jax.config import MODELS\nfrom smollm_jax.hf import export_folder\n"
+        "from smollm_jax.config.architecture import MODELS\nfrom smollm_jax.hf import export_folder\n"
         "from smollm_jax.hf.mapping import from_hf, tensors\n"
         "config = replace(MODELS['quickstart'], num_layers=1, vocab_size=64)\n"
         "shapes = {t.name: t.shape for t in tensors(config)}\n"

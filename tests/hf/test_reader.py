@@ -2,7 +2,6 @@
 
 import json
 import struct
-from importlib import import_module
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from smollm_jax.hf import reader
 from smollm_jax.hf.reader import read_folder
+from smollm_jax.runtime import retry
 from tests.support.hf_folders import (
     TINY,
     as_shards,
@@ -194,7 +194,7 @@ def test_no_folder_and_a_hub_that_does_not_answer_are_one_line(tmp_path, monkeyp
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refused)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(import_module("smollm_jax.runtime.retry"), "FRESH_SECONDS", 0)
+    monkeypatch.setattr(retry, "FRESH_SECONDS", 0)
     with pytest.raises(
         ValueError, match=r"^owner/name is no folder here and cannot be fetched .*\(OSError: no route to host\)\)$"
     ):

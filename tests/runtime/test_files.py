@@ -15,7 +15,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
         write_json_atomic(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["config.json"]
-    write_json_atomic(str(path), {"a": 2})
+    write_json_atomic(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert os.listdir(tmp_path) == ["config.json"]
 

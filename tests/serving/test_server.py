@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from smollm_jax.runtime.console import run_main
+from smollm_jax.runtime.errors import run_main
 from tests.support.paths import ROOT
 from tests.support.server import CONFIG, Server
 
