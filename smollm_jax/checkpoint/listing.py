@@ -4,8 +4,6 @@ This module reads names, manifests and `meta.json`, never an array, and imports 
 quick. It deletes nothing: a damaged checkpoint is reported and, if a run is about to continue, renamed.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import time

@@ -6,8 +6,6 @@ and renames it once complete; its manifest tells whether it still is. Orbax has 
 dtypes silently and takes an empty folder for the latest: all that is checked before orbax reads anything.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

@@ -6,8 +6,6 @@ is found by reading, whatever library wrote the files. The checksum xxh3_128 gua
 of memory, not against an attacker.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -5,8 +5,6 @@ and processes share the rows. The train step computes it from what the device re
 numpy arrays computes what it should be. The metrics key of the running hash is `ledger`. No JAX here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 A held-out document is identified by a hash of its text, so copies of it elsewhere are left out too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import chain, islice, zip_longest
 

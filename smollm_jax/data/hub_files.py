@@ -6,8 +6,6 @@ again until `timeout` seconds have passed without an answer. A parser therefore 
 network: what it cannot parse is a fault of the file.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import threading

@@ -4,8 +4,6 @@ A row holds T+1 tokens. If a document continues in the next row, that row begins
 one, so every token but a document's first is a target exactly once. Only the last row of all has padding.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

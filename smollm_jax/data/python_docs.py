@@ -3,8 +3,6 @@
 About 2 MB, each text once, in an order fixed by a seed; the same for everyone on one release of Python.
 """
 
-from __future__ import annotations
-
 import ast
 import random
 import sysconfig

@@ -5,8 +5,6 @@ Each record carries the cursor after it: file, row, and in a text file the byte.
 are skipped before they are parsed.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Callable, Iterator

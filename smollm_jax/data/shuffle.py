@@ -4,8 +4,6 @@ The state of a source names the start of its window and an index into the window
 window again. While one window is in use, a background thread reads the next, so at most two are held at a time.
 """
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Iterable, Iterator
 from functools import partial

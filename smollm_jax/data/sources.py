@@ -5,8 +5,6 @@ nothing of tokens, shuffling or rows. A row or file that cannot be read is named
 skipped and counted, and never goes unmentioned.
 """
 
-from __future__ import annotations
-
 import glob
 import io
 import logging

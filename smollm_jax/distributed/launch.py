@@ -4,8 +4,6 @@ They are named by --coordinator, or found by JAX itself, which reads what a laun
 process is dead or stopped, JAX aborts all others, and a handler turns the abort into a message and exit code 75.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

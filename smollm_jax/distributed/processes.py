@@ -3,8 +3,6 @@
 What they must know of each other goes through `Processes.gather`, which all of them call at the same place.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

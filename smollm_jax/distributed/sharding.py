@@ -6,8 +6,6 @@ and vocabulary (Megatron, Shoeybi et al. 2019). XLA's partitioner does the rest:
 on the mesh beyond rounding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

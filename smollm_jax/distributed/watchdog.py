@@ -6,8 +6,6 @@ that takes all processes, such as a step, counts only while no process is at a p
 for data. For that, each publishes its activity in the key-value store of JAX's coordination service.
 """
 
-from __future__ import annotations
-
 import statistics
 import threading
 import time

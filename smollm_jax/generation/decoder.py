@@ -5,8 +5,6 @@ matrix, gate and up another. Only `Matrix` knows the layout in memory: the faste
 bf16 on a CPU and all else. On a GPU, steps of a few rows with one token each run kernels/triton_decode.py.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from dataclasses import replace

@@ -4,8 +4,6 @@ Prompts are padded to buckets and the cache to a power of two, so that a new pro
 new. Tokens are decoded in chunks, one device loop per chunk with a known trip count. This file knows no tokenizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Convert Hugging Face's config.json to a `ModelConfig` and back; every field read is checked."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ numpy and safetensors do the work. If torch is installed, transformers loads eve
 on real text are compared with ours; a folder that disagrees is removed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ One table serves both directions, so that they cannot disagree. HF keeps a matri
 layer apart; ours are (inputs..., outputs...) with the layers stacked. A conversion moves bits and rounds nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

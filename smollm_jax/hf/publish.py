@@ -4,8 +4,6 @@ Only files that an export consists of are uploaded, no other file in the folder.
 (HF_TOKEN or `hf auth login`); this module neither reads nor prints it.
 """
 
-from __future__ import annotations
-
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path

@@ -4,8 +4,6 @@ No pickle is loaded and no remote code run: a folder with only those is refused.
 unsupported raises `UserError` naming the field, tensor or file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

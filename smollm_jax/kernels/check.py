@@ -1,7 +1,5 @@
 """Check a kernel against its reference on the device at hand: values and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ as a transposed product. So all three products are written out, with a float32 r
 forms. Letters as in model/transformer.py; I inputs, O outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

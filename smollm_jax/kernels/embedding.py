@@ -5,8 +5,6 @@ one step differ in their last bits; a CPU and a TPU keep an order. For GPUs a st
 token, a scan adds them in a fixed order, and each sum is written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ layers. The choice depends on the devices of the mesh, not of this machine, so a
 another machine gets its kernels. Mesh axes are handed in: no rule of the mesh is known.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

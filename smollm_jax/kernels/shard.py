@@ -1,7 +1,5 @@
 """Run a kernel on each device of a mesh, over its own part of the arrays, and pad rows to its blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ Rows are padded to whole blocks; the padding is a document of its own after ever
 model/transformer.py.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel

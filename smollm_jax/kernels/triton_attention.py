@@ -8,8 +8,6 @@ order of threads, so the same step gives the same bits.
 Scores are in base 2. Letters as in model/transformer.py; a block has X queries or Y keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Call a Pallas kernel that Triton compiles for a GPU, and the loads and stores of such kernels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

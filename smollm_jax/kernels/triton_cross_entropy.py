@@ -5,8 +5,6 @@ the token's logits once for the maximum and the sum of exponentials (Milakov & G
 gradient while they are still in the cache. Letters as in model/transformer.py; a chunk has M tokens.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

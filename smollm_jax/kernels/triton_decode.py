@@ -8,8 +8,6 @@ with a few rows of weights in f32 and adds up in a fixed order. `generation.deco
 Letters as in model/transformer.py; I inputs, O outputs, R outputs of a program, C inputs or Y keys read at a time.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ again for each part of their gradients. A kernel writes all parts in one pass ov
 model/transformer.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ differences of large scores decide, and rounding scores to bfloat16 costs a CPU 
 (A GPU may use TF32; a TPU rounds operands.) Only reverse mode has a gradient. Letters as in transformer.py.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -6,8 +6,6 @@ computes them and the backward pass only scales them.
 Returns sums, never means: only the caller knows the targets of the whole step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 `Ops` holds all of them, so that modules take one argument. `kernels.select` returns the `Ops` of a device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ No device and no compiler confirms these figures; XLA's own counts take the body
 long as the slower of computing and memory traffic, plus its messages, which do not overlap with either.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

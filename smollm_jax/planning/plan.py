@@ -5,8 +5,6 @@ on memory is the plan's. GPUs and more CPU devices than the process has have no 
 estimated by formula. Knows no data, no tokenizer and no run folder.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ libtpu describes a TPU slice and has its compiler; CPU devices of this process h
 their data sheets only. Nothing here uses the network or claims a TPU.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

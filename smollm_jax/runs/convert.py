@@ -3,8 +3,6 @@
 The end of a run and `python -m smollm_jax export` both call `export_run`, so that they cannot differ.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

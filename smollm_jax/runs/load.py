@@ -3,8 +3,6 @@
 A model is an architecture, f32 numpy parameters and a tokenizer. A path that cannot be opened raises `UserError`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

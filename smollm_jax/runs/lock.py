@@ -1,7 +1,5 @@
 """The lock of a run folder: one process at a time."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -3,8 +3,6 @@
 Progress goes to stderr, numbers to files. Every line is flushed, so that a kill loses nothing that was shown.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -3,8 +3,6 @@
 The data loader starts at the newest good checkpoint before the step and reads forward; nothing is trained.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

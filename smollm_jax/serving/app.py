@@ -1,7 +1,5 @@
 """The web app: the page, OpenAI's routes and the middleware that guards them, on one port."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -5,8 +5,6 @@ reports why a text ended. Both engines draw a token from the seed and its positi
 with the same seed reads on as if it had never stopped. This file knows no page, request or command line.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

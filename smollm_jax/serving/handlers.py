@@ -4,8 +4,6 @@ Gradio calls handlers with positional arguments and closes them when a visitor l
 a request can bypass the page: the scheduler checks, and its errors are shown. This file knows no layout.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import html

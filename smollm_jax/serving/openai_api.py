@@ -5,8 +5,6 @@ probabilities, tools) are refused in OpenAI's error format, never ignored. A cli
 request. Only this file knows OpenAI's field names; it knows nothing of the page.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac

@@ -4,8 +4,6 @@ A base model completes text, so the page is one text that the model continues: C
 handlers.py has what the buttons do; page.css, page.js and page.md are the style, the scripts and the API's help.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path

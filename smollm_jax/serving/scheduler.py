@@ -4,8 +4,6 @@ If a reader goes away, its request leaves the queue at once or ends at the next 
 here, so that no route can forget them: longest prompt, numbers, stop strings. Knows neither Gradio nor HTTP.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import secrets

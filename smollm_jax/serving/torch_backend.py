@@ -5,8 +5,6 @@ same seed therefore reads on as if it had never stopped. Greedy texts equal the 
 differ, because the random numbers do. torch is an extra and is imported when a model is opened.
 """
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence

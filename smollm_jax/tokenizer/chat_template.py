@@ -4,8 +4,6 @@ The template comes with the model, from anywhere, so it runs in jinja's sandbox.
 template become ids. The same characters in a message stay text, so that no message can end its own turn.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

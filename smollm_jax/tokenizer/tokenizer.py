@@ -4,8 +4,6 @@ A thin layer over the `tokenizers` library, without transformers. The files of a
 so that the export of a run holds the same files. Nothing here knows of documents, rows or models.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Compile the train step for every batch size of a run, within the memory of a device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

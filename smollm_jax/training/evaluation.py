@@ -4,8 +4,6 @@ Bits per byte are the nats of the targets over the UTF-8 bytes of the same targe
 tokenizers. Sums are kept to the end because a mean of means would weigh short batches more.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator

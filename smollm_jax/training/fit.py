@@ -3,8 +3,6 @@
 The functions stand in the order of execution. Each of several processes runs all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import count

@@ -6,8 +6,6 @@ votes `VOID` changes nothing, and all return to the state before it. A process a
 step without rows, and its verdict is whether it was asked to stop.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

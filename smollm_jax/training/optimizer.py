@@ -1,7 +1,5 @@
 """The optimizer and the learning rate schedule: add another here, and its name to `OptimizerConfig`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -3,8 +3,6 @@
 The lines of a step are on disk before a checkpoint of it can be, so a resume misses none.
 """
 
-from __future__ import annotations
-
 import json
 import time
 

@@ -4,8 +4,6 @@ Weights bring their architecture and tokenizer along if the command line leaves 
 settings it names must fit the weights.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any

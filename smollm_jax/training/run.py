@@ -1,7 +1,5 @@
 """A training run: the state the loop advances, and the rules for saving and evaluating it."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Set up a run and log what it will do: everything before the first step, what finds a mistake cheapest first."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil

@@ -4,8 +4,6 @@ The state is a plain dict of arrays (`params`, `opt_state`, `step`). training/co
 batch size, with the state donated and its layout pinned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial

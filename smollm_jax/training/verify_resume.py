@@ -4,8 +4,6 @@ The recipe runs for a few steps twice, each time as a process: once straight thr
 and started again. Ledger, losses and every bit of parameters and optimizer state must agree.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
