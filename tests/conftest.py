@@ -6,6 +6,8 @@ import random
 import subprocess
 import sys
 
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time goes into compiling; read on import
+
 import jax
 import pytest
 
@@ -27,6 +29,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def _no_more_memory_than_one_file_needs():
     """Drop compiled programs after each file: JAX keeps every one, 7 GB at the end of all tests."""
     yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Compile as users do, here and in the processes that the test starts."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
 
 

@@ -1,1 +1,8 @@
 """The transformer and its loss in plain JAX. It knows no mesh, no kernel and no Hugging Face name."""
+
+from smollm_jax.model.attention import packed_attention
+from smollm_jax.model.loss import summed_nll
+from smollm_jax.model.ops import REFERENCE, Ops
+from smollm_jax.model.transformer import SmolLM, init_params, params_of
+
+__all__ = ["REFERENCE", "Ops", "SmolLM", "init_params", "packed_attention", "params_of", "summed_nll"]

@@ -1,1 +1,6 @@
 """Text to token ids and back."""
+
+from smollm_jax.tokenizer.chat_template import encode_chat
+from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = ["Tokenizer", "encode_chat", "load_tokenizer", "train_tokenizer"]

@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("optimized")
 FOLDER = Path(__file__).parent / "recorded"
 FIGURES = json.loads((FOLDER / "figures.json").read_text())
 TINY = (
