@@ -35,11 +35,12 @@ def _no_more_memory_than_one_file_needs():
 @pytest.fixture
 def optimized(monkeypatch):
     """Compile as users do, here and in the processes that the test starts."""
+    before = jax.config.jax_disable_most_optimizations
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
 
 

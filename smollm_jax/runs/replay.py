@@ -29,7 +29,7 @@ def replay_step(run_dir: str | Path, step: int) -> tuple[list[dict[str, Any]], s
     before = next((x.meta for x in found if x.step < step and x.meta.get("cursor") is not None), None)
     cursor, ledger = (before["cursor"], before["progress"]["ledger"]) if before else (None, "")
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
-    loader = Loader(config, tokenizer, held_out(config.data, tokenizer, resumes=True))
+    loader = Loader(config, tokenizer, held_out(config.data, tokenizer, resumes=True), resumes=True)
     batches = BatchIterator(loader, cursor)
     start = cursor["step"] if cursor else 0
     if step - start > 1:
