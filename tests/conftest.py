@@ -35,7 +35,7 @@ def _no_more_memory_than_one_file_needs():
 @pytest.fixture
 def optimized(monkeypatch):
     """Compile as users do, here and in the processes that the test starts."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
