@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from smollm_jax.config.serialization import to_dict
-from smollm_jax.config.settings import Config, RunConfig
+from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.training.restore import check_settings
 
 
@@ -32,3 +32,14 @@ def test_a_smaller_batch_of_the_past_is_refused_and_of_the_future_is_not():
     assert "stay as they were" in check_settings(saved, later, 10)[0]
     with pytest.raises(ValueError, match=r"run\.phases was 20x8, is 10x8,10x4"):
         check_settings(saved, later, 11)
+
+
+def test_a_batch_that_grows_is_compared_as_it_ran():
+    """Also in a config written before: batch_size, of the longest phase, stands beside larger phases."""
+    steady = replace(Config(), optimizer=OptimizerConfig(schedule="constant"))
+    saved = to_dict(replace(steady, run=RunConfig(phases="3x2,2x4")))
+    assert (saved["run"]["phases"], saved["run"]["batch_size"]) == ("3x2,2x4", 2)
+    longer = replace(steady, run=RunConfig(phases="3x2,4x4"))
+    assert "stay as they were" in check_settings(saved, longer, 5)[0]
+    with pytest.raises(ValueError, match=r"run\.phases was 3x2,2x4, is 5x2"):
+        check_settings(saved, replace(steady, run=RunConfig(phases="5x2")), 4)
