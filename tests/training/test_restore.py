@@ -1,12 +1,15 @@
-"""What may change between two starts of a run."""
+"""What may change between two starts of a run, and what does not start over."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
-from smollm_jax.training.restore import check_settings
+from smollm_jax.training.restore import check_settings, resolve_start
 
 
 def test_changes_are_refused_noted_or_let_pass():
@@ -43,3 +46,37 @@ def test_a_batch_that_grows_is_compared_as_it_ran():
     assert "stay as they were" in check_settings(saved, longer, 5)[0]
     with pytest.raises(ValueError, match=r"run\.phases was 3x2,2x4, is 5x2"):
         check_settings(saved, replace(steady, run=RunConfig(phases="5x2")), 4)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run folder with 30 steps on record, a checkpoint being due every 10."""
+    config = replace(Config(), run=RunConfig(phases="40x2", checkpoint_every=10))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 31)))
+    return config, tmp_path, CheckpointManager(tmp_path / "checkpoints", keep_last=3, keep_every=0)
+
+
+def test_an_imported_run_does_not_start_over_by_itself(trained):
+    config, run_dir, checkpoints = trained
+    checkpoints.save(0, {"params": {"x": np.zeros(3, np.float32)}}, {"imported_from": "x"})
+    assert checkpoints.wait()
+    (run_dir / "checkpoints" / "6").mkdir()
+    with pytest.raises(ValueError, match=r"no good checkpoint after the import, only 6\.bad; see .* --new-run"):
+        resolve_start(config, run_dir, checkpoints)
+    (run_dir / "checkpoints" / "6.bad").rmdir()  # by hand: what was trained is gone nevertheless
+    with pytest.raises(ValueError, match="has trained 30 steps, but .* no good checkpoint after the import"):
+        resolve_start(config, run_dir, checkpoints)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(trained):
+    """A volume that is not mounted, say: the records would be cut to nothing."""
+    config, run_dir, checkpoints = trained
+    with pytest.raises(ValueError, match="has trained 30 steps, but .* holds no good checkpoint; bring it back"):
+        resolve_start(config, run_dir, checkpoints)
+    before = "".join(f'{{"step": {step}}}\n' for step in range(1, 20))  # killed while the first save was under way
+    (run_dir / "metrics.jsonl").write_text(before)
+    assert resolve_start(config, run_dir, checkpoints).checkpoint is None
+    (run_dir / "export").mkdir()
+    with pytest.raises(ValueError, match="has trained 19 steps"):
+        resolve_start(config, run_dir, checkpoints)
