@@ -20,6 +20,7 @@ from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.model.transformer import Policy
+from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
@@ -50,6 +51,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         remove_left_overs(run_dir, checkpoints)
     with job.first_then_rest():  # the first process saves the tokenizer, the others load it
         start = resolve_start(config, run_dir, checkpoints)
+        if start.checkpoint is None:  # a run of an earlier version may go on
+            require_exportable(start.config.model)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
     found, model = start.checkpoint, replace(start.config.model, eos_token_id=tokenizer.eos_id)
