@@ -75,11 +75,14 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
     before = read_run(run_dir) if trained and (run_dir / "config.json").exists() else config
     # the first save ends before the second begins; a run killed earlier has nothing to go on from
     lost = 0 < 2 * before.run.checkpoint_every < trained or (trained and (run_dir / "export").exists())
-    require(not lost, f"{run_dir} has trained {trained:,} steps, but {folder} holds {none}; bring it back, or {hint}")
+    none = f"{trained:,} steps are trained, but {folder} holds {none}"
+    require(not lost, f"{none}; bring it back, or start afresh with --new-run")
 
 
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     saved = from_dict(found.meta["config"])
+    began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
+    config = replace(config, run=replace(config.run, scale_residual_init=began))
     if saved.run.init_from is not None:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
