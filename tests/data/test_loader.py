@@ -243,6 +243,29 @@ def test_held_out_documents_of_one_source_come_in_its_order(folder, tokenizer):
     assert [document.row for document, _ in held] == [9, 19]
 
 
+def test_closing_while_the_window_read_ahead_is_taken_is_no_fault(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(4))
+
+    class Taken(ShuffledSource):
+        """The thread that draws takes the window between two looks at it."""
+
+        looks = 0
+
+        @property
+        def _next(self):
+            self.looks += 1
+            return None if self.looks > 1 else self.ahead
+
+        @_next.setter
+        def _next(self, value):
+            self.ahead = value
+
+    source = open_source(str(tmp_path / "a.jsonl"), config_of(tmp_path, "a.jsonl"))
+    shuffled = Taken(source, tokenizer, seed=[3, 0], excluded=frozenset(), shard=WHOLE)
+    shuffled.prepare()
+    shuffled.close()
+
+
 def test_shards_are_shuffled_each_in_its_own_order(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", make_texts(64))
     source = open_source(str(tmp_path / "a.jsonl"), config_of(tmp_path, "a.jsonl", shuffle_window=64))
