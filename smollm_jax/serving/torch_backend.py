@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper,
-    TemperatureLogitsWarper, TopKLogitsWarper,
-)  # fmt: skip
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
@@ -77,8 +83,8 @@ class StableTopP(LogitsProcessor):
     def __init__(self, top_p: float):
         self.top_p = top_p
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask the tokens at and before which, from the least likely on, at most 1 - top_p has come together."""
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - theirs
+        """Mask the tokens that add up to at most 1 - top_p, from the least likely on."""
         rising_BV, ids_BV = torch.sort(scores, stable=True)
         enough_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) > 1 - self.top_p
         enough_BV[:, -1] = True

@@ -131,7 +131,7 @@ def evaluation_due(run: Run) -> bool:
 
 
 def save_step(run: Run) -> bool:
-    """Whether the number of the current step asks for a checkpoint: every --checkpoint-every steps, and the last."""
+    """Whether the number of the current step is due for a checkpoint: each --checkpoint-every, and the last."""
     every, step = run.config.run.checkpoint_every, run.progress.step
     return step == run.config.total_steps or (every > 0 and step % every == 0)
 

@@ -81,12 +81,12 @@ SIZES, STEPS = st.sampled_from([2, 4, 8, 32, 64]), st.integers(1, 6_000)
 PHASES = st.lists(st.builds("{}x{}".format, STEPS, SIZES), min_size=1, max_size=4).map(",".join)
 CHANGES = st.fixed_dictionaries({
     "run": st.fixed_dictionaries({}, optional={
-        "phases": PHASES, "steps": STEPS, "batch_size": SIZES, "stop_after": STEPS, "seed": st.integers(0, 2**32 - 1),
+        "phases": PHASES, "steps": STEPS, "batch_size": SIZES, "stop_after": STEPS, "seed": st.integers(0, 99),
         "run_dir": st.text(), "init_from": st.text(), "new_run": st.booleans(), "export": st.booleans(),
         "sample_prompts": st.lists(st.text("ab", min_size=1)).map(tuple),
     }),
     "data": st.fixed_dictionaries({}, optional={
-        "data": st.text(), "eval_data": st.text(), "shards": st.sampled_from([1, 2]), "data_timeout": st.floats(1, 1e9),
+        "data": st.text(), "eval_data": st.text(), "shards": st.sampled_from([1, 2]), "epochs": st.integers(0, 2),
         "eval_documents": st.integers(1, 300), "on_bad_data": st.sampled_from(["stop", "skip"]),
     }),
     "optimizer": st.fixed_dictionaries({}, optional={

@@ -143,7 +143,9 @@ def test_a_signal_in_an_evaluation_saves_the_step_it_came_at(train, tmp_path):
     assert (run / "export").exists()
 
 
-@pytest.mark.parametrize("flags", ["--num-heads 9 --num-kv-heads 3", "--initializer-range 2", "--bos-token-id 300"])
+@pytest.mark.parametrize(
+    "flags", ["--num-heads 9 --num-kv-heads 3", "--initializer-range 2", "--bos-token-id 300"]
+)
 def test_what_cannot_be_exported_is_not_trained(fitted, tmp_path, flags):
     _, err = fitted("--steps", "2", "--warmup-steps", "0", *flags.split(), code=2)
     assert err.startswith("error: ")

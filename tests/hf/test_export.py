@@ -200,7 +200,7 @@ def test_whatever_transformers_raises_fails_the_check(tmp_path, monkeypatch):
         raise KeyError("a field of a later release")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(RuntimeError, match="transformers cannot load it: .*a field of a later release"):
+    with pytest.raises(RuntimeError, match=r"transformers cannot load it: .*a field of a later release"):
         export_folder(numpy_params(TINY), TINY, tmp_path / "out")
 
 

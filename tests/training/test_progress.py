@@ -108,7 +108,7 @@ def test_a_checkpoint_is_left_out_only_after_a_bad_step_of_its_own(run, monkeypa
     """The loop decides while the step is on the device, and its metrics are not read."""
     steps = []
 
-    def dispatch(run, ballot):
+    def dispatch(run, _):
         run.progress.step += 1
         return pending(run.progress.step, targets=10, finite=run.progress.step not in bad)
 
