@@ -17,21 +17,21 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 536),
-    "config": ("runtime", 531),
+    "runtime": ("", 547),
+    "config": ("runtime", 536),
     "tokenizer": ("runtime", 260),
-    "model": ("config runtime", 509),
-    "data": ("tokenizer config runtime", 1_170),
-    "distributed": ("config runtime", 533),
+    "model": ("config runtime", 518),
+    "data": ("tokenizer config runtime", 1_180),
+    "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 638),
+    "hf": ("model tokenizer config runtime", 650),
     "checkpoint": ("distributed runtime", 632),
-    "generation": ("kernels model config runtime", 550),
-    "runs": ("hf checkpoint data tokenizer config runtime", 470),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_510),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_136),
+    "generation": ("kernels model config runtime", 561),
+    "runs": ("hf checkpoint data tokenizer config runtime", 476),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_537),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_173),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 343),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 345),
 }
 CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_720, 10_616
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

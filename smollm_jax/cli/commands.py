@@ -231,7 +231,9 @@ def plan(argv: list[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators of this machine to other programs
     from smollm_jax.planning.plan import as_dict, make_plan, table
+    from smollm_jax.runs.convert import require_exportable
 
+    require_exportable(config.model)
     made = make_plan(config, own.topology)
     print(json.dumps(as_dict(made)) if own.json else table(made))
     return 0 if made.fits else EXIT_FAILED

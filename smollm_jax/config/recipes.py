@@ -10,7 +10,7 @@ RECIPES = {
     "replica": Config(),
     "smollm2": Config(
         recipe="smollm2",
-        run=RunConfig(phases="2000000x512", seed=8),
+        run=RunConfig(phases="2000000x512", seed=8, scale_residual_init=True),
         # SmolLM2's mixture is not published. These are SmolLM's shares of what the Hub holds as text:
         # python-edu lists only where its files are, and the StackOverflow part is not there
         data=DataConfig(

@@ -26,7 +26,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: Any) -> Config:
     """Return the `Config` whose `to_dict` is `values`; raises `UserError` naming an unknown or unusable field."""
     require(isinstance(values, dict), f"config.json must hold an object, {type(values).__name__} came")
-    optimizer, compute = values.get("optimizer"), values.get("compute")
+    run, optimizer, compute = (values.get(group) for group in ("run", "optimizer", "compute"))
+    if isinstance(run, dict) and "phases" in run:  # as they ran: as a request, batch_size would shrink larger ones
+        values = values | {"run": {k: v for k, v in run.items() if k != "batch_size"}}
     if isinstance(optimizer, dict) and optimizer.get("schedule") != "wsd":
         values = values | {"optimizer": {k: v for k, v in optimizer.items() if k != "decay_steps"}}
     if isinstance(compute, dict) and compute.get("attention") == "cudnn":  # a kernel of earlier versions

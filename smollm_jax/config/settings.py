@@ -159,6 +159,9 @@ class RunConfig:
     stop_after: int | None = setting(None, "at least 1", resume="free")
     """Save and stop after this step; the schedule stays, and the same command without the flag continues."""
     seed: int = setting(0, "0 or more")  # Seed of the initial weights, the shuffling and the samples.
+    # free: what a run began with stays on record, by training.restore
+    scale_residual_init: bool = setting(False, resume="free")
+    """Begin with the outputs of attention and feed-forward divided by sqrt(2 layers), as nanotron does."""
     log_every: int = setting(10, "at least 1", resume="free")  # Steps between reports.
     eval_every: int = setting(500, "0 or more", resume="free")
     """Steps between evaluations, with one more at the end; 0: never."""

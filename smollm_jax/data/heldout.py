@@ -3,8 +3,10 @@
 A held-out document is identified by a hash of its text, so copies of it elsewhere are left out too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from heapq import merge
 from itertools import chain, islice, zip_longest
+from operator import itemgetter
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, pack
@@ -19,7 +21,8 @@ HELD_OUT_EVERY = 10  # every tenth document from the head of a source, until the
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> list[TokenizedDocument]:
     """Hold out the first documents of `eval_data`, or every tenth from the head of the training sources.
 
-    Returns none for `eval_documents=0`. Raises `UserError` if there are none otherwise, and as `open_source` and
+    Of a mixture, the first N have its shares for every N, as an evaluation may read only these. Returns none for
+    `eval_documents=0`. Raises `UserError` if there are none otherwise, and as `open_source` and
     `Source.documents` do.
     """
     documents = _held_out_documents(config, resumes=resumes)
@@ -30,11 +33,12 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
 
 
 def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
-    """Yield all of `config.data` once, source after source; only the last batch has padding.
+    """Yield all of `config.data` once, a mixture in its shares; only the last batch has padding.
 
     Raises as `open_source` and `Source.documents` do.
     """
-    documents = (d for spec, _ in mixture(config.data) for d in open_source(spec, config).documents())
+    sources = [_ranked(open_source(spec, config).documents(), weight) for spec, weight in mixture(config.data)]
+    documents = (document for _, document in merge(*sources, key=itemgetter(0)))
     yield from pack(tokenize(documents, tokenizer), config.seq_len, batch_size)
 
 
@@ -49,7 +53,7 @@ def head_texts(config: DataConfig) -> Iterator[str]:
 
 def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Document]:
     every = 1 if config.eval_data else HELD_OUT_EVERY
-    documents: dict[int, Document] = {}
+    documents: dict[int, tuple[float, Document]] = {}
     for spec, weight in mixture(config.eval_data or config.data) if config.eval_documents else ():
         wanted = max(1, round(config.eval_documents * weight))
         chosen: dict[int, Document] = {}
@@ -57,5 +61,10 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
             chosen.setdefault(text_hash(document.text), document)
             if len(chosen) == wanted:
                 break
-        documents = chosen | documents
-    return list(documents.values())
+        documents = dict(zip(chosen, _ranked(chosen.values(), weight), strict=True)) | documents
+    return [document for _, document in sorted(documents.values(), key=itemgetter(0))]
+
+
+def _ranked(documents: Iterable[Document], weight: float) -> Iterator[tuple[float, Document]]:
+    """Yield documents with their place in a mixture: by rising place, every prefix has the mixture's shares."""
+    return (((i + 0.5) / weight, document) for i, document in enumerate(documents))

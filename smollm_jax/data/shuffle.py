@@ -111,8 +111,9 @@ class ShuffledSource:
         """
         atexit.unregister(self.close)
         self.source.closed.set()
-        if self._next is not None:
-            self._next.wait(CLOSE_SECONDS)
+        ahead = self._next  # once: the thread that draws may take it at any moment
+        if ahead is not None:
+            ahead.wait(CLOSE_SECONDS)
 
     def _window(self) -> Window:
         if self._current is None:

@@ -8,6 +8,7 @@ on the mesh beyond rounding.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from smollm_jax.runtime.errors import require
 BATCH_AXES = ("data", "fsdp")
 
 # The dims of each parameter, and the dims each axis prefers, best first: an axis takes the first dim that it
-# divides and no other axis has. Layers are scanned, so never divided. H comes last: attention contracts H, so its
-# sums would cross devices. Norms are too small to divide.
+# divides and that leaves one for the axis after it. Layers are scanned, so never divided. H comes last: attention
+# contracts H, so its sums would cross devices. Norms are too small to divide.
 DIMS = {name: dims for path, dims in PARAMETER_DIMS.items() if (name := path.split("/")[-1]) != "scale"}
 PREFERRED = {"tensor": "NKFVDH", "fsdp": "DFVNKH"}
 
@@ -113,15 +114,17 @@ def on_one_device(tree: Any, mesh: Mesh) -> Any:
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Return the layout of a parameter or moment by its name; raises `UserError` if an axis divides no dim."""
-    letters, taken = DIMS.get(name, ""), {}
+    letters = DIMS.get(name, "")
     if not letters or len(letters) != len(shape):
         return PartitionSpec()
     sizes = dict(zip(letters, shape, strict=True))
-    for axis, wanted in PREFERRED.items():
-        if (parts := mesh.shape[axis]) > 1:
-            dims = [dim for dim in wanted if dim in sizes and dim not in taken and sizes[dim] % parts == 0]
-            require(bool(dims), f"--mesh {axis}={parts} divides no dim of {name} {sizes}; give a number that does")
-            taken[dims[0]] = axis
+    axes = [axis for axis in PREFERRED if mesh.shape[axis] > 1]
+    divided = ([d for d in PREFERRED[axis] if d in sizes and sizes[d] % mesh.shape[axis] == 0] for axis in axes)
+    found = next((dims for dims in product(*divided) if len(set(dims)) == len(dims)), None)
+    asked = ",".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+    each = "each axis needs one of its own; give numbers that divide them"
+    require(found is not None, f"--mesh {asked} divides no dim of {name} {sizes}: {each}")
+    taken = dict(zip(found or (), axes, strict=True))
     return PartitionSpec(*map(taken.get, letters))
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from smollm_jax.generation.decoder import Decoder
 from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_token
 from smollm_jax.model.transformer import SmolLM
+from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
 SMALLEST_BUCKET = 32
@@ -38,8 +39,9 @@ class Generator:
         self._kernels = kernels
         self.vocab_size, self.context = model.config.vocab_size, model.config.max_seq_len
         self.load(model)
-        self._prefill = jax.jit(self._prefill_rows, static_argnames=("length", "greedy"))
-        self._decode = jax.jit(self._decode_rows, static_argnames="greedy", donate_argnames="rows")
+        precise = precision_of(model.dtype)  # as in training, whatever the process has set
+        self._prefill = jax.jit(precise(self._prefill_rows), static_argnames=("length", "greedy"))
+        self._decode = jax.jit(precise(self._decode_rows), static_argnames="greedy", donate_argnames="rows")
         self.stop_reason: str | None = None
 
     def load(self, model: SmolLM) -> None:

@@ -36,10 +36,19 @@ DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_ran
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json; theta stands twice because transformers 4 knows only `rope_theta`."""
+    """Return the content of config.json; theta stands twice because transformers 4 knows only `rope_theta`.
+
+    Raises `UserError` for an architecture that transformers or our own import would refuse to load.
+    """
+    hidden, heads, std = config.hidden_size, config.num_heads, config.initializer_range
+    only = "transformers loads no other Llama"
+    require(hidden % heads == 0, f"hidden_size={hidden} must be a multiple of num_heads={heads}: {only}")
+    require(std <= 1, f"initializer_range={std:g} must be at most 1: {only}")
     values = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
     rope = {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"}}
-    return dict(sorted((CONSTANT | values | rope | {"torch_dtype": dtype}).items()))
+    content = CONSTANT | values | rope | {"torch_dtype": dtype}
+    model_config(content)
+    return dict(sorted(content.items()))
 
 
 def model_config(hf: Any) -> ModelConfig:

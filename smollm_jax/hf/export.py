@@ -19,7 +19,7 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CARD, CURVE, is_exported, model_card
 from smollm_jax.hf.reader import INDEX, metadata_of, read_folder, tensor_files
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -171,9 +171,12 @@ def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:
     else:
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, length))
         kind = "random ids (no tokenizer)"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # whatever a release of transformers raises: the callers know one kind
+        raise RuntimeError(f"transformers cannot load it: {one_line(error)}") from error
     theirs, report = loaded
     if problems := {problem: names for problem, names in report.items() if names}:
         raise RuntimeError(f"transformers reports {problems}")

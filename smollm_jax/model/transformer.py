@@ -22,6 +22,7 @@ from flax import nnx
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.model.attention import starts_of
 from smollm_jax.model.ops import PRODUCT, REFERENCE, Ops, Rope, cheap
+from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 
@@ -170,14 +171,22 @@ class SmolLM(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Return f32 logits (B, T, V); `segment_ids` (B, T) keeps documents apart, positions restart in each."""
-        x_BTD = self.features(tokens_BT, segment_ids)
-        head_VD = self.head_VD.astype(x_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
+        with precision_of(self.dtype):
+            x_BTD = self.features(tokens_BT, segment_ids)
+            head_VD = self.head_VD.astype(x_BTD.dtype)
+            return jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
-def init_params(config: ModelConfig, seed: int) -> Params:
-    """Return fresh f32 parameters: every matrix normal with `initializer_range`, every norm one."""
-    return params_of(SmolLM(config, rngs=nnx.Rngs(seed)))
+def init_params(config: ModelConfig, seed: int, *, scale_residual: bool = False) -> Params:
+    """Return fresh f32 parameters: every matrix normal with `initializer_range`, every norm one.
+
+    `scale_residual` divides what each block adds to the residual stream by sqrt(2 L), as nanotron's
+    StandardParametrizator does for o_proj and down_proj (Radford et al. 2019).
+    """
+    params = params_of(SmolLM(config, rngs=nnx.Rngs(seed)))
+    for group, name in (("attention", "o"), ("mlp", "down")) if scale_residual else ():
+        params["blocks"][group][name] /= (2 * config.num_layers) ** 0.5
+    return params
 
 
 def params_of(model: SmolLM) -> Params:

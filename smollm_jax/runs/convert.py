@@ -11,6 +11,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
 from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.metrics import plot, read_metrics
@@ -44,6 +45,11 @@ def export_run(
         params, config.model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", card_facts=facts,
         curve=plot(run_dir), verify=verify,
     )  # fmt: skip
+
+
+def require_exportable(model: ModelConfig) -> None:
+    """Raise `UserError` for an architecture that no Hugging Face folder can have."""
+    hf_config(model, "float32")
 
 
 def import_run(path: str | Path, out: str | Path) -> ModelConfig:

@@ -4,6 +4,8 @@ Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has n
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,19 @@ def compute_dtype(asked: str, platform: str) -> Any:
 
 
 def use_precision_of(dtype: Any) -> None:
-    """Compute float32 matmuls in float32: GPU and TPU would round the operands down."""
+    """Compute float32 matmuls of this process in float32: GPU and TPU would round the operands down."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest" if dtype.name == "float32" else None)
+
+
+@contextmanager
+def precision_of(dtype: Any) -> Iterator[None]:
+    """Do as `use_precision_of` for what is traced inside, whatever the process has set."""
+    import jax
+
+    with jax.default_matmul_precision("highest") if dtype.name == "float32" else nullcontext():
+        yield
 
 
 def use_compilation_cache(folder: str) -> None:

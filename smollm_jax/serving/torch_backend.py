@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
@@ -47,23 +56,51 @@ class TorchEngine:
         penalty = float(sampling.repetition_penalty)  # transformers takes no int for a float
         settings = GenerationConfig(max_new_tokens=1, pad_token_id=0, repetition_penalty=penalty)
         if sampling.temperature > 0:
-            settings.update(
-                do_sample=True, temperature=max(float(sampling.temperature), SMALLEST_TEMPERATURE),
-                top_k=sampling.top_k, top_p=float(sampling.top_p), min_p=float(sampling.min_p),
-            )  # fmt: skip
+            settings.update(do_sample=True, top_k=0)
+        rules = sampling_rules(sampling)
         ids_BT = torch.tensor([list(prompt)], device=self._model.device)
         for _ in range(room):
             state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
             torch.manual_seed(int(state[0]))
             ids_BT = self._model.generate(
-                ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache, generation_config=settings
-            )
+                ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache, generation_config=settings,
+                logits_processor=rules,
+            )  # fmt: skip
             token = int(ids_BT[0, -1])
             if token in sampling.stop_ids:
                 self.stop_reason = "eos"
                 return
             yield [token]
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
+
+
+class StableTopP(LogitsProcessor):
+    """Top-p as transformers has it, but of tokens that tie the highest ids stay, as in the JAX back end.
+
+    transformers sorts by a sort that is not stable: which of them stay depends on the machine.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - theirs
+        """Mask the tokens that add up to at most 1 - top_p, from the least likely on."""
+        rising_BV, ids_BV = torch.sort(scores, stable=True)
+        enough_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) > 1 - self.top_p
+        enough_BV[:, -1] = True
+        kept_BV = torch.zeros_like(enough_BV).scatter(1, ids_BV, enough_BV)
+        return torch.where(kept_BV, scores, -torch.inf)
+
+
+def sampling_rules(sampling: Sampling) -> LogitsProcessorList:
+    """Return the rules after the penalty, in transformers' order; none for a greedy text."""
+    rules = LogitsProcessorList()
+    if sampling.temperature > 0:
+        rules.append(TemperatureLogitsWarper(max(float(sampling.temperature), SMALLEST_TEMPERATURE)))
+        rules += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        rules += [StableTopP(sampling.top_p)] if sampling.top_p < 1 else []
+        rules += [MinPLogitsWarper(float(sampling.min_p))] if sampling.min_p else []
+    return rules
 
 
 def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, str]:

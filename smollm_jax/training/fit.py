@@ -15,7 +15,7 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
 from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, say
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, say
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.training.evaluation import evaluate_run
@@ -101,7 +101,7 @@ def conclude(run: Run) -> int:
         return 0
     try:
         export_run(run.run_dir, run.run_dir / "export", step=step)
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         print(f"{result}; saved, but not exported")
         run.report.say(f"the export was rolled back: {error}")
         return EXIT_FAILED

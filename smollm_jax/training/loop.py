@@ -20,7 +20,7 @@ from smollm_jax.distributed.watchdog import AGAIN
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.progress import report_step, write_line
-from smollm_jax.training.run import Pending, Run, evaluation_due, save, save_due
+from smollm_jax.training.run import Pending, Run, evaluation_due, save, save_due, save_step
 from smollm_jax.training.step import Vote
 
 POLL_SECONDS = 0.2
@@ -50,7 +50,7 @@ def train(run: Run) -> Vote:
         ballot = next_ballot(run, ballot)
         sent = dispatch(run, ballot)
         verdict = settle(run, pending)  # of the step before, while this one runs
-        if sent is not None and verdict == Vote.GO and not (evaluation_due(run) or save_due(run)):
+        if sent is not None and verdict == Vote.GO and not (evaluation_due(run) or save_step(run)):
             pending = sent
             continue
         last = ballot.vote if sent is None else settle(run, sent)

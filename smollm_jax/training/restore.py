@@ -19,7 +19,8 @@ from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.runs.load import load_model
+from smollm_jax.runs.load import load_model, read_run
+from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -48,17 +49,14 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     3. the weights of --init-from,
     4. fresh weights.
 
-    Raises `UserError` if the run cannot resume under `config`, if all its checkpoints are damaged, or if the
+    Raises `UserError` if the run cannot resume under `config`, if what it trained is lost or damaged, or if the
     weights have another architecture.
     """
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
-    if found is None:
-        damaged = ", ".join(sorted(path.name for path in checkpoints.folder.glob("[!.]*")))
-        hint = "see python -m smollm_jax checkpoints, or start afresh with --new-run"
-        require(not damaged, f"{checkpoints.folder} holds no good checkpoint, only {damaged}; {hint}")
-    elif "progress" in found.meta:
+    if found is not None and "progress" in found.meta:
         return _resumed(config, found)
-    elif source is None:  # an import is a checkpoint without progress
+    refuse_to_start_over(config, run_dir, checkpoints.folder, found)
+    if found is not None and source is None:  # an import is a checkpoint without progress
         source = str(run_dir)
     if source is None:
         return StartState(config)
@@ -67,8 +65,24 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     return StartState(_completed(config, model, source), params=params, tokenizer=tokenizer)
 
 
+def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: VerifiedCheckpoint | None) -> None:
+    """Raise `UserError` if the run has trained and no checkpoint of it is left: a start would cut its records."""
+    hint = "see python -m smollm_jax checkpoints, or start afresh with --new-run"
+    none = "no good checkpoint after the import" if imported else "no good checkpoint"
+    damaged = ", ".join(sorted({path.name for path in folder.glob("[0-9]*")} - {str(imported and imported.step)}))
+    require(not damaged, f"{folder} holds {none}, only {damaged}; {hint}")
+    trained = max((line["step"] - line.get("bad_steps", 0) for line in read_metrics(run_dir)), default=0)
+    before = read_run(run_dir) if trained and (run_dir / "config.json").exists() else config
+    # the first save ends before the second begins; a run killed earlier has nothing to go on from
+    lost = 0 < 2 * before.run.checkpoint_every < trained or (trained and (run_dir / "export").exists())
+    none = f"{trained:,} steps are trained, but {folder} holds {none}"
+    require(not lost, f"{none}; bring it back, or start afresh with --new-run")
+
+
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     saved = from_dict(found.meta["config"])
+    began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
+    config = replace(config, run=replace(config.run, scale_residual_init=began))
     if saved.run.init_from is not None:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))

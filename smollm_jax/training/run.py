@@ -130,10 +130,14 @@ def evaluation_due(run: Run) -> bool:
     return every > 0 and (step % every == 0 or step == run.config.total_steps)
 
 
-def save_due(run: Run) -> bool:
-    """Whether the current step is followed by a checkpoint: every --checkpoint-every steps, and the last."""
+def save_step(run: Run) -> bool:
+    """Whether the number of the current step is due for a checkpoint: each --checkpoint-every, and the last."""
     every, step = run.config.run.checkpoint_every, run.progress.step
-    if step == run.config.total_steps:
-        return True
+    return step == run.config.total_steps or (every > 0 and step % every == 0)
+
+
+def save_due(run: Run) -> bool:
+    """Whether the current step, whose metrics are read, is followed by a checkpoint."""
     # in a row of bad steps there is nothing new to keep, and retention must not delete an older good state
-    return every > 0 and step % every == 0 and not run.progress.bad_steps_in_a_row
+    last = run.progress.step == run.config.total_steps
+    return last or (save_step(run) and not run.progress.bad_steps_in_a_row)

@@ -20,6 +20,7 @@ from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.model.transformer import Policy
+from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
@@ -50,6 +51,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         remove_left_overs(run_dir, checkpoints)
     with job.first_then_rest():  # the first process saves the tokenizer, the others load it
         start = resolve_start(config, run_dir, checkpoints)
+        if start.checkpoint is None:  # a run of an earlier version may go on
+            require_exportable(start.config.model)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
     found, model = start.checkpoint, replace(start.config.model, eos_token_id=tokenizer.eos_id)
@@ -173,10 +176,6 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         own = config.data.shards >= (count := run.job.count)
         reads = "its own part of the data" if own else f"all of the data: --shards {count} would divide it"
         processes = f", {count} processes; each reads {reads}"
-    held_out = "none"
-    if run.heldout:
-        eval_tokens = config.data.eval_batches * config.main_batch_size * T
-        held_out = f"{len(run.heldout):,} documents, never trained on; up to {eval_tokens:,} tokens each time"
     lines = [
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
@@ -189,7 +188,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
         f"warm-up {config.warmup_steps} steps{fitted}",
         f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
-        f"held out    {held_out}",
+        f"held out    {_held_out(run)}",
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
         f"starts      {start} (ready in {seconds:.1f} s)",
@@ -200,6 +199,16 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     if run.job.first and any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
+
+
+def _held_out(run: Run) -> str:
+    """Describe the held-out documents, and how much of them an evaluation reads."""
+    config, tokens = run.config, sum(len(ids) for _, ids in run.heldout)
+    if not tokens:
+        return "none"
+    read = min(config.data.eval_batches * config.main_batch_size * config.data.seq_len, tokens)
+    part = "all" if read == tokens else f"the first {read:,} ({read / tokens:.0%})"
+    return f"{len(run.heldout):,} documents, {tokens:,} tokens, never trained on; an evaluation reads {part}"
 
 
 def _padding(run: Run) -> list[str]:

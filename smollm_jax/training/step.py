@@ -50,7 +50,7 @@ def abstract_state(config: Config, mesh: Mesh) -> State:
 def create(config: Config, params: Any | None) -> State:
     """Return the state as `init_state` does, in the layout that the caller's jit gives it."""
     if params is None:
-        params = init_params(config.model, config.run.seed)
+        params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
     opt_state = make_optimizer(config.optimizer).init(params)
     return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
 

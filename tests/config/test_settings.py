@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, reject
 from hypothesis import strategies as st
 
 from smollm_jax.cli.arguments import parse
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.phases import parse_phases
+from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
-from smollm_jax.config.settings import ComputeConfig, Config
+from smollm_jax.config.settings import ComputeConfig, Config, RunConfig
 
 
 def phases_of(*argv):
@@ -63,6 +65,59 @@ def test_a_config_survives_being_written(argv):
     assert to_dict(again) == to_dict(config)
     assert again.run.steps == config.total_steps
     assert again.phases == config.phases
+
+
+def test_a_batch_that_grows_survives_being_written():
+    for run in (
+        RunConfig(phases="100x8,50x32"), RunConfig(phases="10x4,50x32", steps=15), RunConfig(phases="4x2,4x8"),
+    ):  # fmt: skip
+        config = Config(run=run)
+        again = from_dict(json.loads(json.dumps(to_dict(config))))
+        assert again.phases == config.phases
+        assert again.main_batch_size == config.main_batch_size
+
+
+SIZES, STEPS = st.sampled_from([2, 4, 8, 32, 64]), st.integers(1, 6_000)
+PHASES = st.lists(st.builds("{}x{}".format, STEPS, SIZES), min_size=1, max_size=4).map(",".join)
+CHANGES = st.fixed_dictionaries({
+    "run": st.fixed_dictionaries({}, optional={
+        "phases": PHASES, "steps": STEPS, "batch_size": SIZES, "stop_after": STEPS, "seed": st.integers(0, 99),
+        "run_dir": st.text(), "init_from": st.text(), "new_run": st.booleans(), "export": st.booleans(),
+        "sample_prompts": st.lists(st.text("ab", min_size=1)).map(tuple),
+    }),
+    "data": st.fixed_dictionaries({}, optional={
+        "data": st.text(), "eval_data": st.text(), "shards": st.sampled_from([1, 2]), "epochs": st.integers(0, 2),
+        "eval_documents": st.integers(1, 300), "on_bad_data": st.sampled_from(["stop", "skip"]),
+    }),
+    "optimizer": st.fixed_dictionaries({}, optional={
+        "learning_rate": st.floats(1e-6, 1), "schedule": st.sampled_from(["linear", "constant", "cosine", "wsd"]),
+        "warmup_steps": st.integers(0, 200), "decay_steps": st.integers(0, 200), "beta1": st.floats(0, 0.99),
+    }),
+    "compute": st.fixed_dictionaries({}, optional={
+        "mesh": st.sampled_from(["", "data=2", "fsdp=2,tensor=3"]), "grad_accum": st.sampled_from([1, 2]),
+        "dtype": st.sampled_from(["auto", "float32", "bfloat16"]), "unroll": st.integers(0, 4),
+    }),
+    "model": st.fixed_dictionaries({}, optional={
+        "rope_theta": st.floats(1, 1e9), "tie_embeddings": st.booleans(), "max_seq_len": st.integers(2_048, 9_999),
+    }),
+})  # fmt: skip
+
+
+@given(st.sampled_from(sorted(RECIPES)), CHANGES)
+def test_any_config_survives_being_written(recipe, changes):
+    config = RECIPES[recipe]
+    try:
+        groups = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+        config = replace(config, **groups)
+    except ValueError:
+        reject()
+    written = json.loads(json.dumps(to_dict(config)))
+    again = from_dict(written)
+    assert to_dict(again) == to_dict(config)
+    assert again.phases == config.phases
+    for name in ("total_steps", "main_batch_size", "warmup_steps", "decay_steps", "run_dir"):
+        assert getattr(again, name) == getattr(config, name)
+    assert [again.data, again.compute, again.model] == [config.data, config.compute, config.model]
 
 
 JSON = st.recursive(

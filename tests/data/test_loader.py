@@ -3,8 +3,10 @@
 import contextlib
 import json
 import random
+import re
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +104,12 @@ def test_the_rows_of_a_finite_source_hold_every_document_whole(folder, tokenizer
 
 
 def test_batches_in_order_hold_every_document_in_order(folder, tokenizer):
-    config = config_of(folder, "a*.jsonl,b.parquet")
-    texts = make_texts(60) + make_texts(40, seed=1) + make_texts(60)[:5]
-    assert documents_in(batches_in_order(config, tokenizer, 3)) == expected_documents(texts, tokenizer)
+    a, b = make_texts(60), make_texts(40, seed=1) + make_texts(60)[:5]
+    found = documents_in(batches_in_order(config_of(folder), tokenizer, 3))
+    assert found == expected_documents(a, tokenizer)
+    mixed = documents_in(batches_in_order(config_of(folder, "a*.jsonl,b.parquet"), tokenizer, 3))
+    in_turn = [text for pair in zip(a, b, strict=False) for text in pair] + a[len(b) :]
+    assert mixed == expected_documents(in_turn, tokenizer)
 
 
 def test_the_order_depends_on_window_seed_and_epoch(folder, tokenizer):
@@ -194,10 +199,71 @@ def test_a_mixture_keeps_its_shares_of_tokens(tmp_path, tokenizer):
     assert of_long / (of_long + of_short) == pytest.approx(0.6, abs=0.02)
 
 
-def test_held_out_documents_of_a_mixture_come_source_by_source(folder, tokenizer):
-    """The last source first: a change of this order changes every held-out loss of a mixture."""
-    held = held_out(config_of(folder, "a1.jsonl,b.parquet", eval_documents=4), tokenizer)
-    assert [Path(document.file).name for document, _ in held] == ["b.parquet"] * 2 + ["a1.jsonl"] * 2
+def shares(batches, tokenizer):
+    """How many documents of each source begin in `batches`; the texts of a source begin with its letter."""
+    rows = [(row, ids) for batch in batches for row, ids in zip(batch.tokens, batch.segment_ids, strict=True)]
+    text = " ".join(tokenizer.decode(row[ids > 0]) for row, ids in rows)
+    return Counter(word[0] for word in re.findall(r"[abc]\d+ ", text))
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory):
+    """Sources whose texts begin with the letter of their file; those of c are longer."""
+    path = tmp_path_factory.mktemp("lettered")
+    for letter, words in (("a", 15), ("b", 15), ("c", 40)):
+        write_jsonl(path / f"{letter}.jsonl", [f"{letter}{i} " + "cat dog " * words for i in range(900)])
+    return path
+
+
+MIXTURE = {"a": 0.6, "b": 0.3, "c": 0.1}
+
+
+@pytest.mark.parametrize("eval_data", [False, True])
+@pytest.mark.parametrize("rows", [12, 64, 10**6])
+def test_every_start_of_the_held_out_documents_has_the_mixtures_shares(lettered, tokenizer, rows, eval_data):
+    """A change of this order changes every held-out loss of a mixture."""
+    names = ",".join(f"{lettered}/{letter}.jsonl={weight}" for letter, weight in MIXTURE.items())
+    data = {"data": f"{lettered}/a.jsonl", "eval_data": names} if eval_data else {"data": names}
+    held = held_out(DataConfig(seq_len=64, eval_documents=60, **data), tokenizer)
+    assert len(held) == 60
+    found = shares(islice(pack(held, 64, 1), rows), tokenizer)
+    for letter, weight in MIXTURE.items():
+        assert abs(found[letter] - weight * found.total()) <= 1
+
+
+def test_a_score_of_the_first_batches_of_a_mixture_is_of_the_mixture(lettered, tokenizer):
+    names = ",".join(f"{lettered}/{letter}.jsonl={weight}" for letter, weight in MIXTURE.items())
+    found = shares(islice(batches_in_order(DataConfig(data=names, seq_len=64), tokenizer, 4), 20), tokenizer)
+    for letter, weight in MIXTURE.items():
+        assert abs(found[letter] - weight * found.total()) <= 1
+
+
+def test_held_out_documents_of_one_source_come_in_its_order(folder, tokenizer):
+    held = held_out(config_of(folder, "a1.jsonl", eval_documents=2), tokenizer)
+    assert [document.row for document, _ in held] == [9, 19]
+
+
+def test_closing_while_the_window_read_ahead_is_taken_is_no_fault(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(4))
+
+    class Taken(ShuffledSource):
+        """The thread that draws takes the window between two looks at it."""
+
+        looks = 0
+
+        @property
+        def _next(self):
+            self.looks += 1
+            return None if self.looks > 1 else self.ahead
+
+        @_next.setter
+        def _next(self, value):
+            self.ahead = value
+
+    source = open_source(str(tmp_path / "a.jsonl"), config_of(tmp_path, "a.jsonl"))
+    shuffled = Taken(source, tokenizer, seed=[3, 0], excluded=frozenset(), shard=WHOLE)
+    shuffled.prepare()
+    shuffled.close()
 
 
 def test_shards_are_shuffled_each_in_its_own_order(tmp_path, tokenizer):

@@ -1,11 +1,13 @@
 """The mesh: layouts by rule, and results that do not depend on it."""
 
+import itertools
 from dataclasses import replace
 
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from smollm_jax.config.architecture import MODELS, PARAMETER_DIMS, parameter_shapes
 from smollm_jax.config.settings import MESH_AXES, ComputeConfig, Config, RunConfig
 from smollm_jax.distributed.sharding import make_mesh, padded_rows, partition
 from tests.support.runs import ended, records
@@ -32,6 +34,9 @@ def mesh_of(**sizes):
         ("o", {"tensor": 3, "fsdp": 2}, PartitionSpec(None, "tensor", None, "fsdp")),
         ("gate", {"tensor": 2, "fsdp": 4}, PartitionSpec(None, "fsdp", "tensor")),
         ("down", {"tensor": 2, "fsdp": 4}, PartitionSpec(None, "tensor", "fsdp")),
+        ("q", {"tensor": 2, "fsdp": 6}, PartitionSpec(None, "fsdp", None, "tensor")),  # only D has six parts
+        ("k", {"tensor": 2, "fsdp": 6}, PartitionSpec(None, "fsdp", None, "tensor")),
+        ("o", {"tensor": 4, "fsdp": 18}, PartitionSpec(None, None, "tensor", "fsdp")),
         ("scale", {"tensor": 2, "fsdp": 4}, PartitionSpec()),
     ],
 )
@@ -42,6 +47,23 @@ def test_an_axis_takes_the_first_dim_that_it_divides(name, sizes, expected):
 def test_an_axis_that_divides_nothing_is_refused_by_name():
     with pytest.raises(ValueError, match="--mesh tensor=5 divides no dim of q"):
         partition("q", OF_135M["q"], mesh_of(tensor=5))
+
+
+def test_every_mesh_that_some_layout_fits_is_taken():
+    """A search of all ways to give each axis a dim of its own, over the published shapes."""
+    for model in (MODELS[name] for name in ("135M", "360M", "1.7B")):
+        for path, shape in parameter_shapes(model).items():
+            name = path.split("/")[-1]
+            dims = [size for letter, size in zip(PARAMETER_DIMS[path], shape, strict=True) if letter != "L"]
+            for tensor, fsdp in itertools.product((1, 2, 3, 5, 6), (1, 2, 3, 4, 6, 9, 10)):
+                mesh = mesh_of(tensor=tensor, fsdp=fsdp)
+                pairs = itertools.permutations(dims, 2) if name != "scale" else [(tensor, fsdp)]
+                fits = any(a % tensor == b % fsdp == 0 for a, b in pairs)
+                if fits:
+                    partition(name, shape, mesh)
+                else:
+                    with pytest.raises(ValueError, match="divides no dim"):
+                        partition(name, shape, mesh)
 
 
 @pytest.mark.parametrize("spec", ["rows=2", "data", "data=0", "data=2,data=2", "data=x", "fsdp=-1"])

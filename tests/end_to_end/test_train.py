@@ -143,6 +143,16 @@ def test_a_signal_in_an_evaluation_saves_the_step_it_came_at(train, tmp_path):
     assert (run / "export").exists()
 
 
+@pytest.mark.parametrize(
+    "flags", ["--num-heads 9 --num-kv-heads 3", "--initializer-range 2", "--bos-token-id 300"]
+)
+def test_what_cannot_be_exported_is_not_trained(fitted, tmp_path, flags):
+    _, err = fitted("--steps", "2", "--warmup-steps", "0", *flags.split(), code=2)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_where_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(fitted, tmp_path):
     settings = ["--steps", "4", "--checkpoint-every", "2", "--no-export", "--eval-every", "0"]
     fitted(*settings)

@@ -1,6 +1,7 @@
 """The generator against the uncached model: chunks, batches, stop ids, context, compilation."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from smollm_jax.generation.decoder import Decoder, Matrix
 from smollm_jax.generation.generator import Generator, generate
 from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_token
 from smollm_jax.model.transformer import SmolLM, init_params, params_of
+from tests.support.lowering import lowered_for_cuda
 
 CONFIG = ModelConfig(
     vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=40,
@@ -235,3 +237,23 @@ def test_new_prompt_lengths_and_settings_compile_nothing_within_a_bucket(model):
         assert compiled  # the counter does count
     finally:
         jax.monitoring.clear_event_listeners()
+
+
+def test_products_of_float32_are_float32_on_a_gpu_as_in_training(model):
+    """Whatever the process has set: nobody sets it for `load_hf` or a server."""
+    tokens_BT = jnp.zeros((1, 32), jnp.int32)
+    generator = Generator(model)
+    given = generator._weights, tokens_BT, jnp.array([5]), SamplingArrays.from_sampling(Sampling())
+    prefill = partial(generator._prefill.__wrapped__, length=32, greedy=True)
+    decode = partial(generator._decode.__wrapped__, greedy=True)
+    rows = jax.eval_shape(prefill, *given)
+    for function, arguments in (
+        (prefill, given),
+        (decode, (generator._weights, rows, given[-1])),
+        (lambda params, x: SmolLM.from_params(CONFIG, params)(x), (params_of(model), tokens_BT)),
+    ):
+        with jax.default_matmul_precision("default"):
+            program = lowered_for_cuda(jax.jit(function), *arguments)
+        products = [line for line in program.splitlines() if "dot_general" in line]
+        assert products
+        assert all("HIGHEST" in line for line in products), products

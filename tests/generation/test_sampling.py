@@ -1,5 +1,7 @@
 """The rules of sampling against their plain definitions in numpy and against transformers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,33 @@ def test_tokens_that_tie_with_the_last_kept_are_kept_as_in_transformers():
     assert kept.tolist() == [True] * 4 + [False] * 2
     kept = scores_of(logits, none, Sampling(temperature=1.0, top_k=5))[0] > MASKED
     assert kept.all()  # 0 and -0 are one score
+
+
+@pytest.mark.parametrize("rule", [
+    {"top_k": 2}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 1e-6}, {"min_p": 0.5}, {"top_k": 50, "top_p": 0.9},
+    {"top_k": 50, "top_p": 0.8, "min_p": 0.1, "temperature": 0.7},
+], ids=str)  # fmt: skip
+def test_both_back_ends_keep_the_tokens_of_transformers_where_scores_tie(rule, monkeypatch):
+    """Logits in bfloat16 tie often. Of two tokens that tie, transformers' sort puts either first."""
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers.generation.logits_process")
+    from smollm_jax.serving.torch_backend import sampling_rules
+
+    rng = np.random.default_rng(5)
+    logits_BV = jnp.asarray(rng.normal(0, 3, (60, 300)), jnp.bfloat16).astype(jnp.float32)
+    logits_BV = logits_BV.at[0].set(0).at[1, :4].set(50)
+    sampling = Sampling(**{"temperature": 1.0, **rule})
+    kept_BV = scores_of(logits_BV, jnp.zeros(logits_BV.shape, bool), sampling) > MASKED
+    scores = torch.tensor(np.asarray(logits_BV))
+    np.testing.assert_array_equal(kept_BV, np.isfinite(sampling_rules(sampling)(None, scores).numpy()))
+    monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
+    kinds = {
+        "temperature": hf.TemperatureLogitsWarper, "top_k": hf.TopKLogitsWarper, "top_p": hf.TopPLogitsWarper,
+        "min_p": hf.MinPLogitsWarper,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        scores = kind(rule[name])(None, scores) if name in rule else scores
+    np.testing.assert_array_equal(kept_BV, np.isfinite(scores.numpy()))
 
 
 def test_draws_follow_the_distribution_and_never_leave_it():

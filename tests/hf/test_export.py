@@ -195,6 +195,22 @@ def test_a_failing_check_leaves_no_folder_behind_and_an_older_export_in_place(tm
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == older
 
 
+def test_whatever_transformers_raises_fails_the_check(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise KeyError("a field of a later release")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(RuntimeError, match=r"transformers cannot load it: .*a field of a later release"):
+        export_folder(numpy_params(TINY), TINY, tmp_path / "out")
+
+
+def test_an_architecture_that_transformers_refuses_is_not_written_even_without_verification(tmp_path):
+    odd = replace(TINY, hidden_size=48, num_heads=9, num_kv_heads=3)
+    with pytest.raises(ValueError, match="hidden_size=48 must be a multiple of num_heads=9"):
+        export_folder(numpy_params(odd), odd, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layout_that_only_pytorch_can_expose_fails_the_check(tmp_path, monkeypatch):
     """Both directions of the table wrong in the same way: the bits come back, the logits differ."""
     swapped = {"blocks/mlp/gate": TABLE["blocks/mlp/up"], "blocks/mlp/up": TABLE["blocks/mlp/gate"]}

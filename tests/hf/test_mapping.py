@@ -2,11 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from smollm_jax.config.architecture import MODELS, parameter_shapes
@@ -38,6 +41,33 @@ def test_each_published_architecture_has_the_tensors_that_transformers_expects(p
     del theirs["lm_head.weight"]  # tied
     assert {tensor.name: tensor.shape for tensor in tensors(config)} == theirs
     assert sum(int(np.prod(tensor.shape)) for tensor in tensors(config)) == config.num_parameters
+
+
+SIZES = st.integers(1, 96)
+
+
+@given(st.fixed_dictionaries({}, optional={
+    "hidden_size": SIZES, "num_heads": SIZES, "head_dim": st.integers(1, 48).map(lambda half: 2 * half),
+    "vocab_size": st.integers(1, 2**33), "num_layers": st.integers(1, 20_000), "max_seq_len": SIZES,
+    "initializer_range": st.floats(1e-9, 9), "rms_norm_eps": st.floats(1e-12, 1e33),
+    "rope_theta": st.floats(1, 1e33), "bos_token_id": st.integers(-9, 99), "eos_token_id": st.integers(-9, 99),
+}))  # fmt: skip
+@example({"hidden_size": 48, "num_heads": 9, "head_dim": 16})
+@example({"initializer_range": 1.5})
+@example({"vocab_size": 300, "bos_token_id": 300})
+def test_what_is_not_refused_at_the_start_is_loaded_by_transformers_at_the_end(fields):
+    config = replace(TINY, **({"num_kv_heads": 1} | fields))
+    try:
+        written = hf_config(config, "float32")
+    except ValueError:
+        return
+    read = LlamaConfig(**json.loads(json.dumps(written)))
+    assert (read.hidden_size, read.head_dim, read.vocab_size) == (
+        config.hidden_size,
+        config.head_dim,
+        config.vocab_size,
+    )
+    assert model_config(written) == config
 
 
 def test_config_json_tells_theta_to_readers_before_and_after_transformers_5(folder):

@@ -283,3 +283,12 @@ def test_fresh_weights_have_the_configured_spread():
         assert float(leaf.std()) == pytest.approx(config.initializer_range, rel=0.01)
     layers = params["blocks"]["mlp"]["up"]
     assert float(jnp.abs(layers[0] - layers[1]).max()) > 0.01  # not one layer copied
+
+
+def test_a_scaled_residual_init_changes_what_a_block_adds_and_nothing_else():
+    """nanotron's StandardParametrizator: o_proj and down_proj by sqrt(2 L), here of three layers."""
+    plain, scaled = (init_params(MODELS["quickstart"], 3, scale_residual=scale) for scale in (False, True))
+    for group, name in (("attention", "o"), ("mlp", "down")):
+        expected = plain["blocks"][group].pop(name) / 6**0.5
+        np.testing.assert_allclose(scaled["blocks"][group].pop(name), expected, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, scaled, plain)

@@ -22,6 +22,7 @@ from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.evaluation import HeldOutScore, evaluate_model, evaluate_run
 from smollm_jax.training.run import Progress
+from smollm_jax.training.setup import _held_out
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24,
@@ -131,6 +132,15 @@ def test_an_evaluation_reads_as_much_whatever_the_accumulation(parts):
     assert (sum(rows), set(rows)) == (12, {4 // parts})
     whole = islice(pack(documents, SEQ_LEN, 4), 3)
     assert lines[0]["eval_tokens"] == sum(map(num_targets, whole))
+
+
+def test_the_start_says_how_much_of_the_held_out_documents_an_evaluation_reads():
+    documents = [(Document(str(i), "a", "a", i, {}), np.zeros(100, np.int32)) for i in range(50)]
+    config = Config(run=RunConfig(phases="9x4"), data=DataConfig(seq_len=SEQ_LEN, eval_batches=3))
+    said = _held_out(SimpleNamespace(config=config, heldout=documents))
+    assert said == "50 documents, 5,000 tokens, never trained on; an evaluation reads the first 192 (4%)"
+    assert _held_out(SimpleNamespace(config=config, heldout=documents[:1])).endswith("reads all")
+    assert _held_out(SimpleNamespace(config=config, heldout=[])) == "none"
 
 
 def test_a_score_over_nothing_is_no_division_by_zero():

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 
 from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.training import progress
+from smollm_jax.runtime.signals import StopRequest
+from smollm_jax.training import loop, progress
 from smollm_jax.training.progress import report_step, write_line
 from smollm_jax.training.run import Interval, Pending, Progress, save_due
+from smollm_jax.training.step import Vote
 
 
 class Recorded(list):
@@ -96,6 +99,30 @@ def test_no_checkpoint_in_a_row_of_bad_steps_and_one_after_it(run):
     run.progress.step = 6
     assert (run.progress.bad_steps, run.progress.bad_steps_in_a_row) == (1, 0)
     assert save_due(run)
+
+
+@pytest.mark.parametrize(
+    ("bad", "saved"), [((), [3, 6, 9, 10]), ((2,), [3, 6, 9, 10]), ((5,), [3, 6, 9, 10]), ((6,), [3, 9, 10])]
+)
+def test_a_checkpoint_is_left_out_only_after_a_bad_step_of_its_own(run, monkeypatch, bad, saved):
+    """The loop decides while the step is on the device, and its metrics are not read."""
+    steps = []
+
+    def dispatch(run, _):
+        run.progress.step += 1
+        return pending(run.progress.step, targets=10, finite=run.progress.step not in bad)
+
+    def save(run):
+        if run.progress.step not in steps:
+            steps.append(run.progress.step)
+
+    monkeypatch.setattr(loop, "next_ballot", lambda *_: loop.Ballot(Vote.GO))
+    monkeypatch.setattr(loop, "dispatch", dispatch)
+    monkeypatch.setattr(loop, "save", save)
+    run.config = replace(run.config, run=RunConfig(phases="10x4", eval_every=0, checkpoint_every=3))
+    run.evaluated, run.last_step, run.stop = 0, 10, StopRequest()
+    assert loop.train(run) == Vote.GO
+    assert steps == saved
 
 
 def test_the_last_step_is_saved_even_if_it_is_bad(run):

@@ -1,12 +1,16 @@
-"""What may change between two starts of a run."""
+"""What may change between two starts of a run, and what does not start over."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from smollm_jax.checkpoint.manager import CheckpointManager
+from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
-from smollm_jax.config.settings import Config, RunConfig
-from smollm_jax.training.restore import check_settings
+from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
+from smollm_jax.training.restore import check_settings, resolve_start
 
 
 def test_changes_are_refused_noted_or_let_pass():
@@ -32,3 +36,62 @@ def test_a_smaller_batch_of_the_past_is_refused_and_of_the_future_is_not():
     assert "stay as they were" in check_settings(saved, later, 10)[0]
     with pytest.raises(ValueError, match=r"run\.phases was 20x8, is 10x8,10x4"):
         check_settings(saved, later, 11)
+
+
+def test_a_batch_that_grows_is_compared_as_it_ran():
+    """Also in a config written before: batch_size, of the longest phase, stands beside larger phases."""
+    steady = replace(Config(), optimizer=OptimizerConfig(schedule="constant"))
+    saved = to_dict(replace(steady, run=RunConfig(phases="3x2,2x4")))
+    assert (saved["run"]["phases"], saved["run"]["batch_size"]) == ("3x2,2x4", 2)
+    longer = replace(steady, run=RunConfig(phases="3x2,4x4"))
+    assert "stay as they were" in check_settings(saved, longer, 5)[0]
+    with pytest.raises(ValueError, match=r"run\.phases was 3x2,2x4, is 5x2"):
+        check_settings(saved, replace(steady, run=RunConfig(phases="5x2")), 4)
+
+
+def test_a_run_stays_on_record_with_the_initial_weights_it_began_with(tmp_path):
+    """Also if it began before its recipe scaled them."""
+    config = RECIPES["smollm2"]
+    old = to_dict(config)
+    del old["run"]["scale_residual_init"]
+    for saved, began in ((old, False), (to_dict(config), True)):
+        checkpoints = CheckpointManager(tmp_path / str(began), keep_last=3, keep_every=0)
+        checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, {"progress": {}, "config": saved})
+        assert checkpoints.wait()
+        start = resolve_start(config, tmp_path, checkpoints)
+        assert start.config.run.scale_residual_init == began
+        assert start.notes == []
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run folder with 30 steps on record, a checkpoint being due every 10."""
+    config = replace(Config(), run=RunConfig(phases="40x2", checkpoint_every=10))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 31)))
+    return config, tmp_path, CheckpointManager(tmp_path / "checkpoints", keep_last=3, keep_every=0)
+
+
+def test_an_imported_run_does_not_start_over_by_itself(trained):
+    config, run_dir, checkpoints = trained
+    checkpoints.save(0, {"params": {"x": np.zeros(3, np.float32)}}, {"imported_from": "x"})
+    assert checkpoints.wait()
+    (run_dir / "checkpoints" / "6").mkdir()
+    with pytest.raises(ValueError, match=r"no good checkpoint after the import, only 6\.bad; see .* --new-run"):
+        resolve_start(config, run_dir, checkpoints)
+    (run_dir / "checkpoints" / "6.bad").rmdir()  # by hand: what was trained is gone nevertheless
+    with pytest.raises(ValueError, match=r"30 steps are trained, but .* no good checkpoint after the import"):
+        resolve_start(config, run_dir, checkpoints)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(trained):
+    """A volume that is not mounted, say: the records would be cut to nothing."""
+    config, run_dir, checkpoints = trained
+    with pytest.raises(ValueError, match=r"30 steps are trained, but .* holds no good checkpoint; bring it back"):
+        resolve_start(config, run_dir, checkpoints)
+    before = "".join(f'{{"step": {step}}}\n' for step in range(1, 20))  # killed while the first save was under way
+    (run_dir / "metrics.jsonl").write_text(before)
+    assert resolve_start(config, run_dir, checkpoints).checkpoint is None
+    (run_dir / "export").mkdir()
+    with pytest.raises(ValueError, match="19 steps are trained"):
+        resolve_start(config, run_dir, checkpoints)

@@ -1,6 +1,7 @@
 """The train step: loss, accumulation, updates, and the program it compiles to."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, OptimizerConfig, RunConfig
 from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import make_mesh
 from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.training.compile import compile_step, compile_steps
-from smollm_jax.training.step import Vote, init_state, make_nll, make_step
+from smollm_jax.training.step import Vote, create, init_state, make_nll, make_step
 
 GO, STOP, ENDED, VOID = Vote
 
@@ -238,6 +240,19 @@ def test_a_cpu_multiplies_bf16_with_results_in_f32():
     assert {tuple(str(array.dtype) for array in arrays) for arrays in found} == {
         ("bfloat16", "bfloat16", "float32")
     }
+
+
+def test_smollm2_begins_with_the_published_spread_and_the_replica_with_its_own():
+    """nanotron divides the std of o_proj and down_proj by sqrt(2 L)."""
+    small = {"vocab_size": 53, "hidden_size": 72, "num_kv_heads": 9, "head_dim": 8, "intermediate_size": 72}
+    for recipe, smaller in (("smollm2", (2 * 30) ** 0.5), ("replica", 1.0)):
+        config = replace(RECIPES[recipe], model=replace(RECIPES[recipe].model, **small))
+        assert config.model.initializer_range == 1 / 24
+        blocks = jax.jit(partial(create, config))(None)["params"]["blocks"]
+        for weights in (blocks["attention"]["o"], blocks["mlp"]["down"]):
+            assert float(weights.std()) == pytest.approx(1 / 24 / smaller, rel=0.01)
+        for weights in (blocks["attention"]["q"], blocks["mlp"]["gate"]):
+            assert float(weights.std()) == pytest.approx(1 / 24, rel=0.01)
 
 
 def test_remat_auto_takes_the_first_policy_that_fits():
