@@ -26,7 +26,7 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.optimizer import learning_rate_schedule
 
 # fields of the architecture that no weight's shape depends on
-FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id"}
+FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
 
 
 @dataclass(frozen=True)
