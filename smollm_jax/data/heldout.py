@@ -3,8 +3,9 @@
 A held-out document is identified by a hash of its text, so copies of it elsewhere are left out too.
 """
 
-from collections.abc import Iterator
-from itertools import chain, islice, zip_longest
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice, tee, zip_longest
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, pack
@@ -30,12 +31,22 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
 
 
 def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
-    """Yield all of `config.data` once, source after source; only the last batch has padding.
+    """Yield all of `config.data` once, source after source, to be scored; only the last batch has padding.
 
     Raises as `open_source` and `Source.documents` do.
     """
     documents = (d for spec, _ in mixture(config.data) for d in open_source(spec, config).documents())
-    yield from pack(tokenize(documents, tokenizer), config.seq_len, batch_size)
+    yield from pack_to_score(tokenize(documents, tokenizer), tokenizer, config.seq_len, batch_size)
+
+
+def pack_to_score(
+    documents: Iterable[TokenizedDocument], tokenizer: Tokenizer, seq_len: int, batch_size: int
+) -> Iterator[Batch]:
+    """Yield batches as `pack` does, with their `text_bytes`."""
+    documents, again = tee(documents)
+    counted = ((document, tokenizer.byte_counts(document.text, ids)) for document, ids in again)
+    batches = zip(pack(documents, seq_len, batch_size), pack(counted, seq_len, batch_size), strict=True)
+    return (replace(batch, text_bytes=counts.tokens) for batch, counts in batches)
 
 
 def head_texts(config: DataConfig) -> Iterator[str]:
