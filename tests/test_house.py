@@ -18,22 +18,22 @@ PACKAGE = ROOT / "smollm_jax"
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
     "runtime": ("", 537),
-    "config": ("runtime", 531),
-    "tokenizer": ("runtime", 260),
+    "config": ("runtime", 549),
+    "tokenizer": ("runtime", 420),
     "model": ("config runtime", 509),
-    "data": ("tokenizer config runtime", 1_171),
+    "data": ("tokenizer config runtime", 1_186),
     "distributed": ("config runtime", 533),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 638),
+    "hf": ("model tokenizer config runtime", 674),
     "checkpoint": ("distributed runtime", 632),
-    "generation": ("kernels model config runtime", 550),
-    "runs": ("hf checkpoint data tokenizer config runtime", 470),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_510),
+    "generation": ("kernels model config runtime", 554),
+    "runs": ("hf checkpoint data tokenizer config runtime", 488),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_518),
     "serving": ("runs generation hf model tokenizer config runtime", 1_136),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 343),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 352),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_721, 10_618
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_762, 10_875
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -183,7 +183,7 @@ class Tokenizer:
         return lengths
 
     def byte_counts(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return the UTF-8 bytes of `text` that each of its `ids` stands for; the sum is that of the text.
+        """Return the UTF-8 bytes of `text` that each of its `ids` stands for: together all of them.
 
         `ids` may end with an eos that the tokenizer did not add. A tokenizer that changes the text (lower case, a
         space before the first word, unknown words) has no right count per id, so offsets in the text count.

@@ -32,3 +32,12 @@ def test_a_smaller_batch_of_the_past_is_refused_and_of_the_future_is_not():
     assert "stay as they were" in check_settings(saved, later, 10)[0]
     with pytest.raises(ValueError, match=r"run\.phases was 20x8, is 10x8,10x4"):
         check_settings(saved, later, 11)
+
+
+def test_a_run_older_than_a_setting_goes_on_with_its_default_and_not_with_another():
+    config, saved = Config(), to_dict(Config())
+    del saved["data"]["special_tokens"], saved["model"]["extra_eos_token_ids"]
+    assert check_settings(saved, config, 10) == []
+    parsing = replace(config, data=replace(config.data, special_tokens="parse"))
+    with pytest.raises(ValueError, match=r"data\.special_tokens was text, is parse"):
+        check_settings(saved, parsing, 10)
