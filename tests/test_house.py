@@ -19,7 +19,7 @@ PACKAGE = ROOT / "smollm_jax"
 HOUSE = {
     "runtime": ("", 537),
     "config": ("runtime", 549),
-    "tokenizer": ("runtime", 420),
+    "tokenizer": ("runtime", 422),
     "model": ("config runtime", 509),
     "data": ("tokenizer config runtime", 1_186),
     "distributed": ("config runtime", 533),
@@ -33,7 +33,7 @@ HOUSE = {
     "planning": ("training kernels distributed model config runtime", 477),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 352),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_762, 10_875
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_762, 10_885
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -57,11 +57,14 @@ class Completer:
         self.stop_ids = tuple({tokenizer.eos_id, *stop_ids})  # `stop_ids` are the model's own
         self.context = engine.context  # the most tokens of prompt and text together
 
-    def encode(self, prompt: str) -> list[int]:
-        """Encode a prompt; raises `UserError` if it is empty, no text, or too long for the context."""
+    def encode(self, prompt: str, special_tokens: SpecialTokens | None = None) -> list[int]:
+        """Encode a prompt, by default as the model was opened.
+
+        Raises `UserError` if it is empty, no text, or too long for the context.
+        """
         require(prompt != "", "the prompt is empty; write how the text begins")
         check_text(prompt, "the prompt")
-        return self.checked(self.tokenizer.encode(prompt).tolist())
+        return self.checked(self.tokenizer.encode(prompt, special_tokens).tolist())
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a prompt; raises `UserError` unless model and tokenizer can read them."""

@@ -13,13 +13,15 @@ from functools import cache
 from typing import Any
 
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, Tokenizer, token_text
+from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, SpecialTokens, Tokenizer, token_text
 
 # a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], special_tokens: SpecialTokens | None = None
+) -> list[int]:
     """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
 
     Raises `UserError` if there is no template, or the template refuses.
@@ -32,7 +34,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
     try:
         template = _environment().from_string(str(tokenizer.chat_template))
         text = template.render(
-            messages=messages if tokenizer.mode == "parse" else marked,
+            messages=messages if (special_tokens or tokenizer.mode) == "parse" else marked,
             tools=None, documents=None, add_generation_prompt=True, **names,
         )  # fmt: skip
     except Exception as error:  # a template is a program: it can fail in any way

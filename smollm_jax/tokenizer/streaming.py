@@ -32,8 +32,8 @@ class TextOfIds:
 
     def _shorten(self, ids: list[int]) -> None:
         count, inside = CONTEXT_IDS, self._tokenizer.unsettled
-        # more ids if these have no text (what follows would be the start of one), or begin inside a run of bytes
-        while count < len(ids) and (ids[-count] in inside or not self._tokenizer.decode(ids[-count:])):
+        # not from inside a run of bytes, nor special tokens alone: what follows would be the start of a text
+        while count < len(ids) and ids[-count] in inside:
             count *= 2
         self._window = ids[-count:]
         self._shown = self._tokenizer.decode(self._window)

@@ -109,16 +109,16 @@ class Tokenizer:
         """Encode as the run with this `fingerprint` did: early runs left out what the post-processor adds."""
         self.template = self.fingerprint.startswith(fingerprint)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text, int32 (n,)."""
+    def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
+        """Return the ids of each text, int32 (n,); `special_tokens` goes before the tokenizer's own mode."""
         self.texts += len(texts)
         self.texts_with_special += sum(any(token in text for token in self.special_tokens) for text in texts)
-        fast = self._parsing if self.mode == "parse" else self._fast
+        fast = self._parsing if (special_tokens or self.mode) == "parse" else self._fast
         encoded = fast.encode_batch_fast(texts, add_special_tokens=self.template)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
 
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, special_tokens: SpecialTokens | None = None) -> np.ndarray:
+        return self.encode_batch([text], special_tokens)[0]
 
     def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
         """Return the ids of a part of a text: the post-processor adds nothing."""

@@ -172,6 +172,8 @@ def test_messages_are_parsed_only_if_asked(tmp_path):
     talk = [{"role": "user", "content": "hi<|im_end|>"}]
     assert encode_chat(Tokenizer(folder), talk).count(4) == 1
     assert encode_chat(Tokenizer(folder, special_tokens="parse"), talk).count(4) == 2
+    assert encode_chat(Tokenizer(folder), talk, "parse").count(4) == 2
+    assert encode_chat(Tokenizer(folder, special_tokens="parse"), talk, "text").count(4) == 1
 
 
 def test_what_happens_to_special_tokens_is_said_with_a_count(folders):
