@@ -24,7 +24,7 @@ HOUSE = {
     "data": ("tokenizer config runtime", 1_186),
     "distributed": ("config runtime", 533),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 674),
+    "hf": ("model tokenizer config runtime", 675),
     "checkpoint": ("distributed runtime", 632),
     "generation": ("kernels model config runtime", 554),
     "runs": ("hf checkpoint data tokenizer config runtime", 488),
@@ -33,7 +33,7 @@ HOUSE = {
     "planning": ("training kernels distributed model config runtime", 477),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 352),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_762, 10_885
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_762, 10_886
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -33,18 +33,19 @@ def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
     folder = local_folder(path)
     config = read_config(folder)
     where = tensor_files(folder)
-    names = [tensor.name for tensor in tensors(config)]
-    if config.tie_embeddings and EMBEDDING not in where and HEAD in where:  # transformers takes either name
-        names[names.index(EMBEDDING)] = HEAD
-    if missing := [name for name in names if name not in where]:
+    stored = {tensor.name: tensor.name for tensor in tensors(config)}
+    if EMBEDDING.removeprefix("model.") in where:  # saved from a LlamaModel, which has no head
+        stored = {name: name.removeprefix("model.") for name in stored}
+    elif config.tie_embeddings and EMBEDDING not in where and HEAD in where:
+        stored[EMBEDDING] = HEAD  # transformers takes either name
+    if missing := [name for name in stored.values() if name not in where]:
         raise UserError(f"{folder} lacks tensor {missing[0]} ({len(missing)} missing)")
     # old exports hold RoPE's frequencies, which follow from theta
-    more = sorted(set(where) - {*names, HEAD})
+    more = sorted(set(where) - {*stored.values(), HEAD})
     if extra := [name for name in more if not name.endswith("rotary_emb.inv_freq")]:
         lacks = f"which a Llama of this config.json does not have ({len(extra)} such)"
         raise UserError(f"{folder} holds tensor {extra[0]}, {lacks}")
-    stored = {EMBEDDING: HEAD} if EMBEDDING not in where else {}
-    params = from_hf(lambda name: _read_tensor(where[stored.get(name, name)], stored.get(name, name)), config)
+    params = from_hf(lambda name: _read_tensor(where[stored[name]], stored[name]), config)
     if config.tie_embeddings and HEAD in where:
         head = _read_tensor(where[HEAD], HEAD).astype(np.float32)
         differs = f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true"

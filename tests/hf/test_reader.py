@@ -173,6 +173,15 @@ def test_a_tied_head_may_stand_under_either_name(folder):
         read_folder(folder)
 
 
+def test_a_model_saved_without_its_head_is_read_under_its_own_names(folder):
+    def without_prefix(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_tensors(folder, without_prefix)
+    assert_same_bits(read_folder(folder)[1], numpy_params(TINY))
+
+
 @pytest.mark.parametrize(
     ("config", "generation", "ends"),
     [
