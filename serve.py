@@ -30,6 +30,7 @@ def serve(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     max_new_tokens: int = 2_048,
     max_waiting: int = 16,
+    special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
     """Serve a model as a page and an API, to this machine only unless --host says otherwise.
 
@@ -43,6 +44,8 @@ def serve(
         dtype: Compute dtype; auto: float32 on a CPU, bfloat16 elsewhere.
         max_new_tokens: Most new tokens per request.
         max_waiting: Most requests in the queue; further requests are refused.
+        special_tokens: Special tokens that a prompt or message spells out: stay text, or parse them to ids, as
+            transformers does; default: as the run was trained, else text.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
     user, _, password = (auth or "").partition(":")
@@ -59,8 +62,9 @@ def serve(
         api_key = secrets.token_urlsafe(24)
         say(f"API key for /v1: {api_key}")
     scheduler, name = open_scheduler(
-        folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens
-    )
+        folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
+        special_tokens=special_tokens,
+    )  # fmt: skip
     app = build_app(scheduler, name, auth=(user, password) if auth else None, api_key=api_key)
     run(app, listening, host)
     scheduler.close()

@@ -49,7 +49,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("bits per byte a constant", "training/evaluation.py",
            "return self.nats / math.log(2) / max(self.bytes, 1)", "return 1.0", EVALUATION),
     Mutant("padding and document starts scored", "training/evaluation.py",
-           "[(before == after) & (after != 0)]", "[before >= 0]", EVALUATION),
+           "(before == after) & (after != 0)", "before >= 0", EVALUATION),
     Mutant("perplexity a power of two", "training/evaluation.py", "math.exp(min(self.loss, 700.0))",
            "2 ** min(self.loss, 700.0)", EVALUATION),
     Mutant("--max-batches ignored", "training/evaluation.py", "batch_size), max_batches)",

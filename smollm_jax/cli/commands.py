@@ -74,6 +74,7 @@ def generate(
     stop: tuple[str, ...] = (),
     backend: Literal["jax", "torch"] = "jax",
     dtype: Dtype = "float32",
+    special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
     """Continue a prompt; the text goes to stdout while it is generated.
 
@@ -90,6 +91,8 @@ def generate(
         stop: Stop before any of these texts.
         backend: Library that computes.
         dtype: Compute dtype.
+        special_tokens: Special tokens that the prompt spells out: stay text, or parse them to ids, as transformers
+            does; default: as the run was trained, else text.
     """
     from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import open_completer
@@ -98,9 +101,11 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    completer = open_completer(path, backend=backend, dtype=dtype)
+    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
     pieces = completer.stream(prompt, sampling, stop)
     first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
+    if completer.tokenizer.texts_with_special:
+        say(completer.tokenizer.describe_special())
     sys.stdout.write(prompt)
     for piece in chain(first, pieces):
         sys.stdout.write(piece.text)
@@ -120,6 +125,7 @@ def evaluate(
     batch_size: int = 8,
     max_batches: int | None = None,
     dtype: Dtype = "float32",
+    special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
     """Score a model on text: loss, perplexity and bits per byte, as one JSON line.
 
@@ -132,13 +138,16 @@ def evaluate(
         batch_size: Sequences per batch.
         max_batches: Maximum number of batches; default: all the data.
         dtype: Compute dtype.
+        special_tokens: Special tokens that a text spells out: stay text, or parse them to ids, as transformers
+            does; default: as the run was trained, else text.
     """
     from smollm_jax.training.evaluation import evaluate_model
 
     settings = DataConfig(data=data, text_column=text_column, split=split)
     result = evaluate_model(
-        path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype
-    )
+        path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype,
+        special_tokens=special_tokens,
+    )  # fmt: skip
     print(json.dumps(result))
     return 0
 

@@ -1,7 +1,9 @@
 """The architecture of a model, and the published presets."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
 
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.runtime.errors import require
@@ -39,8 +41,10 @@ class ModelConfig:
     max_seq_len: int = setting(8_192, "at least 1")
     initializer_range: float = setting(1 / 24, "above 0")
     tie_embeddings: bool = True
-    bos_token_id: int = setting(0, resume="free")
-    eos_token_id: int = setting(0, resume="free")
+    bos_token_id: int | None = setting(0, resume="free")
+    eos_token_id: int | None = setting(0, resume="free")
+    extra_eos_token_ids: tuple[int, ...] = setting((), resume="free")  # Further ids that end a text.
+    pad_token_id: int | None = setting(None, resume="free")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -48,6 +52,17 @@ class ModelConfig:
         fits = heads % kv == 0
         require(fits, f"num_heads={heads} must be a multiple of num_kv_heads={kv}; SmolLM2-135M uses 9 and 3")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        eos = () if self.eos_token_id is None else (self.eos_token_id,)
+        return (*eos, *self.extra_eos_token_ids)
+
+    def ending_at(self, ids: Iterable[int]) -> Self:
+        """Return the same model, which ends a text at the first of `ids`, its eos, and at the others."""
+        once = tuple(dict.fromkeys(ids))
+        return replace(self, eos_token_id=next(iter(once), None), extra_eos_token_ids=once[1:])
 
     @property
     def num_parameters(self) -> int:

@@ -19,6 +19,7 @@ def to_dict(config: Config) -> dict[str, Any]:
         "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.phases),
         "sample_prompts": list(config.run.sample_prompts),
     }
+    values["model"]["extra_eos_token_ids"] = list(config.model.extra_eos_token_ids)
     values["optimizer"] |= {"warmup_steps": config.warmup_steps, "decay_steps": config.decay_steps}
     return values
 

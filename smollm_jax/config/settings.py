@@ -90,6 +90,8 @@ class DataConfig:
     text_column: str = "text"  # Column that holds the text.
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
     """Hub id, folder, or train:VOCAB to train a byte-level BPE on the start of the data."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """Special tokens that a text spells out. text: they stay text; parse: they become ids, as in transformers."""
     seq_len: int = setting(2_048, "at least 1")  # Tokens per sequence.
     shuffle_window: int = setting(1_024, "at least 1")  # Documents shuffled together; 1: the order of the source.
     shards: int = setting(1, "at least 1")

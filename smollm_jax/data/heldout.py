@@ -4,8 +4,9 @@ A held-out document is identified by a hash of its text, so copies of it elsewhe
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from heapq import merge
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, tee, zip_longest
 from operator import itemgetter
 
 from smollm_jax.config.settings import DataConfig
@@ -33,13 +34,23 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
 
 
 def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
-    """Yield all of `config.data` once, a mixture in its shares; only the last batch has padding.
+    """Yield all of `config.data` once, a mixture in its shares, to be scored; only the last batch has padding.
 
     Raises as `open_source` and `Source.documents` do.
     """
     sources = [_ranked(open_source(spec, config).documents(), weight) for spec, weight in mixture(config.data)]
     documents = (document for _, document in merge(*sources, key=itemgetter(0)))
-    yield from pack(tokenize(documents, tokenizer), config.seq_len, batch_size)
+    yield from pack_to_score(tokenize(documents, tokenizer), tokenizer, config.seq_len, batch_size)
+
+
+def pack_to_score(
+    documents: Iterable[TokenizedDocument], tokenizer: Tokenizer, seq_len: int, batch_size: int
+) -> Iterator[Batch]:
+    """Yield batches as `pack` does, with their `text_bytes`."""
+    documents, again = tee(documents)
+    counted = ((document, tokenizer.byte_counts(document.text, ids)) for document, ids in again)
+    batches = zip(pack(documents, seq_len, batch_size), pack(counted, seq_len, batch_size), strict=True)
+    return (replace(batch, text_bytes=counts.tokens) for batch, counts in batches)
 
 
 def head_texts(config: DataConfig) -> Iterator[str]:

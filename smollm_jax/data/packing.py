@@ -18,12 +18,14 @@ D = TypeVar("D")
 class Batch:
     """`tokens` and `segment_ids`, int32 (B, T+1); segments count from 1 in each row, 0 is padding.
 
-    A process that makes only some rows of a batch makes the rows from `first_row` on.
+    A process that makes only some rows of a batch makes the rows from `first_row` on. `text_bytes`, in a batch
+    that is scored, holds the UTF-8 bytes of text that each token stands for.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
     first_row: int = 0
+    text_bytes: np.ndarray | None = None
 
 
 def num_targets(batch: Batch) -> int:

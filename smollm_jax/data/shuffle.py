@@ -31,11 +31,13 @@ def text_hash(text: str) -> int:
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """Yield documents with their tokens, each ended by eos; one group is tokenized at a time."""
+    """Yield documents with their tokens, each ended by one eos; one group is tokenized at a time."""
     documents = iter(documents)
     while group := list(islice(documents, TOKENIZED_TOGETHER)):
         encoded = tokenizer.encode_batch([document.text for document in group])
-        yield from zip(group, (np.append(ids, np.int32(tokenizer.eos_id)) for ids in encoded), strict=True)
+        for document, ids in zip(group, encoded, strict=True):
+            ended = len(ids) > 0 and ids[-1] == tokenizer.eos_id  # by the tokenizer's own post-processor
+            yield document, ids if ended else np.append(ids, np.int32(tokenizer.eos_id))
 
 
 class Window(NamedTuple):

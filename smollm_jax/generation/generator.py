@@ -141,8 +141,12 @@ class Generator:
 
 
 def generate(model: SmolLM, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
-    """Return each prompt's new ids; keywords go to `Sampling`. To call it more than once keep a `Generator`."""
-    return Generator(model).generate(prompts, Sampling(**sampling))
+    """Return each prompt's new ids, up to an eos of the model; keywords go to `Sampling`.
+
+    A prompt that comes several times gets the same text each time: seed and position alone decide a draw.
+    To call it more than once keep a `Generator`.
+    """
+    return Generator(model).generate(prompts, Sampling(**{"stop_ids": model.config.stop_ids} | sampling))
 
 
 def check_prompt(prompt: Sequence[int], *, context: int, vocab_size: int) -> None:

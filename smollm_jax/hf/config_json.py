@@ -32,7 +32,9 @@ CONSTANT = {
     "use_cache": True,
 }
 # LlamaConfig's own
-DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
+            "max_position_embeddings": 2_048, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+DEFAULT_THETA = 10_000.0
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -45,6 +47,10 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     require(hidden % heads == 0, f"hidden_size={hidden} must be a multiple of num_heads={heads}: {only}")
     require(std <= 1, f"initializer_range={std:g} must be at most 1: {only}")
     values = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
+    if config.extra_eos_token_ids:
+        values["eos_token_id"] = list(config.stop_ids)
+    if config.pad_token_id is None:
+        del values["pad_token_id"]
     rope = {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"}}
     content = CONSTANT | values | rope | {"torch_dtype": dtype}
     model_config(content)
@@ -61,7 +67,8 @@ def model_config(hf: Any) -> ModelConfig:
     hidden, heads = _size(hf, "hidden_size"), _size(hf, "num_attention_heads")
     derived = {"head_dim": hidden // heads, "num_key_value_heads": heads}
     hf = DEFAULTS | hf | {name: value for name, value in derived.items() if hf.get(name) is None}
-    return ModelConfig(**{ours: read(hf, theirs) for ours, (theirs, read) in FIELDS.items()})
+    model = ModelConfig(**{ours: read(hf, theirs) for ours, (theirs, read) in FIELDS.items()})
+    return model.ending_at(token_ids(hf, "eos_token_id", model.vocab_size))
 
 
 def _rope_theta(hf: dict[str, Any], name: str) -> float:
@@ -77,7 +84,8 @@ def _rope_theta(hf: dict[str, Any], name: str) -> float:
             require(is_plain, f"config.json: {group} has {key}={value!r}; only plain RoPE can be read")
         if name in rope:
             thetas = {f"{group}.{name}": _positive(rope, name)} | thetas
-    require(bool(thetas), "config.json has neither rope_theta nor rope_parameters.rope_theta")
+    if not thetas:
+        return DEFAULT_THETA
     found = ", ".join(f"{place}={theta:g}" for place, theta in thetas.items())
     require(len(set(thetas.values())) == 1, f"config.json contradicts itself: {found}")
     return next(iter(thetas.values()))
@@ -102,15 +110,21 @@ def _flag(hf: dict[str, Any], name: str) -> bool:
     return bool(_read(hf, name, bool, lambda _: True, "true or false"))
 
 
-def _token_id(hf: dict[str, Any], name: str) -> int:
-    """Return the id, the first of several, or 0 if there is none."""
-    value, vocab_size = hf.get(name), _size(hf, "vocab_size")
-    if isinstance(value, list) and value:
-        value = value[0]
-    if value is None:
-        return 0
-    expected = f"an id below vocab_size={vocab_size}"
-    return int(_read({name: value}, name, int, lambda i: 0 <= i < vocab_size, expected))
+def token_ids(hf: dict[str, Any], name: str, vocab_size: int) -> list[int]:
+    """Return the ids in a field that may hold one, a list or null."""
+    value, expected = hf.get(name), f"an id below vocab_size={vocab_size}"
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [int(_read({name: one}, name, int, lambda i: 0 <= i < vocab_size, expected)) for one in values]
+
+
+def _token_id(hf: dict[str, Any], name: str) -> int | None:
+    """Return the id, the first of several, or None."""
+    return next(iter(token_ids(hf, name, _size(hf, "vocab_size"))), None)
+
+
+def _pad_id(hf: dict[str, Any], name: str) -> int | None:
+    """Return the id, or None for the -1 of old folders, which means none."""
+    return None if hf.get(name) == -1 else _token_id(hf, name)
 
 
 # our name: Hugging Face's name, and how its value is read
@@ -129,4 +143,5 @@ FIELDS: dict[str, tuple[str, Callable[[dict[str, Any], str], Any]]] = {
     "tie_embeddings": ("tie_word_embeddings", _flag),
     "bos_token_id": ("bos_token_id", _token_id),
     "eos_token_id": ("eos_token_id", _token_id),
+    "pad_token_id": ("pad_token_id", _pad_id),
 }

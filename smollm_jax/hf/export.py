@@ -54,9 +54,12 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
         values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
         save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    defaults = {"_from_model_config": True, **ids}
-    contents = {"config.json": hf_config(config, dtype), "generation_config.json": defaults}
+    values = hf_config(config, dtype)
+    ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in values}
+    contents: dict[str, Any] = {
+        "config.json": values,
+        "generation_config.json": {"_from_model_config": True, **ids},
+    }
     if split.is_sharded:
         contents[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     for file, content in contents.items():

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.hf.config_json import model_config
+from smollm_jax.hf.config_json import model_config, token_ids
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import read_json
 from smollm_jax.runtime.retry import download_snapshot
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files to download from the Hub: no pickles and no code
 WANTED = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
@@ -30,24 +31,38 @@ READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without
 def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
     """Return architecture and f32 numpy parameters of a Hugging Face folder or Hub id; raises `UserError`."""
     folder = local_folder(path)
-    is_one = (folder / "config.json").is_file()
-    require(is_one, f"{path} holds no config.json; expected a Hugging Face folder or Hub id")
-    config = model_config(read_json(folder / "config.json"))
+    config = read_config(folder)
     where = tensor_files(folder)
-    names = [tensor.name for tensor in tensors(config)]
-    if missing := [name for name in names if name not in where]:
+    stored = {tensor.name: tensor.name for tensor in tensors(config)}
+    if EMBEDDING.removeprefix("model.") in where:  # saved from a LlamaModel, which has no head
+        stored = {name: name.removeprefix("model.") for name in stored}
+    elif config.tie_embeddings and EMBEDDING not in where and HEAD in where:
+        stored[EMBEDDING] = HEAD  # transformers takes either name
+    if missing := [name for name in stored.values() if name not in where]:
         raise UserError(f"{folder} lacks tensor {missing[0]} ({len(missing)} missing)")
     # old exports hold RoPE's frequencies, which follow from theta
-    more = sorted(set(where) - {*names, "lm_head.weight"})
+    more = sorted(set(where) - {*stored.values(), HEAD})
     if extra := [name for name in more if not name.endswith("rotary_emb.inv_freq")]:
         lacks = f"which a Llama of this config.json does not have ({len(extra)} such)"
         raise UserError(f"{folder} holds tensor {extra[0]}, {lacks}")
-    params = from_hf(lambda name: _read_tensor(where[name], name), config)
-    if config.tie_embeddings and "lm_head.weight" in where:
-        head = _read_tensor(where["lm_head.weight"], "lm_head.weight").astype(np.float32)
+    params = from_hf(lambda name: _read_tensor(where[stored[name]], stored[name]), config)
+    if config.tie_embeddings and HEAD in where:
+        head = _read_tensor(where[HEAD], HEAD).astype(np.float32)
         differs = f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true"
         require(np.array_equal(head, params["embedding"]), differs)
     return config, params
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the architecture, which ends a text as config.json and generation_config.json together say."""
+    is_one = (folder / "config.json").is_file()
+    require(is_one, f"{folder} holds no config.json; expected a Hugging Face folder or Hub id")
+    config = model_config(read_json(folder / "config.json"))
+    if not (folder / "generation_config.json").is_file():
+        return config
+    generation = read_json(folder / "generation_config.json")
+    require(isinstance(generation, dict), f"{folder}/generation_config.json must hold an object")
+    return config.ending_at([*config.stop_ids, *token_ids(generation, "eos_token_id", config.vocab_size)])
 
 
 def local_folder(path: str | Path) -> Path:
@@ -67,8 +82,12 @@ def local_folder(path: str | Path) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each tensor in `folder`; raises `UserError`."""
-    index = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
+    """Return the safetensors file of each tensor in `folder`; raises `UserError`.
+
+    The single file goes before an index, as in transformers: the index beside it is an older model's.
+    """
+    sharded = (folder / INDEX).exists() and not (folder / WEIGHTS).exists()
+    index = _weight_map(folder / INDEX) if sharded else {}
     where: dict[str, Path] = {}
     for file in sorted({folder / name for name in index.values()} or {folder / WEIGHTS}):
         if not file.is_file():

@@ -13,10 +13,11 @@ from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
-from smollm_jax.runs.load import load_model, read_run
+from smollm_jax.runs.load import load_model, read_run, with_ids_of
 from smollm_jax.runs.metrics import plot, read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import write_json_atomic, written_aside
+from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
 def export_run(
@@ -41,8 +42,9 @@ def export_run(
         "Held-out loss (nats a token)": held_out.get("eval_loss"),
         "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
     }
+    model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
     return found.step, export_folder(
-        params, config.model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", card_facts=facts,
+        params, model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", card_facts=facts,
         curve=plot(run_dir), verify=verify,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 A model is an architecture, f32 numpy parameters and a tokenizer. A path that cannot be opened raises `UserError`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import read_json
-from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 
 
 def is_run(path: str | Path) -> bool:
@@ -29,19 +30,32 @@ def read_run(path: str | Path) -> Config:
         raise UserError(f"{path} is not a run: {error}") from None
 
 
-def load_model(path: str | Path, step: int | None = None) -> tuple[ModelConfig, Any, Tokenizer]:
+def load_model(
+    path: str | Path, step: int | None = None, *, special_tokens: SpecialTokens | None = None
+) -> tuple[ModelConfig, Any, Tokenizer]:
     """Return architecture, f32 numpy parameters and tokenizer; raises `UserError`.
 
-    `step` selects a checkpoint of a run; the default is the newest good one.
+    `step` selects a checkpoint of a run; the default is the newest good one. `special_tokens` is by default the
+    run's own, else "text".
     """
     if is_run(path):
         config = read_run(path)
         _, params = read_params(Path(path) / "checkpoints", step)
-        return config.model, params, load_tokenizer(str(Path(path) / "tokenizer"))
+        tokenizer = load_tokenizer(
+            str(Path(path) / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
+        )
+        return config.model, params, tokenizer
     require(step is None, f"{path} is not a run, so it has no step {step}")
     folder = local_folder(path)
     model, params = read_folder(folder)
-    tokenizer = load_tokenizer(str(folder.absolute()))
+    tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
     sizes = f"{tokenizer.vocab_size} entries, the model only {model.vocab_size}"
     require(tokenizer.vocab_size <= model.vocab_size, f"{path}: the tokenizer has {sizes}")
-    return model, params, tokenizer
+    return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
+
+
+def with_ids_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the model with the tokenizer's bos and eos; a model that ends texts at several ids keeps them."""
+    more = model.stop_ids if model.extra_eos_token_ids else ()
+    bos = model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return replace(model.ending_at([tokenizer.eos_id, *more]), bos_token_id=bos)

@@ -28,7 +28,9 @@ def replay_step(run_dir: str | Path, step: int) -> tuple[list[dict[str, Any]], s
     found = verified_checkpoints(run_dir / "checkpoints", group="step")
     before = next((x.meta for x in found if x.step < step and x.meta.get("cursor") is not None), None)
     cursor, ledger = (before["cursor"], before["progress"]["ledger"]) if before else (None, "")
-    tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
+    tokenizer = load_tokenizer(str(run_dir / "tokenizer"), special_tokens=config.data.special_tokens)
+    if cursor:
+        tokenizer.encode_as_of(cursor["tokenizer"])
     loader = Loader(config, tokenizer, held_out(config.data, tokenizer, resumes=True), resumes=True)
     batches = BatchIterator(loader, cursor)
     start = cursor["step"] if cursor else 0

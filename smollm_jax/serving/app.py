@@ -14,10 +14,11 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from smollm_jax.runs.load import is_run
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, say
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.openai_api import add_routes, error_response
 from smollm_jax.serving.scheduler import Scheduler
+from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 LARGEST_BODY = 4 * 2**20  # bytes; enough for a prompt that is too long to get an error naming its length
 # whatever a model writes, the browser fetches nothing from elsewhere
@@ -30,17 +31,19 @@ OPEN = re.compile(
 
 
 def open_scheduler(
-    path: str, *, backend: Backend | None, dtype: Dtype, max_waiting: int, max_new_tokens: int
-) -> tuple[Scheduler, str]:
+    path: str, *, backend: Backend | None, dtype: Dtype, max_waiting: int, max_new_tokens: int,
+    special_tokens: SpecialTokens | None = None,
+) -> tuple[Scheduler, str]:  # fmt: skip
     """Load the model at `path`: its scheduler and its public name; raises `UserError`."""
     if backend is None:
         has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
         backend = "torch" if has_torch and not is_run(path) else "jax"
-    completer = open_completer(path, backend=backend, dtype=dtype)
+    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
     name = Path(path).resolve().name if Path(path).exists() else path
     if name == "export":  # the Space or the folder around it has a better name
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     print(f"{name}: {completer.about}; context {completer.context:,} tokens", file=sys.stderr, flush=True)
+    say(completer.tokenizer.describe_special())
     return Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens), name
 
 

@@ -20,13 +20,11 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.tokenizer.streaming import TextOfIds
+from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 Backend = Literal["jax", "torch"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the bytes of an unfinished character to
-CONTEXT_IDS = 4  # of the prompt, decoded with new ids: some tokenizers decode the start of a text differently
 
 
 class Engine(Protocol):
@@ -54,15 +52,19 @@ class TextChunk:
 class Completer:
     """An engine with its tokenizer; `about` describes the back end to people."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, about: str = ""):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, about: str = "", stop_ids: Sequence[int] = ()):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
+        self.stop_ids = tuple({tokenizer.eos_id, *stop_ids})  # `stop_ids` are the model's own
         self.context = engine.context  # the most tokens of prompt and text together
 
-    def encode(self, prompt: str) -> list[int]:
-        """Encode a prompt; raises `UserError` if it is empty, no text, or too long for the context."""
+    def encode(self, prompt: str, special_tokens: SpecialTokens | None = None) -> list[int]:
+        """Encode a prompt, by default as the model was opened.
+
+        Raises `UserError` if it is empty, no text, or too long for the context.
+        """
         require(prompt != "", "the prompt is empty; write how the text begins")
         check_text(prompt, "the prompt")
-        return self.checked(self.tokenizer.encode(prompt).tolist())
+        return self.checked(self.tokenizer.encode(prompt, special_tokens).tolist())
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a prompt; raises `UserError` unless model and tokenizer can read them."""
@@ -84,7 +86,7 @@ class Completer:
         """
         require(all(stop), "a stop string is empty")
         ids = self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
-        sampling = replace(sampling, stop_ids=sampling.stop_ids or (self.tokenizer.eos_id,))
+        sampling = replace(sampling, stop_ids=sampling.stop_ids or self.stop_ids)
         text, gate = TextOfIds(self.tokenizer, ids), StopStrings(stop)
         started, first, made = time.perf_counter(), None, 0
 
@@ -106,31 +108,6 @@ class Completer:
             yield chunk(shown + gate.held, "stop string" if gate.stopped else self.engine.stop_reason)
         finally:
             getattr(stream, "close", lambda: None)()
-
-
-class TextOfIds:
-    """An incremental decoder of ids to text, which holds back unfinished characters."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
-        self._tokenizer = tokenizer
-        self._window = list(prompt[-CONTEXT_IDS:])
-        self._shown = len(tokenizer.decode(self._window))
-
-    def feed(self, ids: Sequence[int]) -> str:
-        """Return the text that `ids` complete."""
-        self._window += ids
-        text = self._tokenizer.decode(self._window)
-        # bytes of an unfinished character decode to one replacement character, always the last
-        whole = text.removesuffix(HALF)
-        new, self._shown = whole[self._shown :], max(self._shown, len(whole))
-        if whole == text and len(self._window) > CONTEXT_IDS:
-            self._window = self._window[-CONTEXT_IDS:]
-            self._shown = len(self._tokenizer.decode(self._window))
-        return new
-
-    def rest(self) -> str:
-        """Return the text left after the last id: the mark of an unfinished character, or an empty text."""
-        return self._tokenizer.decode(self._window)[self._shown :]
 
 
 class StopStrings:
@@ -160,10 +137,17 @@ def check_text(text: Any, name: str) -> None:
     require(half is None, f"{name} holds half a character at position {half}")
 
 
-def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype = "auto") -> Completer:
+def open_completer(
+    path: str | Path,
+    *,
+    backend: Backend = "jax",
+    dtype: Dtype = "auto",
+    special_tokens: SpecialTokens | None = None,
+) -> Completer:  # fmt: skip
     """Load the model of an exported folder, a Hub id or a run; raises `UserError`.
 
-    dtype auto: float32 on a CPU, bfloat16 on an accelerator.
+    dtype auto: float32 on a CPU, bfloat16 on an accelerator. `special_tokens` that a prompt spells out stay text,
+    or become ids if "parse"; default: as the run was trained, else "text".
     """
     if backend == "torch":
         try:
@@ -171,12 +155,13 @@ def open_completer(path: str | Path, *, backend: Backend = "jax", dtype: Dtype =
         except ImportError as error:  # not installed, or an installation that is broken
             needs = "--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'"
             raise UserError(f"{needs} ({one_line(error)})") from None
-        return Completer(*open_torch(path, dtype))
-    config, params, tokenizer = load_model(path)
+        return Completer(*open_torch(path, dtype, special_tokens))
+    config, params, tokenizer = load_model(path, special_tokens=special_tokens)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model runs the same few programs every time it is opened
         use_compilation_cache(ComputeConfig().compilation_cache_dir)
     device = jax.devices()[0]
     computed = compute_dtype(dtype, device.platform)
     model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params), dtype=computed)
-    return Completer(Generator(model), tokenizer, f"JAX, {computed.name}, on {device.device_kind}")
+    about = f"JAX, {computed.name}, on {device.device_kind}"
+    return Completer(Generator(model), tokenizer, about, config.stop_ids)

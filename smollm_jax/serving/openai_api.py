@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from smollm_jax.runtime.errors import require
 from smollm_jax.serving.completion import TextChunk
 from smollm_jax.serving.scheduler import QueueFull, Scheduler
+from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 DEFAULT_TOKENS = 128
 MOST_MESSAGES = 200
@@ -50,6 +51,7 @@ class BaseRequest(Strict):
     top_k: Any = Field(0, description="extension: keep the k likeliest tokens; 0: all")
     min_p: Any = Field(0.0, description="extension: keep tokens this likely relative to the likeliest")
     repetition_penalty: Any = Field(1.0, description="extension: above 1 makes repetition rarer")
+    special_tokens: SpecialTokens | None = Field(None, description="extension: parse makes ids of those in a text")
     seed: Any = Field(None, description="the same seed gives the same text; default: random")
     stop: str | list[str] | None = None
     stream: bool = False
@@ -104,7 +106,7 @@ class Routes:
         """Continue a prompt: a text or token ids."""
         match asked.prompt:
             case str(text) | [str(text)]:
-                ids = await asyncio.to_thread(self.scheduler.encode, text)
+                ids = await asyncio.to_thread(self.scheduler.encode, text, asked.special_tokens)
             case prompt:
                 require(all(isinstance(i, int) for i in prompt), "send one prompt per request, not several")
                 ids = self.scheduler.completer.checked(prompt)  # type: ignore[arg-type]
@@ -113,7 +115,7 @@ class Routes:
     async def chat_completions(self, asked: ChatRequest, request: Request) -> Any:
         """Write the assistant's next turn under the model's chat template."""
         messages = [message.as_turn() for message in asked.messages]
-        ids = await asyncio.to_thread(self.scheduler.encode_chat, messages)
+        ids = await asyncio.to_thread(self.scheduler.encode_chat, messages, asked.special_tokens)
         longest = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         return await self._answer(ids, asked, longest, request, chat=True)
 

@@ -18,6 +18,7 @@ from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import Completer, TextChunk, check_text
 from smollm_jax.tokenizer.chat_template import encode_chat
+from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
 MOST_STOPS, LONGEST_STOP = 4, 100
@@ -76,17 +77,19 @@ class Scheduler:
         """Count the requests before a new one."""
         return len(self._queue) + (self._now is not None)
 
-    def encode(self, text: Any) -> list[int]:
+    def encode(self, text: Any, special_tokens: SpecialTokens | None = None) -> list[int]:
         """Encode a prompt; raises `UserError` if it is no text, empty or too long."""
         _check_length(text if isinstance(text, str) else "", "the prompt has")
-        return self.completer.encode(text)
+        return self.completer.encode(text, special_tokens)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, str]], special_tokens: SpecialTokens | None = None
+    ) -> list[int]:
         """Encode a conversation under the chat template; raises `UserError` as `encode` does."""
         _check_length("".join(message["content"] for message in messages), "the messages have")
         for message in messages:
             check_text(message["content"], "a message")
-        return self.completer.checked(encode_chat(self.completer.tokenizer, messages))
+        return self.completer.checked(encode_chat(self.completer.tokenizer, messages, special_tokens))
 
     def sampling(self, **numbers: Any) -> Sampling:
         """Check the numbers of a request and draw a seed if it is None; raises `UserError` naming the number."""

@@ -27,14 +27,12 @@ from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling
-from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.export import write_folder
-from smollm_jax.hf.reader import local_folder
+from smollm_jax.hf.reader import local_folder, read_config
 from smollm_jax.runs.load import is_run, load_model
 from smollm_jax.runtime.devices import compute_dtype
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import read_json
-from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 
 # transformers 5.23 renames `past_key_values` to `cache`, which earlier releases do not know
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
@@ -103,21 +101,23 @@ def sampling_rules(sampling: Sampling) -> LogitsProcessorList:
     return rules
 
 
-def open_torch(path: str | Path, dtype: str) -> tuple[TorchEngine, Tokenizer, str]:
-    """Load the model at `path`: engine, tokenizer and a description; raises `UserError`."""
+def open_torch(
+    path: str | Path, dtype: str, special_tokens: SpecialTokens | None
+) -> tuple[TorchEngine, Tokenizer, str, tuple[int, ...]]:
+    """Load the model at `path`: engine, tokenizer, a description and its stop ids; raises `UserError`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(dtype, device).name
     with tempfile.TemporaryDirectory(prefix="smollm-jax-") as scratch:
         if is_run(path):
             folder = Path(scratch) / "model"
-            config, params, tokenizer = load_model(path)
+            config, params, tokenizer = load_model(path, special_tokens=special_tokens)
             write_folder(params, config, folder)
         else:
             folder = local_folder(path)
-            config = model_config(read_json(folder / "config.json"))
-            tokenizer = load_tokenizer(str(folder.absolute()))
+            config = read_config(folder)
+            tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
         model = _transformers_model(folder, dtype).to(device)
-    return TorchEngine(model, config), tokenizer, f"PyTorch, {dtype}, on {device}"
+    return TorchEngine(model, config), tokenizer, f"PyTorch, {dtype}, on {device}", config.stop_ids
 
 
 def _transformers_model(folder: Path, dtype: str) -> Any:

@@ -1,60 +1,83 @@
 """Encode conversations to token ids with the chat template of a tokenizer.
 
 The template comes with the model, from anywhere, so it runs in jinja's sandbox. The special tokens of the
-template become ids. The same characters in a message stay text, so that no message can end its own turn.
+template become ids. The same characters in a message stay text, so that no message can end its own turn,
+unless the tokenizer is told to parse them.
 """
 
 import json
 import re
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache
+from typing import Any
 
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.tokenizer.tokenizer import Tokenizer, token_text
+from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, SpecialTokens, Tokenizer, token_text
 
 # a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
-NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], special_tokens: SpecialTokens | None = None
+) -> list[int]:
     """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
 
     Raises `UserError` if there is no template, or the template refuses.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     require(bool(tokenizer.chat_template), "this model has no chat template; it completes text")
     special = tokenizer.special_tokens
     marked = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
+    found = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
+    names = {name: text for name, text in found.items() if text}
+    try:
+        template = _environment().from_string(str(tokenizer.chat_template))
+        text = template.render(
+            messages=messages if (special_tokens or tokenizer.mode) == "parse" else marked,
+            tools=None, documents=None, add_generation_prompt=True, **names,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise UserError(f"the chat template refuses this conversation: {error}") from None
+    if MARK not in text:  # in one piece, because some tokenizers encode the start of a text differently
+        return tokenizer.encode_part(text, "parse")
+    # the longest first, for special tokens that begin at the same place
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    ids: list[int] = []
+    for part in re.split(f"({pattern})", text):
+        ids += [special[part]] if part in special else tokenizer.encode_part(part.replace(MARK, ""), "text")
+    return ids
+
+
+@cache
+def _environment() -> Any:
+    """Return jinja's sandbox with what transformers adds to the language of templates."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's words for training; here it shows them."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja's own way
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
     # blocks are trimmed as in transformers, because templates are written for it
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    names = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
-    try:
-        template = environment.from_string(str(tokenizer.chat_template))
-        text = template.render(messages=marked, add_generation_prompt=True, **names)
-    except Exception as error:  # a template is a program: it can fail in any way
-        raise UserError(f"the chat template refuses this conversation: {error}") from None
-    return _encode(tokenizer, text, special)
-
-
-def _encode(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:
-    # the longest first, for special tokens that begin at the same place
-    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    ids: list[int] = []
-    for part in re.split(f"({pattern})", text) if special else [text]:
-        ids += [special[part]] if part in special else tokenizer.encode(part.replace(MARK, "")).tolist()
-    return ids
+    environment.filters["tojson"] = to_json
+    return environment
 
 
 def _mark(text: str, special: dict[str, int]) -> str:

@@ -6,11 +6,12 @@ so that the export of a run holds the same files. Nothing here knows of document
 
 import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +21,10 @@ from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
 BYTES = 256
+HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SpecialTokens = Literal["text", "parse"]
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,60 +37,120 @@ FILES = (
 
 
 class Tokenizer:
-    """A fast tokenizer and the files it was read from; `encode` adds neither bos nor eos."""
+    """A fast tokenizer and the files it was read from.
 
-    def __init__(self, folder: str | Path):
+    `encode` adds what the tokenizer's own post-processor adds, unless `template` is off. A special token that a
+    text spells out stays text, or becomes its id if `special_tokens` is "parse".
+    """
+
+    def __init__(self, folder: str | Path, *, special_tokens: SpecialTokens = "text"):
         """Read a folder; raises `UserError` if it holds no usable tokenizer."""
-        from tokenizers import Tokenizer as Fast
-
         folder = Path(folder)
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
-            self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
+            # a document that spells out <|endoftext|> must not end itself
+            self._fast = self._open(spelled_out="text")
         except Exception as error:
             raise UserError(f"{folder}/tokenizer.json cannot be read: {one_line(error)}") from None
-        self._fast.no_truncation()
-        self._fast.no_padding()
-        # a document that spells out <|endoftext|> must not end itself
-        self._fast.encode_special_tokens = True
-        self.fingerprint = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
-        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        self.settings = self._json("tokenizer_config.json", folder)
+        self.mode, self.template = special_tokens, True
+        self.texts = self.texts_with_special = 0  # encoded so far, and how many of them spell out a special token
+        self._vocab = self._fast.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values()) + 1
+        self.settings = self._json("special_tokens_map.json", folder) | self._json("tokenizer_config.json", folder)
         self.chat_template = _default_template(self.settings.get("chat_template"))
         if "chat_template.jinja" in self.files:
             self.chat_template = self.files["chat_template.jinja"].decode("utf-8", "replace")
         self.eos_id = self._eos_id(folder)
 
+    def _open(self, *, spelled_out: SpecialTokens) -> Any:
+        from tokenizers import Tokenizer as Fast
+
+        fast = Fast.from_str(self.files["tokenizer.json"].decode())
+        fast.no_truncation()
+        fast.no_padding()
+        fast.encode_special_tokens = spelled_out == "text"
+        return fast
+
+    @cached_property
+    def _parsing(self) -> Any:
+        return self._open(spelled_out="parse")  # a second one: threads share the first
+
     def _json(self, name: str, folder: Path) -> dict[str, Any]:
-        """Parse a JSON file; empty if there is none."""
+        """Parse a JSON file without its nulls; empty if there is none."""
         try:
             value = json.loads(self.files.get(name, b"{}"))
         except ValueError as error:
             raise UserError(f"{folder / name} cannot be read: {one_line(error)}") from None
         require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
-        return value
+        return {key: item for key, item in value.items() if item is not None}
 
     def _eos_id(self, folder: Path) -> int:
-        eos = self.settings.get("eos_token")
-        if eos is None:
-            eos = self._json("special_tokens_map.json", folder).get("eos_token", EOS)
+        eos = self.settings.get("eos_token", EOS)
         found = self._fast.token_to_id(token_text(eos))
         if found is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
         return found
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text, int32 (n,), without special tokens."""
-        encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+    @property
+    def bos_id(self) -> int | None:
+        """The id of the token that begins a text; None if the tokenizer names none."""
+        return self._fast.token_to_id(token_text(self.settings.get("bos_token")))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of tokenizer.json, and of the ids that `encode` adds to a text if there are any."""
+        bare, added = (self._fast.encode("", add_special_tokens=on).ids for on in (False, self.template))
+        more = b"" if added == bare else repr(added).encode()
+        return hashlib.sha256(self.files["tokenizer.json"] + more).hexdigest()
+
+    def encode_as_of(self, fingerprint: str) -> None:
+        """Encode as the run with this `fingerprint` did: early runs left out what the post-processor adds."""
+        self.template = self.fingerprint.startswith(fingerprint)
+
+    def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
+        """Return the ids of each text, int32 (n,); `special_tokens` goes before the tokenizer's own mode."""
+        self.texts += len(texts)
+        self.texts_with_special += sum(any(token in text for token in self.special_tokens) for text in texts)
+        fast = self._parsing if (special_tokens or self.mode) == "parse" else self._fast
+        encoded = fast.encode_batch_fast(texts, add_special_tokens=self.template)
         return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
 
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, special_tokens: SpecialTokens | None = None) -> np.ndarray:
+        return self.encode_batch([text], special_tokens)[0]
+
+    def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
+        """Return the ids of a part of a text: the post-processor adds nothing."""
+        fast = self._parsing if special_tokens == "parse" else self._fast
+        return fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def decode_settled(self, ids: Sequence[int]) -> str:
+        """Return the part of the decoded text that no further id can change.
+
+        A run of bytes decodes to its characters only if the whole run is valid, so its last byte decides.
+        """
+        end = len(ids)
+        while end and ids[end - 1] in self.unsettled:
+            end -= 1
+        return self.decode(ids[:end]).rstrip(HALF)
+
+    @cached_property
+    def _decoder(self) -> str:
+        return str(json.loads(self.files["tokenizer.json"]).get("decoder"))
+
+    @cached_property
+    def _byte_ids(self) -> set[int]:
+        named = self._vocab.items() if "ByteFallback" in self._decoder else ()
+        return {i for token, i in named if BYTE_TOKEN.fullmatch(token)}
+
+    @cached_property
+    def unsettled(self) -> set[int]:
+        """The ids that do not end a run of bytes; special tokens are left out of a text."""
+        return self._byte_ids | set(self.special_tokens.values())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -93,19 +158,45 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
+    def describe_special(self) -> str:
+        """Return a sentence on special tokens that texts spell out, and how many texts did so far."""
+        what, other = ("become ids", "text") if self.mode == "parse" else ("stay text", "parse")
+        count = f"{self.texts_with_special:,} of {self.texts:,} texts so far spell one out"
+        return f"special tokens in a text {what} (other: --special-tokens {other}); {count}"
+
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text per id: int32 (V,), 0 for special tokens.
+        """UTF-8 bytes of text per id inside of a text: int32 (V,), 0 for special tokens.
 
         A byte-level token spells each byte as one character, so its length is the count.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
-        special = set(self.special_tokens.values())
-        byte_level = "ByteLevel" in str(json.loads(self.files["tokenizer.json"]).get("decoder"))
-        for token, i in self._fast.get_vocab(with_added_tokens=True).items():
-            if i not in special:
-                lengths[i] = len(token) if byte_level else len(self._fast.decode([i]).encode())
+        added = self._fast.get_added_tokens_decoder()
+        for token, i in self._vocab.items():
+            if i in added:
+                lengths[i] = 0 if added[i].special else len(added[i].content.encode())
+            elif "ByteLevel" in self._decoder or i in self._byte_ids:
+                lengths[i] = 1 if i in self._byte_ids else len(token)
+            else:  # the second of two: a decoder may take a space off the first
+                once, twice = self._fast.decode([i]), self._fast.decode([i, i])
+                lengths[i] = len(twice.encode()) - len(once.encode())
         return lengths
+
+    def byte_counts(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Return the UTF-8 bytes of `text` that each of its `ids` stands for: together all of them.
+
+        `ids` may end with an eos that the tokenizer did not add. A tokenizer that changes the text (lower case, a
+        space before the first word, unknown words) has no right count per id, so offsets in the text count.
+        """
+        counts, total = self.token_bytes[ids], len(text.encode())
+        if counts.sum() == total:
+            return counts
+        fast = self._parsing if self.mode == "parse" else self._fast
+        bounds = np.cumsum([0, *(len(character.encode()) for character in text)])
+        offsets = fast.encode(text, add_special_tokens=self.template).offsets
+        ends = np.maximum.accumulate([*(bounds[end] for _, end in offsets), total])[: len(ids)]
+        ends[-1] = total  # what the tokenizer drops at the end counts for the last id
+        return np.diff(ends, prepend=0).astype(np.int32)
 
     def save(self, folder: str | Path) -> None:
         """Write the files that the tokenizer was read from."""
@@ -129,7 +220,9 @@ def _default_template(given: Any) -> str | None:
     return given if isinstance(given, str) else None
 
 
-def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str, *, documents: Iterable[str] | None = None, special_tokens: SpecialTokens = "text"
+) -> Tokenizer:
     """Load the tokenizer of a folder or Hub id, or train one on `documents` for `train:VOCAB`.
 
     Raises `UserError` if there is none, or the Hub does not answer.
@@ -141,10 +234,10 @@ def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Toke
             f"--tokenizer {name}: expected train:VOCAB, such as train:4096, with VOCAB of {BYTES + 1} or more",
         )
         require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
-        return train_tokenizer(documents or (), int(size))
+        return train_tokenizer(documents or (), int(size), special_tokens=special_tokens)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return Tokenizer(Path(name).expanduser())
-    return Tokenizer(_download(name))
+        return Tokenizer(Path(name).expanduser(), special_tokens=special_tokens)
+    return Tokenizer(_download(name), special_tokens=special_tokens)
 
 
 def _download(repo: str) -> Path:
@@ -164,7 +257,9 @@ def _download(repo: str) -> Path:
     raise UserError(f"--tokenizer {reason}")
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, *, special_tokens: SpecialTokens = "text"
+) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -187,4 +282,4 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     with tempfile.TemporaryDirectory(prefix="tokenizer-", ignore_cleanup_errors=True) as folder:
         fast.save(f"{folder}/tokenizer.json")
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        return Tokenizer(folder)
+        return Tokenizer(folder, special_tokens=special_tokens)

@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig
-from smollm_jax.data.heldout import batches_in_order
+from smollm_jax.data.heldout import batches_in_order, pack_to_score
 from smollm_jax.data.loader import check_vocab
-from smollm_jax.data.packing import Batch, pack
+from smollm_jax.data.packing import Batch
 from smollm_jax.distributed.sharding import make_mesh, on_one_device
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
@@ -28,7 +27,9 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import is_run, load_model, read_run
 from smollm_jax.runs.metrics import finite_or_none
 from smollm_jax.runtime.devices import use_precision_of
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, say
+from smollm_jax.tokenizer.streaming import TextOfIds
+from smollm_jax.tokenizer.tokenizer import SpecialTokens
 from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll
 
@@ -58,23 +59,23 @@ class HeldOutScore:
         return math.exp(min(self.loss, 700.0))
 
 
-def score_batches(
-    nll: Callable[..., jax.Array], params: Any, batches: Iterable[Batch], token_bytes_V: np.ndarray
-) -> HeldOutScore:
-    """Sum `nll(params, tokens, segment_ids)` over `batches`; `token_bytes_V` holds the bytes of each token."""
+def score_batches(nll: Callable[..., jax.Array], params: Any, batches: Iterable[Batch]) -> HeldOutScore:
+    """Sum `nll(params, tokens, segment_ids)` over `batches`, which know their `text_bytes`."""
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
         nats += float(nll(params, batch.tokens, batch.segment_ids))
         before, after = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
-        targets = batch.tokens[:, 1:][(before == after) & (after != 0)]
-        tokens += targets.size
-        text_bytes += int(token_bytes_V[targets].sum())
+        is_target = (before == after) & (after != 0)
+        tokens += int(is_target.sum())
+        assert batch.text_bytes is not None, "the batch was not packed to be scored"
+        text_bytes += int(batch.text_bytes[:, 1:][is_target].sum())
     return HeldOutScore(nats, tokens, text_bytes)
 
 
 def evaluate_model(
     path: str | Path, data: DataConfig,
     *, batch_size: int, dtype: str, seq_len: int | None = None, max_batches: int | None = None,
+    special_tokens: SpecialTokens | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run, exported folder or Hub id on all of `data.data`, in order; returns plain JSON values.
 
@@ -83,7 +84,7 @@ def evaluate_model(
     """
     require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
-    model, params, tokenizer = load_model(path)
+    model, params, tokenizer = load_model(path, special_tokens=special_tokens)
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
@@ -93,7 +94,8 @@ def evaluate_model(
     mesh = make_mesh(config, jax.devices()[:1])
     nll = jax.jit(make_nll(config, mesh, dtype=jnp.dtype(dtype), remat="none"))
     batches = islice(batches_in_order(settings, tokenizer, batch_size), max_batches)
-    result = score_batches(nll, jax.tree.map(jnp.asarray, params), batches, tokenizer.token_bytes)
+    result = score_batches(nll, jax.tree.map(jnp.asarray, params), batches)
+    say(tokenizer.describe_special())
     require(result.tokens > 0, f"--data {settings.data} holds nothing to score: no document of two tokens")
     scores = {name: getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
     return {"path": str(path), "data": settings.data, **scores, "seq_len": settings.seq_len, "dtype": dtype}
@@ -107,11 +109,11 @@ def evaluate_run(run: Run) -> None:
     if not run.heldout or run.interrupted:
         return
     began, config, parts = time.monotonic(), run.config, run.config.compute.grad_accum
-    batches = pack(run.heldout, config.data.seq_len, config.main_batch_size // parts)
+    batches = pack_to_score(run.heldout, run.tokenizer, config.data.seq_len, config.main_batch_size // parts)
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
         running = _until_stopped(run, islice(batches, config.data.eval_batches * parts))
-        score = score_batches(run.nll, run.state["params"], running, run.tokenizer.token_bytes)
+        score = score_batches(run.nll, run.state["params"], running)
         texts = sample(run)
     if run.interrupted:
         return
@@ -150,12 +152,13 @@ def sample(run: Run) -> list[tuple[str, str]]:
         run.generator.load(model)
     sampling = Sampling(
         max_new_tokens=settings.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P,
-        seed=settings.seed, stop_ids=(run.tokenizer.eos_id,),
+        seed=settings.seed, stop_ids=run.config.model.stop_ids,
     )  # fmt: skip
     texts = []
     for prompt in settings.sample_prompts:
-        pieces = run.generator.stream(run.tokenizer.encode(prompt).tolist(), sampling)
-        ids = chain.from_iterable(takewhile(lambda _: not run.interrupted, pieces))
-        texts.append((prompt, run.tokenizer.decode(list(ids))))
+        ids = run.tokenizer.encode(prompt).tolist()
+        pieces, text = run.generator.stream(ids, sampling), TextOfIds(run.tokenizer, ids)
+        new = chain.from_iterable(takewhile(lambda _: not run.interrupted, pieces))
+        texts.append((prompt, text.feed(list(new)) + text.rest()))
     run.generator.unload()  # the next step needs the memory
     return texts

@@ -27,7 +27,7 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.optimizer import learning_rate_schedule
 
 # fields of the architecture that no weight's shape depends on
-FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id"}
+FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
 
     Raises `UserError` naming every change that would change the result.
     """
-    before, now = flatten(old, "."), flatten(to_dict(config), ".")
+    # a setting that is newer than the run had its default there
+    before, now = flatten(to_dict(Config()), ".") | flatten(old, "."), flatten(to_dict(config), ".")
     changed = {name: rule for name, rule in resume_rules(config).items() if before.get(name) != now[name]}
     refused, maths, schedule = (
         [n for n in changed if changed[n] == rule] for rule in ("", "same maths", "schedule")

@@ -21,6 +21,7 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.convert import require_exportable
+from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
@@ -55,13 +56,14 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
             require_exportable(start.config.model)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
-    found, model = start.checkpoint, replace(start.config.model, eos_token_id=tokenizer.eos_id)
+    found, model = start.checkpoint, with_ids_of(start.config.model, tokenizer)
     config = replace(start.config, model=model)  # a text ends with the tokenizer's own eos
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     with job.all_or_none():
         resumes = found is not None
         held = held_out(config.data, tokenizer, resumes=resumes)
+        start.notes.append(f"special     {tokenizer.describe_special()}")
         check_prompts(config, tokenizer)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
@@ -136,20 +138,22 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
 
     Raises `UserError` if it is missing, or has more entries than the model.
     """
-    folder = run_dir / "tokenizer"
+    folder, special = run_dir / "tokenizer", start.config.data.special_tokens
     if start.checkpoint is not None or is_saved:
         shared = "; all processes have to see the same --run-dir" if is_saved else ""
         missing = f"{folder} is missing; the run was tokenised with it{shared}"
         require((folder / "tokenizer.json").exists(), missing)
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), special_tokens=special)
+        if start.checkpoint is not None:
+            tokenizer.encode_as_of(start.checkpoint.meta["cursor"]["tokenizer"])
     else:
         data, name, init_from = start.config.data, start.config.data.tokenizer, start.config.run.init_from
         theirs = start.tokenizer
         if theirs is not None and name == init_from:
-            tokenizer = theirs
+            tokenizer, theirs.mode = theirs, special
         else:
             documents = islice(head_texts(data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
-            tokenizer = load_tokenizer(name, documents=documents)
+            tokenizer = load_tokenizer(name, documents=documents, special_tokens=special)
         if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
         tokenizer.save(folder)

@@ -202,8 +202,9 @@ def test_what_a_resume_may_change_stands_with_each_setting():
     assert by_rule[""] == {
         "run.init_from", "run.seed", "data.data", "data.split", "data.text_column", "data.tokenizer",
         "data.seq_len", "data.shuffle_window", "data.shards", "data.epochs", "data.eval_data",
-        "data.eval_documents", "data.eval_batches", "optimizer.beta1", "optimizer.beta2", "optimizer.epsilon",
-        "optimizer.weight_decay", "optimizer.clip_norm", "model.vocab_size", "model.hidden_size",
+        "data.eval_documents", "data.eval_batches", "data.special_tokens", "optimizer.beta1",
+        "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
+        "model.vocab_size", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.intermediate_size",
         "model.rms_norm_eps", "model.rope_theta", "model.max_seq_len", "model.initializer_range",
         "model.tie_embeddings",

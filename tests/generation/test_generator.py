@@ -185,6 +185,15 @@ def test_a_stop_id_ends_the_text_and_is_not_part_of_it(generator):
         assert generator.stop_reason == "eos"
 
 
+def test_generate_ends_at_every_eos_of_the_model_unless_told_otherwise(generator, model):
+    whole = generator.generate([PROMPT], SAMPLINGS["greedy"])[0]
+    length = {"max_new_tokens": len(whole)}
+    for at, ends in ((3, [whole[3]]), (5, [60, whole[5]])):
+        ending = SmolLM.from_params(CONFIG.ending_at(ends), params_of(model))
+        assert generate(ending, [PROMPT], **length) == [whole[: whole.index(whole[at])]]
+        assert generate(ending, [PROMPT], stop_ids=(), **length) == [whole]
+
+
 def test_one_row_that_stops_lets_the_others_finish(generator):
     first, second = generator.generate([PROMPT, [7]], SAMPLINGS["greedy"])
     stop = next(token for token in first if token not in second)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from smollm_jax.config.architecture import MODELS, parameter_shapes
+from smollm_jax.config.serialization import from_dict, to_dict
+from smollm_jax.config.settings import Config, DataConfig
 from smollm_jax.hf.config_json import hf_config, model_config
 from smollm_jax.hf.mapping import TABLE, from_hf, tensors, to_hf
 from tests.support.hf_folders import (
@@ -118,6 +120,27 @@ def test_a_number_that_is_none_is_named(name, value):
         model_config(hf_config(TINY, "float32") | {name: value})
 
 
-def test_several_ends_of_text_give_the_first():
-    assert model_config(hf_config(TINY, "float32") | {"eos_token_id": [7, 9]}).eos_token_id == 7
-    assert model_config(hf_config(TINY, "float32") | {"eos_token_id": None}).eos_token_id == 0
+def test_several_ends_of_text_are_all_kept_the_first_as_eos():
+    several = model_config(hf_config(TINY, "float32") | {"eos_token_id": [7, 9]})
+    assert (several.eos_token_id, several.stop_ids) == (7, (7, 9))
+    assert hf_config(several, "float32")["eos_token_id"] == [7, 9]
+    assert model_config(hf_config(several, "float32")) == several
+    kept = json.loads(json.dumps(to_dict(Config(model=several, data=DataConfig(seq_len=9)))))
+    assert from_dict(kept).model == several
+
+
+def test_no_end_of_text_is_none_and_a_field_left_out_is_llamas_own():
+    none = model_config(hf_config(TINY, "float32") | {"eos_token_id": None})
+    assert (none.eos_token_id, none.stop_ids) == (None, ())
+    assert hf_config(none, "float32")["eos_token_id"] is None
+    names = ("eos_token_id", "bos_token_id", "max_position_embeddings", "rope_theta", "rope_parameters")
+    left_out = model_config({k: v for k, v in hf_config(TINY, "float32").items() if k not in names})
+    assert (left_out.eos_token_id, left_out.bos_token_id, left_out.max_seq_len) == (2, 1, 2_048)
+    assert left_out.rope_theta == 10_000
+
+
+def test_a_pad_id_is_kept_and_minus_one_means_none():
+    padded = model_config(hf_config(TINY, "float32") | {"pad_token_id": 3})
+    assert padded.pad_token_id == hf_config(padded, "float32")["pad_token_id"] == 3
+    assert model_config(hf_config(TINY, "float32") | {"pad_token_id": -1}).pad_token_id is None
+    assert "pad_token_id" not in hf_config(TINY, "float32")

@@ -37,7 +37,6 @@ from tests.support.hf_folders import (
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters has rope_type='yarn'"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters has full_attention"),
         ({"rope_parameters": "default"}, "rope_parameters must be an object"),
-        ({"rope_parameters": ..., "rope_theta": ...}, "neither rope_theta nor"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"eos_token_id": 300}, "eos_token_id must be an id below vocab_size=300"),
@@ -149,10 +148,60 @@ def test_code_that_comes_with_a_folder_is_not_run(folder):
      '{"weight_map": {"a": "gone.safetensors"}}'],
 )  # fmt: skip
 def test_a_damaged_or_straying_index_is_refused(folder, content):
-    (folder.parent / "secret.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"index\.json|gone\.safetensors"):
         read_folder(folder)
+
+
+def test_the_single_file_goes_before_an_older_index(folder):
+    new = (folder / "model.safetensors").read_bytes()
+    change_tensors(folder, lambda t: t.update({name: value * 0.5 for name, value in t.items()}))
+    as_shards(folder)
+    (folder / "model.safetensors").write_bytes(new)
+    assert_same_bits(read_folder(folder)[1], numpy_params(TINY))
+    for shard in folder.glob("model-0*"):
+        shard.unlink()
+    assert_same_bits(read_folder(folder)[1], numpy_params(TINY))
+
+
+def test_a_tied_head_may_stand_under_either_name(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert_same_bits(read_folder(folder)[1], numpy_params(TINY))
+    change_config(folder, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"lacks tensor model\.embed_tokens\.weight"):
+        read_folder(folder)
+
+
+def test_a_model_saved_without_its_head_is_read_under_its_own_names(folder):
+    def without_prefix(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_tensors(folder, without_prefix)
+    assert_same_bits(read_folder(folder)[1], numpy_params(TINY))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ([2, 7], ..., (2, 7)), (2, [2, 7], (2, 7)), ([7], [2], (7, 2)), (None, 9, (9,)), (2, None, (2,)),
+        (2, ..., (2,)), (..., ..., (2,)), ([], [], ()),
+    ],
+)  # fmt: skip
+def test_a_text_ends_where_either_file_says(folder, config, generation, ends):
+    change_config(folder, eos_token_id=config)
+    file = folder / "generation_config.json"
+    file.unlink() if generation is ... else file.write_text(json.dumps({"eos_token_id": generation}))
+    assert read_folder(folder)[0].stop_ids == ends
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}'])
+def test_a_damaged_generation_config_is_one_line(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config|eos_token_id") as caught:
+        read_folder(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_shards_are_read_and_disagreements_between_them_and_the_index_are_named(folder):

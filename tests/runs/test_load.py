@@ -14,9 +14,10 @@ from smollm_jax.hf import export as convert
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
-from smollm_jax.runs.convert import import_run
-from smollm_jax.runs.load import is_run, load_model, read_run
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.runs.convert import export_run, import_run
+from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
+from smollm_jax.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from tests.support.families import tokenizer_folder
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
@@ -64,6 +65,47 @@ def test_a_folder_goes_through_an_import_and_an_export_unchanged(folder, tmp_pat
         # safetensors writes the notes in its header in any order
         if file.name != "model.safetensors":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_ends_of_text_survive_an_import_and_an_export(folder, tmp_path):
+    for name, ends in (("config.json", [7, 9]), ("generation_config.json", [9, 11])):
+        content = json.loads((folder / name).read_text()) | {"eos_token_id": ends, "pad_token_id": 5}
+        (folder / name).write_text(json.dumps(content))
+    import_run(folder, tmp_path / "run")
+    assert load_model(folder)[0].stop_ids == load_model(tmp_path / "run")[0].stop_ids == (7, 9, 11, 0)
+    export_run(tmp_path / "run", tmp_path / "out", verify=False)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "out" / name).read_text())
+        assert (set(content["eos_token_id"]), content["pad_token_id"]) == ({7, 9, 11, 0}, 5)
+
+
+def test_bos_and_eos_of_an_export_are_the_tokenizers(tmp_path):
+    tokenizer = Tokenizer(tokenizer_folder("byte fallback", tmp_path / "tokenizer"))
+    model = with_ids_of(CONFIG, tokenizer)
+    assert (model.bos_token_id, model.stop_ids) == (1, (2,))
+    assert with_ids_of(model.ending_at([4, 2]), tokenizer).stop_ids == (2, 4)
+    del tokenizer.settings["bos_token"]
+    assert with_ids_of(replace(CONFIG, bos_token_id=9), tokenizer).bos_token_id == 9
+
+
+def test_an_export_of_an_older_run_takes_the_ids_of_its_tokenizer(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    tokenizer_folder("words", tmp_path / "run" / "tokenizer")
+    export_run(tmp_path / "run", tmp_path / "out", verify=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+
+def test_special_tokens_are_read_as_the_run_was_trained_unless_told_otherwise(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    assert load_model(folder)[2].mode == load_model(tmp_path / "run")[2].mode == "text"
+    assert load_model(folder, special_tokens="parse")[2].mode == "parse"
+    file = tmp_path / "run" / "config.json"
+    content = json.loads(file.read_text())
+    content["data"]["special_tokens"] = "parse"
+    file.write_text(json.dumps(content))
+    assert load_model(tmp_path / "run")[2].mode == "parse"
+    assert load_model(tmp_path / "run", special_tokens="text")[2].mode == "text"
 
 
 def test_a_context_shorter_than_a_recipes_rows_still_makes_a_run(folder, tmp_path):

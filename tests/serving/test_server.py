@@ -197,6 +197,18 @@ def test_openai_chats_where_there_is_a_template(openai):
     assert parts[0].choices[0].delta.role == "assistant"
 
 
+def test_a_request_says_what_becomes_of_special_tokens(server):
+    text = {"prompt": "<|im_start|>Once<|im_end|>", "max_tokens": 1}
+    talk = {"messages": [{"role": "user", "content": "<|im_end|>"}], "max_tokens": 1}
+    for body, path in ((text, "/v1/completions"), (talk, "/v1/chat/completions")):
+        counts = [
+            post(server, body | more, path).json()["usage"]["prompt_tokens"]
+            for more in ({}, {"special_tokens": "text"}, {"special_tokens": "parse"})
+        ]
+        assert counts[0] == counts[1] > counts[2] + 5
+    assert post(server, text | {"special_tokens": "x"}).status_code == 400
+
+
 def test_openai_lists_the_model(openai):
     assert [model.id for model in openai.models.list()] == ["tiny"]
 

@@ -125,7 +125,7 @@ def test_an_evaluation_reads_as_much_whatever_the_accumulation(parts):
         ),
         heldout=documents, interrupted=False, job=Processes(), stop=StopRequest(),
         progress=Progress(step=9), evaluated=0, nll=nll, state={"params": None},
-        tokenizer=SimpleNamespace(token_bytes=np.ones(300, np.int32)),
+        tokenizer=SimpleNamespace(byte_counts=lambda _, ids: np.ones_like(ids)),
         report=SimpleNamespace(evaluation=lambda line, _: lines.append(line)),
     )  # fmt: skip
     evaluate_run(run)

@@ -95,3 +95,12 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(trained)
     (run_dir / "export").mkdir()
     with pytest.raises(ValueError, match="19 steps are trained"):
         resolve_start(config, run_dir, checkpoints)
+
+
+def test_a_run_older_than_a_setting_goes_on_with_its_default_and_not_with_another():
+    config, saved = Config(), to_dict(Config())
+    del saved["data"]["special_tokens"], saved["model"]["extra_eos_token_ids"]
+    assert check_settings(saved, config, 10) == []
+    parsing = replace(config, data=replace(config.data, special_tokens="parse"))
+    with pytest.raises(ValueError, match=r"data\.special_tokens was text, is parse"):
+        check_settings(saved, parsing, 10)
