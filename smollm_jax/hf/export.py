@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ import numpy as np
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
-from smollm_jax.hf.publish import CARD, CURVE, is_exported, model_card
-from smollm_jax.hf.reader import INDEX, metadata_of, read_folder, tensor_files
-from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.runtime.files import written_aside
+from smollm_jax.hf.publish import CURVE, model_card, refuse_foreign, write_card
+from smollm_jax.hf.reader import INDEX, read_folder
+from smollm_jax.runtime.errors import UserError, require, say
+from smollm_jax.runtime.files import moved_aside, written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-MARK = "exported by smollm-jax"  # in the safetensors header: only our own folders are written over
+MARK = "exported by smollm-jax"  # in the safetensors header
 SHARD_BYTES = 5 * 10**9
 CHECKED_TOKENS = 64
 # of the largest logit: f32 sums in another order differ by 1e-6 to 1e-5, a wrong layout by about 1
@@ -71,17 +72,20 @@ def export_folder(
     dtype: str = "float32",
     tokenizer_folder: str | Path | None = None,
     card_facts: dict[str, Any] | None = None,
-    curve: Path | None = None,
+    curve: Path | Callable[[Path], bool] | None = None,
     verify: bool = True,
+    aside: bool = False,
 ) -> str:
     """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
 
-    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails: an older export stays.
+    `curve` is a picture, or draws one at a path and returns whether it did. Only an older export as it was written
+    is replaced: if `out` holds anything else, it is renamed if `aside` is true. Raises `UserError` otherwise, and
+    `RuntimeError` if the check fails: an older export stays.
     """
-    out = Path(os.path.abspath(out))  # "." has no name of its own
-    _refuse_foreign(out)
+    out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
     params = unflatten({name: np.asarray(leaf) for name, leaf in flatten(params, "/").items()}, "/")
     with written_aside(out) as part:
+        _make_way(out, part, aside=aside)
         write_folder(params, config, part, dtype=dtype)
         if tokenizer_folder is not None:
             tokenizer = Tokenizer(tokenizer_folder)
@@ -90,10 +94,11 @@ def export_folder(
             # its files alone: the folder may be another model's, with a config.json of its own
             tokenizer.save(part)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
-        if curve is not None:
+        if isinstance(curve, Path):
             shutil.copyfile(curve, part / CURVE)
-        card = model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=curve is not None)
-        (part / CARD).write_text(card, encoding="utf-8")
+        drawn = curve(part / CURVE) if callable(curve) else curve is not None
+        write_card(part, model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=drawn))
+        _make_way(out, part, aside=aside)  # again: writing took a while
     return checked
 
 
@@ -141,20 +146,14 @@ def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
         export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise `UserError` unless `out` is free, empty, or an export of ours to which nothing was added."""
-    require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if not held:
-        return
+def _make_way(out: Path, part: Path, *, aside: bool) -> None:
+    """Raise `UserError` if `out` holds what no export wrote, or move it aside."""
     try:
-        files = set(tensor_files(out).values())
-        ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
-    except UserError:
-        ours = False
-    require(ours, f"{out} is not empty and no export of ours; give another --out")
-    added = [name for name in held if not is_exported(name)]
-    require(not added, f"{out} holds {', '.join(added[:1])}, which no export wrote; give another --out")
+        refuse_foreign(out, part)
+    except UserError as error:
+        if not aside:
+            raise
+        say(f"{error}; moved to {moved_aside(out)}")
 
 
 def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
-from smollm_jax.runtime.files import written_aside
+from smollm_jax.runtime.files import leads_out, written_aside
 from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
@@ -41,6 +41,7 @@ class Tokenizer:
         folder = Path(folder)
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self.outside = next((folder / name for name in self.files if leads_out(folder / name)), None)
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
             self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
@@ -108,7 +109,8 @@ class Tokenizer:
         return lengths
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that the tokenizer was read from."""
+        """Write the files that were read; raises `UserError` if one was a link out of its folder."""
+        require(self.outside is None, f"{self.outside} is a link out of its folder, not copied; put a file there")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():

@@ -14,7 +14,7 @@ from smollm_jax.hf import export as convert
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
-from smollm_jax.runs.convert import import_run
+from smollm_jax.runs.convert import export_run, import_run
 from smollm_jax.runs.load import is_run, load_model, read_run
 from smollm_jax.tokenizer.tokenizer import train_tokenizer
 
@@ -156,3 +156,22 @@ def test_train_and_serve_start_from_an_import(folder, tmp_path):
 def test_a_run_config_is_plain_json(folder, tmp_path):
     import_run(folder, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["hidden_size"] == 16
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "model.safetensors", "config.json"])
+def test_an_import_copies_no_link_out_of_the_folder(folder, tmp_path, name):
+    (tmp_path / "secret").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(ValueError, match=f"{name} is a link out of the folder"):
+        import_run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_of_a_run_writes_nothing_into_the_run(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 2.5}\n\xff\n7\n')
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]}
+    export_run(tmp_path / "run", tmp_path / "out", verify=False)
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]} == before
+    assert (tmp_path / "out" / "loss.png").exists()
