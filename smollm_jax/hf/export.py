@@ -7,6 +7,7 @@ on real text are compared with ours; a folder that disagrees is removed.
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, model_card, refuse_foreign, write_card
@@ -40,10 +41,14 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     """Write config and weights into the new folder `out`; `params` are numpy arrays."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     require(dtype in ("float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     out.mkdir(parents=True)
+    shapes = {name: leaf.shape for name, leaf in flatten(params, "/").items()}
+    for name, shape in parameter_shapes(config).items():
+        require(shapes.get(name) == shape, f"{name} is {shapes.get(name)} in the weights, {shape} in the config")
     held = {tensor.name: tensor for tensor in tensors(config)}
     split = split_state_dict_into_shards_factory(
         held,
@@ -53,7 +58,13 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     )
     for file, names in split.filename_to_tensors.items():
         values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
-        save_file(values, out / file, metadata={"format": "pt", "note": MARK})
+        try:
+            save_file(values, out / file, metadata={"format": "pt", "note": MARK})
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(out / file)) from None
         _sort_metadata(out / file)
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     defaults = {"_from_model_config": True, **ids}
@@ -62,6 +73,8 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
         contents[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     for file, content in contents.items():
         (out / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in split.filename_to_tensors:  # safetensors makes them for the owner alone
+        (out / file).chmod((out / "config.json").stat().st_mode)
 
 
 def export_folder(

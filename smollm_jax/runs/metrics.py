@@ -173,7 +173,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without those that are damaged, such as one that a kill cut short."""
+    """Return the lines of metrics.jsonl, without damaged ones, such as one that a kill cut short."""
     return [values for line in _lines(run_dir / "metrics.jsonl") if (values := _whole(line)) is not None]
 
 
@@ -215,11 +215,11 @@ def draw(run_dir: Path, picture: Path) -> bool:
 
 def plot(run_dir: Path, picture: Path) -> bool:
     """Draw training loss, its running mean and the held-out loss; returns False if there is no loss yet."""
-    try:
-        from matplotlib.figure import Figure
-    except ValueError:  # MPLBACKEND, meant for the parent such as a notebook, names what is not installed here
-        del os.environ["MPLBACKEND"]
-        from matplotlib.figure import Figure
+    given = os.environ.pop("MPLBACKEND", None)  # a notebook's may name what is not installed here
+    from matplotlib.figure import Figure
+
+    if given is not None:
+        os.environ["MPLBACKEND"] = given
 
     lines = read_metrics(run_dir)
     train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]

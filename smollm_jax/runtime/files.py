@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -39,6 +40,16 @@ def checksum(path: Path) -> str:
         while size := file.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the paths that a path or glob pattern names; a path that exists, or its beginning, is no pattern."""
+    path = Path(pattern).expanduser()
+    if os.path.exists(path):
+        return [str(path)]
+    base = next(folder for folder in path.parents if os.path.exists(folder))
+    found = glob.glob(os.path.join(glob.escape(str(base)), path.relative_to(base)), recursive=True)
+    return [str(Path(name)) for name in found]
 
 
 def leads_out(path: Path) -> bool:

@@ -52,7 +52,8 @@ class Tokenizer:
         # a document that spells out <|endoftext|> must not end itself
         self._fast.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
-        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        require(self.vocab_size > 0, f"{folder}/tokenizer.json has no entries")
         self.settings = self._json("tokenizer_config.json", folder)
         self.chat_template = _default_template(self.settings.get("chat_template"))
         if "chat_template.jinja" in self.files:
@@ -63,7 +64,7 @@ class Tokenizer:
         """Parse a JSON file; empty if there is none."""
         try:
             value = json.loads(self.files.get(name, b"{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{folder / name} cannot be read: {one_line(error)}") from None
         require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
         return value
@@ -126,8 +127,8 @@ def token_text(token: Any) -> str:
 def _default_template(given: Any) -> str | None:
     """Return a chat template as it is, or the entry named default of a list, as older files hold."""
     if isinstance(given, list):
-        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
+        entries = [entry for entry in given if isinstance(entry, dict) and entry.get("name") == "default"]
+        given = entries[-1].get("template") if entries else None
     return given if isinstance(given, str) else None
 
 

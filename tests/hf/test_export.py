@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -335,3 +336,25 @@ def test_an_export_has_any_name(tmp_path, name):
 def test_a_curve_that_cannot_be_drawn_ends_no_export(tmp_path):
     export_folder(numpy_params(TINY), TINY, tmp_path / "out", verify=False, curve=lambda _: False)
     assert "loss.png" not in (tmp_path / "out" / "README.md").read_text().partition("<!--")[0]
+
+
+def test_weights_of_another_config_are_refused_also_without_a_check(tmp_path):
+    other = replace(TINY, vocab_size=TINY.vocab_size - 8)
+    with pytest.raises(ValueError, match=r"embedding is \(300, 24\) in the weights, \(292, 24\) in the config"):
+        export_folder(numpy_params(TINY), other, tmp_path / "out", verify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_files_of_an_export_have_one_mode(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_a_full_disk_is_an_error_of_the_machine_that_names_the_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        export_folder(numpy_params(TINY), TINY, tmp_path / "out")
+    assert (caught.value.errno, caught.value.filename[-17:]) == (28, "model.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -175,3 +175,33 @@ def test_an_export_of_a_run_writes_nothing_into_the_run(folder, tmp_path):
     export_run(tmp_path / "run", tmp_path / "out", verify=False)
     assert {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]} == before
     assert (tmp_path / "out" / "loss.png").exists()
+
+
+def test_a_run_of_a_billion_layers_is_one_line(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    values["model"]["num_layers"] = 10**9
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="1,000,000,000 layers; at most 10,000"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", "[" * 100_000, "cannot be read"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has no entries"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(folder, tmp_path, file, content, message):
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        import_run(folder, tmp_path / "run")
+
+
+def test_a_chat_template_without_a_usable_name_is_none(folder, tmp_path):
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"chat_template": [{"name": ["x"]}]}))
+    import_run(folder, tmp_path / "run")
+    assert load_model(tmp_path / "run")[2].chat_template is None

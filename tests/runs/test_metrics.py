@@ -107,7 +107,7 @@ def test_a_notebooks_backend_that_is_not_installed_here_is_not_used(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
     program = (
         "import sys; from pathlib import Path; from smollm_jax.runs.metrics import draw\n"
-        "assert draw(Path(sys.argv[1]), Path(sys.argv[1], 'loss.png'))"
+        "assert all(draw(Path(sys.argv[1]), Path(sys.argv[1], 'loss.png')) for _ in range(2))"
     )
     environment = os.environ | {
         "MPLBACKEND": "module://not_installed_here",

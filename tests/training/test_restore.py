@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config, RunConfig
-from smollm_jax.training.restore import check_settings
+from smollm_jax.runtime.errors import UserError
+from smollm_jax.training.restore import check_settings, resolve_start
 
 
 def test_changes_are_refused_noted_or_let_pass():
@@ -32,3 +35,15 @@ def test_a_smaller_batch_of_the_past_is_refused_and_of_the_future_is_not():
     assert "stay as they were" in check_settings(saved, later, 10)[0]
     with pytest.raises(ValueError, match=r"run\.phases was 20x8, is 10x8,10x4"):
         check_settings(saved, later, 11)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"progress": {}}, {"progress": {"nix": 1}, "config": to_dict(Config())}, {"progress": 3, "config": {}}],
+)
+def test_a_checkpoint_without_settings_or_progress_is_damaged_in_one_line(tmp_path, meta):
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=1, keep_every=0)
+    checkpoints.save(3, {"params": {"w": np.ones(2)}}, meta)
+    assert checkpoints.wait()
+    with pytest.raises(UserError, match=r"checkpoint 3 is damaged: its meta\.json lacks"):
+        resolve_start(Config(), tmp_path, checkpoints)
