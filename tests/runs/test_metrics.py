@@ -103,7 +103,7 @@ def test_a_title_is_no_formula(tmp_path):
     assert draw(folder, folder / "loss.png")
 
 
-def test_a_notebooks_backend_that_is_not_installed_here_is_not_used(tmp_path):
+def test_a_notebooks_backend_which_may_not_be_installed_here_is_not_used(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
     program = (
         "import sys; from pathlib import Path; from smollm_jax.runs.metrics import draw\n"
