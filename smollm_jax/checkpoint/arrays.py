@@ -6,22 +6,30 @@ group is an orbax tree of its own. Nothing heavy is imported until arrays are co
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import UserError, one_line
+from smollm_jax.runtime.files import Damaged
 from smollm_jax.runtime.trees import flatten, unflatten
 
 if TYPE_CHECKING:
     import numpy as np
 
 COPY_THREADS = 4  # page faults on fresh host memory limit a single copying thread, not the bus
+# orbax takes brackets for a pattern and `gs:/` for a bucket, tensorstore a backslash for a slash: without a word
+PLAIN = re.compile(r"[\w/.,=+%@ -]+", re.ASCII)
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
@@ -130,28 +138,75 @@ def _checkpointer(processes: Processes, key: str) -> Any:
     return ocp.Checkpointer(handler, multiprocessing_options=together)
 
 
+@contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """Yield an absolute path of `folder` in which no library below finds a pattern: if need be, a link to it."""
+    if PLAIN.fullmatch(str(folder.absolute())):
+        yield folder.absolute()
+        return
+    place = tempfile.gettempdir() if PLAIN.fullmatch(tempfile.gettempdir()) else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="smollm-jax-", dir=place) as temporary:
+        link = Path(temporary, "folder")
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
+
+
 def store(folder: Path, leaves: dict[str, Any], processes: Processes) -> None:
     """Write named leaves, each group as an orbax tree of its own below `folder`."""
     import orbax.checkpoint as ocp
 
-    for group, part in unflatten(leaves, "/").items():
-        with _checkpointer(processes, f"{folder.name}-{group}") as checkpointer:
-            checkpointer.save((folder / group).absolute(), args=ocp.args.PyTreeSave({group: part}))
+    with _plain(folder) as plain:
+        for group, part in unflatten(leaves, "/").items():
+            with _checkpointer(processes, f"{folder.name}-{group}") as checkpointer:
+                checkpointer.save(plain / group, args=ocp.args.PyTreeSave({group: part}))
+        if processes.first:
+            _check_stored(plain, described(leaves))
+
+
+def _check_stored(folder: Path, leaves: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raise `Damaged` unless the index of each group holds its leaves, and the files all bytes of them."""
+    import ml_dtypes  # noqa: F401 - numpy knows bfloat16 with it
+    import numpy as np
+    import tensorstore as ts
+
+    for group in {name.split("/")[0] for name in leaves}:
+        base = {"driver": "file", "path": f"{folder / group}/"}
+        index = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = [key.decode() for key in index.list().result()]
+        for name, (shape, dtype) in leaves.items():
+            if name.split("/")[0] != group:
+                continue
+            prefix = name.replace("/", ".") + "/"
+            if f"{prefix}.zarray" not in keys:
+                raise Damaged(f"{name} is missing in what was written")
+            about = json.loads(index[f"{prefix}.zarray"])
+            chunks = [key for key in keys if key.startswith(prefix) and not key.endswith("/.zarray")]
+            count = math.prod(-(-size // chunk) for size, chunk in zip(shape, about["chunks"], strict=True))
+            size = math.prod(about["chunks"]) * np.dtype(dtype).itemsize
+            # the last byte of each chunk: a file cut short does not have it
+            ends = [index.read(key, byte_range=slice(size - 1, size)).result().value for key in chunks]
+            if tuple(about["shape"]) != shape or list(map(len, ends)) != [1] * count:
+                raise Damaged(f"{name} is not whole in what was written")
 
 
 def load(folder: Path, targets: dict[str, Any], processes: Processes) -> dict[str, Any]:
     """Read named leaves from their orbax trees below `folder`.
 
     A leaf gets the layout and dtype of its target, an array or `jax.ShapeDtypeStruct`; None reads a numpy array.
+    Raises `Damaged` if orbax cannot read what the manifest vouches for.
     """
     import orbax.checkpoint as ocp
 
     named: dict[str, Any] = {}
     args = {name: _restore_args(target) for name, target in targets.items()}
-    for group, part in unflatten(args, "/").items():
-        with _checkpointer(processes, f"{folder.name}-{group}-read") as checkpointer:
-            restore = ocp.args.PyTreeRestore(restore_args={group: part})
-            named |= flatten(checkpointer.restore((folder / group).absolute(), args=restore), "/")
+    with _plain(folder) as plain:
+        for group, part in unflatten(args, "/").items():
+            with _checkpointer(processes, f"{folder.name}-{group}-read") as checkpointer:
+                restore = ocp.args.PyTreeRestore(restore_args={group: part})
+                try:
+                    named |= flatten(checkpointer.restore(plain / group, args=restore), "/")
+                except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+                    raise Damaged(f"{folder / group} is damaged: {reason(error)}") from None
     return named
 
 

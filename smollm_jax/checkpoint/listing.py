@@ -16,7 +16,7 @@ from smollm_jax.checkpoint.manifest import verify
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import Damaged, fsync, read_json
 
-META = "meta.json"
+META, INDEX = "meta.json", "manifest.ocdbt"
 BAD = ".bad"
 LEAVES_SHOWN = 3
 
@@ -53,7 +53,7 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
         if step is None:
             continue
         try:
-            _open(path, step)
+            open_checkpoint(path, step)
             verdict = "good"
         except Damaged as reason:
             verdict = str(reason)
@@ -85,9 +85,12 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((step for step in steps if step is not None), reverse=True)
 
 
-def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpoint:
+def open_checkpoint(
+    path: Path, step: int, *, group: str | None = None, checksums: bool = True
+) -> VerifiedCheckpoint:
     """Verify a checkpoint, or only one part of it and its meta; raises `Damaged`."""
-    about = verify(path, parts=None if group is None else {group, META})["about"]
+    manifest = verify(path, parts=None if group is None else {group, META}, checksums=checksums)
+    about, files = manifest["about"], manifest["files"]
     if about.get("step") != step:
         raise Damaged(f"it says that it is of step {about.get('step')!r}")
     meta = read_json(path / META, META)
@@ -97,6 +100,10 @@ def _open(path: Path, step: int, *, group: str | None = None) -> VerifiedCheckpo
         leaves = {n: (tuple(map(int, v["shape"])), str(v["dtype"])) for n, v in about["leaves"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise Damaged("its manifest does not describe the leaves") from None
+    for part in sorted({name.split("/")[0] for name in leaves}):
+        # orbax joins nothing, and says nothing, in a folder with brackets
+        if group in (None, part) and f"{part}/{INDEX}" not in files:
+            raise Damaged(f"{part}/{INDEX}, the index of its arrays, was never written")
     return VerifiedCheckpoint(step=step, meta=meta, leaves=leaves)
 
 
@@ -111,7 +118,7 @@ def find_checkpoint(folder: Path, step: int | None, *, group: str | None = None)
         there = ", ".join(map(str, reversed(steps))) or "none"
         raise UserError(f"{folder} holds no checkpoint of step {step}; there are: {there}")
     try:
-        return _open(folder / str(step), step, group=group)
+        return open_checkpoint(folder / str(step), step, group=group)
     except Damaged as reason:
         raise UserError(f"checkpoint {step} in {folder} is damaged: {reason}") from None
 
@@ -123,7 +130,7 @@ def verified_checkpoints(
     for step in steps_in(folder):
         path = folder / str(step)
         try:
-            yield _open(path, step, group=group)
+            yield open_checkpoint(path, step, group=group)
         except Damaged as reason:
             if rename:
                 quarantine(path, reason)

@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint.arrays import HostCopies, described, leaves_by_name, load, reason, store
-from smollm_jax.checkpoint.listing import META, VerifiedCheckpoint, compare, find_checkpoint, quarantine, steps_in
-from smollm_jax.checkpoint.manifest import seal, verify
+from smollm_jax.checkpoint.listing import (
+    META,
+    VerifiedCheckpoint,
+    compare,
+    find_checkpoint,
+    open_checkpoint,
+    quarantine,
+    steps_in,
+)
+from smollm_jax.checkpoint.manifest import seal
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import Damaged, fsync, write_json
@@ -122,7 +130,7 @@ class CheckpointManager:
         try:
             if final.exists():
                 try:
-                    verify(final)
+                    open_checkpoint(final, step)
                     self.newest = step
                     return None, None
                 except Damaged as damage:
@@ -164,7 +172,7 @@ class CheckpointManager:
         whole = 0
         for step in steps_in(self.folder):
             try:
-                verify(self.folder / str(step), checksums=False)
+                open_checkpoint(self.folder / str(step), step, checksums=False)
             except Damaged:
                 continue
             whole += 1

@@ -14,19 +14,10 @@ from typing import Any
 
 import xxhash
 
-from smollm_jax.runtime.files import Damaged, fsync, read_json, write_json
+from smollm_jax.runtime.files import Damaged, checksum, fsync, read_json, write_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
-
-
-def checksum(path: Path) -> str:
-    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

@@ -5,9 +5,9 @@ nothing of tokens, shuffling or rows. A row or file that cannot be read is named
 skipped and counted, and never goes unmentioned.
 """
 
-import glob
 import io
 import logging
+import os
 import sys
 import threading
 import zlib
@@ -23,6 +23,7 @@ from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
+from smollm_jax.runtime.files import matching
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
@@ -144,10 +145,10 @@ class LocalSource(Source):
 
     def __init__(self, pattern: str, settings: DataConfig):
         """Raise `UserError` if there are no files, or they cannot be read."""
-        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        files = sorted(f for path in found for f in (_inside(path) if Path(path).is_dir() else [path]))
+        files = sorted(f for path in matching(pattern) for f in (_inside(path) if Path(path).is_dir() else [path]))
         require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
         _require_known(files, pattern)
+        _require_files(files, pattern)
         try:
             sizes = [Path(path).stat().st_size for path in files]
             whole = sum(sizes) <= WHOLE_BYTES
@@ -216,12 +217,20 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
 
 
 def mixture(data: str) -> list[tuple[str, float]]:
-    """Parse `"A=0.7,B=0.3"` to [("A", 0.7), ("B", 0.3)], with weights that sum to 1; the default weight is 1."""
-    parts = []
-    for part in map(str.strip, data.split(",")):
+    """Parse `"A=0.7,B=0.3"` to [("A", 0.7), ("B", 0.3)], with weights that sum to 1; the default weight is 1.
+
+    A path that exists is that path, whatever commas and equals signs are in its name.
+    """
+    parts, pieces = [], data.split(",")
+    while pieces:
+        names = (",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1))
+        part = next(
+            (name for name in names if _is_path(name) or _is_path(name.rpartition("=")[0])), pieces[0].strip()
+        )
+        del pieces[: part.count(",") + 1]
         spec, equals, weight = part.rpartition("=")
         try:
-            parts.append((spec, float(weight)) if equals else (part, 1.0))
+            parts.append((spec, float(weight)) if equals and not _is_path(part) else (part, 1.0))
         except ValueError:
             parts.append((part, 1.0))
     require(all(spec for spec, _ in parts), f"--data {data!r}: a part is empty")
@@ -265,8 +274,12 @@ def _is_of_the_file(error: Exception) -> bool:
     return of_parser and not isinstance(error, UserError)
 
 
+def _is_path(spec: str) -> bool:
+    return os.path.exists(os.path.expanduser(spec))
+
+
 def _looks_local(spec: str) -> bool:
-    path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or Path(spec).exists()
+    path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or _is_path(spec)
     return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
 
 
@@ -277,3 +290,9 @@ def _inside(folder: str) -> list[str]:
 def _require_known(files: list[str], spec: str) -> None:
     for path in files:
         require(path.endswith(SUFFIXES), f"--data {spec}: {path} is none of {', '.join(SUFFIXES)}")
+
+
+def _require_files(files: list[str], spec: str) -> None:
+    for path in files:
+        is_file = os.path.isfile(path)
+        require(is_file, f"--data {spec}: {path} is no regular file, and data is read more than once")

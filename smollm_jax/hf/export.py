@@ -7,24 +7,26 @@ on real text are compared with ours; a folder that disagrees is removed.
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
-from smollm_jax.hf.publish import CARD, CURVE, is_exported, model_card
-from smollm_jax.hf.reader import INDEX, metadata_of, read_folder, tensor_files
-from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import written_aside
+from smollm_jax.hf.publish import CURVE, model_card, refuse_foreign, write_card
+from smollm_jax.hf.reader import INDEX, read_folder
+from smollm_jax.runtime.errors import UserError, one_line, require, say
+from smollm_jax.runtime.files import moved_aside, written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-MARK = "exported by smollm-jax"  # in the safetensors header: only our own folders are written over
+MARK = "exported by smollm-jax"  # in the safetensors header
 SHARD_BYTES = 5 * 10**9
 CHECKED_TOKENS = 64
 # of the largest logit: f32 sums in another order differ by 1e-6 to 1e-5, a wrong layout by about 1
@@ -39,10 +41,14 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     """Write config and weights into the new folder `out`; `params` are numpy arrays."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     require(dtype in ("float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
     out.mkdir(parents=True)
+    shapes = {name: leaf.shape for name, leaf in flatten(params, "/").items()}
+    for name, shape in parameter_shapes(config).items():
+        require(shapes.get(name) == shape, f"{name} is {shapes.get(name)} in the weights, {shape} in the config")
     held = {tensor.name: tensor for tensor in tensors(config)}
     split = split_state_dict_into_shards_factory(
         held,
@@ -52,7 +58,13 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     )
     for file, names in split.filename_to_tensors.items():
         values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
-        save_file(values, out / file, metadata={"format": "pt", "note": MARK})
+        try:
+            save_file(values, out / file, metadata={"format": "pt", "note": MARK})
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(out / file)) from None
         _sort_metadata(out / file)
     values = hf_config(config, dtype)
     ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in values}
@@ -64,6 +76,8 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
         contents[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     for file, content in contents.items():
         (out / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in split.filename_to_tensors:  # safetensors makes them for the owner alone
+        (out / file).chmod((out / "config.json").stat().st_mode)
 
 
 def export_folder(
@@ -74,17 +88,20 @@ def export_folder(
     dtype: str = "float32",
     tokenizer_folder: str | Path | None = None,
     card_facts: dict[str, Any] | None = None,
-    curve: Path | None = None,
+    curve: Path | Callable[[Path], bool] | None = None,
     verify: bool = True,
+    aside: bool = False,
 ) -> str:
     """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
 
-    Raises `UserError` if `out` holds something else, and `RuntimeError` if the check fails: an older export stays.
+    `curve` is a picture, or draws one at a path and returns whether it did. Only an older export as it was written
+    is replaced: if `out` holds anything else, it is renamed if `aside` is true. Raises `UserError` otherwise, and
+    `RuntimeError` if the check fails: an older export stays.
     """
-    out = Path(os.path.abspath(out))  # "." has no name of its own
-    _refuse_foreign(out)
+    out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
     params = unflatten({name: np.asarray(leaf) for name, leaf in flatten(params, "/").items()}, "/")
     with written_aside(out) as part:
+        _make_way(out, part, aside=aside)
         write_folder(params, config, part, dtype=dtype)
         if tokenizer_folder is not None:
             tokenizer = Tokenizer(tokenizer_folder)
@@ -93,10 +110,11 @@ def export_folder(
             # its files alone: the folder may be another model's, with a config.json of its own
             tokenizer.save(part)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
-        if curve is not None:
+        if isinstance(curve, Path):
             shutil.copyfile(curve, part / CURVE)
-        card = model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=curve is not None)
-        (part / CARD).write_text(card, encoding="utf-8")
+        drawn = curve(part / CURVE) if callable(curve) else curve is not None
+        write_card(part, model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=drawn))
+        _make_way(out, part, aside=aside)  # again: writing took a while
     return checked
 
 
@@ -144,20 +162,14 @@ def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
         export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise `UserError` unless `out` is free, empty, or an export of ours to which nothing was added."""
-    require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if not held:
-        return
+def _make_way(out: Path, part: Path, *, aside: bool) -> None:
+    """Raise `UserError` if `out` holds what no export wrote, or move it aside."""
     try:
-        files = set(tensor_files(out).values())
-        ours = bool(files) and all(metadata_of(file).get("note") == MARK for file in files)
-    except UserError:
-        ours = False
-    require(ours, f"{out} is not empty and no export of ours; give another --out")
-    added = [name for name in held if not is_exported(name)]
-    require(not added, f"{out} holds {', '.join(added[:1])}, which no export wrote; give another --out")
+        refuse_foreign(out, part)
+    except UserError as error:
+        if not aside:
+            raise
+        say(f"{error}; moved to {moved_aside(out)}")
 
 
 def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:

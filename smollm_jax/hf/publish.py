@@ -4,25 +4,70 @@ Only files that an export consists of are uploaded, no other file in the folder.
 (HF_TOKEN or `hf auth login`); this module neither reads nor prints it.
 """
 
+import json
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
-from smollm_jax.hf.reader import WANTED, tensor_files
+from smollm_jax.hf.reader import INDEX, tensor_files
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import read_json
+from smollm_jax.runtime.files import checksum, leads_out, read_json
+from smollm_jax.tokenizer.tokenizer import FILES
 
 CARD, CURVE = "README.md", "loss.png"
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+# exact names: a person keeps notes beside an export, under names such as tokenizer_notes.md
+NAMES = {"config.json", "generation_config.json", INDEX, *FILES, CARD, CURVE}
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+RECORD = re.compile(rb"\n<!-- written by smollm-jax, as the checksums tell: (.*) -->\n\Z")
 
 
 def is_exported(name: str) -> bool:
     """Return whether an export may hold a file of this name."""
-    return any(fnmatchcase(name, pattern) for pattern in (*WANTED, CARD, CURVE))
+    return name in NAMES or WEIGHTS.fullmatch(name) is not None
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise `UserError` if a model's file is a link out of `folder`, but for the links in the Hub's cache."""
+    for path in sorted(folder.iterdir()):
+        is_safe = not (is_exported(path.name) and leads_out(path))
+        require(is_safe, f"{path} is a link out of the folder, and is not copied; put the file itself there")
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the model card of an export, and at its end the checksums of all files."""
+    card = folder / CARD
+    card.write_text(text, encoding="utf-8", errors="replace")
+    record = json.dumps({path.name: checksum(path) for path in sorted(folder.iterdir())})
+    with card.open("a", encoding="utf-8") as file:
+        file.write(f"\n<!-- written by smollm-jax, as the checksums tell: {record} -->\n")
+
+
+def refuse_foreign(out: Path, part: Path) -> None:
+    """Raise `UserError` unless `out` is free, empty but for `part`, or an export without additions or changes."""
+    require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
+    held = sorted({*out.iterdir()} - {part}) if out.exists() else []
+    if not held:
+        return
+    card = (out / CARD).read_bytes() if (out / CARD).is_file() else b""
+    found = RECORD.search(card)
+    try:
+        record = json.loads(found[1]) if found else None
+    except (ValueError, RecursionError):
+        record = None
+    if found is None or not isinstance(record, dict):
+        raise UserError(f"{out} is not empty and no export of ours; give another --out")
+    for path in held:
+        require(path.name in record, f"{out} holds {path.name}, which no export wrote; give another --out")
+        is_file = path.is_file() and not path.is_symlink()
+        text = xxhash.xxh3_128_hexdigest(card[: found.start()])
+        is_same = is_file and record[path.name] == (text if path.name == CARD else checksum(path))
+        require(is_same, f"{out} holds {path.name}, which has changed since its export; give another --out")
 
 
 def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool = False) -> str:
@@ -38,6 +83,10 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     model_config(read_json(folder / "config.json"))
     tensor_files(folder)  # raises if weights are missing
     files = sorted(path for path in folder.iterdir() if path.is_file() and is_exported(path.name))
+    for path in files:
+        require(
+            not path.is_symlink(), f"{path} is a link, and only files are published; put the file itself there"
+        )
     sizes = {path.name: path.stat().st_size for path in files}
     if dry_run:
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]

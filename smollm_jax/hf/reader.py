@@ -119,7 +119,8 @@ def _weight_map(file: Path) -> dict[str, str]:
         raise UserError(f"{file} holds no weight_map")
     for name, listed in index.items():
         plain = isinstance(listed, str) and Path(listed).name == listed and listed.endswith(".safetensors")
-        require(plain, f"{file}: {name} is said to be in {listed!r}, which is no safetensors file of this folder")
+        plain = plain and len(listed.encode("utf-8", "replace")) <= 255 and "\0" not in listed  # a file name
+        require(plain, f"{file}: {name} is said to be in {str(listed)[:99]!r}, no safetensors file of this folder")
     return index
 
 
@@ -130,9 +131,12 @@ def _opened(file: Path, part: str = "") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        file.open("rb").close()  # safetensors says of a file that may not be read that it is missing
         with safe_open(file, framework="numpy") as tensors_of:
             yield tensors_of
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (SafetensorError, OSError, TypeError, AttributeError, MemoryError) as error:
         raise UserError(f"{file}{part} cannot be read, it may be cut short: {one_line(error)}") from None
 
 

@@ -4,7 +4,9 @@ The end of a run and `python -m smollm_jax export` both call `export_run`, so th
 """
 
 import os
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
@@ -13,21 +15,29 @@ from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
-from smollm_jax.runs.load import load_model, read_run, with_ids_of
-from smollm_jax.runs.metrics import plot, read_metrics
+from smollm_jax.hf.publish import refuse_links
+from smollm_jax.hf.reader import local_folder
+from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
+from smollm_jax.runs.metrics import draw, read_metrics
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.files import write_json_atomic, written_aside
+from smollm_jax.runtime.files import clean_left_overs, write_json_atomic, written_aside
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
 def export_run(
-    run_dir: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", verify: bool = True
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    verify: bool = True,
+    aside: bool = False,
 ) -> tuple[int, str]:
     """Export checkpoint `step` of a run, by default the newest good one, to the folder `out`.
 
     Returns the step, and a sentence on how the folder was compared with the run. Raises `UserError` if `run_dir`
-    is no run or `out` holds something else, and `RuntimeError` if the written folder does not agree with the
-    checkpoint; no folder is left then.
+    is no run, or `out` holds something else and `aside` is false, and `RuntimeError` if the written folder does
+    not agree with the checkpoint; no folder is left then.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
@@ -45,7 +55,7 @@ def export_run(
     model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
     return found.step, export_folder(
         params, model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", card_facts=facts,
-        curve=plot(run_dir), verify=verify,
+        curve=partial(draw, run_dir), verify=verify, aside=aside,
     )  # fmt: skip
 
 
@@ -59,15 +69,20 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
 
     The run appears by one rename. Raises `UserError` if `out` holds something or `path` cannot be read.
     """
-    out = Path(os.path.abspath(out))  # "." has no name of its own
+    out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
+    clean_left_overs(out, (out.name,))
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
-    model, params, tokenizer = load_model(path)
+    source = Path(path) if is_run(path) else local_folder(path)
+    refuse_links(source)
+    model, params, tokenizer = load_model(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     default = Config()
     data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
-    with written_aside(out) as part:
-        checkpoints = CheckpointManager(part / "checkpoints", keep_last=1, keep_every=1)
+    with (
+        written_aside(out) as part,
+        closing(CheckpointManager(part / "checkpoints", keep_last=1, keep_every=1)) as checkpoints,
+    ):
         # without "progress" in the meta, a start takes the weights and does not resume
         checkpoints.save(0, {"params": params}, {"imported_from": str(path)})
         require(checkpoints.wait(), f"{out} could not be written: {checkpoints.failed}")

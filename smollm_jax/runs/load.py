@@ -11,6 +11,7 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import read_json
@@ -25,9 +26,12 @@ def is_run(path: str | Path) -> bool:
 def read_run(path: str | Path) -> Config:
     """Return the config of a run folder, also before its first checkpoint; raises `UserError` if it is no run."""
     try:
-        return from_dict(read_json(Path(path) / "config.json"))
+        config = from_dict(read_json(Path(path) / "config.json"))
     except ValueError as error:
         raise UserError(f"{path} is not a run: {error}") from None
+    layers = config.model.num_layers  # a damaged number must not ask for a list of a billion names
+    require(layers <= MOST_LAYERS, f"{path}: config.json says {layers:,} layers; at most {MOST_LAYERS:,} are read")
+    return config
 
 
 def load_model(

@@ -8,13 +8,19 @@ import time
 from pathlib import Path
 from typing import Self
 
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.files import leads_out
 
 LOCK = ".lock"
+# what a run writes in its folder
+WRITTEN = (LOCK, "config.json", "metrics.jsonl", "samples.txt", "loss.png", "tensorboard", "tokenizer",
+           "checkpoints", "export")  # fmt: skip
 
 
 class RunLock:
-    """A context manager that locks a run folder; raises `UserError` naming the process that holds the lock.
+    """A context manager that locks a run folder for writing; raises `UserError` naming who holds the lock.
+
+    Links that lead out of the folder are refused: a run folder from elsewhere must not write over other files.
 
     The kernel releases the lock when its process dies, so a dead process leaves nothing to clear away.
     """
@@ -25,6 +31,12 @@ class RunLock:
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for path in (self.path.with_name(name) for name in WRITTEN):
+                is_safe = not leads_out(path)
+                require(
+                    is_safe, f"{path} is a link out of the run folder; put what it leads to here, or remove it"
+                )
+            require(self.path.is_file() or not self.path.exists(), f"{self.path} is not a file; remove it")
             self._file = self.path.open("ab+", buffering=0)
         except OSError as error:
             raise UserError(f"--run-dir {self.path.parent} cannot be used as a folder: {error.strerror}") from None

@@ -6,17 +6,19 @@ Progress goes to stderr, numbers to files. Every line is flushed, so that a kill
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
-from smollm_jax.runtime.errors import say
+from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
@@ -64,7 +66,7 @@ class RunMetrics:
         for prompt, text in samples:
             # a margin keeps a sample's own lines from looking like a heading
             written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
-            self._board.write(step, summary=text_summary(f"samples/{prompt}", f"{prompt}**{text}**"))
+            self._board.write(step, summary=partial(text_summary, f"samples/{prompt}", f"{prompt}**{text}**"))
         self._samples.write("\n".join(written) + "\n")
         self._record(line)
         self.say(
@@ -73,10 +75,7 @@ class RunMetrics:
         )
         for prompt, text in samples[:1]:
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
-        try:
-            plot(self.run_dir)
-        except OSError as error:
-            self.say(f"loss.png could not be drawn: {error.strerror}")
+        draw(self.run_dir, self.run_dir / "loss.png")
 
     def say(self, message: str) -> None:
         """Print a line to stderr, above the progress bar if there is one."""
@@ -96,7 +95,7 @@ class RunMetrics:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
-                self._board.write(line["step"], summary=scalar(name, value))
+                self._board.write(line["step"], summary=partial(scalar, name, value))
 
 
 class NullMetrics:
@@ -110,47 +109,62 @@ class LineFile:
     """A file that grows by lines; text that a full disk refuses is kept and written first the next time."""
 
     def __init__(self, path: Path):
-        self._file, self._left = path.open("ab", buffering=0), b""
+        self._path, self._left, self._is_refused = path, b"", False
+        self._file: Any = None
+        self.write("")
 
     def write(self, text: str) -> None:
-        refused_before = bool(self._left)
-        self._left += text.encode()
+        self._left += text.encode("utf-8", "replace")
         try:
+            if self._file is None:
+                self._file = open(self._path, "ab", buffering=0, opener=_at_once)  # noqa: SIM115 - kept open
             while self._left:
                 self._left = self._left[self._file.write(self._left) :]
+            self._is_refused = False
         except OSError as error:
-            if not refused_before:
-                say(f"{self._file.name} cannot be written ({error.strerror}); its lines are kept in memory")
+            if not self._is_refused:
+                say(f"{self._path} cannot be written ({error.strerror}); its lines are kept in memory")
+            self._is_refused = True
 
     def close(self) -> None:
         self.write("")
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe would wait for its reader
 
 
 class Board:
     """Writes TensorBoard events in the calling thread: the library's writer thread hangs on a full disk."""
 
     def __init__(self, folder: Path, start: int):
+        self._folder, self._writer, self._is_over = folder, cast(Any, None), False
+        self.write(start + 1, session_log=self._open)
+
+    def _open(self) -> Any:
+        """Open a file of events; returns the event that makes TensorBoard drop what was written after `start`."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        folder.mkdir(exist_ok=True)
-        self._writer: Any = EventsWriter(str(folder / "events"))
-        # TensorBoard drops what an earlier process wrote after the checkpoint
-        self.write(start + 1, session_log=SessionLog(status=SessionLog.START))
+        self._folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(self._folder / "events"))
+        return SessionLog(status=SessionLog.START)
 
-    def write(self, step: int, **content: Any) -> None:
-        """Write an event; `content` is a summary or session log."""
+    def write(self, step: int, **content: Callable[[], Any]) -> None:
+        """Write an event; `content` makes a summary or session log."""
         from tensorboardX.proto.event_pb2 import Event
 
-        if self._writer is None:
+        if self._is_over:
             return
         try:
-            self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+            made = {name: make() for name, make in content.items()}
+            self._writer.write_event(Event(wall_time=time.time(), step=step, **made))
             self._writer.flush()
-        except OSError as error:
-            self._writer = None
-            say(f"TensorBoard gets no more of this run ({error.strerror}); metrics.jsonl has it all")
+        except Exception as error:  # of any kind: nothing optional ends a run
+            self._is_over = True
+            say(f"TensorBoard gets no more of this run ({one_line(error)}); metrics.jsonl has it all")
 
 
 def finite_or_none(value: float) -> float | None:
@@ -159,25 +173,59 @@ def finite_or_none(value: float) -> float | None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without one that a kill cut short."""
-    path, lines = run_dir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            values = json.loads(line)
-            if isinstance(values["step"], int):
-                lines.append(values)
-    return lines
+    """Return the lines of metrics.jsonl, without damaged ones, such as one that a kill cut short."""
+    return [values for line in _lines(run_dir / "metrics.jsonl") if (values := _whole(line)) is not None]
 
 
-def plot(run_dir: Path) -> Path | None:
-    """Draw loss.png from metrics.jsonl: training loss, its running mean, and the held-out loss."""
+def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of evaluations whose results are finite."""
+    return [x for x in lines if None not in (x.get("eval_loss"), x.get("eval_bits_per_byte"))]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file, whatever bytes are in it; none if it is no file."""
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, None if it is not as a run writes it."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not _is_number(values.get("step"), int) or values["step"] < 0:
+        return None
+    losses = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte")]  # null if not finite
+    return values if all(loss is None or _is_number(loss, int | float) for loss in losses) else None
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def draw(run_dir: Path, picture: Path) -> bool:
+    """Draw the losses of a run as `picture`; returns whether it is there. A failure is only logged."""
+    try:
+        return plot(run_dir, picture)
+    except Exception as error:  # of matplotlib, its fonts or its settings: any
+        say(f"{picture} could not be drawn: {one_line(error)}")
+        return False
+
+
+def plot(run_dir: Path, picture: Path) -> bool:
+    """Draw training loss, its running mean and the held-out loss; returns False if there is no loss yet."""
+    given = os.environ.pop("MPLBACKEND", None)  # a notebook's may name what is not installed here
     from matplotlib.figure import Figure
+
+    if given is not None:
+        os.environ["MPLBACKEND"] = given
 
     lines = read_metrics(run_dir)
     train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
-    held_out = [x for x in lines if x.get("eval_loss") is not None]
+    held_out = evaluations(lines)
     if not train:
-        return None
+        return False
     figure = Figure(figsize=(8, 4.5), dpi=130)
     axes = figure.subplots()
     steps, losses = zip(*train, strict=True)
@@ -190,15 +238,16 @@ def plot(run_dir: Path) -> Path | None:
             f"{last['eval_loss']:.3f} nats a token\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
             xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title(run_dir.resolve().name, parse_math=False)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
-    with written_aside(run_dir / "loss.png") as part:
+    with written_aside(picture) as part:
         figure.savefig(part, format="png")
-    return run_dir / "loss.png"
+    return True
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:
@@ -227,10 +276,10 @@ def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
         number = line.removeprefix(SAMPLES_OF)
         return number == line or (number.isdecimal() and int(number) <= evaluated)
 
-    if metrics.exists():
+    if metrics.is_file():
         _rewrite(metrics, map(json.dumps, kept))
-    if samples.exists():
-        _rewrite(samples, takewhile(is_kept, samples.read_text(encoding="utf-8").splitlines()))
+    if samples.is_file():
+        _rewrite(samples, takewhile(is_kept, _lines(samples)))
     return evaluated, {values["step"]: values["ledger"] for values in lines if "ledger" in values}
 
 

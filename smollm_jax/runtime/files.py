@@ -1,14 +1,23 @@
 """Files that are complete or absent: written aside and renamed, and JSON that may be damaged."""
 
+import errno
+import fcntl
+import glob
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from smollm_jax.runtime.errors import UserError
+
+BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
 
 
 class Damaged(UserError):
@@ -24,25 +33,122 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def checksum(path: Path) -> str:
+    """Return a checksum of a file's content; it guards against accidents, not against an attacker."""
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the paths that a path or glob pattern names; a path that exists, or its beginning, is no pattern."""
+    path = Path(pattern).expanduser()
+    if os.path.exists(path):
+        return [str(path)]
+    base = next(folder for folder in path.parents if os.path.exists(folder))
+    found = glob.glob(os.path.join(glob.escape(str(base)), path.relative_to(base)), recursive=True)
+    return [str(Path(name)) for name in found]
+
+
+def leads_out(path: Path) -> bool:
+    """Return whether `path` is a link out of its folder; the Hub's cache links snapshots/ID/FILE to blobs/HASH."""
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    return not (target.is_relative_to(folder) or target.is_relative_to(blobs))
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`; rename it to `path` if the block succeeds, else remove it.
 
-    A reader finds the old file or folder or the new one, never a part of it, also after the process dies. Raises
-    `OSError` for a file to be written where a folder is.
+    A reader finds the old file or folder or the new one, never a part of it, also after the process dies; the next
+    writer removes what a dead one left. A folder that cannot be renamed, as a mount point, is filled in place.
+    Raises `OSError` for a file to be written where a folder is.
     """
-    part, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("part", "old"))
-    _remove(part)
+    is_fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    where = path if is_fixed else path.parent
+    part, old = (where / f".{path.name}.{word}-{os.getpid()}" for word in ("part", "old"))
+    with _cleaned(where, (path.name,)):
+        try:
+            yield part
+            is_full = part.is_dir() and path.is_dir()  # a folder that holds something cannot be replaced
+            if is_full and (is_fixed or not _renamed(path, old)):
+                _fill(path, part)
+            else:
+                part.replace(path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a write does not name its file
+            raise
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            _remove(part)
+            _remove(old)
+
+
+def moved_aside(path: Path) -> Path:
+    """Rename a file or folder to a free name, NAME.oldN; returns the new path."""
+    aside = next(new for n in count(1) if not os.path.lexists(new := path.with_name(f"{path.name}.old{n}")))
+    path.rename(aside)
+    return aside
+
+
+def clean_left_overs(folder: Path, names: Iterable[str]) -> None:
+    """Remove what dead processes left in `folder` while they wrote one of `names`.
+
+    An old version that has no successor gets its name back. Does nothing while a process writes there.
+    """
+    with _cleaned(folder, names):
+        pass
+
+
+@contextmanager
+def _cleaned(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """Clean up in `folder`, then share its lock: who has it alone knows that all left-overs are dead."""
+    pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.(part|old)-\d+")
     try:
-        yield part
-        if part.is_dir() and path.is_dir():  # a rename replaces a file, but no folder that holds something
-            path.rename(old)
-        part.replace(path)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # not there yet, or not to be read
+        yield
+        return
+    try:
+        with suppress(OSError):  # in use, or a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in folder.iterdir():
+                if found := pattern.fullmatch(path.name):
+                    if found[2] == "old" and not (folder / found[1]).exists():
+                        path.rename(folder / found[1])
+                    _remove(path)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        _remove(part)
-        _remove(old)
+        os.close(descriptor)
+
+
+def _renamed(path: Path, new: Path) -> bool:
+    """Rename a folder; returns False if it is a mount point."""
+    try:
+        path.rename(new)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+def _fill(folder: Path, part: Path) -> None:
+    """Replace all that `folder` holds by what `part` holds.
+
+    The README.md of an export, which tells what else is the export's, is removed last and comes first.
+    """
+    for path in sorted(folder.iterdir(), reverse=True):
+        if path != part:
+            _remove(path)
+    for path in sorted(part.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        shutil.move(path, folder / path.name)
 
 
 def write_json(path: Path, value: Any) -> None:

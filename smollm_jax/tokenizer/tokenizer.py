@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
-from smollm_jax.runtime.files import written_aside
+from smollm_jax.runtime.files import leads_out, written_aside
 from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
@@ -48,6 +48,7 @@ class Tokenizer:
         folder = Path(folder)
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self.outside = next((folder / name for name in self.files if leads_out(folder / name)), None)
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
             # a document that spells out <|endoftext|> must not end itself
@@ -57,7 +58,8 @@ class Tokenizer:
         self.mode, self.template = special_tokens, True
         self.texts = self.texts_with_special = 0  # encoded so far, and how many of them spell out a special token
         self._vocab = self._fast.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(self._vocab.values()) + 1
+        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        require(self.vocab_size > 0, f"{folder}/tokenizer.json has no entries")
         self.settings = self._json("special_tokens_map.json", folder) | self._json("tokenizer_config.json", folder)
         self.chat_template = _default_template(self.settings.get("chat_template"))
         if "chat_template.jinja" in self.files:
@@ -81,7 +83,7 @@ class Tokenizer:
         """Parse a JSON file without its nulls; empty if there is none."""
         try:
             value = json.loads(self.files.get(name, b"{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{folder / name} cannot be read: {one_line(error)}") from None
         require(isinstance(value, dict), f"{folder / name} cannot be read: it is not a JSON object")
         return {key: item for key, item in value.items() if item is not None}
@@ -199,7 +201,8 @@ class Tokenizer:
         return np.diff(ends, prepend=0).astype(np.int32)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that the tokenizer was read from."""
+        """Write the files that were read; raises `UserError` if one was a link out of its folder."""
+        require(self.outside is None, f"{self.outside} is a link out of its folder, not copied; put a file there")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
@@ -215,8 +218,8 @@ def token_text(token: Any) -> str:
 def _default_template(given: Any) -> str | None:
     """Return a chat template as it is, or the entry named default of a list, as older files hold."""
     if isinstance(given, list):
-        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
+        entries = [entry for entry in given if isinstance(entry, dict) and entry.get("name") == "default"]
+        given = entries[-1].get("template") if entries else None
     return given if isinstance(given, str) else None
 
 

@@ -3,9 +3,9 @@
 The functions stand in the order of execution. Each of several processes runs all of them.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from itertools import count
 from pathlib import Path
 
 from smollm_jax.config.serialization import to_dict
@@ -14,8 +14,9 @@ from smollm_jax.distributed.launch import join_job
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
-from smollm_jax.runs.metrics import read_metrics
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, say
+from smollm_jax.runs.metrics import evaluations, read_metrics
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, one_line, say
+from smollm_jax.runtime.files import moved_aside
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.training.evaluation import evaluate_run
@@ -61,8 +62,13 @@ def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
         with job.all_or_none():
             if job.first and config.run.new_run and (run_dir / "config.json").exists():
                 with RunLock(run_dir):
-                    aside = next(p for n in count(1) if not (p := Path(f"{run_dir}.old{n}")).exists())
-                    run_dir.rename(aside)
+                    real = Path(os.path.realpath(run_dir))  # a link stays, and leads to the new run
+                    try:
+                        aside = moved_aside(real)
+                    except OSError as error:  # such as a mount point
+                        reason = f"cannot be moved aside: {error.strerror}; give another --run-dir"
+                        raise UserError(f"--new-run: {real} {reason}") from None
+                    real.mkdir()
                 say(f"moved the old run to {aside}")
             if job.first:
                 held.enter_context(RunLock(run_dir))
@@ -94,16 +100,16 @@ def conclude(run: Run) -> int:
     step, total = run.progress.step, run.config.total_steps
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens"
-    for last in [line for line in read_metrics(run.run_dir) if line.get("eval_loss") is not None][-1:]:
+    for last in evaluations(read_metrics(run.run_dir))[-1:]:
         result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
     if not run.config.run.export:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0
     try:
-        export_run(run.run_dir, run.run_dir / "export", step=step)
-    except (RuntimeError, UserError) as error:
+        export_run(run.run_dir, run.run_dir / "export", step=step, aside=True)
+    except (RuntimeError, UserError, OSError) as error:
         print(f"{result}; saved, but not exported")
-        run.report.say(f"the export was rolled back: {error}")
+        run.report.say(f"the export was rolled back: {one_line(error)}")
         return EXIT_FAILED
     print(f"{result}; export in {run.run_dir / 'export'}")
     return 0

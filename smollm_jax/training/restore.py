@@ -25,6 +25,7 @@ from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.optimizer import learning_rate_schedule
+from smollm_jax.training.run import Progress
 
 # fields of the architecture that no weight's shape depends on
 FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
@@ -80,6 +81,9 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
 
 
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
+    progress, known = found.meta["progress"], set(vars(Progress()))
+    is_whole = isinstance(found.meta.get("config"), dict) and isinstance(progress, dict) and set(progress) <= known
+    require(is_whole, f"checkpoint {found.step} is damaged: its meta.json lacks settings or progress of a run")
     saved = from_dict(found.meta["config"])
     began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
     config = replace(config, run=replace(config.run, scale_residual_init=began))

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 import time
 from dataclasses import replace
 from itertools import islice
@@ -22,10 +21,11 @@ from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows
 from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
+from smollm_jax.runs.lock import WRITTEN
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
+from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -98,10 +98,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
 def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
     """Remove the files that dead processes left half written; only for the holder of the lock."""
     checkpoints.clean()
-    for left_over in run_dir.glob(".export.*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    for part in run_dir.glob(".*.part-*"):
-        part.unlink(missing_ok=True)
+    clean_left_overs(run_dir, WRITTEN)
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:

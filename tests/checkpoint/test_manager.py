@@ -23,8 +23,9 @@ import pytest
 from smollm_jax.checkpoint.arrays import store
 from smollm_jax.checkpoint.listing import list_checkpoints, verified_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
-from smollm_jax.checkpoint.manifest import MANIFEST
+from smollm_jax.checkpoint.manifest import MANIFEST, read_manifest, seal
 from smollm_jax.distributed.processes import Processes
+from smollm_jax.runtime.errors import UserError
 
 
 class Moments(NamedTuple):
@@ -391,6 +392,92 @@ def test_a_checkpoint_opens_with_orbax_alone(tmp_path):
 def assert_same_leaves(read, saved):
     for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(saved), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+NAMES = ["lr[1]", "a\\b", "gs:", "a*?b", "{x}", "line\nend", os.fsdecode(b"x\xff"), "モデル", "~", "%41 #"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_read_back_below_a_folder_of_any_legal_name(tmp_path, name):
+    checkpoints = saved(tmp_path / name / "checkpoints", 1)
+    assert names(tmp_path) == [name]
+    assert [info.verdict for info in list_checkpoints(checkpoints.folder)] == ["good"]
+    assert_same_bits(checkpoints.restore(1, make_state()), make_state(1))
+
+
+def test_names_with_patterns_are_written_where_the_temporary_folder_has_one_too(tmp_path, monkeypatch):
+    (tmp_path / "t[1]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[1]"))
+    checkpoints = saved(tmp_path / "lr[1]", 1)
+    assert_same_bits(checkpoints.restore(1, make_state()), make_state(1))
+
+
+def without_the_index(group):
+    (group / "manifest.ocdbt").unlink()
+
+
+def without_a_file(group):
+    largest_file(group / "ocdbt.process_0").unlink()
+
+
+def with_a_file_cut_short(group):
+    path = largest_file(group / "ocdbt.process_0" / "d")
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize("harm", [without_the_index, without_a_file, with_a_file_cut_short])
+def test_a_checkpoint_whose_arrays_cannot_be_read_is_not_saved(tmp_path, harm, monkeypatch):
+    plain = ocp.Checkpointer.save
+
+    def save(self, directory, *args, **options):
+        plain(self, directory, *args, **options)
+        if directory.name == "opt_state":
+            harm(Path(directory))
+
+    checkpoints = saved(tmp_path, 1)
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    big = {"params": {"w": jnp.ones(9)}, "opt_state": {"mu": jnp.ones((90, 90)), "nu": jnp.ones(4)}}
+    checkpoints.save(2, big, {})
+    assert not checkpoints.wait()
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_leaf_that_was_not_written_is_missed(tmp_path, monkeypatch):
+    plain = ocp.args.PyTreeSave
+    monkeypatch.setattr(ocp.args, "PyTreeSave", lambda tree: plain({g: {"w": p["w"]} for g, p in tree.items()}))
+    checkpoints = CheckpointManager(tmp_path, keep_last=1, keep_every=0)
+    checkpoints.save(1, {"params": {"w": jnp.ones(9), "b": jnp.ones(2)}}, {})
+    assert not checkpoints.wait()
+    assert "params/b is missing" in checkpoints.failed
+
+
+def resealed(folder):
+    about = read_manifest(folder)["about"]
+    (folder / MANIFEST).unlink()
+    seal(folder, about)
+
+
+def test_a_seal_does_not_vouch_for_arrays_without_their_index(tmp_path):
+    """As older releases sealed below a folder with brackets."""
+    checkpoints = saved(tmp_path, 1, 2, 3, keep_last=2)
+    (tmp_path / "3" / "params" / "manifest.ocdbt").unlink()
+    resealed(tmp_path / "3")
+    assert "never written" in list_checkpoints(tmp_path)[-1].verdict
+    assert newest_good(tmp_path).step == 2
+    checkpoints.save(3, make_state(3), {})
+    assert checkpoints.wait()
+    assert_same_bits(checkpoints.restore(3, make_state()), make_state(3))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"tree_metadata": {}}'])
+def test_what_orbax_cannot_read_is_damage_in_one_line(tmp_path, content):
+    checkpoints = saved(tmp_path, 1)
+    (tmp_path / "1" / "params" / "_METADATA").write_text(content)
+    resealed(tmp_path / "1")
+    with pytest.raises(UserError, match="is damaged"):
+        read_params(tmp_path, 1)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.restore(1, make_state())
 
 
 def test_meta_that_is_not_json_is_the_callers_error(tmp_path):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -217,3 +219,28 @@ def test_a_byte_changed_in_the_middle_of_a_file_changes_its_fingerprint(tmp_path
     text[len(text) // 2] += 1
     path.write_bytes(text)
     assert open_source(str(path), DataConfig()).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "data", ["corpus [v2].jsonl", "year=2024", "a*b", "[team] data/*.jsonl", "a,b.jsonl", "[x]/?.jsonl", "~"]
+)
+def test_a_path_that_exists_is_that_path_before_it_is_a_pattern_a_weight_or_a_list(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = Path(data.replace("*.", "1.").replace("?.", "1.").replace("~", str(tmp_path / "home")))
+    file = file if file.suffix else file / "1.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"text": "one"}\n')
+    other = Path("other.jsonl")
+    other.write_text('{"text": "two"}\n')
+    for spec in (data, f"{data}=0.5,other.jsonl=0.5", f"other.jsonl,{data}"):
+        found = [open_source(part, DataConfig(data=spec)).files for part, _ in mixture(spec)]
+        assert [str(file)] in found, spec
+        assert len(found) == 1 + ("other" in spec)
+
+
+def test_data_that_is_a_pipe_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for data in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ValueError, match="no regular file"):
+            open_source(str(data), DataConfig(data=str(data)))

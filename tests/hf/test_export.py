@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -276,3 +277,100 @@ def test_the_same_weights_give_the_same_file_in_every_process(tmp_path):
         files.append((tmp_path / str(i) / "model.safetensors").read_bytes())
     assert files[0] == files[1] == files[2]
     assert reader.metadata_of(tmp_path / "0" / "model.safetensors") == {"format": "pt", "note": MARK}
+
+
+def edited(name):
+    return lambda folder: (folder / name).write_text((folder / name).read_text() + "mine\n")
+
+
+def a_folder_named_as_a_tokenizer(folder):
+    (folder / "tokenizer_old").mkdir()
+
+
+def a_link_to_the_same_content(folder):
+    (folder / "config.json").rename(folder.parent / "config.json")
+    (folder / "config.json").symlink_to("../config.json")
+
+
+CHANGES = [
+    edited(name) for name in ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
+] + [
+    a_folder_named_as_a_tokenizer,
+    a_link_to_the_same_content,
+    lambda folder: (folder / "tokenizer_notes.md").write_text("mine"),
+    lambda folder: (folder / "adapter.safetensors").write_bytes((folder / "model.safetensors").read_bytes()),
+    lambda folder: (folder / "README.md").unlink(),
+    lambda folder: (folder / "README.md").write_text("my model card"),
+    lambda folder: change_tensors(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 2})),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_export_that_a_person_changed_is_refused_or_moved_aside_whole(folder, change, capsys):
+    change(folder)
+    before = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="give another --out"):
+        export_folder(numpy_params(TINY), TINY, folder, verify=False)
+    assert {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
+    export_folder(numpy_params(TINY), TINY, folder, verify=False, aside=True)
+    aside = folder.with_name("folder.old1")
+    assert {path.name: path.is_file() and path.read_bytes() for path in aside.iterdir()} == before
+    assert f"moved to {aside}" in capsys.readouterr().err
+    export_folder(numpy_params(TINY), TINY, folder, verify=False)
+
+
+def test_what_is_added_while_an_export_is_written_is_not_lost(folder, monkeypatch):
+    monkeypatch.setattr(convert, "check", lambda *_: (folder / "late.txt").write_text("mine"))
+    with pytest.raises(ValueError, match=r"late\.txt"):
+        export_folder(numpy_params(TINY), TINY, folder)
+    assert (folder / "late.txt").read_text() == "mine"
+
+
+def test_a_link_given_for_the_export_stays_and_leads_to_it(tmp_path, folder):
+    (tmp_path / "link").symlink_to("folder")
+    export_folder(numpy_params(TINY, 1), TINY, tmp_path / "link", verify=False)
+    assert (tmp_path / "link").is_symlink()
+    assert_same_bits(read_folder(folder)[1], numpy_params(TINY, 1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_a_tokenizer_file_that_is_a_link_out_is_not_copied(tmp_path, folder):
+    (tmp_path / "secret").write_text("mine")
+    (folder / "merges.txt").symlink_to("../secret")
+    with pytest.raises(ValueError, match=r"merges\.txt is a link out of its folder"):
+        export_folder(numpy_params(TINY), TINY, tmp_path / "out", tokenizer_folder=folder, verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "secret"]
+
+
+@pytest.mark.parametrize("name", ["e[1]", "a\\b", "a*", "gs:", "{x}", "line\nend"])
+def test_an_export_has_any_name(tmp_path, name):
+    for _ in range(2):
+        assert "agree" in export_folder(numpy_params(TINY), TINY, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_curve_that_cannot_be_drawn_ends_no_export(tmp_path):
+    export_folder(numpy_params(TINY), TINY, tmp_path / "out", verify=False, curve=lambda _: False)
+    assert "loss.png" not in (tmp_path / "out" / "README.md").read_text().partition("<!--")[0]
+
+
+def test_weights_of_another_config_are_refused_also_without_a_check(tmp_path):
+    other = replace(TINY, vocab_size=TINY.vocab_size - 8)
+    with pytest.raises(ValueError, match=r"embedding is \(300, 24\) in the weights, \(292, 24\) in the config"):
+        export_folder(numpy_params(TINY), other, tmp_path / "out", verify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_files_of_an_export_have_one_mode(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
+def test_a_full_disk_is_an_error_of_the_machine_that_names_the_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        export_folder(numpy_params(TINY), TINY, tmp_path / "out")
+    assert (caught.value.errno, caught.value.filename[-17:]) == (28, "model.safetensors")
+    assert list(tmp_path.iterdir()) == []

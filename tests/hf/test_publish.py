@@ -55,3 +55,19 @@ def test_a_push_without_token_network_or_export_is_one_line(folder, tmp_path, mo
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         push(folder, "me/model", dry_run=True)
     assert MARK
+
+
+@pytest.mark.parametrize("name", ["tokenizer_notes.md", "private.jinja", "adapter.safetensors", "tokenizer.json~"])
+def test_a_persons_own_files_are_not_published(folder, name):
+    if name.endswith(".safetensors"):
+        (folder / name).write_bytes(b"?")
+    else:
+        (folder / name).write_text("mine")
+    assert name not in push(folder, "me/model", dry_run=True)
+
+
+def test_a_link_is_not_published(folder, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (folder / "merges.txt").symlink_to("../secret")
+    with pytest.raises(ValueError, match=r"merges\.txt is a link"):
+        push(folder, "me/model", dry_run=True)

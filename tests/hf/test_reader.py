@@ -259,3 +259,20 @@ def test_the_hub_is_asked_for_neither_pickles_nor_code(folder, monkeypatch):
 
     for name in ("pytorch_model.bin", "model.pt", "modeling_llama.py", "optimizer.pt"):
         assert not any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000 + ".safetensors", "a\0.safetensors"])
+def test_an_index_that_names_no_possible_file_is_one_line(folder, name):
+    (folder / reader.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ValueError, match="no safetensors file of this folder") as caught:
+        read_folder(folder)
+    assert len(str(caught.value)) < 500
+
+
+def test_weights_that_may_not_be_read_are_not_called_cut_short(folder, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: Permission denied"):
+        reader.tensor_files(folder)

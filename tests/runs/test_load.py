@@ -198,3 +198,52 @@ def test_train_and_serve_start_from_an_import(folder, tmp_path):
 def test_a_run_config_is_plain_json(folder, tmp_path):
     import_run(folder, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["hidden_size"] == 16
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "model.safetensors", "config.json"])
+def test_an_import_copies_no_link_out_of_the_folder(folder, tmp_path, name):
+    (tmp_path / "secret").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(ValueError, match=f"{name} is a link out of the folder"):
+        import_run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_of_a_run_writes_nothing_into_the_run(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 2.5}\n\xff\n7\n')
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]}
+    export_run(tmp_path / "run", tmp_path / "out", verify=False)
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]} == before
+    assert (tmp_path / "out" / "loss.png").exists()
+
+
+def test_a_run_of_a_billion_layers_is_one_line(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    values["model"]["num_layers"] = 10**9
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="1,000,000,000 layers; at most 10,000"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", "[" * 100_000, "cannot be read"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has no entries"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(folder, tmp_path, file, content, message):
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        import_run(folder, tmp_path / "run")
+
+
+def test_a_chat_template_without_a_usable_name_is_none(folder, tmp_path):
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"chat_template": [{"name": ["x"]}]}))
+    import_run(folder, tmp_path / "run")
+    assert load_model(tmp_path / "run")[2].chat_template is None

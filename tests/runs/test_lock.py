@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.runs.lock import LOCK, RunLock
+from smollm_jax.runs.lock import LOCK, WRITTEN, RunLock
+from smollm_jax.runtime.errors import UserError
 
 HOLD_LOCK = """
 import sys, time
@@ -93,3 +94,24 @@ def test_whatever_stands_in_a_held_lock_file_the_refusal_is_one_line(tmp_path_fa
         with pytest.raises(ValueError, match=re.escape(f"{folder} is in use by")) as refusal:
             RunLock(folder).__enter__()
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_run_whose_files_are_links_out_of_it_is_not_written_to(tmp_path, name):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("../victim")
+    with pytest.raises(UserError, match=f"{re.escape(name)} is a link out of the run folder"):
+        RunLock(tmp_path / "run").__enter__()
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_run_folder_that_is_a_link_is_locked_and_a_pipe_for_a_lock_is_named(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    with RunLock(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / LOCK).unlink()
+    os.mkfifo(tmp_path / "run" / LOCK)
+    with pytest.raises(UserError, match="is not a file"):
+        RunLock(tmp_path / "run").__enter__()

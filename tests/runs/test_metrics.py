@@ -3,9 +3,13 @@
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
 
-from smollm_jax.runs.metrics import RunMetrics, keep_records
+import pytest
+
+from smollm_jax.runs.metrics import RunMetrics, draw, keep_records, read_metrics
 
 
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
@@ -45,3 +49,68 @@ def test_a_warning_is_written_around_the_progress_bar(tmp_path, monkeypatch):
     assert "step 3\n" in shown
     assert "3/10" in shown
     assert logging.root.handlers == handlers
+
+
+DAMAGED = [b"\xff\xfe", b"[3]", b"7", b"null", b'{"loss": 2}', b'{"step": "x"}', b'{"step": true, "loss": 1}',
+           b"[" * 9_000, b'{"step": 3, "loss": "x"}', b'{"step": 3, "eval_loss": [], "eval_bits_per_byte": 1}',
+           b'{"step": -1}', b'{"step": 1e999}', b'{"step": 3, "loss": 1e999}',
+           b'{"step": 1' + b"0" * 400 + b', "loss": "', b"\0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_record_is_left_out_and_ends_nothing(tmp_path, line):
+    whole = b'{"step": 1, "loss": 3.0}'
+    (tmp_path / "metrics.jsonl").write_bytes(
+        whole + b"\n" + line + b"\n" + whole.replace(b"1", b"2") + b"\n" + line
+    )
+    (tmp_path / "samples.txt").write_bytes(b"=== step 0\n \xff\n" + line)
+    assert [x["step"] for x in read_metrics(tmp_path)] == [1, 2]
+    assert draw(tmp_path, tmp_path / "loss.png")
+    keep_records(tmp_path, 2)
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_pipe_is_no_record(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "samples.txt")
+    assert read_metrics(tmp_path) == []
+    assert keep_records(tmp_path, 2) == (0, {})
+
+
+LINE = {"step": 3, "loss": 2.0, "tokens_per_second": 5.0, "learning_rate": 1e-3, "grad_norm": 1.0}
+EVALUATION = {"step": 3, "eval_loss": 2.0, "eval_bits_per_byte": 1.0, "eval_tokens": 9}
+
+
+@pytest.mark.parametrize("name", ["loss.png", "tensorboard", "samples.txt", "metrics.jsonl"])
+@pytest.mark.parametrize("instead", ["a folder", "a file", "a pipe"])
+def test_output_that_cannot_be_written_ends_no_run(tmp_path, name, instead, capsys):
+    path = tmp_path / name
+    {"a folder": path.mkdir, "a file": path.touch, "a pipe": lambda: os.mkfifo(path)}[instead]()
+    report = RunMetrics(tmp_path, start=0, total=9)
+    report.train(LINE)
+    report.evaluation(EVALUATION, [("The", " cat"), ("The", "\ud800")])
+    report.close()
+    fits = instead == ("a folder" if name == "tensorboard" else "a file")
+    assert fits or name == "loss.png" or name in capsys.readouterr().err or name == "tensorboard"
+    if name != "metrics.jsonl":
+        assert [x["step"] for x in read_metrics(tmp_path)] == [3, 3]
+
+
+def test_a_title_is_no_formula(tmp_path):
+    folder = tmp_path / r"lr$\x_{$"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
+    assert draw(folder, folder / "loss.png")
+
+
+def test_a_notebooks_backend_which_may_not_be_installed_here_is_not_used(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
+    program = (
+        "import sys; from pathlib import Path; from smollm_jax.runs.metrics import draw\n"
+        "assert all(draw(Path(sys.argv[1]), Path(sys.argv[1], 'loss.png')) for _ in range(2))"
+    )
+    environment = os.environ | {
+        "MPLBACKEND": "module://not_installed_here",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, check=True)

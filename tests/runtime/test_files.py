@@ -1,11 +1,13 @@
 """Files that are old or new, never a part."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from smollm_jax.runtime.files import write_json_atomic, written_aside
+from smollm_jax.runtime.files import clean_left_overs, leads_out, write_json_atomic, written_aside
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -31,3 +33,69 @@ def test_a_folder_appears_whole_and_replaces_an_older_one(tmp_path):
         (part / "file").write_text("no folder was made")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (tmp_path / "folder" / "file").read_text() == "new"
+
+
+def test_what_a_dead_process_left_is_cleaned_up_by_the_next_writer(tmp_path):
+    (tmp_path / ".e[1].part-1").mkdir()
+    (tmp_path / ".e[1].old-1").mkdir()
+    (tmp_path / ".e[1].old-1" / "last").write_text("good")
+    (tmp_path / ".notes.old-1999").write_text("mine")
+    with pytest.raises(FileNotFoundError), written_aside(tmp_path / "e[1]"):
+        assert (tmp_path / "e[1]" / "last").read_text() == "good"  # killed between two renames
+    assert sorted(os.listdir(tmp_path)) == [".notes.old-1999", "e[1]"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    with written_aside(tmp_path / "a") as part:
+        part.mkdir()
+        (tmp_path / ".a.part-1").mkdir()
+        clean_left_overs(tmp_path, ["a"])
+        assert (tmp_path / ".a.part-1").exists()
+    clean_left_overs(tmp_path, ["a"])
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("how", ["mount point", "mount point that shows late"])
+def test_a_folder_that_cannot_be_renamed_is_filled_in_place(tmp_path, monkeypatch, how):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    plain = Path.rename
+
+    def busy(self, target):
+        if self == tmp_path / "out":
+            raise OSError(errno.EBUSY, "busy")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    monkeypatch.setattr("os.path.ismount", lambda path: how == "mount point" and path == tmp_path / "out")
+    inode = (tmp_path / "out").stat().st_ino
+    with written_aside(tmp_path / "out") as part:
+        (part / "sub").mkdir(parents=True)
+        (part / "sub" / "file").write_text("new")
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "out",
+        "out/sub",
+        "out/sub/file",
+    ]
+    assert (tmp_path / "out").stat().st_ino == inode
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, written_aside(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "out")
+
+
+def test_only_links_out_of_a_folder_lead_out(tmp_path):
+    for name in ("hub/blobs/1", "hub/snapshots/x/a", "f/inside", "secret"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "hub/snapshots/x/f").symlink_to("../../blobs/1")
+    (tmp_path / "hub/snapshots/x/g").symlink_to("../../../secret")
+    (tmp_path / "f/a").symlink_to("inside")
+    (tmp_path / "f/b").symlink_to("../secret")
+    (tmp_path / "f/c").symlink_to("../missing")
+    (tmp_path / "link").symlink_to("f")
+    out = [path for path in sorted(tmp_path.rglob("*")) if leads_out(path)]
+    assert [str(path.relative_to(tmp_path)) for path in out] == ["f/b", "f/c", "hub/snapshots/x/g"]
+    assert not leads_out(tmp_path / "link" / "inside")

@@ -10,6 +10,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
+from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.restore import check_settings, resolve_start
 
 
@@ -104,3 +105,15 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default_and_not_with_anothe
     parsing = replace(config, data=replace(config.data, special_tokens="parse"))
     with pytest.raises(ValueError, match=r"data\.special_tokens was text, is parse"):
         check_settings(saved, parsing, 10)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"progress": {}}, {"progress": {"nix": 1}, "config": to_dict(Config())}, {"progress": 3, "config": {}}],
+)
+def test_a_checkpoint_without_settings_or_progress_is_damaged_in_one_line(tmp_path, meta):
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=1, keep_every=0)
+    checkpoints.save(3, {"params": {"w": np.ones(2)}}, meta)
+    assert checkpoints.wait()
+    with pytest.raises(UserError, match=r"checkpoint 3 is damaged: its meta\.json lacks"):
+        resolve_start(Config(), tmp_path, checkpoints)
