@@ -5,7 +5,6 @@ nothing of tokens, shuffling or rows. A row or file that cannot be read is named
 skipped and counted, and never goes unmentioned.
 """
 
-import glob
 import io
 import logging
 import sys
@@ -20,13 +19,13 @@ import xxhash
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
+from smollm_jax.data.local_files import SUFFIXES, find_files
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 BUILTIN = "builtin:python-docs"
 UNEVEN = 1.1  # how much larger one shard of whole files may be than another: all shards give as many rows
 PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
@@ -144,15 +143,14 @@ class LocalSource(Source):
 
     def __init__(self, pattern: str, settings: DataConfig):
         """Raise `UserError` if there are no files, or they cannot be read."""
-        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        files = sorted(f for path in found for f in (_inside(path) if Path(path).is_dir() else [path]))
-        require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
-        _require_known(files, pattern)
         try:
+            files = find_files(pattern)
+            require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
+            _require_known(files, pattern)
             sizes = [Path(path).stat().st_size for path in files]
             whole = sum(sizes) <= WHOLE_BYTES
             prints = [_local_hash(Path(file), size, whole=whole) for file, size in zip(files, sizes, strict=True)]
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no such home folder
             raise UserError(f"--data {pattern}: {one_line(error)}") from None
         super().__init__(pattern, files, sizes, prints, settings)
 
@@ -268,10 +266,6 @@ def _is_of_the_file(error: Exception) -> bool:
 def _looks_local(spec: str) -> bool:
     path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or Path(spec).exists()
     return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
-
-
-def _inside(folder: str) -> list[str]:
-    return [str(path) for path in Path(folder).rglob("*") if path.name.endswith(SUFFIXES)]
 
 
 def _require_known(files: list[str], spec: str) -> None:

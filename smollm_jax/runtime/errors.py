@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
@@ -39,6 +40,12 @@ def one_line(error: BaseException) -> str:
 def say(message: str) -> None:
     """Print a line to stderr; stdout is for results."""
     print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def say_once(message: str) -> None:
+    """Print a line to stderr unless this process has printed it before."""
+    say(message)
 
 
 def run_main(main: Callable[[], int]) -> int:

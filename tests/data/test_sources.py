@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +49,56 @@ def test_globs_and_folders_are_read_in_the_order_of_file_names(every_kind):
     folder, texts = every_kind
     assert texts_of(folder / "*") == texts * 4 == texts_of(folder)
     assert_every_cursor_works(open_source(f"{folder}/[ac]*", DataConfig()))
+
+
+def test_a_folder_is_read_without_what_it_holds_beside_the_data(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    hidden = [".ipynb_checkpoints/a-checkpoint.jsonl", ".ipynb_checkpoints/LICENSE.txt", "__MACOSX/._a.jsonl"]
+    hidden += ["_delta_log/10.checkpoint.jsonl", "._a.jsonl", "LICENSE.txt", "sub/README.txt", "config.json"]
+    for name in ["a.jsonl", "sub/b.jsonl", *hidden]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, [name])
+    assert texts_of(folder) == ["a.jsonl", "sub/b.jsonl"] == texts_of(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"passed over in {folder}: ._a.jsonl, .ipynb_checkpoints, LICENSE.txt")
+    assert texts_of(folder / ".ipynb_checkpoints") == [".ipynb_checkpoints/a-checkpoint.jsonl"]
+    assert texts_of(folder / "LICENSE.txt") == [json.dumps({"text": "LICENSE.txt"})]
+
+
+def test_a_linked_folder_is_read_and_no_file_twice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    write_jsonl(tmp_path / "texts" / "sub" / "b.jsonl", ["two"])
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(tmp_path / "elsewhere" / "c.jsonl", ["three"])
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
+    assert texts_of(tmp_path / "texts") == ["three", "two"]
+    assert texts_of(f"{tmp_path}/texts/sub/**") == ["two"]  # the pattern names the folder and its file
+    assert texts_of(f"{tmp_path}/**/[ab]*") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["c4-train.json.gz", "part.json"])
+def test_lines_of_json_may_be_named_json(tmp_path, name):
+    with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in make_texts(5))
+    assert texts_of(tmp_path / name) == make_texts(5) == texts_of(tmp_path) == texts_of(f"{tmp_path}/*")
+    assert_every_cursor_works(open_source(str(tmp_path / name), DataConfig()))
+    write_jsonl(tmp_path / "b.jsonl", ["beside it"])
+    assert texts_of(tmp_path) == ["beside it"]  # such as the settings of a data set
+
+
+def test_a_json_array_is_refused_with_a_way_out(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"}]')
+    with pytest.raises(ValueError, match=r"a\.json is a JSON array; expected an object on each line"):
+        texts_of(tmp_path / "a.json", on_bad_data="skip")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    monkeypatch.setattr("os.scandir", Mock(side_effect=PermissionError(13, "Permission denied", str(tmp_path))))
+    with pytest.raises(ValueError, match="Permission denied"):
+        texts_of(tmp_path)
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
