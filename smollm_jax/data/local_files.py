@@ -6,6 +6,7 @@ from glob import glob
 from pathlib import Path
 
 from smollm_jax.runtime.errors import say_once
+from smollm_jax.runtime.files import expand_home
 
 JSON = (".json", ".json.gz")  # of C4 and Dolma: lines of JSON under a name that settings have too
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", *JSON)
@@ -19,9 +20,9 @@ SHOWN = 5  # names in a line
 def find_files(pattern: str) -> list[str]:
     """Return the files in the order of their names; a folder stands for the data files below it.
 
-    Raises `OSError` for a folder that cannot be read, and `RuntimeError` for a home folder that nobody has.
+    Raises `OSError` for a folder that cannot be read, and `UserError` for a home folder that nobody has.
     """
-    found = glob(str(Path(pattern).expanduser()), recursive=True)
+    found = glob(str(expand_home(pattern)), recursive=True)
     # texts/** names a folder and also the files in it, and through a link to a parent each again and again
     paths = sorted({str(Path(f)) for path in found for f in (_inside(path) if os.path.isdir(path) else [path])})
     return list(

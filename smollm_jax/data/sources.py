@@ -150,7 +150,7 @@ class LocalSource(Source):
             sizes = [Path(path).stat().st_size for path in files]
             whole = sum(sizes) <= WHOLE_BYTES
             prints = [_local_hash(Path(file), size, whole=whole) for file, size in zip(files, sizes, strict=True)]
-        except (OSError, RuntimeError) as error:  # RuntimeError: there is no such home folder
+        except OSError as error:
             raise UserError(f"--data {pattern}: {one_line(error)}") from None
         super().__init__(pattern, files, sizes, prints, settings)
 

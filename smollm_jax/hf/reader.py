@@ -15,7 +15,7 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import read_json
+from smollm_jax.runtime.files import expand_home, read_json
 from smollm_jax.runtime.retry import download_snapshot
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
 
 def local_folder(path: str | Path) -> Path:
     """Return `path` if it is a folder, else the snapshot of that Hub id; raises `UserError`."""
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     if folder.is_dir():
         return folder
     require(

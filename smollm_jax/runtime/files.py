@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, of_machine, one_line
 
 
 class Damaged(UserError):
@@ -24,17 +24,37 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with its "~" replaced; raises `UserError` if nobody knows that home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {one_line(error)}; set HOME, or give a path without ~") from None
+
+
+@contextmanager
+def named_failure(path: str | Path) -> Iterator[None]:
+    """Give the refusal of a disk the name of the file: a write has none, and a library in Rust no `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        if (refused := of_machine(error)) is None or refused.filename is not None:
+            raise
+        raise OSError(refused.errno, refused.strerror, str(path)) from error
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`; rename it to `path` if the block succeeds, else remove it.
 
     A reader finds the old file or folder or the new one, never a part of it, also after the process dies. Raises
-    `OSError` for a file to be written where a folder is.
+    `OSError` for a file to be written where a folder is, or for a full disk, with the name of `path`.
     """
     part, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("part", "old"))
     _remove(part)
     try:
-        yield part
+        with named_failure(path):
+            yield part
         if part.is_dir() and path.is_dir():  # a rename replaces a file, but no folder that holds something
             path.rename(old)
         part.replace(path)
@@ -47,8 +67,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to a new file and fsync it."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    fsync(path)
+    with named_failure(path):
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        fsync(path)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

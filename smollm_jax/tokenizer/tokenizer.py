@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
-from smollm_jax.runtime.files import written_aside
+from smollm_jax.runtime.files import expand_home, named_failure, written_aside
 from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
@@ -143,7 +143,7 @@ def load_tokenizer(name: str, *, documents: Iterable[str] | None = None) -> Toke
         require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
         return train_tokenizer(documents or (), int(size))
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return Tokenizer(Path(name).expanduser())
+        return Tokenizer(expand_home(name))
     return Tokenizer(_download(name))
 
 
@@ -185,6 +185,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
     }
     with tempfile.TemporaryDirectory(prefix="tokenizer-", ignore_cleanup_errors=True) as folder:
-        fast.save(f"{folder}/tokenizer.json")
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        with named_failure(f"{folder}, a temporary folder"):
+            Path(folder, "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
+            Path(folder, "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+            )
         return Tokenizer(folder)

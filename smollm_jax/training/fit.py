@@ -101,7 +101,7 @@ def conclude(run: Run) -> int:
         return 0
     try:
         export_run(run.run_dir, run.run_dir / "export", step=step)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"{result}; saved, but not exported")
         run.report.say(f"the export was rolled back: {error}")
         return EXIT_FAILED
