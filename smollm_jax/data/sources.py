@@ -22,7 +22,7 @@ from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
 from smollm_jax.data.local_files import SUFFIXES, find_files
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
-from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
+from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require, say_once
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
@@ -133,7 +133,7 @@ class Source:
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
-            raise UserError(f"{message}; skip it with --on-bad-data skip, or repair it and start afresh") from None
+            raise UserError(f"{message}; skip it with --on-bad-data skip, or repair it") from None
         skipped.append(message)
         logger.warning("skipped: %s", message)
 
@@ -210,7 +210,11 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
     if spec.startswith("builtin:"):
         require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
         return PythonDocsSource(settings)
-    return LocalSource(spec, settings) if _looks_local(spec) else HubSource(spec, settings, resumes=resumes)
+    if not _looks_local(spec):
+        return HubSource(spec, settings, resumes=resumes)
+    if settings.split != DataConfig.split:
+        say_once(f"--split {settings.split} is for datasets on the Hub; {spec} is read as a whole")
+    return LocalSource(spec, settings)
 
 
 def mixture(data: str) -> list[tuple[str, float]]:

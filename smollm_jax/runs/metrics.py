@@ -5,7 +5,9 @@ Progress goes to stderr, numbers to files. Every line is flushed, so that a kill
 
 import contextlib
 import json
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
-from smollm_jax.runtime.errors import say
+from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
@@ -73,17 +75,15 @@ class RunMetrics:
         )
         for prompt, text in samples[:1]:
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
-        try:
-            plot(self.run_dir)
-        except OSError as error:
-            self.say(f"loss.png could not be drawn: {error.strerror}")
+        plot(self.run_dir, self.say)
 
     def say(self, message: str) -> None:
         """Print a line to stderr, above the progress bar if there is one."""
         if self._bar is None:
             say(message)
         else:
-            self._bar.write(message, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal is closed
+                self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         self._shown.close()
@@ -161,7 +161,7 @@ def finite_or_none(value: float) -> float | None:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl, without one that a kill cut short."""
     path, lines = run_dir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
             if isinstance(values["step"], int):
@@ -169,8 +169,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot(run_dir: Path) -> Path | None:
-    """Draw loss.png from metrics.jsonl: training loss, its running mean, and the held-out loss."""
+def plot(run_dir: Path, tell: Callable[[str], None] = say) -> Path | None:
+    """Draw loss.png from metrics.jsonl; None, and a line, if it cannot be drawn: no run ends for a picture."""
+    try:
+        return _draw(run_dir)
+    except Exception as error:  # of a library that reads variables, settings and fonts of its own
+        tell(f"loss.png could not be drawn: {one_line(error)}")
+        return None
+
+
+def _draw(run_dir: Path) -> Path | None:
+    """Draw training loss, its running mean, and the held-out loss."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel leaves its own, which may not be installed
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of caches that it cannot keep
     from matplotlib.figure import Figure
 
     lines = read_metrics(run_dir)
@@ -190,7 +201,8 @@ def plot(run_dir: Path) -> Path | None:
             f"{last['eval_loss']:.3f} nats a token\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
             xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title(run_dir.resolve().name, parse_math=False)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

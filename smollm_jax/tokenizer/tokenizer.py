@@ -20,6 +20,7 @@ from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
 BYTES = 256
+LONGEST_WORD = 4_096  # bytes: the trainer's time grows with the square of a word's length
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -159,18 +160,19 @@ def _download(repo: str) -> Path:
         reason = f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN"
     except RepositoryNotFoundError:
         reason = f"{repo}: no such folder here and no such repository on the Hub"
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its kind differs between releases of three libraries, and with the environment
         reason = f"{repo} cannot be fetched from the Hub ({one_line(error)}); {WAYS_OUT}"
     raise UserError(f"--tokenizer {reason}")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words, pieces = pre_tokenizers.ByteLevel(add_prefix_space=False), Regex(f".{{{LONGEST_WORD}}}")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(pieces, "isolated")])
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -179,6 +181,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     fast.train_from_iterator(documents, trainer)
+    fast.pre_tokenizer = words
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS),

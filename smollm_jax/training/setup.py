@@ -22,7 +22,7 @@ from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows
 from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
@@ -145,7 +145,10 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
         if theirs is not None and name == init_from:
             tokenizer = theirs
         else:
-            documents = islice(head_texts(data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
+            documents = None
+            if name.startswith("train:"):
+                say(f"tokenizer   training {name} on up to {TOKENIZER_DOCUMENTS:,} documents of {data.data}")
+                documents = islice(head_texts(data), TOKENIZER_DOCUMENTS)
             tokenizer = load_tokenizer(name, documents=documents)
         if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data import sources
+from smollm_jax.data import readers, sources
+from smollm_jax.data.heldout import held_out
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.sources import mixture, open_source
-from tests.support.texts import make_texts, write_jsonl, write_parquet
+from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
 def texts_of(spec, **changes):
@@ -268,3 +269,64 @@ def test_a_byte_changed_in_the_middle_of_a_file_changes_its_fingerprint(tmp_path
     text[len(text) // 2] += 1
     path.write_bytes(text)
     assert open_source(str(path), DataConfig()).fingerprint != before
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    values = {"LONGEST_BYTES": 1_000, "SEARCHED_BYTES": 10_000, "MOST_BLANK": 50, "CHECKED_BYTES": 50_000}
+    for name, value in (values | {"LARGEST_RATIO": 20}).items():
+        monkeypatch.setattr(readers, name, value)
+
+
+def long_documents(folder, name, size):
+    texts = ["one", "x" * size, "two"]
+    if name.endswith(".parquet"):
+        write_parquet(folder / name, texts)
+    elif name.endswith(".txt"):
+        (folder / name).write_text("one\n\n" + "word\n" * (size // 5) + "\ntwo\n")
+    else:
+        with (gzip.open if name.endswith(".gz") else open)(folder / name, "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return folder / name
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "a.jsonl.gz"])
+def test_a_document_that_is_too_long_is_named_by_file_and_row(tmp_path, name):
+    path = long_documents(tmp_path, name, 5_000)
+    with pytest.raises(ValueError, match=rf"{name}, row 1, cannot be read: .*a document above .* split it"):
+        texts_of(path)
+    skipped = []
+    source = open_source(str(path), DataConfig(on_bad_data="skip"))
+    assert [document.text for document in source.documents(skipped=skipped)] == ["one", "two"]
+    assert len(skipped) == 1
+    assert_every_cursor_works(source)
+
+
+@pytest.mark.usefixtures("limits")
+def test_a_line_without_end_is_given_up(tmp_path):
+    path = long_documents(tmp_path, "a.jsonl.gz", 100_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, from row 1 on, cannot be read: .* no end of it"):
+        texts_of(path)
+    assert texts_of(path, on_bad_data="skip") == ["one"]
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize(("line", "words"), [("\n", "blank lines in a row"), ('{"text": "again"}\n', "expands")])
+def test_an_archive_that_expands_without_end_is_given_up(tmp_path, line, words):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(line * 100_000)
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.gz, from row \d+ on, cannot be read: .*{words}"):
+        texts_of(tmp_path / "a.jsonl.gz")
+
+
+def test_a_split_of_local_files_is_not_dropped_in_silence(tmp_path, capsys):
+    texts_of(write_jsonl(tmp_path / "a.jsonl", ["one"]), split="test")
+    assert "--split test is for datasets on the Hub" in capsys.readouterr().err
+
+
+def test_one_document_of_lines_says_why_nothing_can_be_held_out(tmp_path):
+    (tmp_path / "l.txt").write_text("A sentence.\n" * 50)
+    words = r"holds 1 documents, of which every 10th is held out; in a \.txt file a blank line ends a document"
+    with pytest.raises(ValueError, match=words):
+        held_out(DataConfig(data=str(tmp_path / "l.txt")), small_tokenizer())

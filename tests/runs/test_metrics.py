@@ -3,9 +3,14 @@
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
+from unittest.mock import Mock
 
-from smollm_jax.runs.metrics import RunMetrics, keep_records
+import pytest
+
+from smollm_jax.runs.metrics import RunMetrics, keep_records, plot
 
 
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
@@ -45,3 +50,30 @@ def test_a_warning_is_written_around_the_progress_bar(tmp_path, monkeypatch):
     assert "step 3\n" in shown
     assert "3/10" in shown
     assert logging.root.handlers == handlers
+
+
+@pytest.mark.parametrize("name", ["run", "lr$\\x$"])
+def test_a_curve_is_drawn_whatever_a_notebook_left_behind(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    program = (
+        "import sys, pathlib; from smollm_jax.runs.metrics import plot; assert plot(pathlib.Path(sys.argv[1]))"
+    )
+    variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MPLCONFIGDIR": "/proc/nowhere"}
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "loss.png").stat().st_size > 1_000
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such backend"), OSError(28, "No space left"), ImportError("PIL")]
+)
+def test_no_run_ends_for_a_picture(tmp_path, monkeypatch, capsys, error):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=error))
+    assert plot(tmp_path) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"loss.png could not be drawn: {type(error).__name__}")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
