@@ -74,8 +74,8 @@ def parse_command(
 
 def _report_repeats(argv: list[str]) -> None:
     """Log a flag given twice, because the last one counts; raises `UserError` if both may be meant."""
-    words = argv[: argv.index("--")] if "--" in argv else argv
-    given = Counter(found[1].replace("_", "-") for word in words if (found := FLAG.fullmatch(word)))
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    given = Counter(found[1].replace("_", "-") for word in before if (found := FLAG.fullmatch(word)))
     for name, count in given.items():
         values = SEVERAL.get(name)
         require(count == 1 or not values, f"--{name} is given {count} times; give it once: --{name} {values}")

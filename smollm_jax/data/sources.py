@@ -135,7 +135,7 @@ class Source:
         if self.settings.on_bad_data == "stop":
             raise UserError(f"{message}; skip it with --on-bad-data skip, or repair it") from None
         skipped.append(message)
-        logger.warning("skipped: %s", message)
+        logger.warning("skipped: %s", one_line(UserError(message)))
 
 
 class LocalSource(Source):

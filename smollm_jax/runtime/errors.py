@@ -49,8 +49,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and message of an error as one line; a `UserError` needs no type, and is never cut."""
+    """Return type and message of an error as one line; a `UserError` needs no type, and is never cut.
+
+    What a terminal would obey, such as in the name of a file, is escaped.
+    """
     text, kind = " ".join(str(error).split()), type(error).__name__
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if isinstance(error, UserError):
         return text
     return f"{kind}: {text[:LONGEST_LINE]}" if text else kind

@@ -107,6 +107,13 @@ def test_no_memory_is_one_line(capsys):
     ]
 
 
+def test_what_a_terminal_would_obey_is_escaped(capsys):
+    error = UserError("a\x1b[31m\nb\udcff.jsonl \u4e2d\u202e cannot be read")
+    assert lines_of(capsys, raises(error), 2) == [
+        r"error: a\x1b[31m b\udcff.jsonl \u4e2d\u202e cannot be read".replace(r"\u4e2d", "\u4e2d")
+    ]
+
+
 RESULT = """
 import sys
 from smollm_jax.runtime.errors import run_main, say
