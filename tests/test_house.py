@@ -17,11 +17,11 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 672),
+    "runtime": ("", 671),
     "config": ("runtime", 531),
     "tokenizer": ("runtime", 266),
     "model": ("config runtime", 509),
-    "data": ("tokenizer config runtime", 1_292),
+    "data": ("tokenizer config runtime", 1_291),
     "distributed": ("config runtime", 533),
     "kernels": ("model config runtime", 1_181),
     "hf": ("model tokenizer config runtime", 645),
@@ -33,7 +33,7 @@ HOUSE = {
     "planning": ("training kernels distributed model config runtime", 477),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 373),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_858, 10_956
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_720, 10_616
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
@@ -143,6 +143,7 @@ def test_public_names_are_there(package):
     module = importlib.import_module(f"{PACKAGE.name}.{package}")
     for name in getattr(module, "__all__", ()):
         assert hasattr(module, name), name
+        assert not (PACKAGE / package / f"{name}.py").exists(), f"{name} hides the module of that name"
 
 
 def test_light_packages_import_without_jax():

@@ -1,9 +1,8 @@
 """Documents to training batches, each with the cursor from which the next one follows; no JAX."""
 
-from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import Loader
 from smollm_jax.data.packing import Batch
 from smollm_jax.data.sources import open_source
 
-__all__ = ["Batch", "Loader", "batch_hash", "held_out", "open_source"]
+__all__ = ["Batch", "Loader", "held_out", "open_source"]

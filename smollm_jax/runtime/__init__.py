@@ -1,7 +1,6 @@
 """The process and its machine: errors, exit codes, signals, threads, files, retries and devices."""
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, require, run_main
-from smollm_jax.runtime.retry import retry
 from smollm_jax.runtime.signals import StopRequest
 
-__all__ = ["SourceTimeout", "StopRequest", "UserError", "require", "retry", "run_main"]
+__all__ = ["SourceTimeout", "StopRequest", "UserError", "require", "run_main"]

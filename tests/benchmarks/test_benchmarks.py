@@ -234,6 +234,7 @@ def test_all_sides_decode_the_same_tokens(ran):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_startup_times_help_imports_and_both_first_steps(ran):
     found, _ = ran("startup", "--preset", "quickstart", "--seq-len", "32", "--rounds", "1")
     seconds = {row["what"]: row["seconds"]["median"] for row in found["rows"]}
