@@ -33,7 +33,7 @@ HOUSE = {
     "planning": ("training kernels distributed model config runtime", 477),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 373),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_720, 10_616
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_857, 10_954
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
