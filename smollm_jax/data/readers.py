@@ -81,8 +81,8 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
 
 def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
     """Return the value of a column in a line of JSON, and why it cannot be read."""
-    array = row == 0 and line.lstrip().startswith("[")
-    require(not array, f"{path} is a JSON array; expected an object on each line, as jq -c '.[]' writes them")
+    if row == 0 and line.lstrip().startswith("["):
+        return None, "a JSON array; expected an object on each line, as jq -c '.[]' writes them"
     value = json.loads(line)
     if not isinstance(value, dict):
         return None, "not a JSON object"

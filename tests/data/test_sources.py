@@ -91,8 +91,8 @@ def test_lines_of_json_may_be_named_json(tmp_path, name):
 
 def test_a_json_array_is_refused_with_a_way_out(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "one"}]')
-    with pytest.raises(ValueError, match=r"a\.json is a JSON array; expected an object on each line"):
-        texts_of(tmp_path / "a.json", on_bad_data="skip")
+    with pytest.raises(ValueError, match=r"a\.json, row 0, cannot be read: a JSON array; expected an object"):
+        texts_of(tmp_path / "a.json")
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
