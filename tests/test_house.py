@@ -17,21 +17,21 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 653),
+    "runtime": ("", 788),
     "config": ("runtime", 554),
-    "tokenizer": ("runtime", 425),
+    "tokenizer": ("runtime", 431),
     "model": ("config runtime", 518),
-    "data": ("tokenizer config runtime", 1_214),
+    "data": ("tokenizer config runtime", 1_336),
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 752),
+    "hf": ("model tokenizer config runtime", 751),
     "checkpoint": ("distributed runtime", 693),
     "generation": ("kernels model config runtime", 565),
-    "runs": ("hf checkpoint data tokenizer config runtime", 574),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_552),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_166),
+    "runs": ("hf checkpoint data tokenizer config runtime", 585),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_568),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_169),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 354),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 384),
 }
 CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_720, 10_616
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

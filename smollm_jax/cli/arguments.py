@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,14 +19,17 @@ import tyro
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import Config
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, require, say
 
 Command = Callable[..., int]
+FLAG = re.compile(r"--(?:no-)?([A-Za-z][\w-]*)(?:=.*)?", re.DOTALL)
+SEVERAL = {"data": "A,B", "eval-data": "A,B", "sample-prompts": "A B", "stop": "A B"}  # flags of several values
 
 
 def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
     """Return the `Config` of `argv`; raises `UserError` on a mistake and `SystemExit(0)` after `--help`."""
-    given, _ = take_flags(argv, prog, recipe={"default": "replica"}, preset={})
+    given, others = take_flags(argv, prog, recipe={"default": "replica"}, preset={})
+    _report_repeats(others)
     require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
     default = RECIPES[given.recipe]
     if given.preset is not None:
@@ -41,6 +45,9 @@ def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
 
 def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
     """Return the values of some flags, described as for argparse, and the other arguments; raises `UserError`."""
+    _report_repeats(
+        [word for word in argv if (found := FLAG.fullmatch(word)) and found[1].replace("-", "_") in flags]
+    )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, description in flags.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **description)
@@ -57,11 +64,23 @@ def parse_command(
 
     The flags, types and help come from the command's signature and docstring.
     """
+    _report_repeats(argv)
     with _mistake_in_one_line(prog):
         if callable(commands):
             return tyro.cli(_deferred(commands), args=argv, prog=prog)
         named = {command.__name__.removesuffix("_"): _deferred(command) for command in commands}
         return tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
+
+
+def _report_repeats(argv: list[str]) -> None:
+    """Log a flag given twice, because the last one counts; raises `UserError` if both may be meant."""
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    given = Counter(found[1].replace("_", "-") for word in before if (found := FLAG.fullmatch(word)))
+    for name, count in given.items():
+        values = SEVERAL.get(name)
+        require(count == 1 or not values, f"--{name} is given {count} times; give it once: --{name} {values}")
+        if count > 1:
+            say(f"--{name} is given {count} times; the last one counts")
 
 
 def _deferred(command: Command) -> Callable[..., Callable[[], int]]:

@@ -101,6 +101,8 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
+    if temperature == 0 and (top_p, top_k, min_p) != (1.0, 0, 0.0):
+        say("--top-p, --top-k and --min-p choose nothing at --temperature 0: always the most likely token")
     completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
     pieces = completer.stream(prompt, sampling, stop)
     first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
@@ -124,6 +126,7 @@ def evaluate(
     seq_len: int | None = None,
     batch_size: int = 8,
     max_batches: int | None = None,
+    on_bad_data: Literal["stop", "skip"] = "stop",
     dtype: Dtype = "float32",
     special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
@@ -137,13 +140,14 @@ def evaluate(
         seq_len: Tokens per sequence; default: the run's own, else 2,048 or the model's context if shorter.
         batch_size: Sequences per batch.
         max_batches: Maximum number of batches; default: all the data.
+        on_bad_data: What to do with a row that cannot be read: stop, or skip it with a line.
         dtype: Compute dtype.
         special_tokens: Special tokens that a text spells out: stay text, or parse them to ids, as transformers
             does; default: as the run was trained, else text.
     """
     from smollm_jax.training.evaluation import evaluate_model
 
-    settings = DataConfig(data=data, text_column=text_column, split=split)
+    settings = DataConfig(data=data, text_column=text_column, split=split, on_bad_data=on_bad_data)
     result = evaluate_model(
         path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype,
         special_tokens=special_tokens,
@@ -179,18 +183,25 @@ def checkpoints(run: Positional) -> int:
     return 0
 
 
-def batch(run: Positional, *, step: int) -> int:
+def batch(run: Positional, *, step: int, data: str | None = None, eval_data: str | None = None) -> int:
     """Print the documents of a training step, one JSON line each with source, file, row and text.
 
     Args:
         run: Run folder.
         step: Number of the step, counted from 1.
+        data: Where the run's data is now; default: where it was.
+        eval_data: Where the held-out data of --eval-data is now; default: where it was.
     """
     from smollm_jax.runs.replay import replay_step
 
-    documents, verdict = replay_step(run, step)
+    documents, verdict = replay_step(run, step, data=data, eval_data=eval_data)
     for document in documents:
-        print(json.dumps(document, ensure_ascii=False))
+        line = json.dumps(document, ensure_ascii=False)
+        try:
+            line.encode(sys.stdout.encoding)
+        except UnicodeEncodeError:  # of the locale; an escape of print's would be no JSON
+            line = json.dumps(document)
+        print(line)
     say(verdict)
     return 0
 

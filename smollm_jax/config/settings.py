@@ -85,7 +85,7 @@ class DataConfig:
     """What is read, and how it becomes batches."""
 
     data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
-    """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file or glob, or builtin:python-docs; A=0.7,B=0.3 mixes."""
+    """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file, folder or glob, builtin:python-docs; A=0.7,B=0.3 mixes."""
     split: str = "train"  # Split of a Hub dataset.
     text_column: str = "text"  # Column that holds the text.
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"

@@ -13,7 +13,7 @@ from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, pack
 from smollm_jax.data.shuffle import TokenizedDocument, text_hash, tokenize
 from smollm_jax.data.sources import Document, mixture, open_source
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 HELD_OUT_EVERY = 10  # every tenth document from the head of a source, until there are enough
@@ -28,8 +28,11 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data
-    found = bool(documents) or not config.eval_documents
-    require(found, f"{name} has no document to hold out; give --eval-data, or --eval-documents 0")
+    if config.eval_documents and not documents:
+        count = sum(1 for _ in islice(chain.from_iterable(_all_documents(config, name)), HELD_OUT_EVERY))
+        few = f"{name} holds {count} documents{'' if config.eval_data else ', of which every 10th is held out'}"
+        lines = "; in a .txt file a blank line ends a document, and a file without one is one document"
+        raise UserError(f"{few}{lines if '.txt' in name else ''}; give --eval-data, or --eval-documents 0")
     return list(tokenize(documents, tokenizer))
 
 
@@ -53,11 +56,15 @@ def pack_to_score(
     return (replace(batch, text_bytes=counts.tokens) for batch, counts in batches)
 
 
+def _all_documents(config: DataConfig, data: str) -> Iterator[Iterator[Document]]:
+    """Yield the documents of each source."""
+    return (open_source(spec, config).documents() for spec, _ in mixture(data))
+
+
 def head_texts(config: DataConfig) -> Iterator[str]:
     """Yield texts from the head of each source in turn, without the held-out texts."""
     excluded = {text_hash(document.text) for document in _held_out_documents(config)}
-    heads = [open_source(spec, config).documents() for spec, _ in mixture(config.data)]
-    for document in chain.from_iterable(zip_longest(*heads)):
+    for document in chain.from_iterable(zip_longest(*_all_documents(config, config.data))):
         if document is not None and text_hash(document.text) not in excluded:
             yield document.text
 

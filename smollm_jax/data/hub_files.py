@@ -107,7 +107,9 @@ class HubReader(io.RawIOBase):
             try:
                 ask = partial(self._ask, self._position, size)
                 view[at : at + size] = retry(ask, self.file.name, self.timeout, self._stopped)
-            except (OSError, ValueError) as error:
+            except SourceTimeout:
+                raise
+            except Exception as error:
                 # the token expired, or the file is gone: waiting does not help
                 raise UserError(f"the Hub refuses {self.file.name}: {one_line(error)}") from None
             self._position += size

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from smollm_jax.data.packing import Batch, Packer, num_targets
 from smollm_jax.data.readers import Cursor
 from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count, text_hash
 from smollm_jax.data.sources import Document, Shard, mixture, open_source
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, require, say_once
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 BATCHES_AHEAD = 4  # made while the device works; two windows of tokens are held anyway
@@ -159,6 +160,7 @@ class Loader:
         data = config.data
         self.config, self.tokenizer = config, tokenizer
         self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
+        self._report_copies()
         self.excluded = frozenset(text_hash(document.text) for document, _ in held_out)
         self.shards = list(range(data.shards) if shards is None else shards)
         self.fixed: Cursor = {
@@ -168,11 +170,21 @@ class Loader:
             "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(self.excluded)).encode()),
         }
 
+    def _report_copies(self) -> None:
+        """Log files that are read more than once, such as by two parts of a mixture."""
+        first: dict[str, str] = {}
+        pairs = (zip(x.fingerprint.split(), x.files, strict=True) for x, _ in self.mixture)
+        if copies := [file for one, file in chain.from_iterable(pairs) if first.setdefault(one, file) is not file]:
+            say_once(f"read twice: {len(copies)} files have name and content of another, such as {copies[0]}")
+
     def check(self, cursor: Any) -> None:
         """Raise `UserError` if `cursor` belongs to other data."""
-        afresh = "bring the old ones back, or start afresh with --new-run"
-        for source, _ in self.mixture:
-            name, now, then = source.name, source.fingerprint, cursor["fingerprints"].get(source.name)
+        afresh = "bring the old ones back, or train afresh with --new-run"
+        before = cursor["fingerprints"]
+        # by its place in the mixture, because data may have moved; two sources of one name have one fingerprint
+        places = list(before.values()) if len(before) == len(self.mixture) else []
+        for i, (source, _) in enumerate(self.mixture):
+            name, now, then = source.name, source.fingerprint, places[i] if places else before.get(source.name)
             require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
             changes = source.changes_since(then)
             require(now == then, f"the files of {name} changed since the checkpoint ({changes}); {afresh}")

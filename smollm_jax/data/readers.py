@@ -1,6 +1,7 @@
 """Read records from Parquet, JSON lines, and text files whose documents are separated by blank lines.
 
 A row that cannot be read is a `Record` with the reason; a file that cannot be read raises its parser's error.
+A row's size is known before the row is parsed, so that no file can take the memory or expand without end.
 Each record carries the cursor after it: file, row, and in a text file the byte. Rows that the filter rejects
 are skipped before they are parsed.
 """
@@ -16,6 +17,11 @@ from smollm_jax.runtime.errors import UserError, one_line, require
 Cursor = dict[str, Any]
 RowFilter = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
+LONGEST_BYTES = 2**25  # of a document; a tokenizer takes about 90 times as much memory
+TOO_LONG = f"a document above {LONGEST_BYTES // 2**20} MiB, which is the limit; split it"
+SEARCHED_BYTES = 2**30  # after a document that is too long, for its end
+MOST_BLANK = 1_000_000  # lines
+LARGEST_RATIO, CHECKED_BYTES = 200, 2**28  # text expands at most 30-fold, a file made to fill memory 1,000-fold
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: 
                 for row in filter(wanted, range(max(start["row"], first), first + rows)):
                     try:
                         value, fault = values[row - first].as_py(), ""
+                        if isinstance(value, str) and len(value) > LONGEST_BYTES:
+                            value, fault = None, TOO_LONG
                     except UnicodeDecodeError as error:
                         value, fault = None, one_line(error)
                     yield Record(value, row, {**start, "row": row + 1}, fault)
@@ -54,11 +62,13 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
     with raw:
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
         file.seek(start["byte"])
-        pieces = _lines(file) if json_lines else _paragraphs(file)
-        for row, (piece, end) in enumerate(pieces, start["row"]):
+        lines = _lines(file, raw)
+        for row, (piece, end) in enumerate(lines if json_lines else _paragraphs(lines), start["row"]):
             if row and not wanted(row):  # the first row shows whether the column exists
                 continue
             try:
+                if len(piece) > LONGEST_BYTES:
+                    raise ValueError(TOO_LONG)
                 text = piece.removeprefix(b"" if row else BOM).decode()
                 value, fault = _column_of(text, column, path, row) if json_lines and text.strip() else (text, "")
             except UserError:  # a mistake in the settings, whatever --on-bad-data says
@@ -71,6 +81,8 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
 
 def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
     """Return the value of a column in a line of JSON, and why it cannot be read."""
+    if row == 0 and line.lstrip().startswith("["):
+        return None, "a JSON array; expected an object on each line, as jq -c '.[]' writes them"
     value = json.loads(line)
     if not isinstance(value, dict):
         return None, "not a JSON object"
@@ -85,22 +97,40 @@ def _require_column(column: str, names: list[str], path: str) -> None:
     require(column in names, f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    end = 0
-    for line in file:
+def _lines(file: BinaryIO, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Yield each line with the offset after it; a line above `LONGEST_BYTES` is cut to one byte more than that."""
+    end, blank, checked = 0, 0, CHECKED_BYTES
+    while line := file.readline(LONGEST_BYTES + 1):
         end += len(line)
+        if len(line) > LONGEST_BYTES:
+            searched, rest = 0, line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(LONGEST_BYTES)
+                searched += len(rest)
+                if searched > SEARCHED_BYTES:
+                    raise ValueError(f"{TOO_LONG}: no end of it within {SEARCHED_BYTES // 2**20:,} MiB")
+            end += searched
+        blank = blank + 1 if line.isspace() else 0
+        if blank > MOST_BLANK:
+            raise ValueError(f"more than {MOST_BLANK:,} blank lines in a row")
+        if end > checked and file is not raw:
+            ratio, checked = file.tell() / max(raw.tell(), 1), end + CHECKED_BYTES
+            if ratio > LARGEST_RATIO:
+                raise ValueError(f"it expands {ratio:,.0f}-fold, as no text does")
         yield line, end
 
 
-def _paragraphs(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield the documents between blank lines, each with the offset after it."""
-    lines: list[bytes] = []
-    end = 0
-    for line, end in _lines(file):
+def _paragraphs(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """Yield the documents between blank lines, each with the offset after it; a long one is cut as in `_lines`."""
+    found: list[bytes] = []
+    end = size = 0
+    for line, end in lines:
         if line.strip():
-            lines.append(line)
-        elif lines:
-            yield b"".join(lines).rstrip(b"\r\n"), end
-            lines = []
-    if lines:
-        yield b"".join(lines).rstrip(b"\r\n"), end
+            if size <= LONGEST_BYTES:
+                found.append(line)
+            size += len(line)
+        elif found:
+            yield b"".join(found).rstrip(b"\r\n"), end
+            found, size = [], 0
+    if found:
+        yield b"".join(found).rstrip(b"\r\n"), end

@@ -20,7 +20,7 @@ from smollm_jax.runtime.errors import SourceTimeout, UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that memory per token stays small
-TOKENIZED_TOGETHER = 256
+TOKENIZED_TOGETHER, CHARACTERS_TOGETHER = 256, 2**24
 CLOSE_SECONDS = 5.0
 DAMAGED = "the data cursor is damaged"
 TokenizedDocument = tuple[Document, np.ndarray]
@@ -32,12 +32,24 @@ def text_hash(text: str) -> int:
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
     """Yield documents with their tokens, each ended by one eos; one group is tokenized at a time."""
-    documents = iter(documents)
-    while group := list(islice(documents, TOKENIZED_TOGETHER)):
+    for group in _groups(documents):
         encoded = tokenizer.encode_batch([document.text for document in group])
         for document, ids in zip(group, encoded, strict=True):
             ended = len(ids) > 0 and ids[-1] == tokenizer.eos_id  # by the tokenizer's own post-processor
             yield document, ids if ended else np.append(ids, np.int32(tokenizer.eos_id))
+
+
+def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if len(group) == TOKENIZED_TOGETHER or characters >= CHARACTERS_TOGETHER:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 class Window(NamedTuple):

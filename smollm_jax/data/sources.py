@@ -20,14 +20,13 @@ import xxhash
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
+from smollm_jax.data.local_files import SUFFIXES, find_files
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
-from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
-from smollm_jax.runtime.files import matching
+from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require, say_once
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 BUILTIN = "builtin:python-docs"
 UNEVEN = 1.1  # how much larger one shard of whole files may be than another: all shards give as many rows
 PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
@@ -135,9 +134,9 @@ class Source:
 
     def _bad(self, message: str, skipped: list[str]) -> None:
         if self.settings.on_bad_data == "stop":
-            raise UserError(f"{message}; skip it with --on-bad-data skip, or repair it and start afresh") from None
+            raise UserError(f"{message}; skip it with --on-bad-data skip, or repair it") from None
         skipped.append(message)
-        logger.warning("skipped: %s", message)
+        logger.warning("skipped: %s", one_line(UserError(message)))
 
 
 class LocalSource(Source):
@@ -145,11 +144,11 @@ class LocalSource(Source):
 
     def __init__(self, pattern: str, settings: DataConfig):
         """Raise `UserError` if there are no files, or they cannot be read."""
-        files = sorted(f for path in matching(pattern) for f in (_inside(path) if Path(path).is_dir() else [path]))
-        require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
-        _require_known(files, pattern)
-        _require_files(files, pattern)
         try:
+            files = find_files(pattern)
+            require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
+            _require_known(files, pattern)
+            _require_files(files, pattern)
             sizes = [Path(path).stat().st_size for path in files]
             whole = sum(sizes) <= WHOLE_BYTES
             prints = [_local_hash(Path(file), size, whole=whole) for file, size in zip(files, sizes, strict=True)]
@@ -213,7 +212,11 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
     if spec.startswith("builtin:"):
         require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
         return PythonDocsSource(settings)
-    return LocalSource(spec, settings) if _looks_local(spec) else HubSource(spec, settings, resumes=resumes)
+    if not _looks_local(spec):
+        return HubSource(spec, settings, resumes=resumes)
+    if settings.split != DataConfig.split:
+        say_once(f"--split {settings.split} is for datasets on the Hub; {spec} is read as a whole")
+    return LocalSource(spec, settings)
 
 
 def mixture(data: str) -> list[tuple[str, float]]:
@@ -281,10 +284,6 @@ def _is_path(spec: str) -> bool:
 def _looks_local(spec: str) -> bool:
     path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or _is_path(spec)
     return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
-
-
-def _inside(folder: str) -> list[str]:
-    return [str(path) for path in Path(folder).rglob("*") if path.name.endswith(SUFFIXES)]
 
 
 def _require_known(files: list[str], spec: str) -> None:

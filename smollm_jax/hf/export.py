@@ -7,7 +7,6 @@ on real text are compared with ours; a folder that disagrees is removed.
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -41,7 +40,6 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     """Write config and weights into the new folder `out`; `params` are numpy arrays."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     require(dtype in ("float32", "bfloat16"), f"dtype {dtype!r}: expected float32 or bfloat16")
@@ -58,13 +56,7 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     )
     for file, names in split.filename_to_tensors.items():
         values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
-        try:
-            save_file(values, out / file, metadata={"format": "pt", "note": MARK})
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(out / file)) from None
+        save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
     values = hf_config(config, dtype)
     ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in values}

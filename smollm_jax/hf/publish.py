@@ -6,6 +6,7 @@ Only files that an export consists of are uploaded, no other file in the folder.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import xxhash
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.reader import INDEX, tensor_files
-from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.background import BackgroundTask
+from smollm_jax.runtime.errors import UserError, one_line, require, say
 from smollm_jax.runtime.files import checksum, leads_out, read_json
 from smollm_jax.tokenizer.tokenizer import FILES
 
+ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer; bytes per second
 CARD, CURVE = "README.md", "loss.png"
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -95,11 +98,15 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     from huggingface_hub import HfApi, get_token
 
     require(get_token() is not None, "no Hub token; set HF_TOKEN or run: hf auth login")
+    create = partial(HfApi().create_repo, repo, private=private, exist_ok=True)
+    upload = partial(
+        HfApi().upload_folder, repo_id=repo, folder_path=folder, allow_patterns=list(sizes),
+        commit_message="Exported by smollm-jax",
+    )  # fmt: skip
     try:
-        address = HfApi().create_repo(repo, private=private, exist_ok=True)
-        HfApi().upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=list(sizes), commit_message="Exported by smollm-jax"
-        )
+        address = BackgroundTask(create).result(ANSWER_SECONDS)
+        say(f"uploading {sum(sizes.values()):,} bytes to {address}")
+        BackgroundTask(upload).result(ANSWER_SECONDS + sum(sizes.values()) / SLOWEST_BYTES)
     except Exception as error:  # its kind differs between releases of the client
         raise UserError(f"{repo} could not be written on the Hub: {one_line(error)}") from None
     return str(address)

@@ -15,7 +15,7 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import model_config, token_ids
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import read_json
+from smollm_jax.runtime.files import expand_home, read_json
 from smollm_jax.runtime.retry import download_snapshot
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -67,7 +67,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def local_folder(path: str | Path) -> Path:
     """Return `path` if it is a folder, else the snapshot of that Hub id; raises `UserError`."""
-    folder = Path(path).expanduser()
+    folder = expand_home(path)
     if folder.is_dir():
         return folder
     require(

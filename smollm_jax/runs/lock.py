@@ -1,5 +1,6 @@
 """The lock of a run folder: one process at a time."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -55,7 +56,8 @@ class RunLock:
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
         myself = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
         self._file.truncate(0)
-        self._file.write(json.dumps(myself).encode())
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, though nobody reads who has it
+            self._file.write(json.dumps(myself).encode())
         return self
 
     def __exit__(self, *_: object) -> None:

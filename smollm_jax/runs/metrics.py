@@ -5,6 +5,7 @@ Progress goes to stderr, numbers to files. Every line is flushed, so that a kill
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -75,14 +76,15 @@ class RunMetrics:
         )
         for prompt, text in samples[:1]:
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
-        draw(self.run_dir, self.run_dir / "loss.png")
+        draw(self.run_dir, self.run_dir / "loss.png", self.say)
 
     def say(self, message: str) -> None:
         """Print a line to stderr, above the progress bar if there is one."""
         if self._bar is None:
             say(message)
         else:
-            self._bar.write(message, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal is closed
+                self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         self._shown.close()
@@ -204,18 +206,19 @@ def _is_number(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def draw(run_dir: Path, picture: Path) -> bool:
-    """Draw the losses of a run as `picture`; returns whether it is there. A failure is only logged."""
+def draw(run_dir: Path, picture: Path, tell: Callable[[str], None] = say) -> bool:
+    """Draw the losses of a run as `picture`; returns whether it is there. A failure is only a line for `tell`."""
     try:
         return plot(run_dir, picture)
     except Exception as error:  # of matplotlib, its fonts or its settings: any
-        say(f"{picture} could not be drawn: {one_line(error)}")
+        tell(f"{picture} could not be drawn: {one_line(error)}")
         return False
 
 
 def plot(run_dir: Path, picture: Path) -> bool:
     """Draw training loss, its running mean and the held-out loss; returns False if there is no loss yet."""
     given = os.environ.pop("MPLBACKEND", None)  # a notebook's may name what is not installed here
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of caches that it cannot keep
     from matplotlib.figure import Figure
 
     if given is not None:

@@ -3,6 +3,7 @@
 The data loader starts at the newest good checkpoint before the step and reads forward; nothing is trained.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.tokenizer.tokenizer import load_tokenizer
 
 
-def replay_step(run_dir: str | Path, step: int) -> tuple[list[dict[str, Any]], str]:
+def replay_step(
+    run_dir: str | Path, step: int, *, data: str | None = None, eval_data: str | None = None
+) -> tuple[list[dict[str, Any]], str]:
     """Return the documents in the batch of update `step`, counted from 1, and whether its batch hash agrees.
 
-    A document has its source, file, row and text. Raises `UserError` if the run has no such step, or if its data
-    has changed.
+    A document has its source, file, row and text. `data` and `eval_data` say where the run's data is now. Raises
+    `UserError` if the run has no such step, or if its data has changed.
     """
     run_dir = Path(run_dir)
     config = read_run(run_dir)
+    # the run has stopped at a row that cannot be read, or skipped it
+    places = replace(config.data, data=data or config.data.data, eval_data=eval_data or config.data.eval_data)
+    config = replace(config, data=replace(places, on_bad_data="skip"))
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
     found = verified_checkpoints(run_dir / "checkpoints", group="step")
     before = next((x.meta for x in found if x.step < step and x.meta.get("cursor") is not None), None)

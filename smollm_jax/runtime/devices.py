@@ -10,6 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.runtime.errors import say
+
 # TFLOP/s, bf16, dense: NVIDIA's data sheets, Google Cloud's TPU pages
 PEAK_TFLOPS = {
     "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
@@ -84,9 +86,12 @@ def precision_of(dtype: Any) -> Iterator[None]:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keep compiled programs in `folder` between processes; "" keeps none."""
+    """Keep compiled programs in `folder` between processes; "" keeps none, nor does a home folder nobody has."""
     import jax
 
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    folder = os.path.expanduser(folder)
+    if folder.startswith("~"):
+        say(f"compiled programs are not kept: there is no {folder}; set HOME, or give --compilation-cache-dir")
+    elif folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_COMPILE_SECONDS)

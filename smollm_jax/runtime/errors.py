@@ -1,17 +1,37 @@
 """Errors of the user, of a data source and of the machine, one line for each, and the exit codes of commands."""
 
+import contextlib
 import errno
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 
-OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+OF_THE_MACHINE = {  # a disk, a file system, a permission or a limit
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOLCK,
+}  # fmt: skip
 LONGEST_LINE = 200
+RUST_ERRNO = re.compile(r"(?:os error |Os \{ code: )(\d+)")
+# files of libraries that fail for what the environment says, and the variables that they read
+READS = {
+    "/jax/_src/config.py": "JAX_.*",
+    "/jax/_src/xla_bridge.py": "JAX_PLATFORMS|JAX_PLATFORM_NAME|(CUDA|ROCR|HIP)_VISIBLE_DEVICES",
+    "/httpx": "(?i:(all|https?)_proxy)|SSL_CERT_FILE|SSL_CERT_DIR",
+    "/huggingface_hub/constants.py": "HF_.*|HUGGING.*",
+    "/matplotlib/": "MPL.*|MATPLOTLIBRC",
+    "/gradio/": "GRADIO_.*",
+    "/torch/__init__.py": "TORCH_.*|PYTORCH_.*|LD_LIBRARY_PATH",
+    "/tempfile.py": "TMPDIR|TEMP|TMP",
+}
 
 
 class UserError(ValueError):
@@ -29,20 +49,48 @@ def require(condition: bool, message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and message of an error as one line; a `UserError` needs no type, and is never cut."""
+    """Return type and message of an error as one line; a `UserError` needs no type, and is never cut.
+
+    What a terminal would obey, such as in the name of a file, is escaped.
+    """
     text, kind = " ".join(str(error).split()), type(error).__name__
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if isinstance(error, UserError):
         return text
     return f"{kind}: {text[:LONGEST_LINE]}" if text else kind
 
 
 def say(message: str) -> None:
-    """Print a line to stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line to stderr; stdout is for results. No run ends because nobody listens."""
+    with contextlib.suppress(OSError, ValueError):  # the terminal is closed, or the log's disk full
+        print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def say_once(message: str) -> None:
+    """Print a line to stderr unless this process has printed it before."""
+    say(message)
+
+
+def open_streams() -> None:
+    """Make stdout and stderr take every text, and replace a closed one.
+
+    A file that opens with the number of a closed stream would receive what libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale may know less than Unicode
 
 
 def run_main(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code; an exception is explained on stderr and becomes an exit code."""
+    open_streams()
     try:
         code = main()
         sys.stdout.flush()
@@ -51,14 +99,65 @@ def run_main(main: Callable[[], int]) -> int:
         say("interrupted")
         return EXIT_STOPPED
     except BrokenPipeError:  # the reader of our output has closed it, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_FAILED
     except UserError as error:
         say(f"error: {one_line(error)}")
         return EXIT_MISTAKE
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-            say(f"error: {error.filename or 'a file'}: {error.strerror}")
-        else:  # a bug of ours
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Print an exception, in one line unless it is a bug of ours, and return the exit code."""
+    if variables := of_environment(error):
+        say(f"error: {one_line(error)}; check {variables} in the environment")
+        return EXIT_MISTAKE
+    if isinstance(error, MemoryError):
+        say(f"error: out of memory: {error}".rstrip(": "))
+    elif refused := of_machine(error):
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""  # a print has no file's name
+        unnamed = "stdout" if "print(" in line or "stdout" in line else "a file"
+        say(f"error: {refused.filename or unnamed}: {refused.strerror}")
+        _drop_output()
+    else:
+        with contextlib.suppress(OSError):
             traceback.print_exception(error)
-        return EXIT_FAILED
+    return EXIT_FAILED
+
+
+def _drop_output() -> None:
+    """Let the interpreter's last flush of stdout succeed."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def of_machine(error: BaseException) -> OSError | None:
+    """Return the error as the refusal of a disk or a permission; None if it is of another kind.
+
+    Libraries written in Rust tell the number of the operating system's error in their message.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno in OF_THE_MACHINE else None
+    found = RUST_ERRNO.search(str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number)) if number in OF_THE_MACHINE else None
+
+
+def of_environment(error: BaseException) -> str:
+    """Return the variables, with values, that made a library fail; empty if none is known to have."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = max((i for i, file in enumerate(files) if f"{os.sep}smollm_jax{os.sep}" in file), default=-1)
+    beyond, text = files[ours + 1 :], str(error)
+    words = set(re.findall("[a-z]+", text.lower())) - {"jax", "all"}
+    for part, names in READS.items():
+        if any(part in file for file in beyond):
+            found = {name: value for name, value in os.environ.items() if value and re.fullmatch(names, name)}
+            said = {n: v for n, v in found.items() if v in text or set(n.lower().split("_")) & words}
+            return ", ".join(f"{name}={_hidden(value)}" for name, value in sorted((said or found).items()))
+    return ""
+
+
+def _hidden(value: str) -> str:
+    """Return a value for a log, without the password of a URL."""
+    return re.sub(r"//[^/@]*@", "//***@", value)[:LONGEST_LINE]

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, of_machine, one_line
 
 BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
 
@@ -42,9 +42,20 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path with its "~" replaced; raises `UserError` if nobody knows that home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {one_line(error)}; set HOME, or give a path without ~") from None
+
+
 def matching(pattern: str) -> list[str]:
-    """Return the paths that a path or glob pattern names; a path that exists, or its beginning, is no pattern."""
-    path = Path(pattern).expanduser()
+    """Return the paths that a path or glob pattern names; a path that exists, or its beginning, is no pattern.
+
+    Raises as `expand_home`.
+    """
+    path = expand_home(pattern)
     if os.path.exists(path):
         return [str(path)]
     base = next(folder for folder in path.parents if os.path.exists(folder))
@@ -60,27 +71,36 @@ def leads_out(path: Path) -> bool:
 
 
 @contextmanager
+def named_failure(path: str | Path) -> Iterator[None]:
+    """Give the refusal of a disk the name of the file: a write has none, and a library in Rust no `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        if (refused := of_machine(error)) is None or refused.filename is not None:
+            raise
+        raise OSError(refused.errno, refused.strerror, str(path)) from error
+
+
+@contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside `path`; rename it to `path` if the block succeeds, else remove it.
 
     A reader finds the old file or folder or the new one, never a part of it, also after the process dies; the next
     writer removes what a dead one left. A folder that cannot be renamed, as a mount point, is filled in place.
-    Raises `OSError` for a file to be written where a folder is.
+    Raises `OSError` for a file to be written where a folder is, or for a full disk, with the name of `path`.
     """
     is_fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
     where = path if is_fixed else path.parent
     part, old = (where / f".{path.name}.{word}-{os.getpid()}" for word in ("part", "old"))
     with _cleaned(where, (path.name,)):
         try:
-            yield part
+            with named_failure(path):
+                yield part
             is_full = part.is_dir() and path.is_dir()  # a folder that holds something cannot be replaced
             if is_full and (is_fixed or not _renamed(path, old)):
                 _fill(path, part)
             else:
                 part.replace(path)
-        except OSError as error:
-            error.filename = error.filename or str(path)  # a write does not name its file
-            raise
         finally:
             if old.exists() and not path.exists():
                 old.rename(path)
@@ -153,8 +173,9 @@ def _fill(folder: Path, part: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to a new file and fsync it."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    fsync(path)
+    with named_failure(path):
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        fsync(path)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -1,10 +1,12 @@
-"""Stop on request: SIGTERM and Ctrl-C set a flag that the loop reads between steps.
+"""Stop on request: SIGTERM, Ctrl-C and a scheduler's warning set a flag that the loop reads between steps.
 
 Python runs a signal handler only between two bytecodes of the main thread, which may be in a compile for minutes.
-So the signal also wakes a thread of ours. It exits at once if nothing would be lost, or on a second signal.
+So the signal also wakes a thread of ours. It exits at once if nothing would be lost, or on a second
+SIGTERM or Ctrl-C.
 While the main thread is known to be busy, another thread saves in its place.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,8 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Self
 
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, open_streams
 
+INSISTENT = (signal.SIGTERM, signal.SIGINT)  # a second one leaves at once
+# warnings before the end: SLURM and submitit send SIGUSR1 or 2, `ulimit -t` SIGXCPU, a closed terminal SIGHUP
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 AGAIN_SECONDS = 1.0  # a signal sooner after the first is the same request: `timeout` and schedulers send two
 SAY_SECONDS = 1.0  # to print the last message; a full pipe or a stopped terminal blocks it
 LOOK_SECONDS = 0.1  # between two checks of the thread that saves in the main thread's place
@@ -27,13 +32,14 @@ def leave(code: int) -> NoReturn:
 
     No handler is installed during the teardown, so a late signal would turn a finished run into a failed one.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # `run_main` has reported it
+            stream.flush()
     os._exit(code)
 
 
 class StopRequest:
-    """A context manager around a run; the first SIGTERM or SIGINT sets `requested`."""
+    """A context manager around a run; the first of its signals sets `requested`. nohup's SIGHUP stays ignored."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -43,10 +49,13 @@ class StopRequest:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
+        open_streams()
         self._ours, self._theirs = socket.socketpair()
         self._theirs.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [s for s in (*INSISTENT, *WARNINGS) if s != signal.SIGHUP or not is_nohup]
+        self._previous = {s: signal.signal(s, self._handle) for s in heard}
         threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
         return self
 
@@ -82,7 +91,7 @@ class StopRequest:
                         end_with(f"{name}: nothing to save; run the same command to go on", EXIT_STOPPED)
                     _say(f"{name}: saving and stopping; again, a second later, leaves at once")
                     threading.Thread(target=self._stand_in, name="stop-save", daemon=True).start()
-                elif now - self._first >= AGAIN_SECONDS:
+                elif signal.Signals[name] in INSISTENT and now - self._first >= AGAIN_SECONDS:
                     end_with(f"{name} again: leaving at once; the last checkpoint stands", EXIT_FAILED)
 
     def _stand_in(self) -> None:
@@ -96,7 +105,8 @@ class StopRequest:
 
 
 def _say(message: str) -> None:
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal is closed
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
 
 
 def end_with(message: str, code: int) -> NoReturn:

@@ -59,6 +59,9 @@ def build_app(scheduler: Scheduler, name: str, *, auth: tuple[str, str] | None, 
     """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1."""
     # Gradio reads these when it is imported, and would report to its makers
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    # Gradio opens a client on import, which fails for a proxy or certificate that httpx cannot use; none is needed
+    for variable in [key for key in os.environ if key.lower().endswith("_proxy") or key.startswith("SSL_CERT_")]:
+        del os.environ[variable]
     import gradio as gr
 
     from smollm_jax.serving.page import SCRIPT, STYLE, build_page

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import numpy as np
 
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
-from smollm_jax.runtime.files import leads_out, written_aside
+from smollm_jax.runtime.files import expand_home, leads_out, named_failure, written_aside
 from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
 
 EOS = "<|endoftext|>"
 BYTES = 256
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback
+LONGEST_WORD = 4_096  # bytes: the trainer's time grows with the square of a word's length
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SpecialTokens = Literal["text", "parse"]
 FILES = (
@@ -239,7 +240,7 @@ def load_tokenizer(
         require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
         return train_tokenizer(documents or (), int(size), special_tokens=special_tokens)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return Tokenizer(Path(name).expanduser(), special_tokens=special_tokens)
+        return Tokenizer(expand_home(name), special_tokens=special_tokens)
     return Tokenizer(_download(name), special_tokens=special_tokens)
 
 
@@ -255,7 +256,7 @@ def _download(repo: str) -> Path:
         reason = f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN"
     except RepositoryNotFoundError:
         reason = f"{repo}: no such folder here and no such repository on the Hub"
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its kind differs between releases of three libraries, and with the environment
         reason = f"{repo} cannot be fetched from the Hub ({one_line(error)}); {WAYS_OUT}"
     raise UserError(f"--tokenizer {reason}")
 
@@ -264,11 +265,12 @@ def train_tokenizer(
     documents: Iterable[str], vocab_size: int, *, special_tokens: SpecialTokens = "text"
 ) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words, pieces = pre_tokenizers.ByteLevel(add_prefix_space=False), Regex(f".{{{LONGEST_WORD}}}")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(pieces, "isolated")])
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -277,12 +279,16 @@ def train_tokenizer(
         show_progress=False,
     )
     fast.train_from_iterator(documents, trainer)
+    fast.pre_tokenizer = words
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS),
         "clean_up_tokenization_spaces": False,
     }
     with tempfile.TemporaryDirectory(prefix="tokenizer-", ignore_cleanup_errors=True) as folder:
-        fast.save(f"{folder}/tokenizer.json")
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        with named_failure(f"{folder}, a temporary folder"):
+            Path(folder, "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
+            Path(folder, "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+            )
         return Tokenizer(folder, special_tokens=special_tokens)

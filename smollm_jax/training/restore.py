@@ -19,6 +19,7 @@ from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.data.sources import mixture
 from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import require
@@ -120,6 +121,8 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
     # a setting that is newer than the run had its default there
     before, now = flatten(to_dict(Config()), ".") | flatten(old, "."), flatten(to_dict(config), ".")
     changed = {name: rule for name, rule in resume_rules(config).items() if before.get(name) != now[name]}
+    places = ("data.data", "data.eval_data")
+    moved = [name for name in places if name in changed and _is_place(before.get(name), now[name])]
     refused, maths, schedule = (
         [n for n in changed if changed[n] == rule] for rule in ("", "same maths", "schedule")
     )
@@ -133,6 +136,9 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
         notes.append(f"{', '.join(schedule)} changed: all {step} updates so far stay as they were")
     else:
         refused += schedule
+    if set(refused) <= set(moved):
+        refused = []
+        notes += [f"{x} changed from {before[x]} to {now[x]}: goes on if the files are the same" for x in moved]
     changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in refused)
     require(
         not refused,
@@ -140,6 +146,13 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
         "Give the old values back, or start afresh with --new-run or another --run-dir",
     )
     return notes
+
+
+def _is_place(before: str | None, now: str | None) -> bool:
+    """Return whether two mixtures differ in places only, whose content the loader compares."""
+    if before is None or now is None:
+        return False
+    return [weight for _, weight in mixture(before)] == [weight for _, weight in mixture(now)]
 
 
 def _updates(config: Config, step: int) -> list[tuple[float, int]]:

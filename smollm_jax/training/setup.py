@@ -24,7 +24,7 @@ from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.lock import WRITTEN
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
@@ -149,7 +149,10 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
         if theirs is not None and name == init_from:
             tokenizer, theirs.mode = theirs, special
         else:
-            documents = islice(head_texts(data), TOKENIZER_DOCUMENTS) if name.startswith("train:") else None
+            documents = None
+            if name.startswith("train:"):
+                say(f"tokenizer   training {name} on up to {TOKENIZER_DOCUMENTS:,} documents of {data.data}")
+                documents = islice(head_texts(data), TOKENIZER_DOCUMENTS)
             tokenizer = load_tokenizer(name, documents=documents, special_tokens=special)
         if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")

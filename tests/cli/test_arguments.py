@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from smollm_jax.cli.arguments import parse
+from smollm_jax.cli.arguments import parse, parse_command
+from smollm_jax.cli.commands import COMMANDS
+from smollm_jax.runtime.errors import UserError
 from tests.support.paths import ROOT
 
 
@@ -43,6 +45,40 @@ def test_a_mistake_is_one_line_that_names_it(argv, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         parse(argv)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["--data", "a.jsonl", "--steps", "5", "--data", "b.jsonl"],
+            "--data is given 2 times; give it once: --data A,B",
+        ),
+        (["--eval-data=a.jsonl", "--eval_data", "b.jsonl"], "--eval-data is given 2 times"),
+        (["--sample-prompts", "a", "b", "--sample-prompts", "c"], "--sample-prompts A B"),
+    ],
+)
+def test_a_flag_that_may_mean_several_is_refused_if_given_twice(argv, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(argv)
+    with pytest.raises(UserError, match="--stop is given 2 times; give it once: --stop A B"):
+        parse_command(COMMANDS, ["generate", "x", "--prompt", "y", "--stop", "a", "--stop", "b"], "smollm_jax")
+
+
+def test_of_any_other_flag_the_last_counts_and_a_line_says_so(capsys):
+    config = parse(
+        ["--recipe", "smollm2", "--recipe=quickstart", "--seed", "1", "--no-export", "--seed=2", "--export"]
+    )
+    assert (config.recipe, config.run.seed, config.run.export) == ("quickstart", 2, True)
+    said = [f"--{name} is given 2 times; the last one counts" for name in ("recipe", "seed", "export")]
+    assert capsys.readouterr().err.splitlines() == said
+
+
+def test_a_value_that_looks_like_a_flag_is_no_flag(capsys):
+    argv = ["generate", "x", "--prompt=--seed=1 --seed", "--seed", "3"]
+    call = parse_command(COMMANDS, argv, "smollm_jax")
+    assert (call.keywords["prompt"], call.keywords["seed"]) == ("--seed=1 --seed", 3)
+    assert not capsys.readouterr().err
 
 
 def test_a_mistake_on_the_command_line_exits_with_2_and_no_traceback():

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from smollm_jax.data.heldout import batches_in_order, held_out
 from smollm_jax.data.loader import BATCHES_AHEAD, BatchIterator, Loader, PrefetchLoader, check_vocab, merge_cursors
 from smollm_jax.data.packing import pack
 from smollm_jax.data.shuffle import ShuffledSource, tokenize
-from smollm_jax.data.sources import WHOLE, Shard, open_source
+from smollm_jax.data.sources import WHOLE, Document, Shard, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
@@ -322,6 +323,37 @@ def test_changed_files_are_refused_by_name(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a1.jsonl", [texts[0][::-1], *texts[1:]])  # of the same length
     with pytest.raises(ValueError, match=r"1 of 1 files gone or changed"):
         open_at(config, tokenizer, cursor)
+
+
+def test_data_that_moved_goes_on_and_sources_that_swapped_do_not(tmp_path, tokenizer):
+    for name in ("one", "two", "far"):
+        (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / "one" / "a.jsonl", make_texts(30))
+    write_jsonl(tmp_path / "two" / "b.jsonl", make_texts(30, seed=2))
+    config = config_of(tmp_path, "one/a.jsonl,two/b.jsonl")
+    batches = take(open_at(config, tokenizer), 3)
+    (tmp_path / "one" / "a.jsonl").rename(tmp_path / "far" / "a.jsonl")
+    moved = take(open_at(config_of(tmp_path, "far/a.jsonl,two/b.jsonl"), tokenizer, batches[1][1]), 1)
+    np.testing.assert_array_equal(moved[0][0].tokens, batches[2][0].tokens)
+    with pytest.raises(ValueError, match=r"files of .*b\.jsonl changed"):
+        open_at(config_of(tmp_path, "two/b.jsonl,far/a.jsonl"), tokenizer, batches[1][1])
+
+
+def test_a_file_that_is_read_twice_is_reported(tmp_path, tokenizer, capsys):
+    write_jsonl(tmp_path / "a.jsonl", make_texts(30))
+    open_at(config_of(tmp_path, "*.jsonl,a.jsonl"), tokenizer)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("read twice: 1 files have name and content of another, such as")
+
+
+def test_long_documents_are_tokenized_in_smaller_groups(monkeypatch, tokenizer):
+    groups = []
+    monkeypatch.setattr("smollm_jax.data.shuffle.CHARACTERS_TOGETHER", 100)
+    encoder = Mock(eos_id=0, encode_batch=lambda texts: groups.append(len(texts)) or tokenizer.encode_batch(texts))
+    texts = ["a" * 30] * 5 + ["b" * 1_000] + ["c"]
+    documents = [Document(text, "", "", i, {}) for i, text in enumerate(texts)]
+    assert [document for document, _ in tokenize(documents, encoder)] == documents
+    assert groups == [4, 2, 1]
 
 
 JSON = st.recursive(

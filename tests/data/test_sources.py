@@ -4,16 +4,18 @@ import gzip
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data import sources
+from smollm_jax.data import readers, sources
+from smollm_jax.data.heldout import held_out
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.sources import mixture, open_source
-from tests.support.texts import make_texts, write_jsonl, write_parquet
+from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
 def texts_of(spec, **changes):
@@ -50,6 +52,56 @@ def test_globs_and_folders_are_read_in_the_order_of_file_names(every_kind):
     folder, texts = every_kind
     assert texts_of(folder / "*") == texts * 4 == texts_of(folder)
     assert_every_cursor_works(open_source(f"{folder}/[ac]*", DataConfig()))
+
+
+def test_a_folder_is_read_without_what_it_holds_beside_the_data(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    hidden = [".ipynb_checkpoints/a-checkpoint.jsonl", ".ipynb_checkpoints/LICENSE.txt", "__MACOSX/._a.jsonl"]
+    hidden += ["_delta_log/10.checkpoint.jsonl", "._a.jsonl", "LICENSE.txt", "sub/README.txt", "config.json"]
+    for name in ["a.jsonl", "sub/b.jsonl", *hidden]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, [name])
+    assert texts_of(folder) == ["a.jsonl", "sub/b.jsonl"] == texts_of(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"passed over in {folder}: ._a.jsonl, .ipynb_checkpoints, LICENSE.txt")
+    assert texts_of(folder / ".ipynb_checkpoints") == [".ipynb_checkpoints/a-checkpoint.jsonl"]
+    assert texts_of(folder / "LICENSE.txt") == [json.dumps({"text": "LICENSE.txt"})]
+
+
+def test_a_linked_folder_is_read_and_no_file_twice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    write_jsonl(tmp_path / "texts" / "sub" / "b.jsonl", ["two"])
+    (tmp_path / "elsewhere").mkdir()
+    write_jsonl(tmp_path / "elsewhere" / "c.jsonl", ["three"])
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts" / "loop").symlink_to(tmp_path / "texts")
+    assert texts_of(tmp_path / "texts") == ["three", "two"]
+    assert texts_of(f"{tmp_path}/texts/sub/**") == ["two"]  # the pattern names the folder and its file
+    assert texts_of(f"{tmp_path}/**/[ab]*") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["c4-train.json.gz", "part.json"])
+def test_lines_of_json_may_be_named_json(tmp_path, name):
+    with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in make_texts(5))
+    assert texts_of(tmp_path / name) == make_texts(5) == texts_of(tmp_path) == texts_of(f"{tmp_path}/*")
+    assert_every_cursor_works(open_source(str(tmp_path / name), DataConfig()))
+    write_jsonl(tmp_path / "b.jsonl", ["beside it"])
+    assert texts_of(tmp_path) == ["beside it"]  # such as the settings of a data set
+
+
+def test_a_json_array_is_refused_with_a_way_out(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"}]')
+    with pytest.raises(ValueError, match=r"a\.json, row 0, cannot be read: a JSON array; expected an object"):
+        texts_of(tmp_path / "a.json")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    monkeypatch.setattr("os.scandir", Mock(side_effect=PermissionError(13, "Permission denied", str(tmp_path))))
+    with pytest.raises(ValueError, match="Permission denied"):
+        texts_of(tmp_path)
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
@@ -244,3 +296,64 @@ def test_data_that_is_a_pipe_is_named_and_not_waited_for(tmp_path):
     for data in (tmp_path, tmp_path / "a.jsonl"):
         with pytest.raises(ValueError, match="no regular file"):
             open_source(str(data), DataConfig(data=str(data)))
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    values = {"LONGEST_BYTES": 1_000, "SEARCHED_BYTES": 10_000, "MOST_BLANK": 50, "CHECKED_BYTES": 50_000}
+    for name, value in (values | {"LARGEST_RATIO": 20}).items():
+        monkeypatch.setattr(readers, name, value)
+
+
+def long_documents(folder, name, size):
+    texts = ["one", "x" * size, "two"]
+    if name.endswith(".parquet"):
+        write_parquet(folder / name, texts)
+    elif name.endswith(".txt"):
+        (folder / name).write_text("one\n\n" + "word\n" * (size // 5) + "\ntwo\n")
+    else:
+        with (gzip.open if name.endswith(".gz") else open)(folder / name, "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return folder / name
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt", "a.jsonl.gz"])
+def test_a_document_that_is_too_long_is_named_by_file_and_row(tmp_path, name):
+    path = long_documents(tmp_path, name, 5_000)
+    with pytest.raises(ValueError, match=rf"{name}, row 1, cannot be read: .*a document above .* split it"):
+        texts_of(path)
+    skipped = []
+    source = open_source(str(path), DataConfig(on_bad_data="skip"))
+    assert [document.text for document in source.documents(skipped=skipped)] == ["one", "two"]
+    assert len(skipped) == 1
+    assert_every_cursor_works(source)
+
+
+@pytest.mark.usefixtures("limits")
+def test_a_line_without_end_is_given_up(tmp_path):
+    path = long_documents(tmp_path, "a.jsonl.gz", 100_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, from row 1 on, cannot be read: .* no end of it"):
+        texts_of(path)
+    assert texts_of(path, on_bad_data="skip") == ["one"]
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize(("line", "words"), [("\n", "blank lines in a row"), ('{"text": "again"}\n', "expands")])
+def test_an_archive_that_expands_without_end_is_given_up(tmp_path, line, words):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(line * 100_000)
+    with pytest.raises(ValueError, match=rf"a\.jsonl\.gz, from row \d+ on, cannot be read: .*{words}"):
+        texts_of(tmp_path / "a.jsonl.gz")
+
+
+def test_a_split_of_local_files_is_not_dropped_in_silence(tmp_path, capsys):
+    texts_of(write_jsonl(tmp_path / "a.jsonl", ["one"]), split="test")
+    assert "--split test is for datasets on the Hub" in capsys.readouterr().err
+
+
+def test_one_document_of_lines_says_why_nothing_can_be_held_out(tmp_path):
+    (tmp_path / "l.txt").write_text("A sentence.\n" * 50)
+    words = r"holds 1 documents, of which every 10th is held out; in a \.txt file a blank line ends a document"
+    with pytest.raises(ValueError, match=words):
+        held_out(DataConfig(data=str(tmp_path / "l.txt")), small_tokenizer())

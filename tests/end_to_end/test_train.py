@@ -32,10 +32,18 @@ def _restored():
         jax.config.update(name, value)
 
 
-def flags_of(run_dir, cache, corpus, tokenizer):
+def flags_of(run_dir, cache, corpus, tokenizer, data=None):
     """Of a tiny run on one of the devices there are."""
     flags = ["--mesh", "data=1"]
-    flags += ["--data", f"{corpus}/*.jsonl", *TINY, "--tokenizer", str(tokenizer), "--run-dir", str(run_dir)]
+    flags += [
+        "--data",
+        data or f"{corpus}/*.jsonl",
+        *TINY,
+        "--tokenizer",
+        str(tokenizer),
+        "--run-dir",
+        str(run_dir),
+    ]
     return [*flags, "--compilation-cache-dir", str(cache)]
 
 
@@ -44,8 +52,8 @@ def fitted(tmp_path, cache, corpus, tokenizer, capfd):
     """Trains in this process until the run ends with exit code `code`; stdout and stderr."""
 
     def start(*flags, run="run", data=None, code=0, bare=False):
-        given = ["--mesh", "data=1"] if bare else flags_of(tmp_path / run, cache, corpus, tokenizer)
-        given += [*(["--data", data] if data else []), *flags]
+        given = ["--mesh", "data=1"] if bare else flags_of(tmp_path / run, cache, corpus, tokenizer, data)
+        given += flags
         found = run_main(lambda: fit(parse(given), StopRequest()))
         out, err = capfd.readouterr()
         assert found == code, err

@@ -1,5 +1,8 @@
 """Push an export to the Hub."""
 
+import time
+from unittest.mock import Mock
+
 import pytest
 
 from smollm_jax.hf.export import MARK
@@ -35,6 +38,18 @@ def test_a_push_sends_the_listed_files_alone(folder, monkeypatch):
     assert push(folder, "me/model") == "https://hub/me/model"
     assert sent["made"] == ("me/model", {"private": False, "exist_ok": True})
     assert sorted(sent["files"]) == sorted(p.name for p in folder.iterdir() if p.name != "secrets.env")
+
+
+def test_a_hub_that_accepts_and_never_answers_is_given_up(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "x")
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi", Mock(return_value=Mock(create_repo=lambda *_, **__: time.sleep(30)))
+    )
+    monkeypatch.setattr("smollm_jax.hf.publish.ANSWER_SECONDS", 0.1)
+    with pytest.raises(
+        ValueError, match="me/model could not be written on the Hub: TimeoutError: no answer within"
+    ):
+        push(folder, "me/model")
 
 
 def test_a_push_without_token_network_or_export_is_one_line(folder, tmp_path, monkeypatch):

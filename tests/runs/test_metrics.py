@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -96,21 +97,31 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path, name, instead, caps
         assert [x["step"] for x in read_metrics(tmp_path)] == [3, 3]
 
 
-def test_a_title_is_no_formula(tmp_path):
-    folder = tmp_path / r"lr$\x_{$"
+@pytest.mark.parametrize("name", ["run", r"lr$\x_{$"])
+def test_a_curve_is_drawn_whatever_a_notebook_left_behind(tmp_path, name):
+    """Its backend is not installed here, and a title is no formula."""
+    folder = tmp_path / name
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
-    assert draw(folder, folder / "loss.png")
-
-
-def test_a_notebooks_backend_which_may_not_be_installed_here_is_not_used(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
     program = (
         "import sys; from pathlib import Path; from smollm_jax.runs.metrics import draw\n"
         "assert all(draw(Path(sys.argv[1]), Path(sys.argv[1], 'loss.png')) for _ in range(2))"
     )
-    environment = os.environ | {
-        "MPLBACKEND": "module://not_installed_here",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, check=True)
+    variables = {"MPLBACKEND": "module://not_installed_here", "MPLCONFIGDIR": "/proc/nowhere"}
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "loss.png").stat().st_size > 1_000
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such backend"), OSError(28, "No space left"), ImportError("PIL")]
+)
+def test_no_run_ends_for_a_picture(tmp_path, monkeypatch, capsys, error):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=error))
+    assert not draw(tmp_path, tmp_path / "loss.png")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/loss.png could not be drawn: {type(error).__name__}")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

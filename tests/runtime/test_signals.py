@@ -1,5 +1,6 @@
 """Signals to a process whose main thread is busy, away, or done."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,6 +61,42 @@ def test_where_nothing_is_lost_one_signal_ends_a_busy_process_and_else_the_secon
         process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == code
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_warning_of_the_end_saves_as_sigterm_does_and_never_leaves_at_once(name):
+    process = started(
+        "\n    while not stop.requested: time.sleep(0.01)\n    time.sleep(2.5)\n    saved.append(1); leave(75)"
+    )
+    process.send_signal(signal.Signals[name])
+    time.sleep(AGAIN_SECONDS + 0.2)
+    process.send_signal(signal.Signals[name])
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert f"{name}: saving and stopping" in err
+    assert "leaving at once" not in err
+
+
+def test_nohup_keeps_sighup_ignored():
+    hup = "signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    program = BUSY.format(body=f"leave(9 if {hup} else 1)").replace("import sys,", "import signal, sys,")
+    done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 9
+
+
+def test_a_run_whose_terminal_is_gone_still_saves(tmp_path):
+    ours, theirs = os.openpty()
+    body = f'with stop.away(lambda: open("{tmp_path}/saved", "w") and saved.append(1)): time.sleep(60)'
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY.format(body=body)], stdout=subprocess.PIPE, stderr=theirs, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.close(theirs)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_signal_after_the_end_changes_nothing():

@@ -59,7 +59,8 @@ class Server:
         command = [sys.executable, str(ROOT / "serve.py"), str(path), "--port", "0", *flags]
         self.cache = self.log.with_suffix(".cache")
         environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(self.cache)
+            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(self.cache),
+            "ALL_PROXY": "socks5://127.0.0.1:1",  # which httpx refuses: a local server needs no proxy
         }  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

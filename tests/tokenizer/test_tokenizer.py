@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -115,3 +116,16 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_in_one_line(tokenizer, t
     assert load_tokenizer(str(tmp_path)).eos_id == 0
     with pytest.raises(ValueError, match="no tokenizer folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("long", ["GATTACA" * 60_000, " " * 300_000, "".join(map(chr, range(0x4E00, 0x9000))) * 4])
+def test_a_very_long_word_does_not_take_the_square_of_its_length(long):
+    began = time.process_time()
+    tokenizer = train_tokenizer([*make_texts(50), long], 400)
+    assert time.process_time() - began < 20
+    assert tokenizer.decode(tokenizer.encode(long[:9_000])) == long[:9_000]
+
+
+def test_words_of_common_length_train_the_tokenizer_of_before():
+    texts = [*make_texts(50), "中文 \u2028 é"]
+    assert train_tokenizer(texts, 300).fingerprint.startswith("68509bc7e3fda5cf")

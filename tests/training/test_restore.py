@@ -117,3 +117,19 @@ def test_a_checkpoint_without_settings_or_progress_is_damaged_in_one_line(tmp_pa
     assert checkpoints.wait()
     with pytest.raises(UserError, match=r"checkpoint 3 is damaged: its meta\.json lacks"):
         resolve_start(Config(), tmp_path, checkpoints)
+
+
+def test_data_at_another_place_is_left_to_the_loader_and_other_weights_are_refused():
+    def reading(data, **changes):
+        return replace(Config(), data=replace(Config().data, data=data, **changes))
+
+    saved = to_dict(reading("a/x.jsonl=0.7,b/y.jsonl=0.3", eval_data="e/z.jsonl"))
+    moved = reading("c/x.jsonl=0.7,b/y.jsonl=0.3", eval_data="c/z.jsonl")
+    notes = check_settings(saved, moved, 10)
+    assert [note.split(" changed")[0] for note in notes] == ["data.data", "data.eval_data"]
+    assert all("goes on if the files are the same" in note for note in notes)
+    for other in ("c/x.jsonl=0.6,b/y.jsonl=0.4", "c/x.jsonl"):
+        with pytest.raises(ValueError, match=r"data\.data was .*, is c/x"):
+            check_settings(saved, reading(other, eval_data="e/z.jsonl"), 10)
+    with pytest.raises(ValueError, match=r"data\.eval_data was .*, is None"):
+        check_settings(saved, reading("a/x.jsonl=0.7,b/y.jsonl=0.3"), 10)

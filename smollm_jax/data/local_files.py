@@ -1,0 +1,60 @@
+"""Find the data files that a path or pattern names, each once, without what folders hold beside their data."""
+
+import os
+import re
+from pathlib import Path
+
+from smollm_jax.runtime.errors import say_once
+from smollm_jax.runtime.files import matching
+
+JSON = (".json", ".json.gz")  # of C4 and Dolma: lines of JSON under a name that settings have too
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", *JSON)
+ABOUT = re.compile(
+    r"(authors|changelog|contributing|copying|licen[cs]e|notice|readme|requirements)\.txt"
+    r"|(config|dataset_dict|dataset_infos?|metadata|state)\.json", re.IGNORECASE
+)  # fmt: skip
+SHOWN = 5  # names in a line
+
+
+def find_files(pattern: str) -> list[str]:
+    """Return the files in the order of their names; a folder stands for the data files below it.
+
+    Raises `OSError` for a folder that cannot be read, and `UserError` for a home folder that nobody has.
+    """
+    # texts/** names a folder and also the files in it, and through a link to a parent each again and again
+    paths = sorted(
+        {str(Path(f)) for path in matching(pattern) for f in (_inside(path) if os.path.isdir(path) else [path])}
+    )
+    return list(
+        {(os.path.realpath(os.path.dirname(f)), os.path.basename(f)): f for f in reversed(paths)}.values()
+    )[::-1]
+
+
+def _inside(folder: str) -> list[str]:
+    """Return the data files below a folder, and log what is passed over.
+
+    That is what is hidden (.ipynb_checkpoints), folders of tools (__MACOSX, _delta_log), and beside other files
+    those about the data (LICENSE.txt) and .json.
+    """
+    files, passed, seen = [], [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        seen.add(os.path.realpath(root))
+        passed += [os.path.join(root, name) for name in folders if name.startswith((".", "_"))]
+        # a linked folder is read too, but none twice
+        kept = (name for name in folders if not name.startswith((".", "_")))
+        folders[:] = [name for name in kept if os.path.realpath(os.path.join(root, name)) not in seen]
+        data = [name for name in names if name.endswith(SUFFIXES)]
+        passed += [os.path.join(root, name) for name in data if name.startswith(".")]
+        files += [os.path.join(root, name) for name in data if not name.startswith(".")]
+    for beside in (lambda path: ABOUT.fullmatch(Path(path).name), lambda path: path.endswith(JSON)):
+        others = [path for path in files if not beside(path)]
+        files, passed = (others, passed + [path for path in files if beside(path)]) if others else (files, passed)
+    if passed:
+        more = f" and {len(passed) - SHOWN} more" if len(passed) > SHOWN else ""
+        shown = ", ".join(sorted(os.path.relpath(path, folder) for path in passed)[:SHOWN])
+        say_once(f"passed over in {folder}: {shown}{more}; name a file or a pattern to read it")
+    return files
+
+
+def _raise(error: OSError) -> None:
+    raise error
