@@ -7,10 +7,10 @@ template become ids. The same characters in a message stay text, so that no mess
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer, token_text
 
 # a noncharacter code point, inserted into text that would otherwise match a special token
@@ -18,17 +18,26 @@ MARK = "\ufdd0"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+Turns = Sequence[dict[str, str]]
+Render = Callable[[str, Turns, dict[str, str]], str]  # of a template, a conversation and the named tokens
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Turns, *, render: Render | None = None) -> list[int]:
     """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
 
-    Raises `UserError` if there is no template, or the template refuses.
+    `render` may put limits on the template. Raises `UserError` if there is no template, or the template refuses.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     require(bool(tokenizer.chat_template), "this model has no chat template; it completes text")
     special = tokenizer.special_tokens
     marked = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
+    names = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
+    return _encode(tokenizer, (render or render_chat)(str(tokenizer.chat_template), marked, names), special)
+
+
+def render_chat(template: str, messages: Turns, names: dict[str, str]) -> str:
+    """Return the text of a conversation up to the assistant's turn; raises `UserError` if the template refuses."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -39,13 +48,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    names = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
     try:
-        template = environment.from_string(str(tokenizer.chat_template))
-        text = template.render(messages=marked, add_generation_prompt=True, **names)
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **names)
     except Exception as error:  # a template is a program: it can fail in any way
-        raise UserError(f"the chat template refuses this conversation: {error}") from None
-    return _encode(tokenizer, text, special)
+        raise UserError(f"the chat template refuses this conversation: {one_line(error)}") from None
 
 
 def _encode(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:

@@ -4,10 +4,11 @@ A thin layer over the `tokenizers` library, without transformers. The files of a
 so that the export of a run holds the same files. Nothing here knows of documents, rows or models.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ FILES = (
 )
 
 
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+    """Raise a `RuntimeError` for a panic of the library, which is a BaseException: nobody would catch it."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizer fails on this text: {one_line(error)}") from None
+
+
 class Tokenizer:
     """A fast tokenizer and the files it was read from; `encode` adds neither bos nor eos."""
 
@@ -43,7 +55,8 @@ class Tokenizer:
         self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
-            self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
+            with _no_panic():
+                self._fast = Fast.from_str(self.files["tokenizer.json"].decode())
         except Exception as error:
             raise UserError(f"{folder}/tokenizer.json cannot be read: {one_line(error)}") from None
         self._fast.no_truncation()
@@ -76,6 +89,7 @@ class Tokenizer:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token {eos!r}; documents need one")
         return found
 
+    @_no_panic()
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32 (n,), without special tokens."""
         encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
@@ -84,6 +98,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
+    @_no_panic()
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 

@@ -115,3 +115,18 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_in_one_line(tokenizer, t
     assert load_tokenizer(str(tmp_path)).eos_id == 0
     with pytest.raises(ValueError, match="no tokenizer folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_a_panic_of_the_library_is_an_ordinary_error(tmp_path):
+    train_tokenizer(["plain text"] * 4, 300).save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    # a pattern that gives up on long rows of dashes, in which case the library panics
+    replace = {"type": "Replace", "pattern": {"Regex": "(-+-+)+y"}, "content": ""}
+    settings["decoder"] = {"type": "Sequence", "decoders": [settings["decoder"], replace]}
+    settings["normalizer"] = replace
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(tmp_path)
+    with pytest.raises(RuntimeError, match="the tokenizer fails"):
+        tokenizer.encode("-" * 200)
+    with pytest.raises(RuntimeError, match="the tokenizer fails"):
+        tokenizer.decode([tokenizer.encode("-")[0]] * 200)
