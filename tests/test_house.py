@@ -17,9 +17,9 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 537),
+    "runtime": ("", 543),
     "config": ("runtime", 531),
-    "tokenizer": ("runtime", 260),
+    "tokenizer": ("runtime", 386),
     "model": ("config runtime", 509),
     "data": ("tokenizer config runtime", 1_171),
     "distributed": ("config runtime", 533),
@@ -29,11 +29,11 @@ HOUSE = {
     "generation": ("kernels model config runtime", 550),
     "runs": ("hf checkpoint data tokenizer config runtime", 470),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_510),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_136),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_536),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 343),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 344),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_721, 10_618
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_721, 11_175
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

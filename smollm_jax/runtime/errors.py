@@ -12,6 +12,7 @@ EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_
 
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 LONGEST_LINE = 200
+ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
 
 
 class UserError(ValueError):
@@ -36,9 +37,14 @@ def one_line(error: BaseException) -> str:
     return f"{kind}: {text[:LONGEST_LINE]}" if text else kind
 
 
+def printable(text: str) -> str:
+    """Escape the control characters of a text, which could move a terminal's cursor or forge its lines."""
+    return text.translate(ESCAPED)
+
+
 def say(message: str) -> None:
     """Print a line to stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], int]) -> int:

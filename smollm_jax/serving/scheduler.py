@@ -149,8 +149,8 @@ class Scheduler:
     ) -> AsyncGenerator[TextChunk, None]:  # fmt: skip
         """Queue a request and yield its chunks; closing the iterator ends the work. Raises `QueueFull`.
 
-        `cancel(owner)` ends the work too; the last chunk then has the reason "cancelled". Each client's requests
-        are served in order, those of several clients in turn.
+        `cancel(owner)` ends the work too; the last chunk then has the reason "cancelled". Clients are served
+        in turn, and the requests of one client in order.
         """
         job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner, client)
         with self._changed:
@@ -212,7 +212,8 @@ class Scheduler:
         with contextlib.suppress(BaseException):
             ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
             sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
-            list(self.completer.stream(ids, sampling, cancelled=lambda: True))
+            with contextlib.closing(self.completer.stream(ids, sampling)) as chunks:  # type: ignore[type-var]
+                next(chunks)
 
     def _work(self) -> None:
         self._warm_up()
