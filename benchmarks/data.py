@@ -20,7 +20,8 @@ from smollm_jax.data.loader import Loader, PrefetchLoader
 from smollm_jax.data.packing import num_targets, pack
 from smollm_jax.data.shuffle import tokenize
 from smollm_jax.data.sources import Document, mixture, open_source
-from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
+from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 BARE, STREAM = "tokenizers.encode_batch", "stream"
 

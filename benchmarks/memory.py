@@ -17,7 +17,7 @@ from smollm_jax.data.heldout import head_texts
 from smollm_jax.data.loader import PrefetchLoader
 from smollm_jax.data.packing import num_targets
 from smollm_jax.runtime.errors import require
-from smollm_jax.tokenizer.tokenizer import load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
 
 LOOKS = 12  # samples of the memory, evenly over the minutes
 

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.harness.tables import as_command, finish
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.data.heldout import head_texts, held_out
-from smollm_jax.tokenizer.tokenizer import load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
 
 
 class NGram:

@@ -81,7 +81,7 @@ def seconds_of(arguments: list[str]) -> float:
 
 def prepare(folder: Path) -> list[str]:
     """Write documents and a tokenizer into `folder`; return the flags of a run that reads them."""
-    from smollm_jax.tokenizer.tokenizer import train_tokenizer
+    from smollm_jax.tokenizer.load import train_tokenizer
 
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(20, 400))) for _ in range(500)]

@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the time go
 import jax
 import pytest
 
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
 from tests.support.paths import ROOT
 from tests.support.runs import TINY
 

@@ -59,7 +59,7 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
             verdict = str(reason)
         try:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            age = time.time() - path.stat().st_mtime
+            age = max(0.0, time.time() - path.stat().st_mtime)  # clocks of two machines differ
         except FileNotFoundError:  # a run under way has just removed it
             continue
         verdict = f"set aside: {verdict}" if is_bad else verdict

@@ -15,7 +15,7 @@ import tyro
 
 from smollm_jax.cli.arguments import parse, parse_command, take_flags
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.runtime.errors import EXIT_FAILED, say
+from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
@@ -108,9 +108,10 @@ def generate(
     first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
     if completer.tokenizer.texts_with_special:
         say(completer.tokenizer.describe_special())
-    sys.stdout.write(prompt)
+    shown = printable if sys.stdout.isatty() else str  # a model may write what moves a terminal's cursor
+    sys.stdout.write(shown(prompt))
     for piece in chain(first, pieces):
-        sys.stdout.write(piece.text)
+        sys.stdout.write(shown(piece.text))
         sys.stdout.flush()
     print()
     say(f"stopped: {piece.reason}")

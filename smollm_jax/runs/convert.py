@@ -21,7 +21,7 @@ from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
 from smollm_jax.runs.metrics import draw, read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import clean_left_overs, write_json_atomic, written_aside
-from smollm_jax.tokenizer.tokenizer import load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
 
 
 def export_run(

@@ -15,7 +15,8 @@ from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import read_json
-from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
+from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 
 def is_run(path: str | Path) -> bool:

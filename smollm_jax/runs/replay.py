@@ -14,7 +14,7 @@ from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.runs.load import read_run
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import UserError, require, say
-from smollm_jax.tokenizer.tokenizer import load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
 
 
 def replay_step(

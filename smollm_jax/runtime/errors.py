@@ -32,6 +32,7 @@ READS = {
     "/torch/__init__.py": "TORCH_.*|PYTORCH_.*|LD_LIBRARY_PATH",
     "/tempfile.py": "TMPDIR|TEMP|TMP",
 }
+ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
 
 
 class UserError(ValueError):
@@ -60,10 +61,15 @@ def one_line(error: BaseException) -> str:
     return f"{kind}: {text[:LONGEST_LINE]}" if text else kind
 
 
+def printable(text: str) -> str:
+    """Escape the control characters of a text, which could move a terminal's cursor or forge its lines."""
+    return text.translate(ESCAPED)
+
+
 def say(message: str) -> None:
     """Print a line to stderr; stdout is for results. No run ends because nobody listens."""
     with contextlib.suppress(OSError, ValueError):  # the terminal is closed, or the log's disk full
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 @cache

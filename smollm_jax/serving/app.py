@@ -1,33 +1,31 @@
 """The web app: the page, OpenAI's routes and the middleware that guards them, on one port."""
 
+import asyncio
 import contextlib
+import gc
+import ipaddress
 import os
-import re
 import socket
 import sys
+from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 
 from smollm_jax.runs.load import is_run
 from smollm_jax.runtime.errors import UserError, say
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
-from smollm_jax.serving.openai_api import add_routes, error_response
+from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
+from smollm_jax.serving.openai_api import add_routes
 from smollm_jax.serving.scheduler import Scheduler
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
-LARGEST_BODY = 4 * 2**20  # bytes; enough for a prompt that is too long to get an error naming its length
 # whatever a model writes, the browser fetches nothing from elsewhere
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
-# all that the page and gradio_client need; Gradio also has uploads, files, proxies, recordings and a code editor
-OPEN = re.compile(
-    r"/gradio_api/(info|openapi\.json|user|login_check|token|app_id|startup-events|theme\.css|reset|cancel"
-    r"|heartbeat/[^/]+|queue/(join|data|status)|run/predict|call/.+)/?"
-)
+# half a minute of silence and three probes for a client that is gone; a minute for one that no longer reads
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 
 def open_scheduler(
@@ -43,74 +41,86 @@ def open_scheduler(
     if name == "export":  # the Space or the folder around it has a better name
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     print(f"{name}: {completer.about}; context {completer.context:,} tokens", file=sys.stderr, flush=True)
+    scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens)
     say(completer.tokenizer.describe_special())
-    return Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens), name
+    scheduler.try_chat()
+    return scheduler, name
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Open a listening socket; raises `UserError` if the address is taken or unknown."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); give another --host or --port") from None
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections inherit these
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):  # not everywhere
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return listening
 
 
-def build_app(scheduler: Scheduler, name: str, *, auth: tuple[str, str] | None, api_key: str | None) -> FastAPI:
+def hosts_of(listening: socket.socket, host: str, allowed: str, *, on_space: bool) -> Hosts:
+    """Return the names under which the server may be asked; `allowed` are more of them, or * for any."""
+    more = {name.strip().lower().strip("[]") for name in allowed.split(",")} - {""}
+    if on_space or "*" in more:
+        return Hosts(any_host=True, any_origin=True)
+    if ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        return Hosts(LOCAL | {host.lower()} | more)
+    return Hosts(frozenset(more), any_host=True)
+
+
+def build_app(
+    scheduler: Scheduler,
+    name: str,
+    *,
+    auth: tuple[str, str] | None,
+    api_key: str | None,
+    hosts: Hosts | None = None,
+) -> FastAPI:
     """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1."""
-    # Gradio reads these when it is imported, and would report to its makers
+    # Gradio reads these when it is imported, and would report to its makers and keep statistics of each request
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**60)}
     # Gradio opens a client on import, which fails for a proxy or certificate that httpx cannot use; none is needed
     for variable in [key for key in os.environ if key.lower().endswith("_proxy") or key.startswith("SSL_CERT_")]:
         del os.environ[variable]
     import gradio as gr
 
     from smollm_jax.serving.page import SCRIPT, STYLE, build_page
+    from smollm_jax.serving.sessions import end_unread, keep_little
+
+    @contextlib.asynccontextmanager
+    async def ending_unread(_: FastAPI) -> AsyncGenerator[None, None]:
+        task = asyncio.create_task(end_unread(page, scheduler))
+        yield
+        task.cancel()
 
     # FastAPI's documentation pages would load scripts from elsewhere
-    app = FastAPI(title=name, docs_url=None, redoc_url=None)
+    app = FastAPI(title=name, docs_url=None, redoc_url=None, lifespan=ending_unread)
     add_routes(app, scheduler, model=name, api_key=api_key)
-    app.add_middleware(Guard)
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     theme = gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "Consolas", "monospace"))
     page = build_page(scheduler, name, with_key=api_key is not None)
-    return gr.mount_gradio_app(
+    keep_little(page)
+    gr.mount_gradio_app(
         app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
+    app.add_middleware(Guard, hosts=hosts or Hosts())  # last, so before what Gradio adds
+    return app
 
 
-def run(app: FastAPI, listening: socket.socket, host: str) -> None:
+def run(app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = False) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
+    # a Space is shown inside a page of Hugging Face, whose proxy names the client
+    policy = POLICY if on_space else f"{POLICY}; frame-ancestors 'self'"
     config = uvicorn.Config(
-        app, headers=[("content-security-policy", POLICY)], log_level="warning", timeout_graceful_shutdown=3,
-        limit_concurrency=512,
+        app, headers=[("content-security-policy", policy)], log_level="error", timeout_graceful_shutdown=3,
+        limit_concurrency=512, http=Impatient, ws="none", forwarded_allow_ips="*" if on_space else None,
     )  # fmt: skip
+    gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
-
-
-class Guard:
-    """ASGI middleware: no files through Gradio, and no body above `LARGEST_BODY`."""
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        read, announced = 0, dict(scope["headers"]).get(b"content-length", b"0")
-        if scope["path"].startswith("/gradio_api/") and not OPEN.fullmatch(scope["path"]):
-            return await JSONResponse({"detail": "this is closed"}, 403)(scope, receive, send)
-        if announced.isdigit() and int(announced) > LARGEST_BODY:
-            too_long = f"the body is above {LARGEST_BODY:,} bytes"
-            return await error_response(413, too_long)(scope, receive, send)
-
-        async def counted() -> Any:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            return message if read <= LARGEST_BODY else {"type": "http.disconnect"}
-
-        await self.app(scope, counted, send)

@@ -81,7 +81,8 @@ class Completer:
     ) -> Iterator[TextChunk]:
         """Yield the continuation of `prompt` (text or ids) in chunks; the last chunk has the reason of the end.
 
-        A stop string ends the text and is not part of it. `cancelled` is called after every step of the engine.
+        A stop string ends the text and is not part of it. `cancelled` is called after every step of the engine, or
+        inside one by an engine that can end there.
         Closing the iterator ends the work. Raises `UserError` as `encode` does.
         """
         require(all(stop), "a stop string is empty")
@@ -94,6 +95,8 @@ class Completer:
             return TextChunk(text=shown, tokens=made, prompt_tokens=len(ids), seconds_to_first=first,
                              seconds=time.perf_counter() - started, reason=reason)  # fmt: skip
 
+        if hasattr(self.engine, "cancelled"):
+            self.engine.cancelled = cancelled
         stream = self.engine.stream(ids, sampling)
         try:
             for new in stream:
@@ -108,6 +111,8 @@ class Completer:
             yield chunk(shown + gate.held, "stop string" if gate.stopped else self.engine.stop_reason)
         finally:
             getattr(stream, "close", lambda: None)()
+            if hasattr(self.engine, "cancelled"):
+                self.engine.cancelled = lambda: False
 
 
 class StopStrings:

@@ -4,7 +4,6 @@ Gradio calls handlers with positional arguments and closes them when a visitor l
 a request can bypass the page: the scheduler checks, and its errors are shown. This file knows no layout.
 """
 
-import asyncio
 import contextlib
 import html
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -66,14 +65,16 @@ class Handlers:
         `prepare` makes the prompt of the text box and the past.
         """
 
+        chat = prepare in {self.answer, self.answer_again}
+
         async def write(typed: str, past: list[Any], request: gr.Request, *numbers: Any) -> Growth:
             with shown_errors():
-                ids, show = await asyncio.to_thread(prepare, typed, past)
+                ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
                 named = dict(zip(NUMBERS, numbers, strict=True))
                 sampling = self.scheduler.sampling(**named | {"seed": _seed(named["seed"])})
                 text, waiting = "", self.scheduler.waiting
                 yield show(text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…")
-                stream = self.scheduler.stream(ids, sampling, owner=request.session_hash)
+                stream = self.scheduler.stream(ids, sampling, **_of(request))
                 async with contextlib.aclosing(stream) as chunks:
                     async for chunk in chunks:
                         # no page can show a NUL, and no prompt may hold one
@@ -118,6 +119,7 @@ class Handlers:
 
     async def generate(  # noqa: PLR0917 - Gradio passes positional arguments
         self,
+        request: gr.Request,
         prompt: str,
         max_new_tokens: int = 128,
         temperature: float = 0.6,
@@ -134,8 +136,9 @@ class Handlers:
                 repetition_penalty=repetition_penalty, seed=seed,
             )  # fmt: skip
             stops = self.scheduler.stop_strings(stop)
-            ids, text = await asyncio.to_thread(self.scheduler.encode, prompt), ""
-            async with contextlib.aclosing(self.scheduler.stream(ids, sampling, stops)) as chunks:
+            ids, text = await self.scheduler.in_turn(self.scheduler.encode, prompt), ""
+            stream = self.scheduler.stream(ids, sampling, stops, **_of(request))
+            async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     text += chunk.text
                     yield {
@@ -147,6 +150,11 @@ class Handlers:
                         "seconds_to_first_token": chunk.seconds_to_first and round(chunk.seconds_to_first, 3),
                         "stop_reason": chunk.reason,
                     }
+
+
+def _of(request: gr.Request) -> dict[str, Any]:
+    """Return whose request it is: the session, which can cancel it, and the client's address."""
+    return {"owner": str(request.session_hash), "client": request.client.host if request.client else ""}
 
 
 def _seed(typed: str | None) -> Any:

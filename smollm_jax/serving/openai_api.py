@@ -12,17 +12,17 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, FailFast, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
-from smollm_jax.serving.scheduler import QueueFull, Scheduler
+from smollm_jax.serving.scheduler import ModelGone, QueueFull, Scheduler
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 DEFAULT_TOKENS = 128
@@ -33,7 +33,16 @@ Body = dict[str, Any]  # of a response
 T = TypeVar("T")
 
 
-class Strict(BaseModel, extra="forbid"):
+class Lenient(BaseModel):
+    """A model for which null is the same as no value, as in OpenAI's schema."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
+class Strict(Lenient, extra="forbid"):
     """A model that refuses unknown fields."""
 
 
@@ -41,8 +50,15 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
 class BaseRequest(Strict):
-    """The fields of both kinds of request."""
+    """The fields of both kinds of request.
+
+    pydantic makes an error for each wrong item of each member of a union, so lists are Any and checked by hand.
+    """
 
     model: str | None = None
     max_tokens: Any = None
@@ -53,41 +69,46 @@ class BaseRequest(Strict):
     repetition_penalty: Any = Field(1.0, description="extension: above 1 makes repetition rarer")
     special_tokens: SpecialTokens | None = Field(None, description="extension: parse makes ids of those in a text")
     seed: Any = Field(None, description="the same seed gives the same text; default: random")
-    stop: str | list[str] | None = None
+    stop: Any = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
     user: str | None = None
 
 
 class CompletionRequest(BaseRequest):
-    prompt: str | list[str] | list[int]
+    prompt: Any
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
+    logprobs: Literal[False] | None = None
+    suffix: Literal[""] | None = None
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
+class Message(Lenient):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Any
 
     def as_turn(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        """Return the turn of a text, or of a list of texts; raises `UserError`."""
+        parts = [{"text": self.content}] if isinstance(self.content, str) else self.content
+        require(isinstance(parts, list), "the content of a message must be a text or a list of texts")
+        for part in parts:
+            is_text = isinstance(part, dict) and part.get("type", "text") == "text" and {*part} <= {"type", "text"}
+            require(is_text and isinstance(part.get("text"), str), "only parts of type text are read in a message")
+        return {"role": self.role, "content": "".join(part["text"] for part in parts)}
 
 
 class ChatRequest(BaseRequest):
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Any = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    tool_choice: Literal["none"] | None = None
 
 
 class Routes:
@@ -106,16 +127,19 @@ class Routes:
         """Continue a prompt: a text or token ids."""
         match asked.prompt:
             case str(text) | [str(text)]:
-                ids = await asyncio.to_thread(self.scheduler.encode, text, asked.special_tokens)
-            case prompt:
-                require(all(isinstance(i, int) for i in prompt), "send one prompt per request, not several")
-                ids = self.scheduler.completer.checked(prompt)  # type: ignore[arg-type]
+                ids = await self.scheduler.in_turn(self.scheduler.encode, text, asked.special_tokens)
+            case list(prompt):
+                # a bool is an int to isinstance
+                require({*map(type, prompt)} <= {int}, "send one prompt per request, a text or its token ids")
+                ids = self.scheduler.completer.checked(prompt)
+            case _:
+                raise UserError("prompt must be a text or a list of token ids")
         return await self._answer(ids, asked, asked.max_tokens, request)
 
     async def chat_completions(self, asked: ChatRequest, request: Request) -> Any:
         """Write the assistant's next turn under the model's chat template."""
         messages = [message.as_turn() for message in asked.messages]
-        ids = await asyncio.to_thread(self.scheduler.encode_chat, messages, asked.special_tokens)
+        ids = await self.scheduler.in_turn(self.scheduler.encode_chat, messages, asked.special_tokens, chat=True)
         longest = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         return await self._answer(ids, asked, longest, request, chat=True)
 
@@ -126,7 +150,8 @@ class Routes:
             raise HTTPException(404, f"model {asked.model!r:.100} is not served here; use {self.model!r}")
         longest = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens) if longest is None else longest
         sampling = self.scheduler.sampling(max_new_tokens=longest, **asked.model_dump(include=SAMPLING_FIELDS))
-        chunks = self.scheduler.stream(ids, sampling, self.scheduler.stop_strings(asked.stop))
+        client = request.client.host if request.client else ""
+        chunks = self.scheduler.stream(ids, sampling, self.scheduler.stop_strings(asked.stop), client=client)
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         head["object"] = f"{kind}.chunk" if chat and asked.stream else kind
@@ -221,7 +246,7 @@ def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str |
     routes, router = Routes(scheduler, model), APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
     router.get("/models")(routes.models)
     router.post("/completions")(routes.completions)
-    if scheduler.completer.tokenizer.chat_template:
+    if scheduler.has_chat:
         router.post("/chat/completions")(routes.chat_completions)
     app.include_router(router)
 
@@ -234,7 +259,7 @@ def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str |
             return error_response(error.status_code, str(error.detail))
         if isinstance(error, QueueFull):
             return error_response(429, str(error), {"Retry-After": "2"})
-        status = 400 if isinstance(error, ValueError) else 500
+        status = 400 if isinstance(error, ValueError) else 503 if isinstance(error, ModelGone) else 500
         return error_response(status, str(error).replace("max_new_tokens", "max_tokens"))  # OpenAI's name
 
     for kind in (StarletteHTTPException, RequestValidationError, ValueError, QueueFull, RuntimeError):

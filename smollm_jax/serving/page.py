@@ -33,7 +33,7 @@ QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 
 def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
     """Build the page. Requests wait in the scheduler's queue; Gradio's own queue only forwards them."""
-    handlers, has_chat = Handlers(scheduler), bool(scheduler.completer.tokenizer.chat_template)
+    handlers, has_chat = Handlers(scheduler), scheduler.has_chat
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             about = f"{scheduler.completer.about} · context {scheduler.completer.context:,} tokens"
@@ -75,7 +75,10 @@ def settings(scheduler: Scheduler) -> list[gr.components.Component]:
         gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all tokens"),
         gr.Slider(*RANGES["repetition_penalty"], penalty, step=0.05, label="Repetition penalty", info="1: none"),
     ]
-    length = gr.Slider(1, longest, min(200, longest), step=1, label="Length", info="in tokens", elem_id="length")
+    # Gradio's slider needs two values
+    length = gr.Slider(
+        min(1, longest - 1), longest, min(200, longest), step=1, label="Length", info="in tokens", elem_id="length"
+    )
     # a text field, because an empty number field of Gradio's reads 0
     seed = gr.Textbox(label="Seed", placeholder="empty: a new seed every time", max_lines=1, elem_id="seed")
     # .input, not .change: only a person's choice may move the sliders

@@ -9,20 +9,22 @@ import contextlib
 import secrets
 import threading
 import traceback
-from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.serving.completion import Completer, TextChunk, check_text
 from smollm_jax.tokenizer.chat_template import encode_chat
+from smollm_jax.tokenizer.renderer import Renderer, RenderingLimit
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
 MOST_STOPS, LONGEST_STOP = 4, 100
 SECONDS_TO_CLOSE = 15
+GONE = "the model has stopped; start the server again"
 WARM_UP_TOKENS = 200  # the page's default length
 # what a request may ask for; `Sampling` itself allows more
 RANGES = {
@@ -33,11 +35,17 @@ RANGES = {
     "top_k": (0, 1_000),
     "seed": (0, 2**32 - 1),
 }
+ENCODING = 2  # threads at most, so that other work finds one
+T = TypeVar("T")
 WHOLE = ("top_k", "seed", "max_new_tokens")
 
 
 class QueueFull(Exception):
     """The queue is full; try again later."""
+
+
+class ModelGone(RuntimeError):
+    """The thread of the model has ended; the server must be started again."""
 
 
 @dataclass(eq=False)
@@ -47,6 +55,7 @@ class _Job:
     stop: tuple[str, ...]
     loop: asyncio.AbstractEventLoop
     owner: str | None
+    client: str
     chunks: asyncio.Queue[TextChunk | Exception] = field(default_factory=asyncio.Queue)
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -63,11 +72,16 @@ class Scheduler:
     def __init__(self, completer: Completer, *, max_waiting: int, max_new_tokens: int):
         require(max_waiting > 0, f"max_waiting={max_waiting} must be at least 1")
         require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be at least 1")
+        require(completer.context > 1, "the context of the model is one token, which leaves no room for a new one")
         self.completer, self.max_waiting = completer, max_waiting
         self.max_new_tokens = min(max_new_tokens, completer.context - 1)
         self._queue: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._now: _Job | None = None
+        self.has_chat = bool(completer.tokenizer.chat_template)
+        self._renderer = Renderer()
+        self._served: dict[str, int] = {}  # when the last request of each client was, by count
+        self._encoding, self._rendering = asyncio.Semaphore(ENCODING), asyncio.Semaphore(1)
         self._closed = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="model")
         self._thread.start()
@@ -76,6 +90,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Count the requests before a new one."""
         return len(self._queue) + (self._now is not None)
+
+    async def in_turn(self, encode: Callable[..., T], *arguments: Any, chat: bool = False) -> T:
+        """Call `encode` in a thread; a few requests do so at a time, and one of them renders a chat."""
+        async with self._rendering if chat else self._encoding:
+            return await asyncio.to_thread(encode, *arguments)
 
     def encode(self, text: Any, special_tokens: SpecialTokens | None = None) -> list[int]:
         """Encode a prompt; raises `UserError` if it is no text, empty or too long."""
@@ -89,7 +108,21 @@ class Scheduler:
         _check_length("".join(message["content"] for message in messages), "the messages have")
         for message in messages:
             check_text(message["content"], "a message")
-        return self.completer.checked(encode_chat(self.completer.tokenizer, messages, special_tokens))
+        tokenizer, render = self.completer.tokenizer, self._renderer.render
+        return self.completer.checked(encode_chat(tokenizer, messages, special_tokens, render=render))
+
+    def try_chat(self) -> None:
+        """Render the chat template once; a template that goes beyond its limits has no chat."""
+        if self.has_chat:
+            try:
+                encode_chat(
+                    self.completer.tokenizer, [{"role": "user", "content": "Hi"}], render=self._renderer.render
+                )
+            except RenderingLimit as error:
+                say(f"no chat: {error}")
+                self.has_chat = False
+            except UserError:  # it may want other turns
+                pass
 
     def sampling(self, **numbers: Any) -> Sampling:
         """Check the numbers of a request and draw a seed if it is None; raises `UserError` naming the number."""
@@ -105,24 +138,29 @@ class Scheduler:
             require(good, f"{name}={_shown(value)} must be a {kind} from {low:,} to {high:,}")
         return Sampling(**numbers)
 
-    def stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    def stop_strings(self, stop: Any) -> tuple[str, ...]:
         """Check the stop strings; raises `UserError`."""
-        strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        good = len(strings) <= MOST_STOPS and all(0 < len(one) <= LONGEST_STOP for one in strings)
+        strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
+        good = isinstance(strings, list | tuple) and len(strings) <= MOST_STOPS
+        good = good and all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in strings)
         require(good, f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
-        return strings
+        return tuple(strings)
 
     async def stream(
-        self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *, owner: str | None = None
-    ) -> AsyncGenerator[TextChunk, None]:
+        self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *,
+        owner: str | None = None, client: str = "",
+    ) -> AsyncGenerator[TextChunk, None]:  # fmt: skip
         """Queue a request and yield its chunks; closing the iterator ends the work. Raises `QueueFull`.
 
-        `cancel(owner)` ends the work too; the last chunk then has the reason "cancelled".
+        `cancel(owner)` ends the work too; the last chunk then has the reason "cancelled". Clients are served
+        in turn, and the requests of one client in order.
         """
-        job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner)
+        job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner, client)
         with self._changed:
+            if self._closed:
+                raise ModelGone(GONE)
             if len(self._queue) >= self.max_waiting:
-                raise QueueFull(f"the model is busy and {self.max_waiting} requests are waiting; try again soon")
+                self._make_room(client)
             self._queue.append(job)
             self._changed.notify()
         try:
@@ -142,6 +180,17 @@ class Scheduler:
                 if job in self._queue:
                     self._queue.remove(job)
 
+    def _make_room(self, client: str) -> None:
+        """Refuse the newest request of the client with the most, if `client` has fewer; else raise `QueueFull`."""
+        full = QueueFull(f"the model is busy and {self.max_waiting} requests are waiting; try again soon")
+        waiting = Counter(job.client for job in self._queue)
+        other, most = waiting.most_common(1)[0]
+        if waiting[client] + 1 >= most:
+            raise full
+        newest = next(job for job in reversed(self._queue) if job.client == other)
+        self._queue.remove(newest)
+        newest.put(full)
+
     def cancel(self, owner: str) -> None:
         """End the running and waiting requests of `owner`."""
         with self._changed:
@@ -158,25 +207,41 @@ class Scheduler:
             if self._now is not None:
                 self._now.left.set()
             self._changed.notify()
+        self._renderer.close()
         self._thread.join(SECONDS_TO_CLOSE)
 
     def _warm_up(self) -> None:
         """Compile the programs of a first request; a failure is left for that request to report."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
             sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
-            list(self.completer.stream(ids, sampling, cancelled=lambda: True))
+            with contextlib.closing(self.completer.stream(ids, sampling)) as chunks:  # type: ignore[type-var]
+                next(chunks)
 
     def _work(self) -> None:
         self._warm_up()
-        while True:
+        try:
+            while (job := self._next()) is not None:
+                self._serve(job)
+        finally:
             with self._changed:
-                self._now = None
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return
-                self._now = job = self._queue.popleft()
-            self._serve(job)
+                self._closed = True
+                for job in self._queue:
+                    job.put(ModelGone(GONE))
+
+    def _next(self) -> _Job | None:
+        """Wait for a request: the first one of the client that was served longest ago. None: close."""
+        with self._changed:
+            self._now = None
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                return None
+            self._now = job = min(self._queue, key=lambda job: self._served.get(job.client, 0))
+            self._queue.remove(job)
+            count = max(self._served.values(), default=0) + 1
+            here = {job.client for job in self._queue}  # those who went away are forgotten
+            self._served = {name: at for name, at in self._served.items() if name in here} | {job.client: count}
+            return job
 
     def _serve(self, job: _Job) -> None:
         try:
@@ -184,8 +249,8 @@ class Scheduler:
                 job.put(chunk)
         except UserError as error:
             job.put(error)
-        except Exception as error:
-            # whatever failed (memory, a device), the thread must survive for the next request
+        except BaseException as error:
+            # whatever failed (memory, a device, a library in Rust), the thread must survive for the next request
             traceback.print_exc()
             job.put(RuntimeError(f"the model failed with {type(error).__name__}; the server's log says more"))
 

@@ -5,18 +5,18 @@ same seed therefore reads on as if it had never stopped. Greedy texts equal the 
 differ, because the random numbers do. torch is an extra and is imported when a model is opened.
 """
 
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -27,25 +27,39 @@ from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling
-from smollm_jax.hf.export import write_folder
-from smollm_jax.hf.reader import local_folder, read_config
-from smollm_jax.runs.load import is_run, load_model
+from smollm_jax.hf.config_json import hf_config
+from smollm_jax.hf.mapping import Params, tensors, to_hf
+from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
+from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 # transformers 5.23 renames `past_key_values` to `cache`, which earlier releases do not know
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
 
+class _Cancelled(Exception):
+    """The reader has gone while the prompt is being read."""
+
+
 class TorchEngine:
-    """A transformers model that streams ids as `Generator` does; prompts are checked by the caller."""
+    """A transformers model that streams ids as `Generator` does; prompts are checked by the caller.
+
+    `cancelled` is asked before each layer: a long prompt takes seconds, which nobody may be waiting for any more.
+    """
 
     def __init__(self, model: Any, config: ModelConfig):
         self._model = model.eval()
         self._model.generation_config = GenerationConfig()  # a folder's own defaults would fill in our settings
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
+        self.cancelled: Callable[[], bool] = lambda: False
+        for layer in self._model.model.layers:
+            layer.register_forward_pre_hook(self._check)
+
+    def _check(self, *_: Any) -> None:
+        if self.cancelled():
+            raise _Cancelled
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
         """Yield new ids one by one, without the stop id; closing the iterator ends the work."""
@@ -60,10 +74,13 @@ class TorchEngine:
         for _ in range(room):
             state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
             torch.manual_seed(int(state[0]))
-            ids_BT = self._model.generate(
-                ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache, generation_config=settings,
-                logits_processor=rules,
-            )  # fmt: skip
+            try:
+                ids_BT = self._model.generate(
+                    ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache,
+                    generation_config=settings, logits_processor=rules,
+                )  # fmt: skip
+            except _Cancelled:
+                return
             token = int(ids_BT[0, -1])
             if token in sampling.stop_ids:
                 self.stop_reason = "eos"
@@ -104,33 +121,31 @@ def sampling_rules(sampling: Sampling) -> LogitsProcessorList:
 def open_torch(
     path: str | Path, dtype: str, special_tokens: SpecialTokens | None
 ) -> tuple[TorchEngine, Tokenizer, str, tuple[int, ...]]:
-    """Load the model at `path`: engine, tokenizer, a description and its stop ids; raises `UserError`."""
+    """Load the model at `path`: engine, tokenizer, a description and its stop ids; raises `UserError`.
+
+    Our own reader reads and checks a folder. transformers gets an architecture and weights, and opens no file: it
+    would follow a folder to other files and to code on the Hub.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(dtype, device).name
-    with tempfile.TemporaryDirectory(prefix="smollm-jax-") as scratch:
-        if is_run(path):
-            folder = Path(scratch) / "model"
-            config, params, tokenizer = load_model(path, special_tokens=special_tokens)
-            write_folder(params, config, folder)
-        else:
-            folder = local_folder(path)
-            config = read_config(folder)
-            tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
-        model = _transformers_model(folder, dtype).to(device)
+    config, params, tokenizer = load_model(path, special_tokens=special_tokens)
+    model = _transformers_model(config, params, dtype).to(device)
     return TorchEngine(model, config), tokenizer, f"PyTorch, {dtype}, on {device}", config.stop_ids
 
 
-def _transformers_model(folder: Path, dtype: str) -> Any:
-    """Load the model in `folder`; raises `UserError` unless the folder holds every weight."""
+def _transformers_model(config: ModelConfig, params: Params, dtype: str) -> Any:
+    """Make a transformers model of our parameters; raises `UserError` unless it takes every one of them."""
     logging.disable_progress_bar()
+    weights = {one.name: torch.from_numpy(np.ascontiguousarray(to_hf(params, one))) for one in tensors(config)}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, use_safetensors=True
-        )
+        loaded: Any = LlamaForCausalLM.from_pretrained(
+            None, config=LlamaConfig(**hf_config(config, dtype)), state_dict=weights, dtype=getattr(torch, dtype),
+            attn_implementation="sdpa", output_loading_info=True,
+        )  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{folder} cannot be loaded by transformers: {one_line(error)}") from None
+        raise UserError(f"transformers cannot load this model: {one_line(error)}") from None
     model, report = loaded
     # transformers initializes missing weights at random and only warns
     problems = {kind: names for kind, names in report.items() if names}
-    require(not problems, f"{folder} does not hold every weight of the model; transformers reports {problems}")
+    require(not problems, f"transformers does not take every weight of the model: {problems}")
     return model

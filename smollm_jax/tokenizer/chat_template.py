@@ -8,45 +8,59 @@ unless the tokenizer is told to parse them.
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, SpecialTokens, Tokenizer, token_text
 
 # a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
 
 
+Turns = Sequence[dict[str, str]]
+Render = Callable[[str, Turns, dict[str, str]], str]  # of a template, a conversation and the named tokens
+
+
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], special_tokens: SpecialTokens | None = None
+    tokenizer: Tokenizer,
+    messages: Turns,
+    special_tokens: SpecialTokens | None = None,
+    *,
+    render: Render | None = None,
 ) -> list[int]:
     """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
 
-    Raises `UserError` if there is no template, or the template refuses.
+    `render` may put limits on the template. Raises `UserError` if there is no template, or the template refuses.
     """
     require(bool(tokenizer.chat_template), "this model has no chat template; it completes text")
     special = tokenizer.special_tokens
     marked = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
     found = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
     names = {name: text for name, text in found.items() if text}
-    try:
-        template = _environment().from_string(str(tokenizer.chat_template))
-        text = template.render(
-            messages=messages if (special_tokens or tokenizer.mode) == "parse" else marked,
-            tools=None, documents=None, add_generation_prompt=True, **names,
-        )  # fmt: skip
-    except Exception as error:  # a template is a program: it can fail in any way
-        raise UserError(f"the chat template refuses this conversation: {error}") from None
+    turns = messages if (special_tokens or tokenizer.mode) == "parse" else marked
+    text = (render or render_chat)(str(tokenizer.chat_template), turns, names)
     if MARK not in text:  # in one piece, because some tokenizers encode the start of a text differently
         return tokenizer.encode_part(text, "parse")
     # the longest first, for special tokens that begin at the same place
     pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     ids: list[int] = []
-    for part in re.split(f"({pattern})", text):
+    for part in re.split(f"({pattern})", text) if special else [text]:
         ids += [special[part]] if part in special else tokenizer.encode_part(part.replace(MARK, ""), "text")
     return ids
+
+
+def render_chat(template: str, messages: Turns, names: dict[str, str]) -> str:
+    """Return the text of a conversation up to the assistant's turn; raises `UserError` if the template refuses."""
+    try:
+        return (
+            _environment()
+            .from_string(template)
+            .render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
+        )
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise UserError(f"the chat template refuses this conversation: {one_line(error)}") from None
 
 
 @cache

@@ -4,26 +4,23 @@ A thin layer over the `tokenizers` library, without transformers. The files of a
 so that the export of a run holds the same files. Nothing here knows of documents, rows or models.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
-from smollm_jax.runtime.files import expand_home, leads_out, named_failure, written_aside
-from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
+from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.files import leads_out, written_aside
 
 EOS = "<|endoftext|>"
-BYTES = 256
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback
-LONGEST_WORD = 4_096  # bytes: the trainer's time grows with the square of a word's length
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SpecialTokens = Literal["text", "parse"]
 FILES = (
@@ -35,6 +32,17 @@ FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+    """Raise a `RuntimeError` for a panic of the library, which is a BaseException: nobody would catch it."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizer fails on this text: {one_line(error)}") from None
 
 
 class Tokenizer:
@@ -53,7 +61,8 @@ class Tokenizer:
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
             # a document that spells out <|endoftext|> must not end itself
-            self._fast = self._open(spelled_out="text")
+            with _no_panic():
+                self._fast = self._open(spelled_out="text")
         except Exception as error:
             raise UserError(f"{folder}/tokenizer.json cannot be read: {one_line(error)}") from None
         self.mode, self.template = special_tokens, True
@@ -112,6 +121,7 @@ class Tokenizer:
         """Encode as the run with this `fingerprint` did: early runs left out what the post-processor adds."""
         self.template = self.fingerprint.startswith(fingerprint)
 
+    @_no_panic()
     def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
         """Return the ids of each text, int32 (n,); `special_tokens` goes before the tokenizer's own mode."""
         self.texts += len(texts)
@@ -123,11 +133,13 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: SpecialTokens | None = None) -> np.ndarray:
         return self.encode_batch([text], special_tokens)[0]
 
+    @_no_panic()
     def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
         """Return the ids of a part of a text: the post-processor adds nothing."""
         fast = self._parsing if special_tokens == "parse" else self._fast
         return fast.encode(text, add_special_tokens=False).ids
 
+    @_no_panic()
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
@@ -185,6 +197,7 @@ class Tokenizer:
                 lengths[i] = len(twice.encode()) - len(once.encode())
         return lengths
 
+    @_no_panic()
     def byte_counts(self, text: str, ids: np.ndarray) -> np.ndarray:
         """Return the UTF-8 bytes of `text` that each of its `ids` stands for: together all of them.
 
@@ -222,73 +235,3 @@ def _default_template(given: Any) -> str | None:
         entries = [entry for entry in given if isinstance(entry, dict) and entry.get("name") == "default"]
         given = entries[-1].get("template") if entries else None
     return given if isinstance(given, str) else None
-
-
-def load_tokenizer(
-    name: str, *, documents: Iterable[str] | None = None, special_tokens: SpecialTokens = "text"
-) -> Tokenizer:
-    """Load the tokenizer of a folder or Hub id, or train one on `documents` for `train:VOCAB`.
-
-    Raises `UserError` if there is none, or the Hub does not answer.
-    """
-    if name.startswith("train:"):
-        size = name.removeprefix("train:")
-        require(
-            size.isdecimal() and int(size) > BYTES,
-            f"--tokenizer {name}: expected train:VOCAB, such as train:4096, with VOCAB of {BYTES + 1} or more",
-        )
-        require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
-        return train_tokenizer(documents or (), int(size), special_tokens=special_tokens)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return Tokenizer(expand_home(name), special_tokens=special_tokens)
-    return Tokenizer(_download(name), special_tokens=special_tokens)
-
-
-def _download(repo: str) -> Path:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        be_quiet()
-        return download_snapshot(repo, FILES)
-    except SourceTimeout as error:
-        reason = f"{error}; {WAYS_OUT}"
-    except GatedRepoError:
-        reason = f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN"
-    except RepositoryNotFoundError:
-        reason = f"{repo}: no such folder here and no such repository on the Hub"
-    except Exception as error:  # its kind differs between releases of three libraries, and with the environment
-        reason = f"{repo} cannot be fetched from the Hub ({one_line(error)}); {WAYS_OUT}"
-    raise UserError(f"--tokenizer {reason}")
-
-
-def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, *, special_tokens: SpecialTokens = "text"
-) -> Tokenizer:
-    """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Fast
-
-    fast = Fast(models.BPE())
-    words, pieces = pre_tokenizers.ByteLevel(add_prefix_space=False), Regex(f".{{{LONGEST_WORD}}}")
-    fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(pieces, "isolated")])
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    fast.train_from_iterator(documents, trainer)
-    fast.pre_tokenizer = words
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS),
-        "clean_up_tokenization_spaces": False,
-    }
-    with tempfile.TemporaryDirectory(prefix="tokenizer-", ignore_cleanup_errors=True) as folder:
-        with named_failure(f"{folder}, a temporary folder"):
-            Path(folder, "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
-            Path(folder, "tokenizer_config.json").write_text(
-                json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-            )
-        return Tokenizer(folder, special_tokens=special_tokens)

@@ -28,7 +28,8 @@ from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
-from smollm_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
+from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
 from smollm_jax.training.restore import StartState, resolve_start
 from smollm_jax.training.run import Progress, Run

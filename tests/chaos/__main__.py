@@ -30,7 +30,7 @@ from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, Optimi
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import EXIT_STOPPED
 from smollm_jax.runtime.signals import AGAIN_SECONDS
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
 from smollm_jax.training.verify_resume import compare_runs, last_step, start
 
 STOPS_A_RUN = 8  # after so many a run is left to finish

@@ -295,6 +295,12 @@ def test_where_nothing_is_good_nothing_is_found_and_nothing_is_gone(tmp_path):
     assert newest_good(tmp_path / "new") is None
 
 
+def test_a_checkpoint_of_a_clock_ahead_is_new(tmp_path):
+    saved(tmp_path, 1).close()
+    os.utime(tmp_path / "1", (time.time() + 9_000,) * 2)
+    assert list_checkpoints(tmp_path)[0].age_seconds == 0
+
+
 def test_only_leftovers_of_saves_and_removals_are_cleaned(tmp_path):
     saved(tmp_path, 1)
     for name in (".tmp-2-99", ".trash-1-99", "notes", ".git", "2.bad"):

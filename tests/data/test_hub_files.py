@@ -16,7 +16,7 @@ from smollm_jax.data.loader import Loader, PrefetchLoader
 from smollm_jax.data.sources import open_source
 from smollm_jax.runtime import retry
 from smollm_jax.runtime.errors import SourceTimeout
-from smollm_jax.tokenizer.tokenizer import load_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer
 from tests.support.hub import KINDS, Hub
 from tests.support.paths import ROOT
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet

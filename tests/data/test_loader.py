@@ -301,7 +301,7 @@ def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path, toke
 
 
 def test_other_held_out_documents_or_another_tokenizer_are_refused(folder, tokenizer):
-    from smollm_jax.tokenizer.tokenizer import train_tokenizer
+    from smollm_jax.tokenizer.load import train_tokenizer
 
     config = config_of(folder)
     cursor = take(open_at(config, tokenizer), 2)[1][1]

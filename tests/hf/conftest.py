@@ -3,7 +3,7 @@
 import pytest
 
 from smollm_jax.hf.export import TEXT, export_folder
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
 from tests.support.hf_folders import TINY, numpy_params
 
 

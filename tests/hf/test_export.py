@@ -22,7 +22,7 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import MARK, export_folder, write_folder
 from smollm_jax.hf.mapping import TABLE
 from smollm_jax.hf.reader import read_folder
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
 from tests.support.hf_folders import (
     TINY,
     UNTIED,

@@ -16,7 +16,8 @@ from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
 from smollm_jax.runs.convert import export_run, import_run
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
-from smollm_jax.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
+from smollm_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.families import tokenizer_folder
 
 CONFIG = ModelConfig(

@@ -186,3 +186,11 @@ def test_a_stream_that_raises_stops_nobody(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Gone())
     errors.say("words")
+
+
+def test_nobody_moves_the_cursor_of_a_terminal(capsys):
+    assert lines_of(capsys, raises(UserError("no folder named a\x1b[2J\x9b\x7fb, Größe 水")), 2) == [
+        "error: no folder named a\\x1b[2J\\x9b\\x7fb, Größe 水"
+    ]
+    errors.say("a\x1b[2J")
+    assert capsys.readouterr().err == "a\\x1b[2J\n"

@@ -1,6 +1,7 @@
 """Completion, chat and the PyTorch engine: whole characters, stop strings, reasons, and both back ends."""
 
 import json
+import shutil
 import sys
 import threading
 from dataclasses import replace
@@ -14,7 +15,8 @@ from smollm_jax.hf import export as convert
 from smollm_jax.model.transformer import init_params
 from smollm_jax.serving.completion import Completer, StopStrings, TextOfIds, open_completer
 from smollm_jax.tokenizer.chat_template import encode_chat
-from smollm_jax.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
+from smollm_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.server import TEXTS, chat_tokenizer
 
 CONFIG = ModelConfig(
@@ -231,6 +233,18 @@ def test_closing_the_stream_of_torch_ends_its_work(completers, monkeypatch):
     assert engine.stop_reason == "cancelled"
 
 
+def test_torch_stops_reading_a_prompt_when_its_reader_goes(completers):
+    completer, asked = completers["torch"], []
+
+    def gone():
+        asked.append(1)
+        return len(asked) > 1  # between the first layer and the second
+
+    (last,) = completer.stream("Once upon a time", Sampling(max_new_tokens=5), cancelled=gone)
+    assert (last.reason, last.tokens, len(asked)) == ("cancelled", 0, 2)
+    assert run(completer, "Once upon", max_new_tokens=3)[1][-1].tokens == 3
+
+
 def test_an_error_of_torch_reaches_the_reader(completers, monkeypatch):
     engine = completers["torch"].engine
 
@@ -253,8 +267,6 @@ def test_every_temperature_of_sampling_works_with_torch(completers, temperature)
 
 def test_torch_refuses_a_folder_that_lacks_a_tensor(folder, tmp_path):
     pytest.importorskip("torch")
-    import shutil
-
     from safetensors.numpy import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -263,6 +275,46 @@ def test_torch_refuses_a_folder_that_lacks_a_tensor(folder, tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+        open_completer(broken, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"attn_implementation": "evil/repo"}, None),  # code from the Hub
+        ({"auto_map": {"AutoModelForCausalLM": "evil/repo--code.Model"}}, None),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"hidden_size": 2**40}, "hidden_size"),
+    ],
+)
+def test_torch_reads_of_a_folder_what_our_reader_reads(folder, tmp_path, completers, changed, words):
+    broken = tmp_path / "folder"
+    shutil.copytree(folder, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | changed))
+    if words is None:
+        expected, _ = run(completers["torch"], "Once upon", max_new_tokens=8)
+        assert run(open_completer(broken, backend="torch"), "Once upon", max_new_tokens=8)[0] == expected
+    else:
+        with pytest.raises(ValueError, match=words):
+            open_completer(broken, backend="torch")
+
+
+def test_torch_follows_no_index_out_of_the_folder_and_casts_no_integers(folder, tmp_path):
+    pytest.importorskip("torch")
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "folder"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    save_file(weights | {norm: weights[norm].astype(np.int64)}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match="int64"):
+        open_completer(broken, backend="torch")
+    (broken / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "../outside.safetensors")}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside"):
         open_completer(broken, backend="torch")
 
 

@@ -88,12 +88,30 @@ def mistake(capsys, monkeypatch, *arguments):
         ([".", "--port", "x"], "--port"),
         ([".", "--backend", "tensorflow"], "tensorflow"),
         ([".", "--auth", "nobody"], "USER:PASSWORD"),
+        ([".", "--auth", "a:b", "--auth-file", "x"], "not both"),
+        ([".", "--auth-file", "/no/such/file"], "/no/such/file"),
+        ([".", "--api-key", ""], "--api-key is empty"),
         ([".", "--host", "no.such.host.invalid"], "cannot listen"),
         ([".", "--port", "0"], "config.json"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, monkeypatch, arguments, words):
     assert words in mistake(capsys, monkeypatch, *arguments)
+
+
+def test_a_secret_may_stand_in_a_file_or_the_environment(tmp_path, monkeypatch, capsys):
+    import serve
+
+    (tmp_path / "key").write_text("s3cret\n")
+    assert serve.secret("api-key", None, tmp_path / "key") == "s3cret"
+    assert serve.secret("api-key", None, None) is None
+    monkeypatch.setenv("SMOLLM_JAX_API_KEY", "of the environment")
+    assert serve.secret("api-key", None, None) == "of the environment"
+    assert serve.secret("api-key", "of the flag", None) == "of the flag"
+    monkeypatch.setenv("SMOLLM_JAX_AUTH", "")
+    assert "SMOLLM_JAX_AUTH is empty" in mistake(capsys, monkeypatch, ".")
+    monkeypatch.setenv("SMOLLM_JAX_AUTH", "nobody")
+    assert "USER:PASSWORD" in mistake(capsys, monkeypatch, ".")
 
 
 def test_a_mistake_on_the_command_line_exits_with_2():
@@ -243,6 +261,14 @@ HOSTILE = [
     ({"prompt": "x", "n": 2}, 400, "n: "),
     ({"prompt": "x", "stop": ["a"] * 99}, 400, "stop takes"),
     ({"prompt": "x", "logprobs": 5}, 400, "logprobs"),
+    (b'{"prompt": "x", "stop": [' + b"1," * 99_000 + b"1]}", 400, "stop takes"),
+    (b'{"prompt": "x", "stop": [' + b"[]," * 99_000 + b"1]}", 400, "objects"),
+    (b'{"prompt": [' + b'"x",' * 99_000 + b"1]}", 400, "one prompt"),
+    (b'{"prompt": "x", "stream_options": {' + b'"a": 1, ' * 2_900 + b'"b": 1}}', 400, "stream_options"),
+    ({"prompt": {"a": 1}}, 400, "prompt must be"),
+    ({"prompt": [True]}, 400, "one prompt"),
+    ({"prompt": "x", "stop": {"a": 1}}, 400, "stop takes"),
+    ({"prompt": "x", "logit_bias": {"1": 5}}, 400, "logit_bias"),
     ({"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
     ({"prompt": "x", "tools": []}, 400, "tools"),
 ]
@@ -256,6 +282,63 @@ def test_hostile_input_gets_a_clear_error_and_the_server_serves_on(server, body,
     assert words in error["message"]
     assert len(error["message"]) < 400
     assert answers(server)
+
+
+def test_nothing_asked_for_is_not_refused(server):
+    """As OpenAI's clients send: null, or the value that means no."""
+    fields = (
+        "model temperature top_p stream stop n seed user tools logprobs best_of stream_options suffix echo min_p"
+    )
+    asked = {"prompt": "Once", "max_tokens": 4} | dict.fromkeys(fields.split())
+    noes = {"logit_bias": {}, "response_format": {"type": "text"}, "store": False, "logprobs": False, "suffix": ""}
+    chat = {"messages": [{"role": "user", "content": "hi", "name": None}], "max_tokens": 4}
+    chat |= {"max_completion_tokens": None, "top_logprobs": 0, "tool_choice": "none", "temperature": None}
+    for body, path in ((asked, "/v1/completions"), (asked | noes, "/v1/completions"),
+                       (chat, "/v1/chat/completions")):  # fmt: skip
+        reply = post(server, body, path)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["usage"]["completion_tokens"] <= 4
+
+
+def test_one_client_does_not_hold_up_another(server):
+    """The heaviest bodies that are let through take less than 0.2 s of a processor each."""
+    process = pytest.importorskip("psutil").Process(server.process.pid)
+    bodies = [
+        b'{"prompt": "x", "stop": [' + b"1," * 99_000 + b"1]}",
+        b'{"prompt": "x", "stop": [' + b'"",' * 99_000 + b"1]}",
+        b'{"prompt": "x", "stream_options": {' + b",".join(b'"%d": 1' % i for i in range(2_900)) + b"}}",
+        b'{"messages": [' + b"{}," * 2_900 + b"{}]}",
+        json.dumps({"data": [[]] * 2_900}).encode(),
+        json.dumps({"prompt": "x" * 1_200_000}).encode(),
+    ]
+
+    def seconds_for(body):
+        before = process.cpu_times()
+        path = "completions" if b"prompt" in body else "chat/completions" if b"mess" in body else None
+        post(server, body, f"/v1/{path}" if path else "/gradio_api/call/generate")
+        after = process.cpu_times()
+        return after.user + after.system - before.user - before.system
+
+    for body in bodies:
+        assert min(seconds_for(body) for _ in range(3)) < 0.2
+
+
+def test_a_body_without_its_type_is_told_which(server):
+    reply = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt": "The"}')
+    assert reply.status_code == 400
+    assert "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+def test_a_foreign_page_gets_nothing_and_may_not_frame_this_one(server):
+    asked = {"data": ["Once", 2]}
+    assert post(server, asked, "/gradio_api/call/generate").status_code == 200
+    for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}, {"Host": "x.localhost"}):
+        for path in ("/gradio_api/call/generate", "/v1/completions", "/login"):
+            assert post(server, asked, path, headers=headers).status_code == 403
+        assert httpx.get(f"{server.url}/", headers=headers).status_code == 403
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    assert httpx.options(f"{server.url}/v1/completions", headers=preflight).status_code == 403
+    assert "frame-ancestors 'self'" in httpx.get(server.url).headers["content-security-policy"]
 
 
 def test_a_body_that_does_not_announce_its_length_is_limited_too(server):
@@ -362,7 +445,7 @@ def test_a_client_that_vanishes_stops_its_text(server, long_seconds, stream):
     for _ in range(5):  # one is under way, four wait
         connection = socket.create_connection((host, int(port)))
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         time.sleep(0.2)
@@ -503,7 +586,7 @@ def post_quietly(server):
 def test_a_model_without_a_template_has_no_chat(tmp_path):
     from smollm_jax.hf import export as convert
     from smollm_jax.model.transformer import init_params
-    from smollm_jax.tokenizer.tokenizer import train_tokenizer
+    from smollm_jax.tokenizer.load import train_tokenizer
 
     train_tokenizer(["plain text"] * 4, 300).save(tmp_path / "tokenizer")
     convert.export_folder(

@@ -11,7 +11,7 @@ from pathlib import Path
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf import export as convert
 from smollm_jax.model.transformer import init_params
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
 from tests.support.paths import ROOT
 
 # small, yet slow enough a token that a text of a few thousand can be stopped on its way

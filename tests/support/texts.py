@@ -3,7 +3,7 @@
 import json
 import random
 
-from smollm_jax.tokenizer.tokenizer import train_tokenizer
+from smollm_jax.tokenizer.load import train_tokenizer
 
 WORDS = ["the", "a", "model", "reads", "text", "and", "learns", "what", "comes", "next", "in", "every", "row"]
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, train_tokenizer
+from smollm_jax.tokenizer.load import load_tokenizer, train_tokenizer
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer
 from tests.support.paths import ROOT
 from tests.support.texts import make_texts
 
@@ -129,3 +130,18 @@ def test_a_very_long_word_does_not_take_the_square_of_its_length(long):
 def test_words_of_common_length_train_the_tokenizer_of_before():
     texts = [*make_texts(50), "中文 \u2028 é"]
     assert train_tokenizer(texts, 300).fingerprint.startswith("68509bc7e3fda5cf")
+
+
+def test_a_panic_of_the_library_is_an_ordinary_error(tmp_path):
+    train_tokenizer(["plain text"] * 4, 300).save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    # a pattern that gives up on long rows of dashes, in which case the library panics
+    replace = {"type": "Replace", "pattern": {"Regex": "(-+-+)+y"}, "content": ""}
+    settings["decoder"] = {"type": "Sequence", "decoders": [settings["decoder"], replace]}
+    settings["normalizer"] = replace
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(tmp_path)
+    with pytest.raises(RuntimeError, match="the tokenizer fails"):
+        tokenizer.encode("-" * 200)
+    with pytest.raises(RuntimeError, match="the tokenizer fails"):
+        tokenizer.decode([tokenizer.encode("-")[0]] * 200)

@@ -1,0 +1,58 @@
+"""Bound what Gradio keeps and computes: few sessions, no event that nobody reads, no request in the log.
+
+Gradio runs an event to its end whether or not its messages are fetched, keeps 10,000 sessions, and prints what a
+failed request held. This file alone knows the insides of its queue.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+import gradio as gr
+
+from smollm_jax.runtime.errors import say
+from smollm_jax.serving.guard import place_of
+from smollm_jax.serving.scheduler import Scheduler
+
+MOST_SESSIONS = 200  # of visitors, with what they typed last
+UNREAD_SECONDS = 5  # for a client to fetch the next message of its event
+
+
+def keep_little(page: gr.Blocks) -> None:
+    """Limit sessions, and let a failed event print one line without its inputs; to be called before mounting."""
+    page.state_session_capacity = MOST_SESSIONS
+    process = page.process_api
+
+    async def process_api(*arguments: Any, **named: Any) -> Any:
+        try:
+            return await process(*arguments, **named)
+        except gr.Error:
+            raise
+        except Exception as error:
+            say(f"a request to the page failed: {place_of(error)}")
+            raise gr.Error("the page does not take this request", print_exception=False) from None
+
+    page.process_api = process_api  # type: ignore[method-assign]
+
+
+async def end_unread(page: gr.Blocks, scheduler: Scheduler) -> None:
+    """End the events of each session whose next message has waited for `UNREAD_SECONDS`; runs until cancelled."""
+    waiting: dict[str, tuple[Any, float]] = {}  # the next message of each session, and since when
+    while True:
+        await asyncio.sleep(UNREAD_SECONDS / 5)
+        queue, now = page._queue, time.monotonic()
+        pending = queue.pending_messages_per_session
+        heads = {name: messages._queue[0] for name, messages in pending.items() if messages.qsize()}  # type: ignore[attr-defined]
+        waiting = {
+            name: waiting[name] if name in waiting and waiting[name][0] is head else (head, now)
+            for name, head in heads.items()
+        }
+        for name in [name for name, (_, since) in waiting.items() if now - since > UNREAD_SECONDS]:
+            scheduler.cancel(name)
+            await queue.clean_events(session_hash=name)
+            pending.pop(name, None)
+            if name in queue.pending_event_ids_session.pop(name, ()):  # a call without a session has its own
+                page.state_holder.session_data.pop(name, None)
+        for name in [name for name, ids in queue.pending_event_ids_session.items() if not ids]:
+            if name not in pending:
+                del queue.pending_event_ids_session[name]

@@ -1,0 +1,84 @@
+"""Get a tokenizer by its name: from a folder, from the Hugging Face Hub, or trained on the documents of a run."""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require
+from smollm_jax.runtime.files import expand_home, named_failure
+from smollm_jax.runtime.retry import WAYS_OUT, be_quiet, download_snapshot
+from smollm_jax.tokenizer.tokenizer import EOS, FILES, SpecialTokens, Tokenizer
+
+BYTES = 256
+LONGEST_WORD = 4_096  # bytes: the trainer's time grows with the square of a word's length
+
+
+def load_tokenizer(
+    name: str, *, documents: Iterable[str] | None = None, special_tokens: SpecialTokens = "text"
+) -> Tokenizer:
+    """Load the tokenizer of a folder or Hub id, or train one on `documents` for `train:VOCAB`.
+
+    Raises `UserError` if there is none, or the Hub does not answer.
+    """
+    if name.startswith("train:"):
+        size = name.removeprefix("train:")
+        require(
+            size.isdecimal() and int(size) > BYTES,
+            f"--tokenizer {name}: expected train:VOCAB, such as train:4096, with VOCAB of {BYTES + 1} or more",
+        )
+        require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
+        return train_tokenizer(documents or (), int(size), special_tokens=special_tokens)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return Tokenizer(expand_home(name), special_tokens=special_tokens)
+    return Tokenizer(_download(name), special_tokens=special_tokens)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        be_quiet()
+        return download_snapshot(repo, FILES)
+    except SourceTimeout as error:
+        reason = f"{error}; {WAYS_OUT}"
+    except GatedRepoError:
+        reason = f"{repo} is gated: accept its terms on the Hub and set HF_TOKEN"
+    except RepositoryNotFoundError:
+        reason = f"{repo}: no such folder here and no such repository on the Hub"
+    except Exception as error:  # its kind differs between releases of three libraries, and with the environment
+        reason = f"{repo} cannot be fetched from the Hub ({one_line(error)}); {WAYS_OUT}"
+    raise UserError(f"--tokenizer {reason}")
+
+
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, *, special_tokens: SpecialTokens = "text"
+) -> Tokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    words, pieces = pre_tokenizers.ByteLevel(add_prefix_space=False), Regex(f".{{{LONGEST_WORD}}}")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(pieces, "isolated")])
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    fast.train_from_iterator(documents, trainer)
+    fast.pre_tokenizer = words
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS),
+        "clean_up_tokenization_spaces": False,
+    }
+    with tempfile.TemporaryDirectory(prefix="tokenizer-", ignore_cleanup_errors=True) as folder:
+        with named_failure(f"{folder}, a temporary folder"):
+            Path(folder, "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
+            Path(folder, "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+            )
+        return Tokenizer(folder, special_tokens=special_tokens)

@@ -1,0 +1,90 @@
+"""The whole app over an engine that waits: what Gradio keeps, computes and logs for clients that do not read."""
+
+import contextlib
+import json
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from smollm_jax.serving import sessions  # noqa: E402 - they need gradio
+from smollm_jax.serving.app import build_app, listen  # noqa: E402
+from smollm_jax.serving.completion import Completer  # noqa: E402
+from smollm_jax.serving.scheduler import Scheduler  # noqa: E402
+from smollm_jax.tokenizer.tokenizer import train_tokenizer  # noqa: E402
+from tests.serving.test_scheduler import Gated  # noqa: E402
+from tests.support.server import TEXTS  # noqa: E402
+
+CALL, ASKED = "/gradio_api/call/generate", ["O", 8, 1.0, 1.0, 0, 1.0, 1, None]
+
+
+@contextlib.contextmanager
+def served(engine):
+    scheduler = Scheduler(Completer(engine, train_tokenizer(TEXTS, 300)), max_waiting=16, max_new_tokens=8)
+    app = build_app(scheduler, "one", auth=None, api_key=None)
+    page = app.routes[-1].app.get_blocks()
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=30) as client:
+            yield scheduler, page, client
+        server.should_exit = True
+        for _ in range(99):
+            engine.gate.release()
+        thread.join(10)
+        scheduler.close()
+
+
+def until(condition):
+    ends = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_events_that_nobody_reads_end_and_leave_nothing(monkeypatch):
+    monkeypatch.setattr(sessions, "UNREAD_SECONDS", 0.5)
+    with served(Gated()) as (scheduler, page, client):
+        for i in range(5):
+            assert client.post(CALL, json={"data": ASKED}).status_code == 200
+            joined = {"data": ASKED, "fn_index": max(page.fns), "session_hash": f"visitor {i}"}
+            assert client.post("/gradio_api/queue/join", json=joined).status_code == 200
+        until(lambda: scheduler.waiting == 10)
+        until(lambda: scheduler.waiting == 1)  # which is held up inside the engine
+        scheduler.completer.engine.gate.release()
+        until(lambda: scheduler.waiting == 0)
+        queue = page._queue
+        kept = (queue.pending_messages_per_session, queue.pending_event_ids_session, queue.event_ids_to_events)
+        until(lambda: not any(kept))
+
+
+def test_an_event_that_is_read_is_not_ended_however_long_it_waits(monkeypatch):
+    monkeypatch.setattr(sessions, "UNREAD_SECONDS", 0.3)
+    with served(Gated()) as (scheduler, _, client):
+        event = client.post(CALL, json={"data": ASKED}).json()["event_id"]
+        with client.stream("GET", f"{CALL}/{event}") as reply:
+            time.sleep(1.5)
+            assert scheduler.waiting == 1
+            scheduler.completer.engine.gate.release()
+            text = "".join(reply.iter_text())
+        assert "event: complete" in text
+        assert '"stop_reason": "length"' in text
+
+
+def test_sessions_are_few_and_a_failed_event_logs_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(sessions, "MOST_SESSIONS", 5)
+    with served(Gated()) as (_, page, client):
+        forged = "secret\n2026-01-01 ERROR forged\x1b[31m"
+        for _ in range(12):
+            assert client.post(CALL, json={"data": [forged, 2]}).status_code == 200
+        until(lambda: not page._queue.event_ids_to_events)
+        assert len(page.state_holder.session_data) <= 6
+    printed = capfd.readouterr().err
+    assert printed.count("a request to the page failed") == 12
+    assert not [word for word in ("forged", "secret", "\x1b", "Traceback") if word in printed]
+    assert len(printed.splitlines()) < 20, json.dumps(printed)
