@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.background import BackgroundTask
-from smollm_jax.runtime.errors import UserError, one_line
+from smollm_jax.runtime.errors import UserError, of_machine, one_line
 from smollm_jax.runtime.files import Damaged
 from smollm_jax.runtime.trees import flatten, unflatten
 
@@ -206,6 +206,8 @@ def load(folder: Path, targets: dict[str, Any], processes: Processes) -> dict[st
                 try:
                     named |= flatten(checkpointer.restore(plain / group, args=restore), "/")
                 except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+                    if isinstance(error, OSError) and of_machine(error):  # a permission, say: nothing is damaged
+                        raise
                     raise Damaged(f"{folder / group} is damaged: {reason(error)}") from None
     return named
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm_jax.checkpoint.manifest import verify
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import Damaged, fsync, read_json
 
 META, INDEX = "meta.json", "manifest.ocdbt"
@@ -56,7 +56,7 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
             open_checkpoint(path, step)
             verdict = "good"
         except Damaged as reason:
-            verdict = str(reason)
+            verdict = one_line(reason)
         try:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             age = max(0.0, time.time() - path.stat().st_mtime)  # clocks of two machines differ

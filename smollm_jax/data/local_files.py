@@ -21,10 +21,12 @@ def find_files(pattern: str) -> list[str]:
 
     Raises `OSError` for a folder that cannot be read, and `UserError` for a home folder that nobody has.
     """
-    # texts/** names a folder and also the files in it, and through a link to a parent each again and again
-    paths = sorted(
-        {str(Path(f)) for path in matching(pattern) for f in (_inside(path) if os.path.isdir(path) else [path])}
-    )
+    found = matching(pattern)
+    # texts/** names a folder and also what is in it: the folder decides what of it is data
+    folders = {path for path in found if os.path.isdir(path)}
+    found = [path for path in found if not folders & {*map(str, Path(path).parents)}]
+    # through a link to a parent a file is found again and again
+    paths = sorted({str(Path(f)) for path in found for f in (_inside(path) if path in folders else [path])})
     return list(
         {(os.path.realpath(os.path.dirname(f)), os.path.basename(f)): f for f in reversed(paths)}.values()
     )[::-1]

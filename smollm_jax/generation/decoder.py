@@ -6,7 +6,6 @@ bf16 on a CPU and all else. On a GPU, steps of a few rows with one token each ru
 """
 
 import functools
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from smollm_jax.kernels.triton_decode import LayerCache, LayerWeights
 from smollm_jax.model.attention import MASKED
 from smollm_jax.model.ops import rotate, swiglu
 from smollm_jax.model.transformer import RMSNorm, SmolLM, params_of, rope_angles
-from smollm_jax.runtime.errors import one_line
+from smollm_jax.runtime.errors import one_line, say
 
 QUERY_BLOCK = 512  # of a long prompt
 
@@ -163,7 +162,7 @@ def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
     except Exception as error:  # such as a device without memory for the check: slow text is better than none
         wrong = one_line(error)
     if wrong:
-        print(f"decoding    plain: the kernels failed their check, {wrong}", file=sys.stderr)
+        say(f"decoding    plain: the kernels failed their check, {wrong}")
     return not wrong
 
 

@@ -64,7 +64,9 @@ def refuse_foreign(out: Path, part: Path) -> None:
     except (ValueError, RecursionError):
         record = None
     if found is None or not isinstance(record, dict):
-        raise UserError(f"{out} is not empty and no export of ours; give another --out")
+        raise UserError(
+            f"{out} is not empty and no export as this version writes it; give another --out, or move it away"
+        )
     for path in held:
         require(path.name in record, f"{out} holds {path.name}, which no export wrote; give another --out")
         is_file = path.is_file() and not path.is_symlink()

@@ -105,12 +105,6 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return where
 
 
-def metadata_of(file: Path) -> dict[str, str]:
-    """Return the metadata in a safetensors header; raises `UserError`."""
-    with _opened(file) as tensors_of:
-        return tensors_of.metadata() or {}
-
-
 def _weight_map(file: Path) -> dict[str, str]:
     """Return the file name of each tensor in an index; raises `UserError` if a name leaves the folder."""
     content = read_json(file)

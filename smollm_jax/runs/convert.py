@@ -72,7 +72,7 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
     out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
     clean_left_overs(out, (out.name,))
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
-    require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
+    _require_empty(out)
     source = Path(path) if is_run(path) else local_folder(path)
     refuse_links(source)
     model, params, tokenizer = load_model(source)
@@ -88,4 +88,10 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
         require(checkpoints.wait(), f"{out} could not be written: {checkpoints.failed}")
         tokenizer.save(part / "tokenizer")
         write_json_atomic(part / "config.json", to_dict(replace(default, model=model, data=data)))
+        _require_empty(out, but=part)  # again: a model takes a while to load
     return model
+
+
+def _require_empty(folder: Path, but: Path | None = None) -> None:
+    held = {*folder.iterdir()} - {but} if folder.exists() else set()
+    require(not held, f"{folder} is not empty; give another --out")

@@ -11,6 +11,7 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.data.loader import check_cursor
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
@@ -45,10 +46,13 @@ def load_model(
     """
     if is_run(path):
         config = read_run(path)
-        _, params = read_params(Path(path) / "checkpoints", step)
+        found, params = read_params(Path(path) / "checkpoints", step)
         tokenizer = load_tokenizer(
             str(Path(path) / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
+        if found.meta.get("cursor") is not None:  # an import has none
+            check_cursor(found.meta["cursor"], f"checkpoint {found.step} is damaged: it lacks a place in the data")
+            tokenizer.encode_as_of(found.meta["cursor"]["tokenizer"])
         return config.model, params, tokenizer
     require(step is None, f"{path} is not a run, so it has no step {step}")
     folder = local_folder(path)

@@ -19,7 +19,7 @@ from typing import Any, cast
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
-from smollm_jax.runtime.errors import one_line, say
+from smollm_jax.runtime.errors import one_line, printable, say
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
@@ -84,7 +84,7 @@ class RunMetrics:
             say(message)
         else:
             with contextlib.suppress(OSError):  # the terminal is closed
-                self._bar.write(message, file=sys.stderr)
+                self._bar.write(printable(message), file=sys.stderr)
 
     def close(self) -> None:
         self._shown.close()
@@ -125,7 +125,7 @@ class LineFile:
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:
-                say(f"{self._path} cannot be written ({error.strerror}); its lines are kept in memory")
+                say(f"{self._path} cannot be written ({one_line(error)}); its lines are kept in memory")
             self._is_refused = True
 
     def close(self) -> None:
@@ -198,8 +198,9 @@ def _whole(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict) or not _is_number(values.get("step"), int) or values["step"] < 0:
         return None
-    losses = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte")]  # null if not finite
-    return values if all(loss is None or _is_number(loss, int | float) for loss in losses) else None
+    # null if not finite
+    others = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte", "bad_steps")]
+    return values if all(other is None or _is_number(other, int | float) for other in others) else None
 
 
 def _is_number(value: Any, kind: Any) -> bool:
@@ -277,7 +278,7 @@ def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
 
     def is_kept(line: str) -> bool:
         number = line.removeprefix(SAMPLES_OF)
-        return number == line or (number.isdecimal() and int(number) <= evaluated)
+        return number == line or (len(number) < 20 and number.isdecimal() and int(number) <= evaluated)
 
     if metrics.is_file():
         _rewrite(metrics, map(json.dumps, kept))

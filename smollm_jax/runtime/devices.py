@@ -91,7 +91,7 @@ def use_compilation_cache(folder: str) -> None:
 
     folder = os.path.expanduser(folder)
     if folder.startswith("~"):
-        say(f"compiled programs are not kept: there is no {folder}; set HOME, or give --compilation-cache-dir")
+        say(f"compiled programs are not kept: there is no {folder}; set HOME to keep them")
     elif folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHED_COMPILE_SECONDS)

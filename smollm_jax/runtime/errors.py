@@ -124,7 +124,7 @@ def _explain(error: Exception) -> int:
     elif refused := of_machine(error):
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""  # a print has no file's name
         unnamed = "stdout" if "print(" in line or "stdout" in line else "a file"
-        say(f"error: {refused.filename or unnamed}: {refused.strerror}")
+        say(f"error: {one_line(UserError(refused.filename or unnamed))}: {refused.strerror}")
         _drop_output()
     else:
         with contextlib.suppress(OSError):
@@ -159,9 +159,16 @@ def of_environment(error: BaseException) -> str:
     for part, names in READS.items():
         if any(part in file for file in beyond):
             found = {name: value for name, value in os.environ.items() if value and re.fullmatch(names, name)}
-            said = {n: v for n, v in found.items() if v in text or set(n.lower().split("_")) & words}
-            return ", ".join(f"{name}={_hidden(value)}" for name, value in sorted((said or found).items()))
+            said = {n: v for n, v in found.items() if _names(text, v) or set(n.lower().split("_")) & words}
+            # an error of a proxy or a certificate may name neither; of others, what is not named is not to blame
+            blamed = said or (found if part == "/httpx" else {})
+            return ", ".join(f"{name}={_hidden(value)}" for name, value in sorted(blamed.items()))
     return ""
+
+
+def _names(text: str, value: str) -> bool:
+    """Return whether a text names a value, as a word of its own and not one such as 1."""
+    return len(value) > 1 and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
 
 
 def _hidden(value: str) -> str:

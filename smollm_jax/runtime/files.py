@@ -94,6 +94,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     part, old = (where / f".{path.name}.{word}-{os.getpid()}" for word in ("part", "old"))
     with _cleaned(where, (path.name,)):
         try:
+            _remove(part)  # of a dead process with our number, or a link that somebody put there
             with named_failure(path):
                 yield part
             is_full = part.is_dir() and path.is_dir()  # a folder that holds something cannot be replaced
@@ -115,18 +116,19 @@ def moved_aside(path: Path) -> Path:
     return aside
 
 
-def clean_left_overs(folder: Path, names: Iterable[str]) -> None:
+def clean_left_overs(folder: Path, names: Iterable[str], *, is_locked: bool = False) -> None:
     """Remove what dead processes left in `folder` while they wrote one of `names`.
 
-    An old version that has no successor gets its name back. Does nothing while a process writes there.
+    An old version that has no successor gets its name back. Does nothing while a process writes there, nor on a
+    file system without locks, unless the caller holds another lock of the folder.
     """
-    with _cleaned(folder, names):
+    with _cleaned(folder, names, is_locked=is_locked):
         pass
 
 
 @contextmanager
-def _cleaned(folder: Path, names: Iterable[str]) -> Iterator[None]:
-    """Clean up in `folder`, then share its lock: who has it alone knows that all left-overs are dead."""
+def _cleaned(folder: Path, names: Iterable[str], *, is_locked: bool = False) -> Iterator[None]:
+    """Clean up in `folder`, then share its lock; while one process holds it alone, all left-overs are dead."""
     pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.(part|old)-\d+")
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -135,7 +137,13 @@ def _cleaned(folder: Path, names: Iterable[str]) -> Iterator[None]:
         return
     try:
         with suppress(OSError):  # in use, or a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                if not is_locked:
+                    raise
             for path in folder.iterdir():
                 if found := pattern.fullmatch(path.name):
                     if found[2] == "old" and not (folder / found[1]).exists():

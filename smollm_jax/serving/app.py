@@ -6,7 +6,6 @@ import gc
 import ipaddress
 import os
 import socket
-import sys
 from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 # whatever a model writes, the browser fetches nothing from elsewhere
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
+PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, who append the client's address
 # half a minute of silence and three probes for a client that is gone; a minute for one that no longer reads
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
@@ -40,7 +40,7 @@ def open_scheduler(
     name = Path(path).resolve().name if Path(path).exists() else path
     if name == "export":  # the Space or the folder around it has a better name
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
-    print(f"{name}: {completer.about}; context {completer.context:,} tokens", file=sys.stderr, flush=True)
+    say(f"{name}: {completer.about}; context {completer.context:,} tokens")
     scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens)
     say(completer.tokenizer.describe_special())
     scheduler.try_chat()
@@ -119,7 +119,7 @@ def run(app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = F
     policy = POLICY if on_space else f"{POLICY}; frame-ancestors 'self'"
     config = uvicorn.Config(
         app, headers=[("content-security-policy", policy)], log_level="error", timeout_graceful_shutdown=3,
-        limit_concurrency=512, http=Impatient, ws="none", forwarded_allow_ips="*" if on_space else None,
+        limit_concurrency=512, http=Impatient, ws="none", proxy_headers=on_space, forwarded_allow_ips=PROXIES,
     )  # fmt: skip
     gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
     with contextlib.suppress(KeyboardInterrupt):

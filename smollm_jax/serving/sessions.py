@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from smollm_jax.runtime.errors import say
+from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.serving.guard import place_of
 from smollm_jax.serving.scheduler import Scheduler
 
@@ -40,19 +40,30 @@ async def end_unread(page: gr.Blocks, scheduler: Scheduler) -> None:
     waiting: dict[str, tuple[Any, float]] = {}  # the next message of each session, and since when
     while True:
         await asyncio.sleep(UNREAD_SECONDS / 5)
-        queue, now = page._queue, time.monotonic()
-        pending = queue.pending_messages_per_session
+        now, pending = time.monotonic(), page._queue.pending_messages_per_session
         heads = {name: messages._queue[0] for name, messages in pending.items() if messages.qsize()}  # type: ignore[attr-defined]
         waiting = {
             name: waiting[name] if name in waiting and waiting[name][0] is head else (head, now)
             for name, head in heads.items()
         }
-        for name in [name for name, (_, since) in waiting.items() if now - since > UNREAD_SECONDS]:
-            scheduler.cancel(name)
-            await queue.clean_events(session_hash=name)
-            pending.pop(name, None)
-            if name in queue.pending_event_ids_session.pop(name, ()):  # a call without a session has its own
-                page.state_holder.session_data.pop(name, None)
-        for name in [name for name, ids in queue.pending_event_ids_session.items() if not ids]:
-            if name not in pending:
-                del queue.pending_event_ids_session[name]
+        try:
+            await _end(
+                page, scheduler, [name for name, (_, since) in waiting.items() if now - since > UNREAD_SECONDS]
+            )
+        except Exception as error:  # of Gradio's insides; the next round may work
+            say(f"events that nobody reads could not be ended: {one_line(error)}")
+
+
+async def _end(page: gr.Blocks, scheduler: Scheduler, names: list[str]) -> None:
+    """End the events of some sessions, and forget sessions without events."""
+    queue = page._queue
+    pending = queue.pending_messages_per_session
+    for name in names:
+        scheduler.cancel(name)
+        await queue.clean_events(session_hash=name)
+        pending.pop(name, None)
+        if name in queue.pending_event_ids_session.pop(name, ()):  # a call without a session has its own
+            page.state_holder.session_data.pop(name, None)
+    for name in [name for name, ids in queue.pending_event_ids_session.items() if not ids]:
+        if name not in pending:
+            del queue.pending_event_ids_session[name]

@@ -176,8 +176,8 @@ class Tokenizer:
     def describe_special(self) -> str:
         """Return a sentence on special tokens that texts spell out, and how many texts did so far."""
         what, other = ("become ids", "text") if self.mode == "parse" else ("stay text", "parse")
-        count = f"{self.texts_with_special:,} of {self.texts:,} texts so far spell one out"
-        return f"special tokens in a text {what} (other: --special-tokens {other}); {count}"
+        count = f"; {self.texts_with_special:,} of {self.texts:,} texts so far spell one out" if self.texts else ""
+        return f"special tokens in a text {what} (other: --special-tokens {other}){count}"
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

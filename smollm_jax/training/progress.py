@@ -14,6 +14,7 @@ from smollm_jax.distributed.watchdog import LONGEST_SECONDS
 from smollm_jax.runs.metrics import finite_or_none
 from smollm_jax.runtime.devices import peak_flops
 from smollm_jax.runtime.errors import SourceTimeout
+from smollm_jax.runtime.files import written_aside
 from smollm_jax.training.run import Interval, Pending, Run
 
 
@@ -98,7 +99,8 @@ def write_documents(run: Run, pending: Pending) -> str:
     try:
         with run.job.watchdog.patient("reading documents again", patience):
             documents = run.stream.documents_of(pending.cursor_before)
-            path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+            with written_aside(path) as aside:  # whatever has this name is replaced, and no link followed
+                aside.write_text("".join(json.dumps(document) + "\n" for document in documents))
     except (OSError, ValueError, SourceTimeout, StopIteration) as error:
         return f"the documents of the last could not be written ({error})"
     return f"the documents of the last are in {path}"

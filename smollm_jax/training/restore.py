@@ -19,6 +19,7 @@ from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.data.loader import check_cursor
 from smollm_jax.data.sources import mixture
 from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.metrics import read_metrics
@@ -73,7 +74,7 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
     none = "no good checkpoint after the import" if imported else "no good checkpoint"
     damaged = ", ".join(sorted({path.name for path in folder.glob("[0-9]*")} - {str(imported and imported.step)}))
     require(not damaged, f"{folder} holds {none}, only {damaged}; {hint}")
-    trained = max((line["step"] - line.get("bad_steps", 0) for line in read_metrics(run_dir)), default=0)
+    trained = max((line["step"] - (line.get("bad_steps") or 0) for line in read_metrics(run_dir)), default=0)
     before = read_run(run_dir) if trained and (run_dir / "config.json").exists() else config
     # the first save ends before the second begins; a run killed earlier has nothing to go on from
     lost = 0 < 2 * before.run.checkpoint_every < trained or (trained and (run_dir / "export").exists())
@@ -82,9 +83,13 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
 
 
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
-    progress, known = found.meta["progress"], set(vars(Progress()))
-    is_whole = isinstance(found.meta.get("config"), dict) and isinstance(progress, dict) and set(progress) <= known
-    require(is_whole, f"checkpoint {found.step} is damaged: its meta.json lacks settings or progress of a run")
+    damaged = f"checkpoint {found.step} is damaged: its meta.json lacks"
+    progress, known = found.meta["progress"], vars(Progress()) | {"cursor": {}}
+    is_whole = isinstance(progress, dict) and all(
+        x in known and type(progress[x]) is type(known[x]) for x in progress
+    )
+    require(is_whole and isinstance(found.meta.get("config"), dict), f"{damaged} settings or progress of a run")
+    check_cursor(found.meta.get("cursor"), f"{damaged} a place in the data")
     saved = from_dict(found.meta["config"])
     began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
     config = replace(config, run=replace(config.run, scale_residual_init=began))

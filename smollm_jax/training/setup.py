@@ -99,7 +99,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
 def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
     """Remove the files that dead processes left half written; only for the holder of the lock."""
     checkpoints.clean()
-    clean_left_overs(run_dir, WRITTEN)
+    clean_left_overs(run_dir, WRITTEN, is_locked=True)
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:

@@ -68,6 +68,13 @@ def test_a_folder_is_read_without_what_it_holds_beside_the_data(tmp_path, capsys
     assert texts_of(folder / "LICENSE.txt") == [json.dumps({"text": "LICENSE.txt"})]
 
 
+def test_a_pattern_that_names_a_folder_and_what_is_in_it_passes_over_the_same(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "LICENSE.txt").write_text("no text")
+    assert texts_of(f"{tmp_path}/**") == ["one"]
+    assert len(texts_of(f"{tmp_path}/*.txt")) == 1
+
+
 def test_a_linked_folder_is_read_and_no_file_twice(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "texts" / "sub").mkdir(parents=True)

@@ -127,6 +127,19 @@ def test_an_import_that_fails_leaves_nothing_and_one_that_would_overwrite_is_ref
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "hf", "tokenizer"]
 
 
+def test_what_is_put_into_the_folder_during_an_import_stays(folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+
+    def write(path, value):
+        (out / "thesis.tex").write_text("mine")
+
+    monkeypatch.setattr("smollm_jax.runs.convert.write_json_atomic", write)
+    with pytest.raises(ValueError, match="is not empty"):
+        import_run(folder, out)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
 def test_a_disk_that_fills_up_leaves_no_half_imported_run(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")

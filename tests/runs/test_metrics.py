@@ -54,7 +54,7 @@ def test_a_warning_is_written_around_the_progress_bar(tmp_path, monkeypatch):
 
 DAMAGED = [b"\xff\xfe", b"[3]", b"7", b"null", b'{"loss": 2}', b'{"step": "x"}', b'{"step": true, "loss": 1}',
            b"[" * 9_000, b'{"step": 3, "loss": "x"}', b'{"step": 3, "eval_loss": [], "eval_bits_per_byte": 1}',
-           b'{"step": -1}', b'{"step": 1e999}', b'{"step": 3, "loss": 1e999}',
+           b'{"step": -1}', b'{"step": 3, "bad_steps": {}}', b'{"step": 1e999}', b'{"step": 3, "loss": 1e999}',
            b'{"step": 1' + b"0" * 400 + b', "loss": "', b"\0"]  # fmt: skip
 
 
@@ -69,6 +69,19 @@ def test_a_damaged_record_is_left_out_and_ends_nothing(tmp_path, line):
     assert draw(tmp_path, tmp_path / "loss.png")
     keep_records(tmp_path, 2)
     assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_sample_moves_no_cursor_above_the_progress_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    report = RunMetrics(tmp_path, start=0, total=9)
+    report._bar = Mock()
+    report.say("Once\x1b[2J")
+    assert report._bar.write.call_args.args == ("Once\\x1b[2J",)
+
+
+def test_a_heading_of_many_digits_ends_nothing(tmp_path):
+    (tmp_path / "samples.txt").write_text(f"=== step {'9' * 5_000}\n a\n")
+    assert keep_records(tmp_path, 2) == (0, {})
 
 
 def test_a_pipe_is_no_record(tmp_path):

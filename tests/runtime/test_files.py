@@ -45,6 +45,33 @@ def test_what_a_dead_process_left_is_cleaned_up_by_the_next_writer(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".notes.old-1999", "e[1]"]
 
 
+@pytest.mark.parametrize("left", ["a file", "a folder", "a link"])
+def test_a_left_over_of_our_own_number_is_replaced_and_no_link_followed(tmp_path, left):
+    """Also while another process writes in the folder: containers use a number again."""
+    part, precious = tmp_path / f".a.part-{os.getpid()}", tmp_path / "precious"
+    precious.write_text("mine")
+    {"a file": part.touch, "a folder": part.mkdir, "a link": lambda: part.symlink_to(precious)}[left]()
+    with (tmp_path / ".b.part-1").open("w"), written_aside(tmp_path / "b") as other:
+        other.write_text("b")
+        with written_aside(tmp_path / "a") as new:
+            new.write_text("a")
+    assert (precious.read_text(), (tmp_path / "a").read_text()) == ("mine", "a")
+    assert not (tmp_path / "a").is_symlink()
+
+
+def test_who_holds_another_lock_cleans_up_without_one(tmp_path, monkeypatch):
+    (tmp_path / ".a.part-1").touch()
+
+    def no_locks(*_):
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    clean_left_overs(tmp_path, ["a"])
+    assert list(tmp_path.iterdir())
+    clean_left_overs(tmp_path, ["a"], is_locked=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
     with written_aside(tmp_path / "a") as part:
         part.mkdir()

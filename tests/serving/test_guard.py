@@ -28,14 +28,22 @@ JSON = b"application/json"
         '{"prompt":"\\\\","stop":[' + ",".join(['"",[]'] * 60_000) + "]}",
         "[" * 50_000,
         '{"prompt":"a"}'.encode("utf-16").decode("latin-1"),
+        '"' + '\\"' * 600_000 + '" [' + "[" * 4_000,
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_a_body_of_many_things_is_refused_in_milliseconds(body):
     started = time.perf_counter()
     with pytest.raises(Refused) as refused:
         check_json("/v1/completions", JSON, body.encode())
     assert refused.value.args[0] == 400
+    assert time.perf_counter() - started < 0.2
+
+
+@pytest.mark.parametrize("end", ["", "\\", '"'])
+def test_a_text_of_many_quotes_is_counted_in_milliseconds(end):
+    started = time.perf_counter()
+    check_json("/v1/completions", JSON, b'"' + b'\\"' * 600_000 + end.encode())
     assert time.perf_counter() - started < 0.2
 
 

@@ -109,7 +109,15 @@ def test_a_run_older_than_a_setting_goes_on_with_its_default_and_not_with_anothe
 
 @pytest.mark.parametrize(
     "meta",
-    [{"progress": {}}, {"progress": {"nix": 1}, "config": to_dict(Config())}, {"progress": 3, "config": {}}],
+    [
+        {"progress": {}},
+        {"progress": {"nix": 1}, "config": to_dict(Config())},
+        {"progress": 3, "config": {}},
+        {"progress": {"step": "x"}, "config": to_dict(Config())},
+        {"progress": {"step": 3}, "config": to_dict(Config())},
+        {"progress": {"step": 3}, "config": to_dict(Config()), "cursor": {"tokenizer": 5, "step": 3}},
+        {"progress": {"step": 3}, "config": to_dict(Config()), "cursor": {"tokenizer": "x", "step": None}},
+    ],
 )
 def test_a_checkpoint_without_settings_or_progress_is_damaged_in_one_line(tmp_path, meta):
     checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=1, keep_every=0)
