@@ -131,7 +131,7 @@ def test_what_is_put_into_the_folder_during_an_import_stays(folder, tmp_path, mo
     out = tmp_path / "run"
     out.mkdir()
 
-    def write(path, value):
+    def write(*_):
         (out / "thesis.tex").write_text("mine")
 
     monkeypatch.setattr("smollm_jax.runs.convert.write_json_atomic", write)

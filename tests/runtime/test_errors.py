@@ -33,10 +33,19 @@ def test_a_fault_of_ours_keeps_its_traceback(capsys, monkeypatch):
     assert lines_of(capsys, raises(KeyError("x")), 1)[0] == "Traceback (most recent call last):"
 
 
-@pytest.mark.parametrize(
-    "main",
-    [lambda: __import__("gradio").Slider(5, 1), lambda: __import__("jax").config.update("jax_platforms", 5)],
-)
+def of_a_slider():
+    import gradio
+
+    gradio.Slider(5, 1)
+
+
+def of_a_setting():
+    import jax
+
+    jax.config.update("jax_platforms", 5)
+
+
+@pytest.mark.parametrize("main", [of_a_slider, of_a_setting])
 def test_a_fault_of_ours_in_a_library_blames_no_variable(capsys, monkeypatch, main):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -57,7 +57,8 @@ def test_a_run_stays_on_record_with_the_initial_weights_it_began_with(tmp_path):
     del old["run"]["scale_residual_init"]
     for saved, began in ((old, False), (to_dict(config), True)):
         checkpoints = CheckpointManager(tmp_path / str(began), keep_last=3, keep_every=0)
-        checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, {"progress": {}, "config": saved})
+        meta = {"progress": {}, "config": saved, "cursor": {"step": 4, "tokenizer": ""}}
+        checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, meta)
         assert checkpoints.wait()
         start = resolve_start(config, tmp_path, checkpoints)
         assert start.config.run.scale_residual_init == began
