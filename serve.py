@@ -1,98 +1,13 @@
-"""Serve a model: `python serve.py PATH [--backend torch|jax] [--host 127.0.0.1] [--port 7860]`.
+"""Serve a model: `python serve.py PATH [--backend torch|jax] [--host 127.0.0.1] [--port 7860]`, or `smollm serve`.
 
-One process serves the page at /, Gradio's API at /generate, and OpenAI's at /v1. All requests share one queue.
-The server fetches nothing from elsewhere, and reads or writes no file for a client.
+Without PATH it serves the folder "export" beside this file, as on a Hugging Face Space.
 """
 
-import os
-import secrets
 import sys
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from smollm_jax.cli.arguments import parse_command
-from smollm_jax.runtime.errors import UserError, one_line, require, run_main, say
-
-ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy is in front of the port
-
-
-def serve(
-    path: Annotated[str, tyro.conf.Positional] = "",
-    *,
-    backend: Literal["torch", "jax"] | None = None,
-    host: str = "0.0.0.0" if ON_A_SPACE else "127.0.0.1",
-    port: int = 7_860,
-    allow_hosts: str = "",
-    auth: str | None = None,
-    auth_file: Path | None = None,
-    api_key: str | None = None,
-    api_key_file: Path | None = None,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    max_new_tokens: int = 2_048,
-    max_waiting: int = 16,
-    special_tokens: Literal["text", "parse"] | None = None,
-) -> int:
-    """Serve a model as a page and an API, to this machine only unless --host says otherwise.
-
-    Args:
-        path: Exported folder, Hub id or run; default: the folder "export" beside serve.py.
-        backend: Compute with PyTorch or JAX; default: jax for a run, torch for a folder if installed, else jax.
-        host: Address to listen on; 0.0.0.0 opens the page to the network.
-        port: Port to listen on; 0: any free port.
-        allow_hosts: More host names under which pages may use the server, separated by commas; *: any.
-        auth: USER:PASSWORD required by the page; others on this machine can read flags, so better in a file.
-        auth_file: File that holds USER:PASSWORD; default: the variable SMOLLM_JAX_AUTH.
-        api_key: Key required by /v1; with a password the default is a random key, printed at the start.
-        api_key_file: File that holds the key; default: the variable SMOLLM_JAX_API_KEY.
-        dtype: Compute dtype; auto: float32 on a CPU, bfloat16 elsewhere.
-        max_new_tokens: Most new tokens per request.
-        max_waiting: Most requests in the queue; further requests are refused.
-        special_tokens: Special tokens that a prompt or message spells out: stay text, or parse them to ids, as
-            transformers does; default: as the run was trained, else text.
-    """
-    require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
-    auth = secret("auth", auth, auth_file)
-    user, _, password = (auth or "").partition(":")
-    require(auth is None or bool(user and password), "--auth must read USER:PASSWORD")
-    api_key = secret("api-key", api_key, api_key_file)
-    folder = path or str(Path(__file__).parent / "export")
-    require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
-    require(find_spec("gradio") is not None, "the page needs gradio: pip install 'smollm-jax[serve]'")
-    # only now, so that --help and mistakes answer at once
-    from smollm_jax.serving.app import build_app, hosts_of, listen, open_scheduler, run
-
-    listening = listen(host, port)  # before the model is loaded, which may take minutes
-    if auth and api_key is None:
-        api_key = secrets.token_urlsafe(24)
-        say(f"API key for /v1: {api_key}")
-    scheduler, name = open_scheduler(
-        folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
-        special_tokens=special_tokens,
-    )  # fmt: skip
-    hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    app = build_app(scheduler, name, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
-    run(app, listening, host, on_space=ON_A_SPACE)
-    scheduler.close()
-    return 0
-
-
-def secret(name: str, given: str | None, file: Path | None) -> str | None:
-    """Return a secret from its flag, its file or its environment variable; raises `UserError` if it is empty."""
-    variable, flag = f"SMOLLM_JAX_{name.upper().replace('-', '_')}", f"--{name}"
-    require(given is None or file is None, f"give {flag} or {flag}-file, not both")
-    if file is not None:
-        flag = f"{flag}-file {file}"
-        try:
-            given = file.read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{flag} cannot be read: {one_line(error)}") from None
-    elif given is None:
-        flag, given = variable, os.environ.get(variable)
-    require(given != "", f"{flag} is empty")
-    return given
+from smollm_jax.cli.serve import serve
+from smollm_jax.runtime.errors import run_main
 
 
 def main() -> int:

@@ -10,6 +10,8 @@ A name loads when it is first used, so that `--help` does not wait for JAX.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from smollm_jax.config.architecture import ModelConfig
     from smollm_jax.generation.generator import generate

@@ -1,13 +1,6 @@
-"""The commands beside training: `python -m smollm_jax COMMAND`."""
+"""`python -m smollm_jax COMMAND`, which is also the console command `smollm COMMAND`."""
 
-import signal
-import sys
-
-from smollm_jax.cli.commands import main
-from smollm_jax.runtime.errors import run_main
+from smollm_jax.cli.main import console
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
-            signal.signal(number, signal.default_int_handler)  # what Ctrl-C cleans up, they do too
-    sys.exit(run_main(main))
+    console()

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 809),
-    "config": ("runtime", 554),
+    "runtime": ("", 818),
+    "config": ("runtime", 587),
     "tokenizer": ("runtime", 578),
     "model": ("config runtime", 518),
     "data": ("tokenizer config runtime", 1_346),
@@ -31,9 +31,9 @@ HOUSE = {
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_576),
     "serving": ("runs generation hf model tokenizer config runtime", 1_581),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 385),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 769),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_994, 12_319
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_027, 12_644
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
@@ -66,6 +66,8 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module == PACKAGE.name and [alias.name for alias in node.names] == ["__version__"]:
+                continue  # a number, of no floor
             inner = [name for name in names if (ROOT / f"{name.replace('.', '/')}.py").exists()]
             yield from ((name, node.lineno) for name in inner or [node.module])
         elif isinstance(node, ast.Import):

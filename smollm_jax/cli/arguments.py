@@ -1,6 +1,6 @@
-"""Parse a command line into a `Config`, and report a mistake in one line.
+"""Parse a command line into a `Config` or the arguments of a command, and report a mistake in one line.
 
-The recipe and the preset are parsed first, because they are the defaults that `--help` shows. tyro builds the
+The defaults that `--help` shows come first: of a recipe and a preset, a file, or a run folder. tyro builds the
 flags from the dataclasses, one group per dataclass; its error boxes are folded into a single line.
 """
 
@@ -11,36 +11,107 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, make_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.config.recipes import RECIPES
+from smollm_jax.config.serialization import from_dict, read_file
 from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import UserError, require, say
 
 Command = Callable[..., int]
 FLAG = re.compile(r"--(?:no-)?([A-Za-z][\w-]*)(?:=.*)?", re.DOTALL)
 SEVERAL = {"data": "A,B", "eval-data": "A,B", "sample-prompts": "A B", "stop": "A B"}  # flags of several values
+# how other trainers spell a flag: Hugging Face's, nanoGPT's, LitGPT's
+SPELLINGS = {
+    "--steps": "max-steps max-iters total-steps",
+    "--epochs with --steps": "num-train-epochs",
+    "--batch-size": "per-device-train-batch-size micro-batch-size train-batch-size",
+    "--grad-accum": "gradient-accumulation-steps",
+    "--seq-len": "block-size max-seq-length max-length context-length sequence-length",
+    "--num-layers": "n-layer num-hidden-layers",
+    "--num-heads": "n-head num-attention-heads",
+    "--num-kv-heads": "num-key-value-heads n-kv-head",
+    "--hidden-size": "n-embd d-model",
+    "--learning-rate": "lr max-lr",
+    "--final-learning-rate": "min-lr",
+    "--schedule": "lr-scheduler-type lr-schedule",
+    "--warmup-steps": "warmup-iters lr-warmup-steps",
+    "--clip-norm": "max-grad-norm grad-clip gradient-clip-val",
+    "--beta1": "adam-beta1",
+    "--beta2": "adam-beta2",
+    "--epsilon": "adam-epsilon",
+    "--run-dir": "output-dir out-dir save-dir",
+    "--new-run": "overwrite-output-dir",
+    "--checkpoint-every": "save-steps save-interval",
+    "--keep-last": "save-total-limit",
+    "--eval-every": "eval-steps eval-interval",
+    "--log-every": "logging-steps log-interval",
+    "--init-from": "model-name-or-path model init-checkpoint-dir",
+    "--resume RUN": "resume-from-checkpoint",
+    "--data": "dataset dataset-name train-file data-path",
+    "--tokenizer": "tokenizer-name tokenizer-path",
+    "--dtype bfloat16": "bf16 fp16 precision",
+    "--remat full": "gradient-checkpointing",
+    "--attention": "attn-implementation",
+    "--max-new-tokens": "max-tokens length",
+}
+ELSEWHERE = {name: ours for ours, names in SPELLINGS.items() for name in names.split()}
+ABOUT = "Pre-train a SmolLM2-class model; the same command again resumes."
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+CLOSE = 0.75  # of two spellings, from which on one may be meant for the other
 
 
-def parse(argv: list[str], *, prog: str = "train_jax.py") -> Config:
-    """Return the `Config` of `argv`; raises `UserError` on a mistake and `SystemExit(0)` after `--help`."""
-    given, others = take_flags(argv, prog, recipe={"default": "replica"}, preset={})
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the defaults of all other flags come from."""
+
+    config: str | None = None
+    """YAML or JSON file of settings, such as a run's config.json; it may hold some of them only."""
+    resume: str | None = None
+    """Run folder to go on with, under its own settings; free settings may be changed by flags."""
+
+
+def parse(argv: list[str], *, prog: str = "train_jax.py", about: str = ABOUT, own: Any = None) -> Any:
+    """Return the `Config` of `argv`, or (own, config) if `own` is a dataclass with more flags and their defaults.
+
+    Raises `UserError` on a mistake and `SystemExit(0)` after `--help`.
+    """
+    start, others = take_flags(argv, prog, recipe={}, preset={}, config={}, resume={})
     _report_repeats(others)
-    require(given.recipe in RECIPES, f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
-    default = RECIPES[given.recipe]
-    if given.preset is not None:
-        require(given.preset in MODELS, f"--preset {given.preset}: expected one of {', '.join(MODELS)}")
-        model = MODELS[given.preset]
-        data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
-        default = replace(default, preset=given.preset, model=model, data=data)
-    about = "Pre-train a SmolLM2-class model; the same command again resumes."
-    flat = (tyro.conf.OmitArgPrefixes,)
+    groups = {"start": Start(), "train": _default(start)}
+    if own is not None:
+        groups = {"own": own} | groups
+    arguments: Any = make_dataclass("Arguments", [(name, type(value)) for name, value in groups.items()])
     with _mistake_in_one_line(prog):
-        return tyro.cli(Config, args=argv, prog=prog, description=about, default=default, config=flat)
+        parsed = tyro.cli(
+            arguments, args=others, prog=prog, description=about, default=arguments(**groups), config=FLAT
+        )
+    return parsed.train if own is None else (parsed.own, parsed.train)
+
+
+def _default(start: argparse.Namespace) -> Config:
+    """Return the settings that flags change: of a recipe and a preset, a file, or a run."""
+    if start.resume is not None:
+        others = [f"--{name}" for name in ("recipe", "preset", "config") if getattr(start, name) is not None]
+        require(not others, f"--resume takes the settings of the run; leave out {' and '.join(others)}")
+        config = from_dict(read_file(Path(start.resume, "config.json")))
+        return replace(config, run=replace(config.run, run_dir=start.resume, new_run=False, stop_after=None))
+    values = {} if start.config is None else read_file(Path(start.config))
+    recipe = start.recipe or str(values.get("recipe", "replica"))
+    require(recipe in RECIPES, f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
+    default, preset = RECIPES[recipe], str(start.preset or values.get("preset", ""))
+    if preset:
+        require(preset in MODELS, f"--preset {preset}: expected one of {', '.join(MODELS)}")
+        model = MODELS[preset]
+        data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
+        default = replace(default, preset=preset, model=model, data=data)
+    return from_dict(values | {"recipe": recipe}, default, where=start.config or "")
 
 
 def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,19 +128,14 @@ def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[arg
         raise UserError(f"{error}; see {prog} --help") from None
 
 
-def parse_command(
-    commands: tuple[Command, ...] | Command, argv: list[str], prog: str, *, description: str | None = None
-) -> Callable[[], int]:
-    """Return the command of `argv` with its arguments, ready to be called; raises like `parse`.
+def parse_command(command: Command, argv: list[str], prog: str) -> Callable[[], int]:
+    """Return the command with its arguments, ready to be called; raises like `parse`.
 
-    The flags, types and help come from the command's signature and docstring.
+    The flags, types and help come from its signature and docstring.
     """
     _report_repeats(argv)
     with _mistake_in_one_line(prog):
-        if callable(commands):
-            return tyro.cli(_deferred(commands), args=argv, prog=prog)
-        named = {command.__name__.removesuffix("_"): _deferred(command) for command in commands}
-        return tyro.extras.subcommand_cli_from_dict(named, args=argv, prog=prog, description=description)
+        return tyro.cli(_deferred(command), args=argv, prog=prog, config=FLAT)
 
 
 def _report_repeats(argv: list[str]) -> None:
@@ -95,7 +161,7 @@ def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
 
 @contextlib.contextmanager
 def _mistake_in_one_line(prog: str) -> Iterator[None]:
-    """Raise `UserError` with the message in tyro's first error box, instead of printing the boxes and exiting."""
+    """Raise `UserError` with what tyro's first error box says, instead of printing the boxes and exiting."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -106,4 +172,25 @@ def _mistake_in_one_line(prog: str) -> Iterator[None]:
         first_box = output.getvalue().partition("For full helptext")[0].splitlines()
         text = [line.strip("│─ ") for line in first_box if not line.startswith(("╭", "╰"))]
         words = re.sub(r"^Error parsing \S+: ", "", " ".join(filter(None, text)))
-        raise UserError(f"{words or 'the arguments could not be read'}; see {prog} --help") from None
+        raise UserError(f"{_plainly(words) or 'the arguments could not be read'}; see {prog} --help") from None
+
+
+def _plainly(words: str) -> str:
+    """Shorten an error of tyro's, and name the flag that may be meant by an unknown one."""
+    if found := re.search(
+        r"no type matching (\S+) could be instantiated from \['(.*?)'\].*helptext: (\S+)", words
+    ):
+        return f"{found[3]} {found[2]}: expected {found[1].removeprefix('{None}|')}"
+    if found := re.match(r"Missing from .*?: (.*?)\(required\)", words):
+        return f"{found[1].split()[0]} is missing"
+    unknown = re.match(r"Unrecognized options: ([^,\s]+)", words)
+    if unknown is None:
+        return words
+    flag = FLAG.fullmatch(unknown[1])
+    if flag is None:
+        return f"{unknown[1]!r} is one argument too many; a value follows its flag, as in --prompt TEXT"
+    listed = re.findall(r"--([a-z][\w-]*)", words.partition("Perhaps you meant:")[2])
+    meant = ELSEWHERE.get(flag[1].replace("_", "-")) or next(
+        (f"--{x}" for x in get_close_matches(flag[1], listed, 1, CLOSE)), None
+    )
+    return f"--{flag[1]} is no flag here" + (f"; did you mean {meant}?" if meant else "")

@@ -1,19 +1,21 @@
-"""The commands besides training: `python -m smollm_jax export | import | generate | evaluate | push |
-checkpoints | batch | plan | verify-resume`.
+"""The commands on a run or a model: `smollm export | import | generate | evaluate | push | checkpoints | batch |
+plan | verify-resume`.
 
 Results go to stdout, everything else to stderr. A command is a function: its signature gives the flags, its
 docstring the help. It imports what it needs when it runs, so that `--help` answers at once.
 """
 
+import inspect
 import json
 import sys
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from smollm_jax.cli.arguments import parse, parse_command, take_flags
+from smollm_jax.cli.arguments import parse
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
 
@@ -25,6 +27,8 @@ def export(
     run: Positional, *, out: str, step: int | None = None, dtype: Dtype = "float32", verify: bool = True
 ) -> int:
     """Write a Hugging Face folder that AutoModelForCausalLM loads.
+
+    For example: smollm export runs/quickstart --out my-model
 
     Args:
         run: Run folder.
@@ -46,7 +50,9 @@ def export(
 
 
 def import_(path: Positional, *, out: str) -> int:
-    """Make a run of Hugging Face weights, for train_jax.py to continue or serve.py to serve.
+    """Make a run of Hugging Face weights, to continue with `smollm train --init-from` or to serve.
+
+    For example: smollm import HuggingFaceTB/SmolLM2-135M --out runs/base
 
     Args:
         path: Hugging Face folder or Hub id.
@@ -77,6 +83,8 @@ def generate(
     special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
     """Continue a prompt; the text goes to stdout while it is generated.
+
+    For example: smollm generate runs/quickstart --prompt "Return the" --temperature 0.7
 
     Args:
         path: Run, exported folder or Hub id.
@@ -133,6 +141,8 @@ def evaluate(
 ) -> int:
     """Score a model on text: loss, perplexity and bits per byte, as one JSON line.
 
+    For example: smollm evaluate runs/quickstart --data texts.jsonl
+
     Args:
         path: Run, exported folder or Hub id.
         data: Any source that train_jax.py reads.
@@ -160,6 +170,8 @@ def evaluate(
 def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private: bool = False) -> int:
     """Upload an exported folder to the Hugging Face Hub.
 
+    For example: smollm push my-model OWNER/NAME --dry-run
+
     Args:
         folder: Folder that `export` wrote.
         repo: OWNER/NAME on the Hub.
@@ -175,6 +187,8 @@ def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private
 def checkpoints(run: Positional) -> int:
     """List a run's checkpoints with step, size, age and verdict.
 
+    For example: smollm checkpoints runs/quickstart
+
     Args:
         run: Run folder.
     """
@@ -186,6 +200,8 @@ def checkpoints(run: Positional) -> int:
 
 def batch(run: Positional, *, step: int, data: str | None = None, eval_data: str | None = None) -> int:
     """Print the documents of a training step, one JSON line each with source, file, row and text.
+
+    For example: smollm batch runs/quickstart --step 120
 
     Args:
         run: Run folder.
@@ -207,24 +223,32 @@ def batch(run: Positional, *, step: int, data: str | None = None, eval_data: str
     return 0
 
 
-def verify_resume(argv: list[str]) -> int:
+@dataclass(frozen=True)
+class VerifyFlags:
+    """Flags of this command alone."""
+
+    verify_steps: int = 12
+    """Steps to train, twice."""
+
+
+def verify_resume(argv: list[str], prog: str) -> int:
     """Train a few steps without a break and again with kill -9 in between, and print whether both agree.
 
-    Takes every flag of train_jax.py, and --verify-steps N (default 12). The two runs are in a temporary folder, or
-    below --run-dir if given, and are removed if they agree.
+    For example: smollm verify-resume --recipe quickstart --verify-steps 8
+
+    Takes every flag of train. The two runs are in a temporary folder, or below --run-dir if given, and are removed
+    if they agree.
     """
     import shutil
     import tempfile
 
-    from smollm_jax.training.verify_resume import verify_resume
+    own, config = parse(argv, prog=prog, about=str(inspect.getdoc(verify_resume)), own=VerifyFlags())
+    from smollm_jax.training.verify_resume import verify_resume as verify
 
-    prog = "python -m smollm_jax verify-resume"
-    own, rest = take_flags(argv, prog, verify_steps={"type": int, "default": 12})
-    config = parse(rest, prog=prog)
     if config.run.run_dir is not None:
         Path(config.run.run_dir).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=config.run.run_dir))
-    result = verify_resume(config, folder, steps=own.verify_steps)
+    result = verify(config, folder, steps=own.verify_steps)
     for what, difference in result.compared.items():
         print(f"{what:<26} {difference or 'exact'}")
     if result.exact and not result.resumes:
@@ -239,37 +263,27 @@ def verify_resume(argv: list[str]) -> int:
     return 0
 
 
-def plan(argv: list[str]) -> int:
+@dataclass(frozen=True)
+class PlanFlags:
+    """Flags of this command alone."""
+
+    topology: str = ""
+    """Devices, such as v5e:4x4, v5p:2x2x1, gpu-h100:8 or cpu:1."""
+    json: bool = False
+    """Print one line of JSON in place of the table."""
+
+
+def plan(argv: list[str], prog: str) -> int:
     """Plan a run on devices that this machine does not have; exit code 1 if it would not fit.
 
-    Takes every flag of train_jax.py, --topology (such as v5e:4x4, v5p:2x2x1, gpu-h100:8 or cpu:1), and --json to
-    print one line of JSON instead of the table.
+    Takes every flag of train. For example: smollm plan --topology v5e:2x2 --batch-size 32
     """
-    prog = "python -m smollm_jax plan --topology NAME:AxB [--json]"
-    own, rest = take_flags(argv, prog, topology={"default": ""}, json={"action": "store_true"})
-    config = parse(rest, prog=prog)
+    own, config = parse(argv, prog=prog, about=str(inspect.getdoc(plan)), own=PlanFlags())
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # leave accelerators of this machine to other programs
     from smollm_jax.planning.plan import as_dict, make_plan, table
-    from smollm_jax.runs.convert import require_exportable
 
-    require_exportable(config.model)
     made = make_plan(config, own.topology)
     print(json.dumps(as_dict(made)) if own.json else table(made))
     return 0 if made.fits else EXIT_FAILED
-
-
-COMMANDS = (export, import_, generate, evaluate, push, checkpoints, batch)
-
-
-def main() -> int:
-    if sys.argv[1:2] == ["verify-resume"]:  # takes the flags of train_jax.py
-        return verify_resume(sys.argv[2:])
-    if sys.argv[1:2] == ["plan"]:  # so does plan
-        return plan(sys.argv[2:])
-    description = (
-        "Beside these, with the flags of train_jax.py: verify-resume [--verify-steps N] proves an exact resume; "
-        "plan --topology v5e:4x4 says whether a run fits devices that are not here, and estimates how fast it is."
-    )
-    return parse_command(COMMANDS, sys.argv[1:], "python -m smollm_jax", description=description)()

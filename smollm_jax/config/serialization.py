@@ -1,12 +1,17 @@
 """Convert a `Config` to the JSON of config.json and of every checkpoint, and back."""
 
 import dataclasses
+import re
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from smollm_jax.config.settings import Config
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.files import read_json
+
+EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -24,32 +29,60 @@ def to_dict(config: Config) -> dict[str, Any]:
     return values
 
 
-def from_dict(values: Any) -> Config:
-    """Return the `Config` whose `to_dict` is `values`; raises `UserError` naming an unknown or unusable field."""
-    require(isinstance(values, dict), f"config.json must hold an object, {type(values).__name__} came")
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the settings of a YAML or JSON file as plain values; raises `UserError`."""
+    if path.suffix not in (".yaml", ".yml"):
+        return _an_object(read_json(path), str(path))
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 with the floats of YAML 1.2: there 6e-4 is a number."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+    try:
+        return _an_object(yaml.load(path.read_text("utf-8"), Loader) or {}, str(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def from_dict(values: Any, default: Config | None = None, *, where: str = "config.json") -> Config:
+    """Return the `Config` whose `to_dict` is `values`; `default` has the missing fields.
+
+    Raises `UserError` naming an unknown or unusable field of the file `where`.
+    """
+    values = _an_object(values, where)
     run, optimizer, compute = (values.get(group) for group in ("run", "optimizer", "compute"))
     if isinstance(run, dict) and "phases" in run:  # as they ran: as a request, batch_size would shrink larger ones
         values = values | {"run": {k: v for k, v in run.items() if k != "batch_size"}}
-    if isinstance(optimizer, dict) and optimizer.get("schedule") != "wsd":
+    if isinstance(optimizer, dict) and optimizer.get("schedule", "wsd") != "wsd":
         values = values | {"optimizer": {k: v for k, v in optimizer.items() if k != "decay_steps"}}
     if isinstance(compute, dict) and compute.get("attention") == "cudnn":  # a kernel of earlier versions
         values = values | {"compute": compute | {"attention": "auto"}}
-    return _built(Config, values, "config.json")
+    return _built(default or Config(), values, where)
 
 
-def _built(kind: type, values: Any, where: str) -> Any:
-    """Return the dataclass `kind` made from `values`; missing fields have their defaults."""
+def _an_object(values: Any, where: str) -> dict[str, Any]:
+    require(isinstance(values, dict), f"{where} must hold an object, {type(values).__name__} came")
+    return values
+
+
+def _built(default: Any, values: Any, where: str) -> Any:
+    """Return the dataclass `default` with `values` in it."""
     require(isinstance(values, dict), f"{where} must be an object, {values!r} came")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - {item.name for item in dataclasses.fields(kind)})
+    hints, known = typing.get_type_hints(type(default)), {item.name for item in dataclasses.fields(default)}
+    unknown = sorted(map(str, set(values) - known))
     require(not unknown, f"{where} has unknown fields: {', '.join(map(repr, unknown))}")
-    return kind(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+    new = {
+        name: _built(getattr(default, name), value, f"{where}: {name}")
+        if dataclasses.is_dataclass(hints[name])
+        else _value(hints[name], value, f"{where}: {name}")
+        for name, value in values.items()
+    }
+    return dataclasses.replace(default, **new)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """Return `value` if it has the type `hint`."""
-    if dataclasses.is_dataclass(hint):
-        return _built(typing.cast(type, hint), value, where)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return None if value is None else _value(inner[0], value, where)

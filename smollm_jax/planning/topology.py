@@ -14,7 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from smollm_jax.runtime.devices import total_bytes
-from smollm_jax.runtime.errors import UserError, require
+from smollm_jax.runtime.errors import UserError, install, require
 
 
 class Chip(NamedTuple):
@@ -108,7 +108,7 @@ def topology_of(topology: str) -> Topology:
 
 def _tpu_slice(topology: str, chips: int) -> list[Any]:
     has_libtpu = importlib.util.find_spec("libtpu") is not None
-    require(has_libtpu, "a plan for a TPU needs its compiler, libtpu: pip install 'smollm-jax[plan]'")
+    require(has_libtpu, f"a plan for a TPU needs its compiler, libtpu: {install('plan')}")
     os.environ |= QUIET_LIBTPU | os.environ
     # a program sees the two cores of a v4, as of a v5p, as one device
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}

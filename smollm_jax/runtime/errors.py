@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
@@ -47,6 +48,14 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra of the package, here: a checkout is installed from its folder."""
+    is_checkout = Path(__file__).parents[2].joinpath("constraints.txt").is_file()
+    return (
+        f"pip install -c constraints.txt -e '.[{extra}]'" if is_checkout else f"pip install 'smollm-jax[{extra}]'"
+    )
 
 
 def one_line(error: BaseException) -> str:

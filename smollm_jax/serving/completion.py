@@ -19,7 +19,7 @@ from smollm_jax.generation.sampling import Sampling
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
-from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.errors import UserError, install, one_line, require
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
@@ -158,7 +158,7 @@ def open_completer(
         try:
             from smollm_jax.serving.torch_backend import open_torch
         except ImportError as error:  # not installed, or an installation that is broken
-            needs = "--backend torch needs torch and transformers: pip install 'smollm-jax[torch]'"
+            needs = f"--backend torch needs torch and transformers: {install('torch')}"
             raise UserError(f"{needs} ({one_line(error)})") from None
         return Completer(*open_torch(path, dtype, special_tokens))
     config, params, tokenizer = load_model(path, special_tokens=special_tokens)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from smollm_jax.cli.arguments import parse, parse_command
-from smollm_jax.cli.commands import COMMANDS
+from smollm_jax.cli.commands import generate
 from smollm_jax.runtime.errors import UserError
 from tests.support.paths import ROOT
 
@@ -62,7 +62,7 @@ def test_a_flag_that_may_mean_several_is_refused_if_given_twice(argv, words):
     with pytest.raises(UserError, match=re.escape(words)):
         parse(argv)
     with pytest.raises(UserError, match="--stop is given 2 times; give it once: --stop A B"):
-        parse_command(COMMANDS, ["generate", "x", "--prompt", "y", "--stop", "a", "--stop", "b"], "smollm_jax")
+        parse_command(generate, ["x", "--prompt", "y", "--stop", "a", "--stop", "b"], "smollm generate")
 
 
 def test_of_any_other_flag_the_last_counts_and_a_line_says_so(capsys):
@@ -75,8 +75,8 @@ def test_of_any_other_flag_the_last_counts_and_a_line_says_so(capsys):
 
 
 def test_a_value_that_looks_like_a_flag_is_no_flag(capsys):
-    argv = ["generate", "x", "--prompt=--seed=1 --seed", "--seed", "3"]
-    call = parse_command(COMMANDS, argv, "smollm_jax")
+    argv = ["x", "--prompt=--seed=1 --seed", "--seed", "3"]
+    call = parse_command(generate, argv, "smollm generate")
     assert (call.keywords["prompt"], call.keywords["seed"]) == ("--seed=1 --seed", 3)
     assert not capsys.readouterr().err
 

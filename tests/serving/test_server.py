@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from smollm_jax.cli.serve import secret
 from smollm_jax.runtime.errors import run_main
 from tests.support.paths import ROOT
 from tests.support.server import CONFIG, Server
@@ -100,14 +101,12 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, monkeypatch, argument
 
 
 def test_a_secret_may_stand_in_a_file_or_the_environment(tmp_path, monkeypatch, capsys):
-    import serve
-
     (tmp_path / "key").write_text("s3cret\n")
-    assert serve.secret("api-key", None, tmp_path / "key") == "s3cret"
-    assert serve.secret("api-key", None, None) is None
+    assert secret("api-key", None, tmp_path / "key") == "s3cret"
+    assert secret("api-key", None, None) is None
     monkeypatch.setenv("SMOLLM_JAX_API_KEY", "of the environment")
-    assert serve.secret("api-key", None, None) == "of the environment"
-    assert serve.secret("api-key", "of the flag", None) == "of the flag"
+    assert secret("api-key", None, None) == "of the environment"
+    assert secret("api-key", "of the flag", None) == "of the flag"
     monkeypatch.setenv("SMOLLM_JAX_AUTH", "")
     assert "SMOLLM_JAX_AUTH is empty" in mistake(capsys, monkeypatch, ".")
     monkeypatch.setenv("SMOLLM_JAX_AUTH", "nobody")
