@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.harness.tables import ROOT, Row, as_command, finish
 from benchmarks.harness.workload import Dtype, Preset
 from smollm_jax.config.architecture import MODELS
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 
 ROWS = 10  # rows of the table; metrics.jsonl has every step
 

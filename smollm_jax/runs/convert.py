@@ -18,7 +18,8 @@ from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.publish import refuse_links
 from smollm_jax.hf.reader import local_folder
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
-from smollm_jax.runs.metrics import draw, read_metrics
+from smollm_jax.runs.plot import draw
+from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import clean_left_overs, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer

@@ -5,24 +5,31 @@ Progress goes to stderr, numbers to files. Every line is flushed, so that a kill
 
 import contextlib
 import json
-import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
+from smollm_jax.runs.plot import draw
+from smollm_jax.runs.records import SAMPLES_OF
 from smollm_jax.runtime.errors import one_line, printable, say
-from smollm_jax.runtime.files import written_aside
 
-SAMPLES_OF = "=== step "
+# the groups in which TensorBoard shows the fields of a line; what is not named is left out
+TAGS = {
+    "train": ("loss", "step_loss"),
+    "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens"),
+    "optimizer": ("learning_rate", "grad_norm", "bad_steps"),
+    "speed": ("tokens_per_second", "step_seconds", "mfu", "eval_seconds", "peak_memory_gib"),
+    "data": ("tokens", "data_wait_seconds", "skipped_documents"),
+}
+TAG_OF = {name: f"{group}/{name.removeprefix('eval_')}" for group, names in TAGS.items() for name in names}
 
 
 class RunMetrics:
@@ -67,7 +74,9 @@ class RunMetrics:
         for prompt, text in samples:
             # a margin keeps a sample's own lines from looking like a heading
             written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
-            self._board.write(step, summary=partial(text_summary, f"samples/{prompt}", f"{prompt}**{text}**"))
+            # an indented block: no sign in it is Markdown's
+            shown = "".join(f"    {line}\n" for line in f"{prompt}⟶{text}".splitlines())
+            self._board.write(step, summary=partial(text_summary, f"samples/{prompt}", shown))
         self._samples.write("\n".join(written) + "\n")
         self._record(line)
         self.say(
@@ -96,8 +105,8 @@ class RunMetrics:
 
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.write(line["step"], summary=partial(scalar, name, value))
+            if name in TAG_OF and value is not None:
+                self._board.write(line["step"], summary=partial(scalar, TAG_OF[name], value))
 
 
 class NullMetrics:
@@ -174,119 +183,5 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without damaged ones, such as one that a kill cut short."""
-    return [values for line in _lines(run_dir / "metrics.jsonl") if (values := _whole(line)) is not None]
-
-
-def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of evaluations whose results are finite."""
-    return [x for x in lines if None not in (x.get("eval_loss"), x.get("eval_bits_per_byte"))]
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file, whatever bytes are in it; none if it is no file."""
-    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def _whole(line: str) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl, None if it is not as a run writes it."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict) or not _is_number(values.get("step"), int) or values["step"] < 0:
-        return None
-    # null if not finite
-    others = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte", "bad_steps")]
-    return values if all(other is None or _is_number(other, int | float) for other in others) else None
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def draw(run_dir: Path, picture: Path, tell: Callable[[str], None] = say) -> bool:
-    """Draw the losses of a run as `picture`; returns whether it is there. A failure is only a line for `tell`."""
-    try:
-        return plot(run_dir, picture)
-    except Exception as error:  # of matplotlib, its fonts or its settings: any
-        tell(f"{picture} could not be drawn: {one_line(error)}")
-        return False
-
-
-def plot(run_dir: Path, picture: Path) -> bool:
-    """Draw training loss, its running mean and the held-out loss; returns False if there is no loss yet."""
-    given = os.environ.pop("MPLBACKEND", None)  # a notebook's may name what is not installed here
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of caches that it cannot keep
-    from matplotlib.figure import Figure
-
-    if given is not None:
-        os.environ["MPLBACKEND"] = given
-
-    lines = read_metrics(run_dir)
-    train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
-    held_out = evaluations(lines)
-    if not train:
-        return False
-    figure = Figure(figsize=(8, 4.5), dpi=130)
-    axes = figure.subplots()
-    steps, losses = zip(*train, strict=True)
-    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="training")
-    axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=1.6, label="training, running mean")
-    if held_out:
-        points, last, orange = [(x["step"], x["eval_loss"]) for x in held_out], held_out[-1], "#c8502d"
-        axes.plot(*zip(*points, strict=True), "o-", color=orange, markersize=4, linewidth=1.2, label="held out")
-        axes.annotate(
-            f"{last['eval_loss']:.3f} nats a token\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
-            xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
-        )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.set_title(run_dir.resolve().name, parse_math=False)
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    with written_aside(picture) as part:
-        figure.savefig(part, format="png")
-    return True
-
-
-def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """Return an exponential mean with bias correction over about a twentieth of the curve."""
-    keep = 1 - 1 / max(len(values) / 20, 1)
-    sums, weights = (accumulate(x, lambda old, new: keep * old + new) for x in (values, [1.0] * len(values)))
-    return [total / weight for total, weight in zip(sums, weights, strict=True)]
-
-
 def _number(value: float | None, digits: int = 3) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
-
-
-def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
-    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats every later step.
-
-    Returns the last step whose evaluation is kept, and the batch hash of every step that was on record, also of
-    later ones: a repeated step must agree.
-    """
-    metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
-    lines = read_metrics(run_dir)
-    kept = [values for values in lines if values["step"] <= step]
-    evaluated = max((values["step"] for values in kept if "eval_loss" in values), default=0)
-
-    def is_kept(line: str) -> bool:
-        number = line.removeprefix(SAMPLES_OF)
-        return number == line or (len(number) < 20 and number.isdecimal() and int(number) <= evaluated)
-
-    if metrics.is_file():
-        _rewrite(metrics, map(json.dumps, kept))
-    if samples.is_file():
-        _rewrite(samples, takewhile(is_kept, _lines(samples)))
-    return evaluated, {values["step"]: values["ledger"] for values in lines if "ledger" in values}
-
-
-def _rewrite(path: Path, lines: Iterable[str]) -> None:
-    with written_aside(path) as part:
-        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -12,7 +12,7 @@ from smollm_jax.data.batch_hash import batch_hash, extend
 from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import BatchIterator, Loader, check_cursor
 from smollm_jax.runs.load import read_run
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.tokenizer.load import load_tokenizer
 

@@ -4,6 +4,8 @@ Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has n
 """
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from glob import glob
@@ -59,6 +61,13 @@ def total_bytes(device: Any, *, devices: int = 1) -> int:
         container = machine
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit") or min(machine, container) // devices
+
+
+def peak_memory(device: Any) -> int:
+    """Return the most bytes that this process has held at once: on an accelerator, or of the machine's memory."""
+    stats = device.memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1_024
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compute_dtype(asked: str, platform: str) -> Any:

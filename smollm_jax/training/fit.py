@@ -14,7 +14,7 @@ from smollm_jax.distributed.launch import join_job
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
-from smollm_jax.runs.metrics import evaluations, read_metrics
+from smollm_jax.runs.records import evaluations, read_metrics
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, one_line, say
 from smollm_jax.runtime.files import moved_aside
 from smollm_jax.runtime.signals import StopRequest

@@ -12,10 +12,10 @@ from smollm_jax.data.batch_hash import extend
 from smollm_jax.data.loader import merge_cursors
 from smollm_jax.distributed.watchdog import LONGEST_SECONDS
 from smollm_jax.runs.metrics import finite_or_none
-from smollm_jax.runtime.devices import peak_flops
+from smollm_jax.runtime.devices import peak_flops, peak_memory
 from smollm_jax.runtime.errors import SourceTimeout
 from smollm_jax.runtime.files import written_aside
-from smollm_jax.training.run import Interval, Pending, Run
+from smollm_jax.training.run import Interval, Pending, Run, count_seconds
 
 
 class TooManyBadSteps(RuntimeError):
@@ -36,6 +36,8 @@ def report_step(run: Run, pending: Pending) -> None:
     run.report.progress(pending.step)
     if values["finite"]:
         run.progress.bad_steps_in_a_row = 0
+        run.progress.nats += values["loss"].item() * int(values["targets"])
+        run.progress.targets += int(values["targets"])
     else:
         count_bad_step(run, pending)
     if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
@@ -43,16 +45,21 @@ def report_step(run: Run, pending: Pending) -> None:
 
 
 def write_line(run: Run) -> None:
-    """Write a metrics line unless there is one: values of the last step, and rates since the line before."""
+    """Write a metrics line unless there is one: means and rates since the line before, else of the last step."""
     interval = run.interval
     if interval.latest is None:
         return
     pending, values = interval.latest
     skipped = skipped_documents(run, pending)
     seconds = max(time.monotonic() - interval.began, 1e-9)
+    count_seconds(run)
+    progress = run.progress
     line = {
         "step": pending.step,
-        "loss": finite_or_none(values["loss"].item()),
+        "time": time.time(),
+        "elapsed_seconds": progress.elapsed_seconds,
+        "loss": progress.nats / progress.targets if progress.targets else None,
+        "step_loss": finite_or_none(values["loss"].item()),
         "learning_rate": values["learning_rate"].item(),
         "grad_norm": finite_or_none(values["grad_norm"].item()),
         "tokens": run.progress.tokens,
@@ -62,13 +69,14 @@ def write_line(run: Run) -> None:
         "bad_steps": run.progress.bad_steps,
         "skipped_documents": skipped,
         "ledger": run.progress.ledger,
+        "peak_memory_gib": peak_memory(run.mesh.local_mesh.devices.flat[0]) / 2**30,
     }
     peak = peak_flops(run.mesh.devices.flat[0])
     if peak is not None:
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)
     run.report.train(line)
-    run.interval = Interval()
+    run.interval, progress.nats, progress.targets = Interval(), 0.0, 0
 
 
 def skipped_documents(run: Run, pending: Pending) -> int:

@@ -22,7 +22,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.data.loader import check_cursor
 from smollm_jax.data.sources import mixture
 from smollm_jax.runs.load import load_model, read_run
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer

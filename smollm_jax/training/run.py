@@ -32,6 +32,10 @@ class Progress:
     bad_steps_in_a_row: int = 0
     ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
+    elapsed_seconds: float = 0.0  # from the first step on, over all starts, without what a kill took back
+    # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets
+    nats: float = 0.0
+    targets: int = 0
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Pending:
 
 @dataclass
 class Interval:
-    """Sums since the last metrics line, without the time of evaluations and saves."""
+    """Sums of this process since the last metrics line, without the time of evaluations and saves."""
 
     began: float = field(default_factory=time.monotonic)
     steps: int = 0
@@ -89,6 +93,7 @@ class Run:
     interval: Interval = field(default_factory=Interval)
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
     kernels: bool | None  # False if samples must not use kernels because the steps do not
+    clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
     generator: Generator | None = None  # decodes the samples; None before the first evaluation
 
     @property
@@ -113,6 +118,7 @@ def save(run: Run) -> None:
     if step == run.saved:
         return
     cursor = merge_cursors(run.job.gather(run.progress.cursor))
+    count_seconds(run)
     meta = {
         "cursor": cursor,
         "progress": dataclasses.asdict(run.progress) | {"cursor": cursor},
@@ -122,6 +128,13 @@ def save(run: Run) -> None:
     with run.job.watchdog.patient("a save"):
         run.checkpoints.save(step, run.state, meta)
     run.saved = step
+
+
+def count_seconds(run: Run) -> None:
+    """Add the time since the last call to the run's own clock."""
+    now = time.monotonic()
+    run.progress.elapsed_seconds += now - run.clock
+    run.clock = now
 
 
 def evaluation_due(run: Run) -> bool:

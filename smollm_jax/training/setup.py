@@ -22,7 +22,8 @@ from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.lock import WRITTEN
-from smollm_jax.runs.metrics import NullMetrics, RunMetrics, keep_records
+from smollm_jax.runs.metrics import NullMetrics, RunMetrics
+from smollm_jax.runs.records import keep_records
 from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic

@@ -17,7 +17,7 @@ from typing import Any
 from smollm_jax.checkpoint.listing import steps_in
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require, run_main, say
 from smollm_jax.runtime.huge_pages import environment
 from smollm_jax.runtime.signals import StopRequest, leave
@@ -25,8 +25,11 @@ from smollm_jax.runtime.trees import flatten
 
 KILLS = 3
 POLL_SECONDS = 0.02
-# durations in a line of metrics, which differ from run to run
-TIMES = {"tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu"}
+# durations and memory in a line of metrics, which differ from run to run
+TIMES = {
+    "time", "elapsed_seconds", "tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu",
+    "peak_memory_gib",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

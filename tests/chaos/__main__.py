@@ -27,7 +27,7 @@ from pathlib import Path
 from smollm_jax.checkpoint.listing import steps_in
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, OptimizerConfig, RunConfig
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import EXIT_STOPPED
 from smollm_jax.runtime.signals import AGAIN_SECONDS
 from smollm_jax.tokenizer.load import train_tokenizer

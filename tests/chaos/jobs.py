@@ -24,7 +24,7 @@ from pathlib import Path
 
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 from tests.chaos.__main__ import scenarios
 
 LAYOUTS = ((1, 1), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2))

@@ -16,7 +16,7 @@ import pytest
 from smollm_jax.checkpoint.listing import list_checkpoints
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.data.sources import open_source
-from smollm_jax.runs.metrics import read_metrics
+from smollm_jax.runs.records import read_metrics
 from smollm_jax.runs.replay import replay_step
 from smollm_jax.runtime.files import read_json
 from smollm_jax.training.verify_resume import compare_runs, start, verify_resume

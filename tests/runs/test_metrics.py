@@ -10,7 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from smollm_jax.runs.metrics import RunMetrics, draw, keep_records, read_metrics
+from smollm_jax.runs.metrics import RunMetrics
+from smollm_jax.runs.plot import draw
+from smollm_jax.runs.records import keep_records, read_metrics
 
 
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
@@ -117,7 +119,7 @@ def test_a_curve_is_drawn_whatever_a_notebook_left_behind(tmp_path, name):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
     program = (
-        "import sys; from pathlib import Path; from smollm_jax.runs.metrics import draw\n"
+        "import sys; from pathlib import Path; from smollm_jax.runs.plot import draw\n"
         "assert all(draw(Path(sys.argv[1]), Path(sys.argv[1], 'loss.png')) for _ in range(2))"
     )
     variables = {"MPLBACKEND": "module://not_installed_here", "MPLCONFIGDIR": "/proc/nowhere"}

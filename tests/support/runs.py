@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from smollm_jax.checkpoint.manager import read_params
+from smollm_jax.training.verify_resume import TIMES
 
 TINY = (
     "--vocab-size 300 --hidden-size 16 --num-layers 2 --num-heads 2 --num-kv-heads 1 --head-dim 8 "
@@ -24,8 +25,7 @@ def ended(process, code=0, timeout=240):
 def records(folder):
     """What must not depend on stops: every line of metrics without its times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = {"tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu"}
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def assert_same_run(one, other):

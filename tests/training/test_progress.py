@@ -1,5 +1,6 @@
 """Figures of metrics.jsonl against arithmetic, and what counts as a bad step."""
 
+import dataclasses
 import json
 import time
 from dataclasses import replace
@@ -34,13 +35,16 @@ def run():
     config = Config(run=RunConfig(phases="100x4", log_every=1000, checkpoint_every=3), data=DataConfig(seq_len=32))
     return SimpleNamespace(
         config=config, job=Processes(), report=Recorded(), progress=Progress(), ledgers={}, interval=Interval(),
-        mesh=SimpleNamespace(devices=np.array(jax.devices()[:1] * 4), size=4),
+        mesh=SimpleNamespace(
+            devices=np.array(jax.devices()[:1] * 4), size=4,
+            local_mesh=SimpleNamespace(devices=np.array(jax.devices()[:1])),
+        ), clock=time.monotonic(),
     )  # fmt: skip
 
 
-def pending(step, *, targets, finite=True):
+def pending(step, *, targets, finite=True, loss=2.5):
     metrics = {
-        "loss": np.float32(2.5), "grad_norm": np.float32(1.5), "learning_rate": np.float32(1e-3),
+        "loss": np.float32(loss), "grad_norm": np.float32(1.5), "learning_rate": np.float32(1e-3),
         "targets": np.int32(targets), "finite": np.bool_(finite), "batch_hash": np.full(4, step, np.uint32),
     }  # fmt: skip
     return Pending(step, metrics, None, {"skipped": 7}, time.monotonic())
@@ -74,6 +78,49 @@ def test_mfu_is_the_flops_of_all_positions_over_the_peak_of_all_devices(run, mon
     attention = model.num_layers * 32 * model.num_heads * model.head_dim
     flops = 4 * 32 * 6 * (weights + attention)
     assert run.report[0]["mfu"] == pytest.approx(flops / 5 / (4 * 1e12), rel=0.05)
+
+
+def test_the_loss_is_the_mean_over_the_tokens_since_the_line_before(run):
+    steps = [(2, 100, 4.0), (3, 20, 1.0), (4, 60, 2.0)]
+    for step, targets, loss in steps:
+        report_step(run, pending(step, targets=targets, loss=loss))
+    report_step(run, pending(5, targets=9, loss=np.nan, finite=False))
+    write_line(run)
+    report_step(run, pending(6, targets=30, loss=1.5))
+    write_line(run)
+    first, second = run.report
+    assert first["loss"] == (100 * 4.0 + 20 * 1.0 + 60 * 2.0) / 180
+    assert (first["step_loss"], second["loss"], second["step_loss"]) == (None, 1.5, 1.5)
+    report_step(run, pending(7, targets=9, loss=np.nan, finite=False))
+    write_line(run)
+    assert run.report[2]["loss"] is None
+
+
+def test_a_resume_in_the_middle_of_an_interval_gives_the_same_loss(run):
+    losses = np.random.default_rng(0).uniform(1, 4, 7).astype(np.float32)
+    lines = []
+    for stop in (None, 3):
+        run.progress, run.interval = Progress(), Interval()
+        for step, loss in enumerate(losses, start=2):
+            if step == stop:  # killed after a checkpoint
+                saved = json.loads(json.dumps(dataclasses.asdict(run.progress)))
+                run.progress, run.interval = Progress(**saved), Interval()
+            report_step(run, pending(step, targets=100 + step, loss=loss))
+        write_line(run)
+        lines.append(run.report.pop())
+    assert lines[0]["loss"] == lines[1]["loss"]
+    assert lines[0]["loss"] == pytest.approx(float(np.average(losses, weights=range(102, 109))))
+
+
+def test_time_and_memory_are_in_every_line(run):
+    run.clock -= 5
+    run.progress.elapsed_seconds = 100.0
+    report_step(run, pending(2, targets=10))
+    write_line(run)
+    [line] = run.report
+    assert abs(line["time"] - time.time()) < 5
+    assert 105 <= line["elapsed_seconds"] < 110
+    assert 0.05 < line["peak_memory_gib"] < 100
 
 
 def test_no_mfu_where_the_peak_is_unknown(run):

@@ -1,0 +1,65 @@
+"""Draw loss.png: the losses of a run over its steps."""
+
+import logging
+import os
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+from smollm_jax.runs.records import evaluations, read_metrics
+from smollm_jax.runtime.errors import one_line, say
+from smollm_jax.runtime.files import written_aside
+
+
+def draw(run_dir: Path, picture: Path, tell: Callable[[str], None] = say) -> bool:
+    """Draw the losses of a run as `picture`; returns whether it is there. A failure is only a line for `tell`."""
+    try:
+        return plot(run_dir, picture)
+    except Exception as error:  # of matplotlib, its fonts or its settings: any
+        tell(f"{picture} could not be drawn: {one_line(error)}")
+        return False
+
+
+def plot(run_dir: Path, picture: Path) -> bool:
+    """Draw training loss, its running mean and the held-out loss; returns False if there is no loss yet."""
+    given = os.environ.pop("MPLBACKEND", None)  # a notebook's may name what is not installed here
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of caches that it cannot keep
+    from matplotlib.figure import Figure
+
+    if given is not None:
+        os.environ["MPLBACKEND"] = given
+
+    lines = read_metrics(run_dir)
+    train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
+    held_out = evaluations(lines)
+    if not train:
+        return False
+    figure = Figure(figsize=(8, 4.5), dpi=130)
+    axes = figure.subplots()
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="training")
+    axes.plot(steps, _running_mean(losses), color="#1f4e8c", linewidth=1.6, label="training, running mean")
+    if held_out:
+        points, last, orange = [(x["step"], x["eval_loss"]) for x in held_out], held_out[-1], "#c8502d"
+        axes.plot(*zip(*points, strict=True), "o-", color=orange, markersize=4, linewidth=1.2, label="held out")
+        axes.annotate(
+            f"{last['eval_loss']:.3f} nats a token\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
+            xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
+        )  # fmt: skip
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title(run_dir.resolve().name, parse_math=False)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    with written_aside(picture) as part:
+        figure.savefig(part, format="png")
+    return True
+
+
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Return an exponential mean with bias correction over about a twentieth of the curve."""
+    keep = 1 - 1 / max(len(values) / 20, 1)
+    sums, weights = (accumulate(x, lambda old, new: keep * old + new) for x in (values, [1.0] * len(values)))
+    return [total / weight for total, weight in zip(sums, weights, strict=True)]

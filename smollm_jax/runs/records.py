@@ -1,0 +1,72 @@
+"""Read what a run has recorded, whatever a kill or a full disk left of it, and cut it back when a run resumes."""
+
+import json
+import math
+from collections.abc import Iterable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.runtime.files import written_aside
+
+SAMPLES_OF = "=== step "
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl, without damaged ones, such as one that a kill cut short."""
+    return [values for line in _lines(run_dir / "metrics.jsonl") if (values := _whole(line)) is not None]
+
+
+def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of evaluations whose results are finite."""
+    return [x for x in lines if None not in (x.get("eval_loss"), x.get("eval_bits_per_byte"))]
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file, whatever bytes are in it; none if it is no file."""
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, None if it is not as a run writes it."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not _is_number(values.get("step"), int) or values["step"] < 0:
+        return None
+    # null if not finite
+    others = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte", "bad_steps")]
+    return values if all(other is None or _is_number(other, int | float) for other in others) else None
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
+    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats every later step.
+
+    Returns the last step whose evaluation is kept, and the batch hash of every step that was on record, also of
+    later ones: a repeated step must agree.
+    """
+    metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
+    lines = read_metrics(run_dir)
+    kept = [values for values in lines if values["step"] <= step]
+    evaluated = max((values["step"] for values in kept if "eval_loss" in values), default=0)
+
+    def is_kept(line: str) -> bool:
+        number = line.removeprefix(SAMPLES_OF)
+        return number == line or (len(number) < 20 and number.isdecimal() and int(number) <= evaluated)
+
+    if metrics.is_file():
+        _rewrite(metrics, map(json.dumps, kept))
+    if samples.is_file():
+        _rewrite(samples, takewhile(is_kept, _lines(samples)))
+    return evaluated, {values["step"]: values["ledger"] for values in lines if "ledger" in values}
+
+
+def _rewrite(path: Path, lines: Iterable[str]) -> None:
+    with written_aside(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
