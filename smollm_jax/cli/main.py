@@ -12,7 +12,8 @@ from smollm_jax.cli import commands
 from smollm_jax.cli.arguments import ABOUT, Command, parse, parse_command
 from smollm_jax.cli.chat import chat
 from smollm_jax.cli.serve import serve
-from smollm_jax.runtime.errors import UserError, run_main
+from smollm_jax.runtime.devices import has_accelerator, quiet_libtpu
+from smollm_jax.runtime.errors import UserError, run_main, say
 from smollm_jax.runtime.signals import StopRequest, leave
 
 SIMPLE: tuple[Command, ...] = (
@@ -40,6 +41,9 @@ def train(argv: list[str], prog: str) -> None:
 
     def main(stop: StopRequest) -> int:
         config = parse(argv, prog=prog)
+        say(f"smollm-jax  {__version__}, loading JAX")
+        if not has_accelerator():
+            quiet_libtpu()
         from smollm_jax.training.fit import fit  # JAX only now: --help and mistakes answer at once
 
         return fit(config, stop)

@@ -30,6 +30,7 @@ class ModelConfig:
     """The architecture: the numbers of a published `config.json`."""
 
     vocab_size: int = setting(49_152, "at least 1")
+    """Entries of the embedding; default: the tokenizer's, unless it is the recipe's own."""
     hidden_size: int = setting(576, "at least 1")
     num_layers: int = setting(30, "at least 1")
     num_heads: int = setting(9, "at least 1")

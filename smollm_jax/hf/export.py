@@ -169,8 +169,11 @@ def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:
     import jax
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from smollm_jax.model.transformer import SmolLM
+
+    logging.disable_progress_bar()  # it would stand among the last lines of a run
 
     length = min(CHECKED_TOKENS, config.max_seq_len)
     if (folder / "tokenizer.json").exists():

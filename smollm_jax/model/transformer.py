@@ -28,6 +28,7 @@ from smollm_jax.runtime.trees import flatten
 
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
+POLICIES: tuple[Policy, ...] = ("none", "dots", "full")  # from the fastest to the one that needs least memory
 _policies = jax.checkpoint_policies
 # what the backward pass does not recompute
 KEPT = {"dots": _policies.save_only_these_names(PRODUCT), "full": _policies.nothing_saveable}

@@ -14,7 +14,7 @@ import jax
 
 from smollm_jax.config.settings import Config
 from smollm_jax.distributed.sharding import make_mesh
-from smollm_jax.model.transformer import Policy
+from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.planning.estimate import Step, estimate, memory_bytes, sent_bytes, traffic_bytes
 from smollm_jax.planning.topology import Topology, topology_of
 from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, use_precision_of
@@ -22,7 +22,6 @@ from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.compile import compile_step, compiled_bytes
 from smollm_jax.training.step import select_step_ops
 
-POLICIES: tuple[Policy, ...] = ("none", "dots", "full")
 HOPELESS = 1.5  # times the memory: a setting that needs more by formula is not compiled
 WIDTH = 34  # of the names in a table
 

@@ -6,14 +6,13 @@ their data sheets only. Nothing here uses the network or claims a TPU.
 
 import importlib.util
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from smollm_jax.runtime.devices import total_bytes
+from smollm_jax.runtime.devices import quiet_libtpu, total_bytes
 from smollm_jax.runtime.errors import UserError, install, require
 
 
@@ -48,16 +47,6 @@ CHIPS = {
 }
 GPUS_PER_MACHINE = 8
 EXPECTED = "expected v5e:AxB, v6e:AxB, v4:AxBxC, v5p:AxBxC, gpu-a100:N, gpu-h100:N, gpu-h200:N (gpu:N) or cpu:N"
-# libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
-# alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
-QUIET_LIBTPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def topology_of(topology: str) -> Topology:
 def _tpu_slice(topology: str, chips: int) -> list[Any]:
     has_libtpu = importlib.util.find_spec("libtpu") is not None
     require(has_libtpu, f"a plan for a TPU needs its compiler, libtpu: {install('plan')}")
-    os.environ |= QUIET_LIBTPU | os.environ
+    quiet_libtpu()
     # a program sees the two cores of a v4, as of a v5p, as one device
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     if chips == 1:

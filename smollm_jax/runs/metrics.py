@@ -32,6 +32,9 @@ TAGS = {
 TAG_OF = {name: f"{group}/{name.removeprefix('eval_')}" for group, names in TAGS.items() for name in names}
 
 
+TIMED_STEPS = 3
+
+
 class RunMetrics:
     """Writes the records of a run that continues at step `start` and ends at step `total`."""
 
@@ -44,9 +47,16 @@ class RunMetrics:
         if sys.stderr.isatty():
             bar = tqdm_logging_redirect(total=total, initial=start, unit="step", dynamic_ncols=True)
             self._bar = self._shown.enter_context(bar)
-        self._began, self._start = time.monotonic(), start
+        self._began, self._start, self._first = time.monotonic(), start, 0.0
 
     def progress(self, step: int) -> None:
+        """Count a step; the first few tell how long the others will take."""
+        done = step - self._start
+        if done == 1:
+            self._first = time.monotonic()
+        if done == TIMED_STEPS + 1 and self.total - step > 10 * TIMED_STEPS:
+            left = (time.monotonic() - self._first) / TIMED_STEPS * (self.total - step)
+            self.say(f"time        {duration(left)} left, by the first {TIMED_STEPS} steps")
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -176,6 +186,14 @@ class Board:
         except Exception as error:  # of any kind: nothing optional ends a run
             self._is_over = True
             say(f"TensorBoard gets no more of this run ({one_line(error)}); metrics.jsonl has it all")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as one says it, such as about 3 minutes or about 20 days."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:,.0f} {unit}"
+    return f"about {max(seconds, 1):.0f} seconds"
 
 
 def finite_or_none(value: float) -> float | None:

@@ -6,6 +6,7 @@ Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has n
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from glob import glob
@@ -21,7 +22,18 @@ PEAK_TFLOPS = {
     "TPU v6 lite": 918, "TPU v6e": 918,
 }  # fmt: skip
 TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for nothing older
-DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+# libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
+# alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
+QUIET_LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", *TPU_FILES)
 MEMORY_SHARE = 0.9  # of a device's memory; the rest is for the runtime and the evaluation
 # A CPU run's process shares the memory: libraries and compiler take PROCESS_BYTES. Per parameter, a save copies
 # the state (12 bytes) and the writer converts the moments (8). Three runs of 135M, with steps of 3.3, 7.2 and
@@ -35,16 +47,21 @@ def has_accelerator() -> bool:
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
+def quiet_libtpu() -> None:
+    """Keep libtpu, which may be installed to plan with, from asking and complaining; before JAX starts."""
+    os.environ |= QUIET_LIBTPU | os.environ
+
+
 def peak_flops(device: Any) -> float | None:
     """Return the dense bf16 FLOP/s of one device, None if unknown."""
     kind = device.device_kind
     return next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in kind), None)
 
 
-def memory_bytes(device: Any, parameters: int, *, devices: int = 1) -> int:
+def memory_bytes(device: Any, parameters: int, *, devices: int = 1, share: float = MEMORY_SHARE) -> int:
     """Return the bytes that the step of a model may use on each of the `devices` of a process."""
     beside = beside_the_step(device.platform, parameters, devices=devices)
-    return max(0, int(total_bytes(device, devices=devices) * MEMORY_SHARE) - beside)
+    return max(0, int(free_bytes(device, devices=devices) * share) - beside)
 
 
 def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
@@ -61,6 +78,35 @@ def total_bytes(device: Any, *, devices: int = 1) -> int:
         container = machine
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit") or min(machine, container) // devices
+
+
+def free_bytes(device: Any, *, devices: int = 1) -> int:
+    """Return the memory of a device that a run can have; of a CPU, what nobody holds now, swap included."""
+    total = total_bytes(device, devices=devices)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        free = (kib["MemAvailable"] + kib["SwapFree"]) * 1_024
+    except (OSError, ValueError, KeyError, IndexError):  # not Linux
+        return total
+    return min(total, free // devices) if device.platform == "cpu" else total
+
+
+def matmul_rate(device: Any, dtype: Any) -> float:
+    """Return the FLOP/s of one large matmul on `device`: the speed that a step can only come near to."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 1_024 if device.platform == "cpu" else 8_192
+    with jax.default_device(device):
+        x = jnp.ones((size, size), dtype)
+        multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            multiply(x, x).block_until_ready()
+            times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times)
 
 
 def peak_memory(device: Any) -> int:

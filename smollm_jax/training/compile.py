@@ -15,9 +15,9 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import are_shared, bytes_a_device, layout_of, on_devices, padded_rows, sharded
 from smollm_jax.kernels.select import select_checked_ops, select_ops
 from smollm_jax.model.ops import Ops
-from smollm_jax.model.transformer import Policy
+from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runtime.devices import memory_bytes
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, say
 from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, abstract_state, make_nll, make_step
 
 
@@ -52,16 +52,19 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int:
 def compile_steps(
     config: Config, mesh: Mesh,
     *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool, ops: Ops | None = None,
+    before: Policy = "none", tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[int, jax.stages.Compiled], Policy]:  # fmt: skip
     """Return a compiled step for each batch size of the run, and the remat policy of all steps.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
     Raises `UserError` if the compiler finds that nothing fits. `agree` makes one answer out of the answers of
-    several processes to whether a step fits: their programs have to be the same. `ops` as in `make_step`.
+    several processes to whether a step fits: their programs have to be the same. `ops` as in `make_step`. A run
+    that resumes begins with the policy it had `before`: another may change the last bits.
     """
     sizes, asked = sorted({phase.batch_size for phase in config.phases}, reverse=True), config.compute.remat
-    policies: tuple[Policy, ...] = ("none", "dots", "full") if asked == "auto" else (asked,)
+    policies: tuple[Policy, ...] = POLICIES[POLICIES.index(before) :] if asked == "auto" else (asked,)
     for remat in policies:
+        tell(f"compiling   the step of {sizes[0]} x {config.data.seq_len}, remat {remat}, 1 of {len(sizes)}")
         compile_for = partial(compile_step, config, mesh, dtype=dtype, remat=remat, ops=ops)
         try:
             largest = compile_for(sizes[0])
@@ -77,7 +80,11 @@ def compile_steps(
         "give a smaller --batch-size, or --grad-accum 2 or more",
     )
     assert largest is not None
-    return {sizes[0]: largest} | {size: compile_for(size) for size in sizes[1:]}, remat
+    steps = {sizes[0]: largest}
+    for number, size in enumerate(sizes[1:], start=2):
+        tell(f"compiling   the step of {size} x {config.data.seq_len}, remat {remat}, {number} of {len(sizes)}")
+        steps[size] = compile_for(size)
+    return steps, remat
 
 
 def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Processes) -> tuple[Ops, list[str]]:
@@ -92,22 +99,29 @@ def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Process
 
 
 def compile_within(
-    config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops
+    config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops, *, before: Policy
 ) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
-    """Return the steps, the remat policy that fits the memory, and a note if the memory may not suffice."""
-    gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
-    memory = min(gather(memory_bytes(here.flat[0], config.model.num_parameters, devices=here.size)))
+    """Return the steps, the remat policy that fits the memory, and a note if the memory may not suffice.
+
+    Raises `UserError` if the free memory does not hold the step: the system would end the run without a word.
+    """
+    gather, here, parameters = checkpoints.processes.gather, mesh.local_mesh.devices, config.model.num_parameters
+    memory = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size)))
     steps, remat = compile_steps(
-        config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops
-    )
+        config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops,
+        before=before, tell=say if checkpoints.processes.first else lambda _: None,
+    )  # fmt: skip
     needed = max(gather(compiled_bytes(steps[max(steps)])))
     # on a CPU the memory of a save is not part of the memory of a step
     copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
     checkpoints.beside_the_step = needed + copied <= memory
-    note = (
-        f"MEMORY      the step needs {needed / 2**30:.1f} GiB a device, {memory / 2**30:.1f} can be counted on: "
-        "the system may end the run for it; --grad-accum 2 or more, or a smaller --batch-size, needs less"
-    )
+    less = "--grad-accum 2 or more, or a smaller --batch-size, needs less"
+    needs = f"the step needs {needed / 2**30:.1f} GiB a device"
+    all_of_it = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size, share=1.0)))
+    fits = here.flat[0].platform != "cpu" or needed <= all_of_it
+    require(fits, f"{needs} beside the run's own copies, {all_of_it / 2**30:.1f} are free; {less}")
+    known = f"{memory / 2**30:.1f} can be counted on: the system may end the run for it"
+    note = f"MEMORY      {needs}, {known}; {less}"
     return steps, remat, [note] if needed > memory else []
 
 

@@ -4,6 +4,7 @@ The functions stand in the order of execution. Each of several processes runs al
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from smollm_jax.distributed.launch import join_job
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
+from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.records import evaluations, read_metrics
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, one_line, say
 from smollm_jax.runtime.files import moved_aside
@@ -99,7 +101,7 @@ def conclude(run: Run) -> int:
     """Export a run that is over and print its result in one line."""
     step, total = run.progress.step, run.config.total_steps
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
-    result += f", {run.progress.tokens:,} tokens"
+    result += f", {run.progress.tokens:,} tokens in {duration(run.progress.elapsed_seconds)}"
     for last in evaluations(read_metrics(run.run_dir))[-1:]:
         result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
     if not run.config.run.export:
@@ -112,4 +114,8 @@ def conclude(run: Run) -> int:
         run.report.say(f"the export was rolled back: {one_line(error)}")
         return EXIT_FAILED
     print(f"{result}; export in {run.run_dir / 'export'}")
+    prompt, *_ = *run.config.run.sample_prompts, "Once upon a time"
+    where, prompt = shlex.quote(str(run.run_dir)), shlex.quote(prompt)
+    run.report.say(f"next        python -m smollm_jax serve {where}")
+    run.report.say(f"            python -m smollm_jax generate {where} --prompt {prompt}")
     return 0

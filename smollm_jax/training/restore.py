@@ -14,7 +14,7 @@ import numpy as np
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint, verified_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
@@ -31,6 +31,7 @@ from smollm_jax.training.run import Progress
 
 # fields of the architecture that no weight's shape depends on
 FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
+SHOWN = 3  # changes in a line
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     require(is_whole and isinstance(found.meta.get("config"), dict), f"{damaged} settings or progress of a run")
     check_cursor(found.meta.get("cursor"), f"{damaged} a place in the data")
     saved = from_dict(found.meta["config"])
+    if vocabulary_follows(config):
+        config = replace(config, model=replace(config.model, vocab_size=saved.model.vocab_size))
     began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
     config = replace(config, run=replace(config.run, scale_residual_init=began))
     if saved.run.init_from is not None:
@@ -99,6 +102,12 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         config = _completed(config, saved.model, saved.data.tokenizer)
     notes = check_settings(found.meta["config"], config, found.step)
     return StartState(config, checkpoint=found, notes=notes)
+
+
+def vocabulary_follows(config: Config) -> bool:
+    """Whether the model gets as many entries as the tokenizer: it is not the recipe's, and no number was given."""
+    default = RECIPES[config.recipe].data.tokenizer
+    return config.data.tokenizer != default and config.model.vocab_size == MODELS[config.preset].vocab_size
 
 
 def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
@@ -144,11 +153,12 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
     if set(refused) <= set(moved):
         refused = []
         notes += [f"{x} changed from {before[x]} to {now[x]}: goes on if the files are the same" for x in moved]
-    changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in refused)
+    changes = "; ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in refused[:SHOWN])
+    changes += f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     require(
         not refused,
-        f"this would change the result of the run at step {step}: {changes}. "
-        "Give the old values back, or start afresh with --new-run or another --run-dir",
+        f"this would change the result of the run at step {step}: {changes}. Go on with its own settings by "
+        "--resume RUN, start anew from its weights by --init-from RUN and another --run-dir, or use --new-run",
     )
     return notes
 

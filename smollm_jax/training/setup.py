@@ -22,9 +22,15 @@ from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.lock import WRITTEN
-from smollm_jax.runs.metrics import NullMetrics, RunMetrics
+from smollm_jax.runs.metrics import NullMetrics, RunMetrics, duration
 from smollm_jax.runs.records import keep_records
-from smollm_jax.runtime.devices import compute_dtype, peak_flops, use_compilation_cache, use_precision_of
+from smollm_jax.runtime.devices import (
+    compute_dtype,
+    matmul_rate,
+    peak_flops,
+    use_compilation_cache,
+    use_precision_of,
+)
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
@@ -32,12 +38,15 @@ from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
-from smollm_jax.training.restore import StartState, resolve_start
+from smollm_jax.training.restore import StartState, resolve_start, vocabulary_follows
 from smollm_jax.training.run import Progress, Run
 from smollm_jax.training.step import abstract_state, init_state
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
+# of the speed of a large matmul, what a step of the replica reached on an H200 and on two CPU cores
+MATMUL_SHARE = 0.6
+LONG_SECONDS = 2 * 86_400  # of a run, from which on the quickstart is named
 
 
 def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> Run:
@@ -45,7 +54,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
 
     Raises `UserError` for a mistake in settings or input, `SourceTimeout` if the data does not answer.
     """
-    began = time.monotonic()
+    began, tell = time.monotonic(), say if job.first else lambda _: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
@@ -58,10 +67,15 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
             require_exportable(start.config.model)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
-    found, model = start.checkpoint, with_ids_of(start.config.model, tokenizer)
-    config = replace(start.config, model=model)  # a text ends with the tokenizer's own eos
+    found, config = start.checkpoint, start.config
+    if found is None and start.params is None and vocabulary_follows(config):
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    check_vocab(tokenizer, config.model.vocab_size)
+    # a text ends with the tokenizer's own eos
+    config = replace(config, model=with_ids_of(config.model, tokenizer))
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
+    tell(f"data        opening {config.data.data}")
     with job.all_or_none():
         resumes = found is not None
         held = held_out(config.data, tokenizer, resumes=resumes)
@@ -73,11 +87,15 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
-    computed = {"dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size)}
+    tell(f"kernels     checking {config.compute.attention} against the reference")
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     shapes = abstract_state(config, mesh)
     checkpoints.prepare(shapes)  # while the compiler works
-    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops)
+    before: Policy = found.meta.get("computed", {}).get("remat", "none") if found else "none"
+    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
+    computed = {
+        "dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size), "remat": remat,
+    }  # fmt: skip
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
@@ -105,7 +123,7 @@ def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
     """Return notes on other devices than the checkpoint's; raises `UserError` for another dtype."""
-    before = found.meta.get("computed", computed) if found else computed
+    before = computed | (found.meta.get("computed", {}) if found else {})
     was, now = before["dtype"], computed["dtype"]
     remedy = f"give --dtype {was}, or start afresh with --new-run"
     require(was == now, f"the run computed in {was}, and would go on in {now}; {remedy}")
@@ -135,7 +153,7 @@ def keep_config(config: Config, run_dir: Path) -> None:
 def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> Tokenizer:
     """Load the run's own tokenizer if it resumes or `is_saved` by another process; else make it and save it.
 
-    Raises `UserError` if it is missing, or has more entries than the model.
+    Raises `UserError` if it is missing.
     """
     folder, special = run_dir / "tokenizer", start.config.data.special_tokens
     if start.checkpoint is not None or is_saved:
@@ -152,14 +170,15 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
             tokenizer, theirs.mode = theirs, special
         else:
             documents = None
-            if name.startswith("train:"):
-                say(f"tokenizer   training {name} on up to {TOKENIZER_DOCUMENTS:,} documents of {data.data}")
+            is_trained = name.startswith("train:")
+            how = f"training {name} on up to {TOKENIZER_DOCUMENTS:,} documents of {data.data}"
+            say(f"tokenizer   {how if is_trained else f'reading {name}'}")
+            if is_trained:
                 documents = islice(head_texts(data), TOKENIZER_DOCUMENTS)
             tokenizer = load_tokenizer(name, documents=documents, special_tokens=special)
         if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
         tokenizer.save(folder)
-    check_vocab(tokenizer, start.config.model.vocab_size)
     return tokenizer
 
 
@@ -198,6 +217,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"tokenizer   {config.data.tokenizer}, {run.tokenizer.vocab_size:,} entries",
         f"writes to   {run.run_dir}, a checkpoint every {config.run.checkpoint_every:,} steps",
         f"starts      {start} (ready in {seconds:.1f} s)",
+        f"time        {_time(run)}",
         *([f"memory      {advice}"] if (advice := hint()) else []),
         *notes,
         *_padding(run),
@@ -205,6 +225,16 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     if run.job.first and any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
+
+
+def _time(run: Run) -> str:
+    """Estimate how long the rest of the run takes, before a step of it was made."""
+    config, T = run.config, run.config.data.seq_len
+    positions = sum(config.batch_size_at(step) for step in range(run.progress.step + 1, run.last_step + 1)) * T
+    rate = matmul_rate(run.mesh.local_mesh.devices.flat[0], run.dtype) * run.mesh.size * MATMUL_SHARE
+    seconds = positions * config.model.flops_per_token(T) / rate
+    shorter = "; --recipe quickstart takes minutes" if seconds > LONG_SECONDS else ""
+    return f"{duration(seconds)} by the speed of a matmul; the first steps will tell{shorter}"
 
 
 def _held_out(run: Run) -> str:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from smollm_jax.runs.metrics import RunMetrics
+from smollm_jax.runs.metrics import RunMetrics, duration
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import keep_records, read_metrics
 
@@ -140,3 +140,40 @@ def test_no_run_ends_for_a_picture(tmp_path, monkeypatch, capsys, error):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}/loss.png could not be drawn: {type(error).__name__}")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 seconds"), (40, "40 seconds"), (200, "3 minutes"), (9_000, "2 hours"), (1_700_000, "20 days")],
+)
+def test_a_duration_is_said_as_people_say_it(seconds, words):
+    assert duration(seconds) == f"about {words}"
+
+
+def test_the_first_steps_tell_how_long_the_others_take(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    report = RunMetrics(tmp_path, start=0, total=1_000)
+    for step in range(1, 9):
+        now[0] += 100 if step == 1 else 6  # the first is slower than the others
+        report.progress(step)
+    assert capsys.readouterr().err == "time        about 100 minutes left, by the first 3 steps\n"
+
+
+def test_tensorboard_groups_its_tags_and_shows_samples_as_they_are(tmp_path):
+    report = RunMetrics(tmp_path, start=0, total=9)
+    report.train(LINE | {"step_loss": None, "mfu": 0.5, "ledger": "x", "time": 1.0})
+    report.evaluation(EVALUATION, [("A class", " is** a\n# string")])
+    report.close()
+    events = (tmp_path / "tensorboard").iterdir()
+    raw = b"".join(path.read_bytes() for path in events)
+    for tag in (
+        "train/loss",
+        "eval/loss",
+        "eval/bits_per_byte",
+        "optimizer/learning_rate",
+        "speed/tokens_per_second",
+    ):
+        assert tag.encode() in raw
+    assert b"eval_loss" not in raw
+    assert b"    A class\xe2\x9f\xb6 is** a\n    # string\n" in raw

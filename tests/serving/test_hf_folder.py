@@ -1,11 +1,10 @@
 """A folder of transformers gives the text that transformers gives, in both back ends."""
 
 import json
-import sys
 
 import pytest
 
-from smollm_jax.cli import commands
+from smollm_jax.cli.main import command
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.serving.completion import open_completer
 from tests.support.families import tokenizer_folder
@@ -84,10 +83,9 @@ def test_drawn_bytes_stream_as_they_decode(folder, backend):
         assert len(ids) > 5
 
 
-def test_generate_says_what_becomes_of_special_tokens_in_its_prompt(folder, monkeypatch, capsys):
+def test_generate_says_what_becomes_of_special_tokens_in_its_prompt(folder, capsys):
     for flags, said in (([], "stay text"), (["--special-tokens", "parse"], "become ids")):
-        typed = ["smollm_jax", "generate", str(folder), "--prompt", "<|im_start|>the", "--max-new-tokens", "1"]
-        monkeypatch.setattr(sys, "argv", [*typed, *flags])
-        assert commands.main() == 0
+        typed = [str(folder), "--prompt", "<|im_start|>the", "--max-new-tokens", "1"]
+        assert command("generate", [*typed, *flags], "smollm") == 0
         assert f"special tokens in a text {said}" in (told := capsys.readouterr().err)
         assert "1 of 1 texts" in told

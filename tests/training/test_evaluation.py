@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.cli import commands
+from smollm_jax.cli.main import command
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.data.packing import num_targets, pack
@@ -98,10 +97,9 @@ def test_max_batches_limits_what_is_read(folder, data, expected):
     assert one["loss"] != whole["loss"]
 
 
-def test_the_command_prints_the_score_as_one_json_line(folder, data, expected, monkeypatch, capsys):
+def test_the_command_prints_the_score_as_one_json_line(folder, data, expected, capsys):
     flags = ["evaluate", str(folder), "--data", str(data), "--seq-len", str(SEQ_LEN), "--batch-size", "2"]
-    monkeypatch.setattr(sys, "argv", ["smollm_jax", *flags])
-    assert commands.main() == 0
+    assert command(flags[0], flags[1:], "smollm") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == expected[1]
     assert found["loss"] == pytest.approx(expected[0] / expected[1], rel=1e-5)

@@ -11,7 +11,7 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.runtime.errors import UserError
-from smollm_jax.training.restore import check_settings, resolve_start
+from smollm_jax.training.restore import check_settings, resolve_start, vocabulary_follows
 
 
 def test_changes_are_refused_noted_or_let_pass():
@@ -142,3 +142,18 @@ def test_data_at_another_place_is_left_to_the_loader_and_other_weights_are_refus
             check_settings(saved, reading(other, eval_data="e/z.jsonl"), 10)
     with pytest.raises(ValueError, match=r"data\.eval_data was .*, is None"):
         check_settings(saved, reading("a/x.jsonl=0.7,b/y.jsonl=0.3"), 10)
+
+
+def test_a_refusal_names_three_changes_and_three_ways_on():
+    saved, config = to_dict(Config()), RECIPES["quickstart"]
+    with pytest.raises(ValueError, match=r"and \d+ more\. Go on with its own settings by --resume RUN") as caught:
+        check_settings(saved, config, 10)
+    assert len(str(caught.value)) < 500
+
+
+def test_the_vocabulary_follows_a_tokenizer_that_is_not_the_recipes_unless_given():
+    config = RECIPES["quickstart"]
+    assert not vocabulary_follows(config)
+    other = replace(config, data=replace(config.data, tokenizer="train:1024"))
+    assert vocabulary_follows(other)
+    assert not vocabulary_follows(replace(other, model=replace(other.model, vocab_size=2_048)))
