@@ -67,12 +67,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
             require_exportable(start.config.model)
         tokenizer = prepare_tokenizer(start, run_dir, is_saved=not job.first)
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
-    found, config = start.checkpoint, start.config
-    if found is None and start.params is None and vocabulary_follows(config):
-        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    check_vocab(tokenizer, config.model.vocab_size)
-    # a text ends with the tokenizer's own eos
-    config = replace(config, model=with_ids_of(config.model, tokenizer))
+    found, config = start.checkpoint, fit_to_tokenizer(start, tokenizer)
     use_compilation_cache(config.compute.compilation_cache_dir)
     mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     tell(f"data        opening {config.data.data}")
@@ -180,6 +175,15 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
         tokenizer.save(folder)
     return tokenizer
+
+
+def fit_to_tokenizer(start: StartState, tokenizer: Tokenizer) -> Config:
+    """Return the settings with the tokenizer's ids in the model, and its size unless that was given."""
+    config = start.config
+    if start.checkpoint is None and start.params is None and vocabulary_follows(config):
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    check_vocab(tokenizer, config.model.vocab_size)
+    return replace(config, model=with_ids_of(config.model, tokenizer))
 
 
 def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) -> None:
