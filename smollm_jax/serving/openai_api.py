@@ -161,7 +161,9 @@ class Routes:
         longest = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens) if longest is None else longest
         sampling = self.scheduler.sampling(max_new_tokens=longest, **asked.model_dump(include=SAMPLING_FIELDS))
         client = request.client.host if request.client else ""
-        chunks = self.scheduler.stream(ids, sampling, self.scheduler.stop_strings(asked.stop or None), client=client)
+        chunks = self.scheduler.stream(
+            ids, sampling, self.scheduler.stop_strings(asked.stop or None), client=client
+        )
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         head["object"] = f"{kind}.chunk" if chat and asked.stream else kind
