@@ -20,7 +20,7 @@ from smollm_jax.hf.reader import local_folder
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
 from smollm_jax.runs.metrics import draw, read_metrics
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.files import clean_left_overs, write_json_atomic, written_aside
+from smollm_jax.runtime.files import clean_left_overs, held_in, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer
 
 
@@ -72,7 +72,7 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
     out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
     clean_left_overs(out, (out.name,))
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
-    require(not out.exists() or not any(out.iterdir()), f"{out} is not empty; give another --out")
+    require(not out.exists() or not held_in(out), f"{out} is not empty; give another --out")
     source = Path(path) if is_run(path) else local_folder(path)
     refuse_links(source)
     model, params, tokenizer = load_model(source)

@@ -55,7 +55,7 @@ def matching(pattern: str) -> list[str]:
 
     Raises as `expand_home`.
     """
-    path = expand_home(pattern)
+    path = Path(pattern) if os.path.exists(pattern) else expand_home(pattern)
     if os.path.exists(path):
         return [str(path)]
     base = next(folder for folder in path.parents if os.path.exists(folder))
@@ -159,12 +159,18 @@ def _renamed(path: Path, new: Path) -> bool:
     return True
 
 
+def held_in(folder: Path) -> list[Path]:
+    """Return what `folder` holds, in order, without the lost+found of a disk that is mounted there."""
+    is_disk = os.path.ismount(folder)
+    return sorted(path for path in folder.iterdir() if not (is_disk and path.name == "lost+found"))
+
+
 def _fill(folder: Path, part: Path) -> None:
     """Replace all that `folder` holds by what `part` holds.
 
     The README.md of an export, which tells what else is the export's, is removed last and comes first.
     """
-    for path in sorted(folder.iterdir(), reverse=True):
+    for path in reversed(held_in(folder)):
         if path != part:
             _remove(path)
     for path in sorted(part.iterdir(), key=lambda path: (path.is_file(), path.name)):

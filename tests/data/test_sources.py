@@ -291,6 +291,18 @@ def test_a_path_that_exists_is_that_path_before_it_is_a_pattern_a_weight_or_a_li
         assert len(found) == 1 + ("other" in spec)
 
 
+@pytest.mark.parametrize("data", [" a.jsonl", "a.jsonl,", "~nobody.jsonl", ",=2"])
+def test_a_path_that_exists_alone_is_that_path_with_its_spaces_and_its_tilde(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    file = Path(data) if "." in data else Path(data, "a.jsonl")
+    file.parent.mkdir(exist_ok=True)
+    file.with_suffix(".jsonl").write_text('{"text": "one"}\n')
+    file.with_suffix(".jsonl").rename(file)
+    assert mixture(data) == [(data, 1.0)]
+    if data != "a.jsonl,":  # known by its suffix
+        assert open_source(data, DataConfig(data=data)).files == [str(file)]
+
+
 def test_data_that_is_a_pipe_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     for data in (tmp_path, tmp_path / "a.jsonl"):

@@ -186,7 +186,7 @@ def test_a_model_saved_without_its_head_is_read_under_its_own_names(folder):
     ("config", "generation", "ends"),
     [
         ([2, 7], ..., (2, 7)), (2, [2, 7], (2, 7)), ([7], [2], (7, 2)), (None, 9, (9,)), (2, None, (2,)),
-        (2, ..., (2,)), (..., ..., (2,)), ([], [], ()),
+        (2, ..., (2,)), (..., ..., (2,)), ([], [], ()), (2, [7, 300], (2, 7)),
     ],
 )  # fmt: skip
 def test_a_text_ends_where_either_file_says(folder, config, generation, ends):
@@ -263,6 +263,7 @@ def test_the_hub_is_asked_for_neither_pickles_nor_code(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["x" * 5_000 + ".safetensors", "a\0.safetensors"])
 def test_an_index_that_names_no_possible_file_is_one_line(folder, name):
+    (folder / reader.WEIGHTS).unlink()
     (folder / reader.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(ValueError, match="no safetensors file of this folder") as caught:
         read_folder(folder)
