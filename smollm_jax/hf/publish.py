@@ -17,7 +17,7 @@ from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.reader import INDEX, tensor_files
 from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import checksum, held_in, leads_out, read_json
+from smollm_jax.runtime.files import checksum, expand_home, held_in, leads_out, read_json
 from smollm_jax.tokenizer.tokenizer import FILES
 
 ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer; bytes per second
@@ -79,7 +79,7 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     `dry_run` returns the list of files and sizes instead, and needs no token and no network. Raises `UserError` if
     the folder is no whole export, if there is no token, or if the Hub cannot be reached.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     require(bool(REPO.fullmatch(repo)), f"repository {repo!r} must read OWNER/NAME")
     require(folder.is_dir(), f"there is no folder {folder}; python -m smollm_jax export makes one")
     require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")

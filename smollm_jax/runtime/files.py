@@ -43,9 +43,9 @@ def checksum(path: Path) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path with its "~" replaced; raises `UserError` if nobody knows that home folder."""
+    """Return a path that exists, or with its "~" replaced; raises `UserError` if nobody knows that home folder."""
     try:
-        return Path(path).expanduser()
+        return Path(path) if os.path.exists(path) else Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: {one_line(error)}; set HOME, or give a path without ~") from None
 
@@ -55,7 +55,7 @@ def matching(pattern: str) -> list[str]:
 
     Raises as `expand_home`.
     """
-    path = Path(pattern) if os.path.exists(pattern) else expand_home(pattern)
+    path = expand_home(pattern)
     if os.path.exists(path):
         return [str(path)]
     base = next(folder for folder in path.parents if os.path.exists(folder))
