@@ -369,3 +369,14 @@ def test_one_document_of_lines_says_why_nothing_can_be_held_out(tmp_path):
     words = r"holds 1 documents, of which every 10th is held out; in a \.txt file a blank line ends a document"
     with pytest.raises(ValueError, match=words):
         held_out(DataConfig(data=str(tmp_path / "l.txt")), small_tokenizer())
+
+
+@pytest.mark.parametrize(("between", "said"), [("\n", "is one document of 200 lines"), ("\n\n", "")])
+def test_a_text_without_a_blank_line_is_said_to_be_one_document(tmp_path, capsys, between, said):
+    path = tmp_path / "a.txt"
+    path.write_text(between.join(f"Sentence {i}." for i in range(200)))
+    documents = list(open_source(str(path), DataConfig()).documents())
+    assert len(documents) == (1 if said else 200)
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(err) == bool(said)
