@@ -17,23 +17,23 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 794),
-    "config": ("runtime", 554),
-    "tokenizer": ("runtime", 578),
+    "runtime": ("", 807),
+    "config": ("runtime", 555),
+    "tokenizer": ("runtime", 581),
     "model": ("config runtime", 518),
-    "data": ("tokenizer config runtime", 1_336),
+    "data": ("tokenizer config runtime", 1_342),
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 751),
+    "hf": ("model tokenizer config runtime", 754),
     "checkpoint": ("distributed runtime", 693),
     "generation": ("kernels model config runtime", 565),
-    "runs": ("hf checkpoint data tokenizer config runtime", 586),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_569),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_569),
+    "runs": ("hf checkpoint data tokenizer config runtime", 590),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_585),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_583),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 385),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 387),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_977, 12_264
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_000, 12_326
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
