@@ -47,7 +47,7 @@ def test_a_document_that_spells_out_the_end_of_text_does_not_end_itself(tokenize
 def test_training_gives_the_same_tokenizer_in_every_process():
     # another hash seed, and another number of threads
     script = (
-        "from smollm_jax.tokenizer.tokenizer import train_tokenizer\nfrom tests.support.texts import make_texts\n"
+        "from smollm_jax.tokenizer import train_tokenizer\nfrom tests.support.texts import make_texts\n"
         "print(train_tokenizer(make_texts(400, longest=200), 700).fingerprint)"
     )
     prints = {
