@@ -15,7 +15,7 @@ from smollm_jax.serving import sessions  # noqa: E402 - they need gradio
 from smollm_jax.serving.app import build_app, listen  # noqa: E402
 from smollm_jax.serving.completion import Completer  # noqa: E402
 from smollm_jax.serving.scheduler import Scheduler  # noqa: E402
-from smollm_jax.tokenizer.tokenizer import train_tokenizer  # noqa: E402
+from smollm_jax.tokenizer import train_tokenizer  # noqa: E402
 from tests.serving.test_scheduler import Gated  # noqa: E402
 from tests.support.server import TEXTS  # noqa: E402
 
