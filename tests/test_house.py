@@ -17,23 +17,23 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 809),
-    "config": ("runtime", 554),
-    "tokenizer": ("runtime", 578),
+    "runtime": ("", 822),
+    "config": ("runtime", 555),
+    "tokenizer": ("runtime", 581),
     "model": ("config runtime", 518),
-    "data": ("tokenizer config runtime", 1_346),
+    "data": ("tokenizer config runtime", 1_352),
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 747),
+    "hf": ("model tokenizer config runtime", 750),
     "checkpoint": ("distributed runtime", 695),
     "generation": ("kernels model config runtime", 564),
-    "runs": ("hf checkpoint data tokenizer config runtime", 600),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_576),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_581),
+    "runs": ("hf checkpoint data tokenizer config runtime", 604),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_592),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_595),
     "planning": ("training kernels distributed model config runtime", 477),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 385),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 387),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_994, 12_319
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_017, 12_381
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
