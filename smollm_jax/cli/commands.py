@@ -18,6 +18,7 @@ import tyro
 from smollm_jax.cli.arguments import parse
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
+from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
@@ -194,7 +195,7 @@ def checkpoints(run: Positional) -> int:
     """
     from smollm_jax.checkpoint.listing import table
 
-    print(table(Path(run)))
+    print(table(expand_home(run)))
     return 0
 
 
@@ -245,9 +246,10 @@ def verify_resume(argv: list[str], prog: str) -> int:
     own, config = parse(argv, prog=prog, about=str(inspect.getdoc(verify_resume)), own=VerifyFlags())
     from smollm_jax.training.verify_resume import verify_resume as verify
 
-    if config.run.run_dir is not None:
-        Path(config.run.run_dir).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=config.run.run_dir))
+    place = None if config.run.run_dir is None else config.run_dir
+    if place is not None:
+        Path(place).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=place))
     result = verify(config, folder, steps=own.verify_steps)
     for what, difference in result.compared.items():
         print(f"{what:<26} {difference or 'exact'}")

@@ -13,6 +13,7 @@ from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.files import expand_home
 
 WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each recipe, at most a tenth of the run
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -250,4 +251,4 @@ class Config:
 
     @property
     def run_dir(self) -> str:
-        return self.run.run_dir or f"runs/{self.recipe}"
+        return str(expand_home(self.run.run_dir or f"runs/{self.recipe}"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.runtime.errors import UserError, one_line, require, say_once
 
 Cursor = dict[str, Any]
 RowFilter = Callable[[int], bool]
@@ -21,6 +21,7 @@ LONGEST_BYTES = 2**25  # of a document; a tokenizer takes about 90 times as much
 TOO_LONG = f"a document above {LONGEST_BYTES // 2**20} MiB, which is the limit; split it"
 SEARCHED_BYTES = 2**30  # after a document that is too long, for its end
 MOST_BLANK = 1_000_000  # lines
+MANY_LINES = 100  # of a text file that may have been meant as a document on each
 LARGEST_RATIO, CHECKED_BYTES = 200, 2**28  # text expands at most 30-fold, a file made to fill memory 1,000-fold
 
 
@@ -63,6 +64,7 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
         file.seek(start["byte"])
         lines = _lines(file, raw)
+        row = piece = None
         for row, (piece, end) in enumerate(lines if json_lines else _paragraphs(lines), start["row"]):
             if row and not wanted(row):  # the first row shows whether the column exists
                 continue
@@ -77,6 +79,8 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
                 value, fault = None, one_line(error)
             if wanted(row):
                 yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
+        if row == 0 and piece and not json_lines and (count := piece.count(b"\n")) >= MANY_LINES:
+            say_once(f"{path} is one document of {count + 1:,} lines: a blank line would end a document")
 
 
 def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:

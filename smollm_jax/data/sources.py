@@ -224,6 +224,8 @@ def mixture(data: str) -> list[tuple[str, float]]:
 
     A path that exists is that path, whatever commas and equals signs are in its name.
     """
+    if _is_path(data):
+        return [(data, 1.0)]
     parts, pieces = [], data.split(",")
     while pieces:
         names = (",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1))
@@ -278,7 +280,7 @@ def _is_of_the_file(error: Exception) -> bool:
 
 
 def _is_path(spec: str) -> bool:
-    return os.path.exists(os.path.expanduser(spec))
+    return os.path.exists(spec) or os.path.exists(os.path.expanduser(spec))
 
 
 def _looks_local(spec: str) -> bool:

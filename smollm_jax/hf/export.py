@@ -21,7 +21,7 @@ from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, model_card, refuse_foreign, write_card
 from smollm_jax.hf.reader import INDEX, read_folder
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import moved_aside, written_aside
+from smollm_jax.runtime.files import moved_aside, named_failure, written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -56,7 +56,8 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
     )
     for file, names in split.filename_to_tensors.items():
         values = {name: np.ascontiguousarray(to_hf(params, held[name]).astype(dtype)) for name in names}
-        save_file(values, out / file, metadata={"format": "pt", "note": MARK})
+        with named_failure(out / file):
+            save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
     values = hf_config(config, dtype)
     ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in values}

@@ -17,7 +17,7 @@ from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.reader import INDEX, tensor_files
 from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import checksum, leads_out, read_json
+from smollm_jax.runtime.files import checksum, expand_home, held_in, leads_out, read_json
 from smollm_jax.tokenizer.tokenizer import FILES
 
 ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer; bytes per second
@@ -54,7 +54,7 @@ def write_card(folder: Path, text: str) -> None:
 def refuse_foreign(out: Path, part: Path) -> None:
     """Raise `UserError` unless `out` is free, empty but for `part`, or an export without additions or changes."""
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
-    held = sorted({*out.iterdir()} - {part}) if out.exists() else []
+    held = [path for path in held_in(out) if path != part] if out.exists() else []
     if not held:
         return
     card = (out / CARD).read_bytes() if (out / CARD).is_file() else b""
@@ -81,7 +81,7 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     `dry_run` returns the list of files and sizes instead, and needs no token and no network. Raises `UserError` if
     the folder is no whole export, if there is no token, or if the Hub cannot be reached.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     require(bool(REPO.fullmatch(repo)), f"repository {repo!r} must read OWNER/NAME")
     require(folder.is_dir(), f"there is no folder {folder}; python -m smollm_jax export makes one")
     require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.hf.config_json import model_config, token_ids
+from smollm_jax.hf.config_json import LARGEST_SIZE, model_config, token_ids
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import expand_home, read_json
@@ -62,7 +62,9 @@ def read_config(folder: Path) -> ModelConfig:
         return config
     generation = read_json(folder / "generation_config.json")
     require(isinstance(generation, dict), f"{folder}/generation_config.json must hold an object")
-    return config.ending_at([*config.stop_ids, *token_ids(generation, "eos_token_id", config.vocab_size)])
+    ids = token_ids(generation, "eos_token_id", LARGEST_SIZE)
+    # no text has an id beyond the vocabulary
+    return config.ending_at([*config.stop_ids, *(i for i in ids if i < config.vocab_size)])
 
 
 def local_folder(path: str | Path) -> Path:

@@ -21,7 +21,7 @@ from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.files import clean_left_overs, write_json_atomic, written_aside
+from smollm_jax.runtime.files import clean_left_overs, expand_home, held_in, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer
 
 
@@ -40,7 +40,7 @@ def export_run(
     is no run, or `out` holds something else and `aside` is false, and `RuntimeError` if the written folder does
     not agree with the checkpoint; no folder is left then.
     """
-    run_dir = Path(run_dir)
+    run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
     found, params = read_params(run_dir / "checkpoints", step)
     evaluations = [x for x in read_metrics(run_dir) if "eval_loss" in x and x["step"] <= found.step]
@@ -70,11 +70,11 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
 
     The run appears by one rename. Raises `UserError` if `out` holds something or `path` cannot be read.
     """
-    out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
+    out = Path(os.path.realpath(expand_home(out)))  # "." has no name of its own, and a link stays a link
     clean_left_overs(out, (out.name,))
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     _require_empty(out)
-    source = Path(path) if is_run(path) else local_folder(path)
+    source = expand_home(path) if is_run(path) else local_folder(path)
     refuse_links(source)
     model, params, tokenizer = load_model(source)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,5 +94,5 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
 
 
 def _require_empty(folder: Path, but: Path | None = None) -> None:
-    held = {*folder.iterdir()} - {but} if folder.exists() else set()
+    held = {*held_in(folder)} - {but} if folder.exists() else set()
     require(not held, f"{folder} is not empty; give another --out")

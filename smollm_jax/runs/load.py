@@ -15,20 +15,21 @@ from smollm_jax.data.loader import check_cursor
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.runtime.files import read_json
+from smollm_jax.runtime.files import expand_home, read_json
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 
 def is_run(path: str | Path) -> bool:
     """Return whether `path` is a run folder."""
-    return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
+    path = expand_home(path)
+    return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
 def read_run(path: str | Path) -> Config:
     """Return the config of a run folder, also before its first checkpoint; raises `UserError` if it is no run."""
     try:
-        config = from_dict(read_json(Path(path) / "config.json"))
+        config = from_dict(read_json(expand_home(path) / "config.json"))
     except ValueError as error:
         raise UserError(f"{path} is not a run: {error}") from None
     layers = config.model.num_layers  # a damaged number must not ask for a list of a billion names
@@ -45,10 +46,10 @@ def load_model(
     run's own, else "text".
     """
     if is_run(path):
-        config = read_run(path)
-        found, params = read_params(Path(path) / "checkpoints", step)
+        config, path = read_run(path), expand_home(path)
+        found, params = read_params(path / "checkpoints", step)
         tokenizer = load_tokenizer(
-            str(Path(path) / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
+            str(path / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
         if found.meta.get("cursor") is not None:  # an import has none
             check_cursor(found.meta["cursor"], f"checkpoint {found.step} is damaged: it lacks a place in the data")

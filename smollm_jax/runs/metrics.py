@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,8 +78,6 @@ class RunMetrics:
 
         The line in metrics.jsonl comes last: if it is there, the samples are too.
         """
-        from tensorboardX.summary import text as text_summary
-
         step = line["step"]
         written = [f"{SAMPLES_OF}{step}"]
         for prompt, text in samples:
@@ -86,7 +85,7 @@ class RunMetrics:
             written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
             # an indented block: no sign in it is Markdown's
             shown = "".join(f"    {line}\n" for line in f"{prompt}⟶{text}".splitlines())
-            self._board.write(step, summary=partial(text_summary, f"samples/{prompt}", shown))
+            self._board.write(step, summary=partial(_summary, "text", f"samples/{prompt}", shown))
         self._samples.write("\n".join(written) + "\n")
         self._record(line)
         self.say(
@@ -111,12 +110,10 @@ class RunMetrics:
         self._samples.close()
 
     def _record(self, line: dict[str, Any]) -> None:
-        from tensorboardX.summary import scalar
-
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
             if name in TAG_OF and value is not None:
-                self._board.write(line["step"], summary=partial(scalar, TAG_OF[name], value))
+                self._board.write(line["step"], summary=partial(_summary, "scalar", TAG_OF[name], value))
 
 
 class NullMetrics:
@@ -175,17 +172,22 @@ class Board:
 
     def write(self, step: int, **content: Callable[[], Any]) -> None:
         """Write an event; `content` makes a summary or session log."""
-        from tensorboardX.proto.event_pb2 import Event
-
         if self._is_over:
             return
         try:
+            from tensorboardX.proto.event_pb2 import Event
+
             made = {name: make() for name, make in content.items()}
             self._writer.write_event(Event(wall_time=time.time(), step=step, **made))
             self._writer.flush()
         except Exception as error:  # of any kind: nothing optional ends a run
             self._is_over = True
             say(f"TensorBoard gets no more of this run ({one_line(error)}); metrics.jsonl has it all")
+
+
+def _summary(kind: str, name: str, value: Any) -> Any:
+    # an installation may be broken: the board says so
+    return getattr(import_module("tensorboardX.summary"), kind)(name, value)
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from smollm_jax.data.loader import BatchIterator, Loader, check_cursor
 from smollm_jax.runs.load import read_run
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import UserError, require, say
+from smollm_jax.runtime.files import expand_home
 from smollm_jax.tokenizer.load import load_tokenizer
 
 
@@ -25,7 +26,7 @@ def replay_step(
     A document has its source, file, row and text. `data` and `eval_data` say where the run's data is now. Raises
     `UserError` if the run has no such step, or if its data has changed.
     """
-    run_dir = Path(run_dir)
+    run_dir = expand_home(run_dir)
     config = read_run(run_dir)
     # the run has stopped at a row that cannot be read, or skipped it
     places = replace(config.data, data=data or config.data.data, eval_data=eval_data or config.data.eval_data)

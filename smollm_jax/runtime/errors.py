@@ -33,6 +33,11 @@ READS = {
     "/torch/__init__.py": "TORCH_.*|PYTORCH_.*|LD_LIBRARY_PATH",
     "/tempfile.py": "TMPDIR|TEMP|TMP",
 }
+# of JAX: for another program's sake they would end a run, or change its results
+NOT_FOLLOWED = (
+    "JAX_ENABLE_X64", "JAX_DEFAULT_DTYPE_BITS", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION",
+    "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE",
+)  # fmt: skip
 ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
 
 
@@ -106,6 +111,8 @@ def open_streams() -> None:
 def run_main(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code; an exception is explained on stderr and becomes an exit code."""
     open_streams()
+    for name in filter(os.environ.__contains__, NOT_FOLLOWED):  # JAX, imported later, reads them
+        say(f"{name}={os.environ.pop(name)} of the environment is not followed: it would change the results")
     try:
         code = main()
         sys.stdout.flush()

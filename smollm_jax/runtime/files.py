@@ -43,9 +43,9 @@ def checksum(path: Path) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path with its "~" replaced; raises `UserError` if nobody knows that home folder."""
+    """Return a path that exists, or with its "~" replaced; raises `UserError` if nobody knows that home folder."""
     try:
-        return Path(path).expanduser()
+        return Path(path) if os.path.exists(path) else Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: {one_line(error)}; set HOME, or give a path without ~") from None
 
@@ -167,12 +167,18 @@ def _renamed(path: Path, new: Path) -> bool:
     return True
 
 
+def held_in(folder: Path) -> list[Path]:
+    """Return what `folder` holds, in order, without the lost+found of a disk that is mounted there."""
+    is_disk = os.path.ismount(folder)
+    return sorted(path for path in folder.iterdir() if not (is_disk and path.name == "lost+found"))
+
+
 def _fill(folder: Path, part: Path) -> None:
     """Replace all that `folder` holds by what `part` holds.
 
     The README.md of an export, which tells what else is the export's, is removed last and comes first.
     """
-    for path in sorted(folder.iterdir(), reverse=True):
+    for path in reversed(held_in(folder)):
         if path != part:
             _remove(path)
     for path in sorted(part.iterdir(), key=lambda path: (path.is_file(), path.name)):

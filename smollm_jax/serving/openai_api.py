@@ -30,6 +30,7 @@ MOST_MESSAGES = 200
 SAMPLING_FIELDS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
 FINISH = {"eos": "stop", "stop string": "stop", "cancelled": "stop", "length": "length", "context": "length"}
 Body = dict[str, Any]  # of a response
+Nothing = Annotated[list[Any] | dict[str, Any], Field(max_length=0)]  # [] or {}
 T = TypeVar("T")
 
 
@@ -48,6 +49,7 @@ class Strict(Lenient, extra="forbid"):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class TextFormat(Strict):
@@ -75,9 +77,11 @@ class BaseRequest(Strict):
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logit_bias: Nothing | None = None
     response_format: TextFormat | None = None
     store: Literal[False] | None = None
+    metadata: Nothing | None = None
+    service_tier: Literal["auto", "default"] | None = None
     user: str | None = None
 
 
@@ -98,8 +102,9 @@ class Message(Lenient):
         parts = [{"text": self.content}] if isinstance(self.content, str) else self.content
         require(isinstance(parts, list), "the content of a message must be a text or a list of texts")
         for part in parts:
-            is_text = isinstance(part, dict) and part.get("type", "text") == "text" and {*part} <= {"type", "text"}
-            require(is_text and isinstance(part.get("text"), str), "only parts of type text are read in a message")
+            said = {k for k, v in part.items() if v is not None} if isinstance(part, dict) else set()
+            is_text = {"text"} <= said <= {"type", "text"} and part.get("type") in (None, "text")
+            require(is_text and isinstance(part["text"], str), "only parts of type text are read in a message")
         return {"role": self.role, "content": "".join(part["text"] for part in parts)}
 
 
@@ -108,7 +113,12 @@ class ChatRequest(BaseRequest):
     max_completion_tokens: Any = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    tool_choice: Literal["none"] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None  # without tools both are none
+    parallel_tool_calls: bool | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: tuple[Literal["text"]] | None = None
 
 
 class Routes:
@@ -146,12 +156,14 @@ class Routes:
     async def _answer(
         self, ids: list[int], asked: BaseRequest, longest: Any, request: Request, *, chat: bool = False
     ) -> Any:
-        if asked.model not in (None, self.model):
+        if asked.model not in (None, "", self.model):
             raise HTTPException(404, f"model {asked.model!r:.100} is not served here; use {self.model!r}")
         longest = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens) if longest is None else longest
         sampling = self.scheduler.sampling(max_new_tokens=longest, **asked.model_dump(include=SAMPLING_FIELDS))
         client = request.client.host if request.client else ""
-        chunks = self.scheduler.stream(ids, sampling, self.scheduler.stop_strings(asked.stop), client=client)
+        chunks = self.scheduler.stream(
+            ids, sampling, self.scheduler.stop_strings(asked.stop or None), client=client
+        )
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         head["object"] = f"{kind}.chunk" if chat and asked.stream else kind
@@ -253,7 +265,9 @@ def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str |
     async def explain(_: Request, error: Any) -> JSONResponse:
         if isinstance(error, RequestValidationError):
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
+            where = ".".join(str(part) for part in first["loc"][1:])
+            if first["type"] == "json_invalid" or not where:
+                return error_response(400, f"the body must be a JSON object: {first['msg'][:200]}")
             return error_response(400, f"{where[:100]}: {first['msg'][:200]}")
         if isinstance(error, StarletteHTTPException):  # the base class of FastAPI's own
             return error_response(error.status_code, str(error.detail))

@@ -7,8 +7,8 @@ unless the tokenizer is told to parse them.
 
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -82,6 +82,9 @@ def _environment() -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
     def to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **more: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
@@ -89,7 +92,7 @@ def _environment() -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
     environment.filters["tojson"] = to_json
     return environment
 

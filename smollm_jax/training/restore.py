@@ -25,6 +25,7 @@ from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
+from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.optimizer import learning_rate_schedule
 from smollm_jax.training.run import Progress
@@ -100,8 +101,20 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
         config = _completed(config, saved.model, saved.data.tokenizer)
-    notes = check_settings(found.meta["config"], config, found.step)
-    return StartState(config, checkpoint=found, notes=notes)
+    notes, old, name = [], found.meta["config"], config.data.tokenizer
+    if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):
+        notes.append(f"data.tokenizer changed from {saved.data.tokenizer} to {name}: the same tokenizer")
+        old = to_dict(replace(saved, data=replace(saved.data, tokenizer=name)))
+    return StartState(config, checkpoint=found, notes=notes + check_settings(old, config, found.step))
+
+
+def _is_tokenizer(name: str, cursor: Any) -> bool:
+    """Return whether the folder `name` holds the tokenizer of a cursor."""
+    if not Path(name).is_dir() or not isinstance(cursor, dict):
+        return False
+    tokenizer, before = load_tokenizer(name), str(cursor.get("tokenizer"))
+    tokenizer.encode_as_of(before)
+    return tokenizer.fingerprint.startswith(before)
 
 
 def vocabulary_follows(config: Config) -> bool:

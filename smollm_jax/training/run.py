@@ -144,9 +144,12 @@ def evaluation_due(run: Run) -> bool:
 
 
 def save_step(run: Run) -> bool:
-    """Whether the number of the current step is due for a checkpoint: each --checkpoint-every, and the last."""
+    """Whether the number of the current step is due for a checkpoint: each --checkpoint-every, and the last.
+
+    A checkpoint that a bad step left out is due until it is made.
+    """
     every, step = run.config.run.checkpoint_every, run.progress.step
-    return step == run.config.total_steps or (every > 0 and step % every == 0)
+    return step == run.config.total_steps or (every > 0 and step // every > run.saved // every)
 
 
 def save_due(run: Run) -> bool:

@@ -298,6 +298,18 @@ def test_a_path_that_exists_is_that_path_before_it_is_a_pattern_a_weight_or_a_li
         assert len(found) == 1 + ("other" in spec)
 
 
+@pytest.mark.parametrize("data", [" a.jsonl", "a.jsonl,", "~nobody.jsonl", ",=2"])
+def test_a_path_that_exists_alone_is_that_path_with_its_spaces_and_its_tilde(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    file = Path(data) if "." in data else Path(data, "a.jsonl")
+    file.parent.mkdir(exist_ok=True)
+    file.with_suffix(".jsonl").write_text('{"text": "one"}\n')
+    file.with_suffix(".jsonl").rename(file)
+    assert mixture(data) == [(data, 1.0)]
+    if data != "a.jsonl,":  # known by its suffix
+        assert open_source(data, DataConfig(data=data)).files == [str(file)]
+
+
 def test_data_that_is_a_pipe_is_named_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     for data in (tmp_path, tmp_path / "a.jsonl"):
@@ -364,3 +376,14 @@ def test_one_document_of_lines_says_why_nothing_can_be_held_out(tmp_path):
     words = r"holds 1 documents, of which every 10th is held out; in a \.txt file a blank line ends a document"
     with pytest.raises(ValueError, match=words):
         held_out(DataConfig(data=str(tmp_path / "l.txt")), small_tokenizer())
+
+
+@pytest.mark.parametrize(("between", "said"), [("\n", "is one document of 200 lines"), ("\n\n", "")])
+def test_a_text_without_a_blank_line_is_said_to_be_one_document(tmp_path, capsys, between, said):
+    path = tmp_path / "a.txt"
+    path.write_text(between.join(f"Sentence {i}." for i in range(200)))
+    documents = list(open_source(str(path), DataConfig()).documents())
+    assert len(documents) == (1 if said else 200)
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(err) == bool(said)

@@ -186,7 +186,7 @@ def test_a_model_saved_without_its_head_is_read_under_its_own_names(folder):
     ("config", "generation", "ends"),
     [
         ([2, 7], ..., (2, 7)), (2, [2, 7], (2, 7)), ([7], [2], (7, 2)), (None, 9, (9,)), (2, None, (2,)),
-        (2, ..., (2,)), (..., ..., (2,)), ([], [], ()),
+        (2, ..., (2,)), (..., ..., (2,)), ([], [], ()), (2, [7, 300], (2, 7)),
     ],
 )  # fmt: skip
 def test_a_text_ends_where_either_file_says(folder, config, generation, ends):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import Config, RunConfig
 from smollm_jax.hf import export as convert
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.reader import read_folder
@@ -32,6 +33,22 @@ def folder(tmp_path):
     params = jax.tree.map(np.asarray, init_params(CONFIG, 7))
     export_folder(params, CONFIG, tmp_path / "hf", tokenizer_folder=tmp_path / "tokenizer", verify=False)
     return tmp_path / "hf"
+
+
+def test_a_home_that_the_shell_leaves_to_us_is_the_same_to_every_command(folder, tmp_path, monkeypatch):
+    """As in --run-dir=~/run; a folder that is named so is still that folder."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    import_run(folder, "~/run")
+    assert Config(run=RunConfig(run_dir="~/run")).run_dir == str(tmp_path / "home" / "run")
+    assert is_run("~/run")
+    assert load_model("~/run")[0].vocab_size == CONFIG.vocab_size
+    export_run("~/run", "~/export", verify=False)
+    assert (tmp_path / "home" / "export" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
+    (tmp_path / "~" / "run").mkdir(parents=True)
+    assert Config(run=RunConfig(run_dir="~/run")).run_dir == "~/run"
 
 
 def assert_same_bits(one, other):

@@ -112,6 +112,17 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path, name, instead, caps
         assert [x["step"] for x in read_metrics(tmp_path)] == [3, 3]
 
 
+@pytest.mark.parametrize("module", ["tensorboardX.summary", "tensorboardX.proto.event_pb2"])
+def test_a_broken_tensorboard_ends_no_run(tmp_path, monkeypatch, capsys, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    report = RunMetrics(tmp_path, start=0, total=9)
+    report.train(LINE)
+    report.evaluation(EVALUATION, [("The", " cat")])
+    report.close()
+    assert "TensorBoard gets no more of this run" in capsys.readouterr().err
+    assert [x["step"] for x in read_metrics(tmp_path)] == [3, 3]
+
+
 @pytest.mark.parametrize("name", ["run", r"lr$\x_{$"])
 def test_a_curve_is_drawn_whatever_a_notebook_left_behind(tmp_path, name):
     """Its backend is not installed here, and a title is no formula."""

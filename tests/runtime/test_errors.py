@@ -89,6 +89,12 @@ def test_a_variable_that_a_library_refuses_is_named_in_one_line(capsys, monkeypa
     assert "secret" not in line
 
 
+def test_a_variable_that_would_change_results_is_not_followed(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    assert run_main(lambda: int("JAX_ENABLE_X64" in os.environ)) == 0
+    assert "JAX_ENABLE_X64=1 of the environment is not followed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.ENAMETOOLONG, errno.EMFILE])
 def test_what_the_machine_refuses_is_one_line_that_names_the_file(capsys, tmp_path, number):
     def of_python():

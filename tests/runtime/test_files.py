@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm_jax.runtime.files import clean_left_overs, leads_out, write_json_atomic, written_aside
+from smollm_jax.runtime.files import clean_left_overs, held_in, leads_out, write_json_atomic, written_aside
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -105,6 +105,18 @@ def test_a_folder_that_cannot_be_renamed_is_filled_in_place(tmp_path, monkeypatc
         "out/sub/file",
     ]
     assert (tmp_path / "out").stat().st_ino == inode
+
+
+def test_the_lost_and_found_of_a_disk_is_nobodys(tmp_path, monkeypatch):
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    (tmp_path / "out" / "old").touch()
+    assert [path.name for path in held_in(tmp_path / "out")] == ["lost+found", "old"]
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    assert [path.name for path in held_in(tmp_path / "out")] == ["old"]
+    with written_aside(tmp_path / "out") as part:
+        part.mkdir()
+        (part / "new").touch()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lost+found", "new"]
 
 
 def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):

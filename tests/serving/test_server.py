@@ -290,9 +290,13 @@ def test_nothing_asked_for_is_not_refused(server):
     )
     asked = {"prompt": "Once", "max_tokens": 4} | dict.fromkeys(fields.split())
     noes = {"logit_bias": {}, "response_format": {"type": "text"}, "store": False, "logprobs": False, "suffix": ""}
-    chat = {"messages": [{"role": "user", "content": "hi", "name": None}], "max_tokens": 4}
+    noes |= {"metadata": {}, "service_tier": "auto", "stop": "", "model": "", "stream_options": {}}
+    parts = [{"type": "text", "text": "hi", "annotations": None}]
+    chat = {"messages": [{"role": "user", "content": parts, "name": None}], "max_tokens": 4, "tools": []}
     chat |= {"max_completion_tokens": None, "top_logprobs": 0, "tool_choice": "none", "temperature": None}
+    chat |= {"functions": [], "function_call": "auto", "parallel_tool_calls": True, "modalities": ["text"]}
     for body, path in ((asked, "/v1/completions"), (asked | noes, "/v1/completions"),
+                       (chat | {"tool_choice": "auto"}, "/v1/chat/completions"),
                        (chat, "/v1/chat/completions")):  # fmt: skip
         reply = post(server, body, path)
         assert reply.status_code == 200, reply.text
@@ -326,6 +330,13 @@ def test_a_body_without_its_type_is_told_which(server):
     reply = httpx.post(f"{server.url}/v1/completions", content=b'{"prompt": "The"}')
     assert reply.status_code == 400
     assert "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"{prompt: 1}", b"[1]", b"", b'"x"'])
+def test_a_body_that_is_no_object_is_told_so(server, body):
+    reply = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("the body must be a JSON object: ")
 
 
 def test_a_foreign_page_gets_nothing_and_may_not_frame_this_one(server):

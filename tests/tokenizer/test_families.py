@@ -154,6 +154,7 @@ TEMPLATES = {
     "names that are not": "{{ pad_token is defined }}{{ cls_token is defined }}{{ unk_token }}",
     "json with an indent": "{{ messages | tojson(indent=2) }}{{ messages | tojson(false) }}",
     "loop controls": LOOP + "{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}",
+    "a date": "{{ strftime_now('%Y-%f') | length }}{{ messages[0].content }}",
     "special": LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.runtime.errors import UserError
+from smollm_jax.tokenizer import train_tokenizer
 from smollm_jax.training.restore import check_settings, resolve_start, vocabulary_follows
 
 
@@ -63,6 +64,25 @@ def test_a_run_stays_on_record_with_the_initial_weights_it_began_with(tmp_path):
         start = resolve_start(config, tmp_path, checkpoints)
         assert start.config.run.scale_residual_init == began
         assert start.notes == []
+
+
+def test_a_tokenizer_that_was_moved_is_the_same_tokenizer(tmp_path):
+    tokenizers = [train_tokenizer(["the cat sat on the mat"] * 9, size) for size in (270, 265)]
+    for name, tokenizer in zip(("new", "other"), tokenizers, strict=True):
+        tokenizer.save(tmp_path / name)
+    config = replace(Config(), data=replace(Config().data, tokenizer=str(tmp_path / "old")))
+    cursor = {"step": 4, "tokenizer": tokenizers[0].fingerprint[:16]}
+    meta = {"progress": {}, "config": to_dict(config), "cursor": cursor}
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=3, keep_every=0)
+    checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, meta)
+    assert checkpoints.wait()
+    moved, other = (
+        replace(config, data=replace(config.data, tokenizer=str(tmp_path / x))) for x in ("new", "other")
+    )
+    (note,) = resolve_start(moved, tmp_path, checkpoints).notes
+    assert "the same tokenizer" in note
+    with pytest.raises(ValueError, match=r"data\.tokenizer was .*old, is .*other"):
+        resolve_start(other, tmp_path, checkpoints)
 
 
 @pytest.fixture
