@@ -101,7 +101,8 @@ class DataConfig:
     """Passes over a finite source, each shuffled anew; 0: for as long as the run lasts."""
     eval_data: str | None = None
     """Held-out source; default: documents of the training source, which training then skips."""
-    eval_documents: int = setting(200, "0 or more")  # Documents held out; 0: none.
+    eval_documents: int = setting(200, "0 or more")
+    """Documents held out; 0: none. Of a source of fewer than ten, the end of the last one is held out."""
     eval_batches: int = setting(16, "at least 1")  # Maximum number of batches per evaluation.
     on_bad_data: Literal["stop", "skip"] = setting("stop", resume="free")
     """What to do with a row that cannot be read: stop the run, or skip and count it."""

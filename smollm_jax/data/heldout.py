@@ -3,6 +3,7 @@
 A held-out document is identified by a hash of its text, so copies of it elsewhere are left out too.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from heapq import merge
@@ -11,20 +12,21 @@ from operator import itemgetter
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, pack
-from smollm_jax.data.shuffle import TokenizedDocument, text_hash, tokenize
+from smollm_jax.data.shuffle import TokenizedDocument, text_hash, tokenize, without
 from smollm_jax.data.sources import Document, mixture, open_source
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 HELD_OUT_EVERY = 10  # every tenth document from the head of a source, until there are enough
+LONGEST_END = 500_000  # characters held out of a single text
 
 
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> list[TokenizedDocument]:
     """Hold out the first documents of `eval_data`, or every tenth from the head of the training sources.
 
-    Of a mixture, the first N have its shares for every N, as an evaluation may read only these. Returns none for
-    `eval_documents=0`. Raises `UserError` if there are none otherwise, and as `open_source` and
-    `Source.documents` do.
+    Of a source of fewer than ten documents, the last tenth of the last one is held out. Of a mixture, the first N
+    have its shares for every N, as an evaluation may read only these. Returns none for `eval_documents=0`. Raises
+    `UserError` if there are none otherwise, and as `open_source` and `Source.documents` do.
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data
@@ -63,10 +65,9 @@ def _all_documents(config: DataConfig, data: str) -> Iterator[Iterator[Document]
 
 def head_texts(config: DataConfig) -> Iterator[str]:
     """Yield texts from the head of each source in turn, without the held-out texts."""
-    excluded = {text_hash(document.text) for document in _held_out_documents(config)}
-    for document in chain.from_iterable(zip_longest(*_all_documents(config, config.data))):
-        if document is not None and text_hash(document.text) not in excluded:
-            yield document.text
+    excluded = {text_hash(one.kept + one.text): len(one.kept) for one in _held_out_documents(config)}
+    documents = chain.from_iterable(zip_longest(*_all_documents(config, config.data)))
+    yield from (document.text for document in without(excluded, filter(None, documents)))
 
 
 def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Document]:
@@ -79,8 +80,23 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
             chosen.setdefault(text_hash(document.text), document)
             if len(chosen) == wanted:
                 break
+        if not chosen and not config.eval_data:
+            chosen = _end_of(open_source(spec, config, resumes=resumes).documents())
         documents = dict(zip(chosen, _ranked(chosen.values(), weight), strict=True)) | documents
     return [document for _, document in sorted(documents.values(), key=itemgetter(0))]
+
+
+def _end_of(documents: Iterable[Document]) -> dict[int, Document]:
+    """Return the last tenth of the last of a few documents, from a line or a word on; none if it is too short."""
+    last = deque(documents, maxlen=1)
+    text = last[0].text if last else ""
+    at = len(text) - min(len(text) // HELD_OUT_EVERY, LONGEST_END)
+    found = [text.find(sign, at) + 1 for sign in "\n "]
+    at = next((place for place in found if place and text[place:].strip()), at)
+    if not text[:at].strip() or not text[at:].strip():
+        return {}
+    end = replace(last[0], text=text[at:], kept=text[:at])
+    return {text_hash(end.text): end}
 
 
 def _ranked(documents: Iterable[Document], weight: float) -> Iterator[tuple[float, Document]]:

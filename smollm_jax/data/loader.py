@@ -161,7 +161,8 @@ class Loader:
         self.config, self.tokenizer = config, tokenizer
         self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
         self._report_copies()
-        self.excluded = frozenset(text_hash(document.text) for document, _ in held_out)
+        # of each text of which something is held out, the characters that are trained on
+        self.excluded = {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
         self.shards = list(range(data.shards) if shards is None else shards)
         self.fixed: Cursor = {
             "shards": data.shards,

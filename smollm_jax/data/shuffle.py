@@ -6,6 +6,7 @@ window again. While one window is in use, a background thread reads the next, so
 
 import atexit
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,6 +29,16 @@ TokenizedDocument = tuple[Document, np.ndarray]
 
 def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield documents without what is held out; `excluded` has the characters to keep by the hash of a text."""
+    for document in documents:
+        kept = excluded.get(text_hash(document.text), len(document.text))
+        if kept == len(document.text):
+            yield document
+        elif kept:
+            yield replace(document, text=document.text[:kept])
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
@@ -67,7 +78,7 @@ class ShuffledSource:
     """
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, *, seed: list[int], excluded: frozenset[int], shard: Shard
+        self, source: Source, tokenizer: Tokenizer, *, seed: list[int], excluded: dict[int, int], shard: Shard
     ):
         self.source, self.tokenizer, self.excluded, self.shard = source, tokenizer, excluded, shard
         self.seed = seed if shard == WHOLE else [*seed, shard.index]
@@ -146,8 +157,7 @@ class ShuffledSource:
         size = max(self.source.settings.shuffle_window // self.shard.count, 1)
         skipped: list[str] = []
         documents = self.source.documents(state["window"], skipped, self.shard)
-        kept = (document for document in documents if text_hash(document.text) not in self.excluded)
-        in_order = list(tokenize(islice(kept, size), self.tokenizer))
+        in_order = list(tokenize(islice(without(self.excluded, documents), size), self.tokenizer))
         epoch, number = state["epoch"], state["number"]
         if len(in_order) == size:
             following = {"window": in_order[-1][0].cursor, "number": number + 1, "index": 0, "epoch": epoch}

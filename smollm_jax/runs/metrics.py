@@ -74,7 +74,7 @@ class RunMetrics:
         )
 
     def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
-        """Record a held-out loss and the continuations of prompts, and draw loss.png.
+        """Record a held-out loss, if there is one, and the continuations of prompts, and draw loss.png.
 
         The line in metrics.jsonl comes last: if it is there, the samples are too.
         """
@@ -88,10 +88,11 @@ class RunMetrics:
             self._board.write(step, summary=partial(_summary, "text", f"samples/{prompt}", shown))
         self._samples.write("\n".join(written) + "\n")
         self._record(line)
-        self.say(
-            f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
-            f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
-        )
+        if "eval_loss" in line:
+            self.say(
+                f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
+                f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
+            )
         for prompt, text in samples[:1]:
             self.say(f"  {prompt}⟶{' '.join(text.split())}")
         draw(self.run_dir, self.run_dir / "loss.png", self.say)

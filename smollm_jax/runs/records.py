@@ -54,7 +54,9 @@ def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
     lines = read_metrics(run_dir)
     kept = [values for values in lines if values["step"] <= step]
-    evaluated = max((values["step"] for values in kept if "eval_loss" in values), default=0)
+    evaluated = max(
+        (values["step"] for values in kept if {"eval_seconds", "eval_loss"} & values.keys()), default=0
+    )
 
     def is_kept(line: str) -> bool:
         number = line.removeprefix(SAMPLES_OF)

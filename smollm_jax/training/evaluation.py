@@ -102,11 +102,12 @@ def evaluate_model(
 
 
 def evaluate_run(run: Run) -> None:
-    """Record held-out loss and samples and draw loss.png; a stopped evaluation is left to the next start.
+    """Record held-out loss, if a text is held out, and samples, and draw loss.png.
 
-    While the main thread compiles for minutes, another thread handles a stop request by calling `save`.
+    A stopped evaluation is left to the next start. While the main thread compiles for minutes, another thread
+    handles a stop request by calling `save`.
     """
-    if not run.heldout or run.interrupted:
+    if run.interrupted:
         return
     began, config, parts = time.monotonic(), run.config, run.config.compute.grad_accum
     batches = pack_to_score(run.heldout, run.tokenizer, config.data.seq_len, config.main_batch_size // parts)
@@ -117,13 +118,14 @@ def evaluate_run(run: Run) -> None:
         texts = sample(run)
     if run.interrupted:
         return
-    line = {
-        "step": run.progress.step,
-        "eval_loss": finite_or_none(score.loss),
-        "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
-        "eval_tokens": score.tokens,
-        "eval_seconds": time.monotonic() - began,
-    }
+    line: dict[str, Any] = {"step": run.progress.step, "time": time.time()}
+    if run.heldout:
+        line |= {
+            "eval_loss": finite_or_none(score.loss),
+            "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
+            "eval_tokens": score.tokens,
+        }
+    line["eval_seconds"] = time.monotonic() - began
     with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)
     run.evaluated = run.progress.step

@@ -262,7 +262,7 @@ def test_closing_while_the_window_read_ahead_is_taken_is_no_fault(tmp_path, toke
             self.ahead = value
 
     source = open_source(str(tmp_path / "a.jsonl"), config_of(tmp_path, "a.jsonl"))
-    shuffled = Taken(source, tokenizer, seed=[3, 0], excluded=frozenset(), shard=WHOLE)
+    shuffled = Taken(source, tokenizer, seed=[3, 0], excluded={}, shard=WHOLE)
     shuffled.prepare()
     shuffled.close()
 
@@ -272,7 +272,7 @@ def test_shards_are_shuffled_each_in_its_own_order(tmp_path, tokenizer):
     source = open_source(str(tmp_path / "a.jsonl"), config_of(tmp_path, "a.jsonl", shuffle_window=64))
     orders = []
     for index in range(2):
-        shuffled = ShuffledSource(source, tokenizer, seed=[3, 0], excluded=frozenset(), shard=Shard(index, 2))
+        shuffled = ShuffledSource(source, tokenizer, seed=[3, 0], excluded={}, shard=Shard(index, 2))
         orders.append([shuffled.draw()[0].row // 2 for _ in range(32)])
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(32))
     assert orders[0] != orders[1]
@@ -444,9 +444,7 @@ def test_bad_data_stops_the_stream_where_it_is_reached_and_not_before(tmp_path, 
 
 def test_the_next_window_is_read_while_this_one_is_in_use(folder, tokenizer):
     config = config_of(folder, epochs=0)
-    source = ShuffledSource(
-        open_source(config.data, config), tokenizer, seed=[0, 0], excluded=frozenset(), shard=WHOLE
-    )
+    source = ShuffledSource(open_source(config.data, config), tokenizer, seed=[0, 0], excluded={}, shard=WHOLE)
     for number in range(1, 6):
         document, _ = source.draw()
         window = source._next.result(30)

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.settings import Config, DataConfig
 from smollm_jax.data import readers, sources
-from smollm_jax.data.heldout import held_out
+from smollm_jax.data.heldout import head_texts, held_out
+from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.data.python_docs import python_docs
+from smollm_jax.data.shuffle import without
 from smollm_jax.data.sources import mixture, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
@@ -371,11 +373,36 @@ def test_a_split_of_local_files_is_not_dropped_in_silence(tmp_path, capsys):
     assert "--split test is for datasets on the Hub" in capsys.readouterr().err
 
 
-def test_one_document_of_lines_says_why_nothing_can_be_held_out(tmp_path):
-    (tmp_path / "l.txt").write_text("A sentence.\n" * 50)
-    words = r"holds 1 documents, of which every 10th is held out; in a \.txt file a blank line ends a document"
-    with pytest.raises(ValueError, match=words):
-        held_out(DataConfig(data=str(tmp_path / "l.txt")), small_tokenizer())
+def test_of_a_single_text_the_end_is_held_out_and_never_trained_on(tmp_path):
+    sentences = [f"Sentence {i} of one long text.\n" for i in range(100)]
+    (tmp_path / "l.txt").write_text("".join(sentences))
+    config, tokenizer = Config(data=DataConfig(data=str(tmp_path / "l.txt"), seq_len=32)), small_tokenizer()
+    ((end, _),) = held_out(config.data, tokenizer)
+    assert end.text.splitlines(keepends=True) == [*sentences[91:-1], sentences[-1].rstrip()]
+    loader = Loader(config, tokenizer, held_out(config.data, tokenizer))
+    (trained,) = without(loader.excluded, open_source(config.data.data, config.data).documents())
+    assert trained.text == "".join(sentences[:91])
+    assert list(head_texts(config.data)) == [trained.text]
+    batch, _ = next(BatchIterator(loader, None))
+    assert tokenizer.decode(batch.tokens[0]) in trained.text
+
+
+@pytest.mark.parametrize("text", ["one", "word"])
+def test_a_text_too_short_to_hold_out_its_end_is_one_line(tmp_path, text):
+    path = write_jsonl(tmp_path / "a.jsonl", [text])
+    with pytest.raises(ValueError, match="holds 1 documents, of which every 10th is held out"):
+        held_out(DataConfig(data=str(path)), small_tokenizer())
+
+
+def test_of_a_few_texts_the_end_of_the_last_is_held_out(tmp_path):
+    texts = [f"The text {i} has a beginning, a middle, some more words, and at last an end." for i in range(5)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    ((end, _),) = held_out(DataConfig(data=str(path)), small_tokenizer())
+    assert end.kept + end.text == texts[-1]
+    assert 0 < len(end.text) < 15
+    path = write_jsonl(tmp_path / "b.jsonl", ["a" * 300])  # no line and no word ends
+    ((end, _),) = held_out(DataConfig(data=str(path)), small_tokenizer())
+    assert end.text == "a" * 30
 
 
 @pytest.mark.parametrize(("between", "said"), [("\n", "is one document of 200 lines"), ("\n\n", "")])
