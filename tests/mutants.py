@@ -98,7 +98,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "tests/data"),
     Mutant("rows without their overlap", "data/packing.py", "self._offset -= 1", "self._offset -= 0",
            "tests/data"),
-    Mutant("held-out documents trained on", "data/shuffle.py", 
+    Mutant("held-out documents trained on", "data/shuffle.py",
            "excluded.get(text_hash(document.text), len(document.text))", "len(document.text)",
            "tests/data"),
     Mutant("a resume forgets the offset", "data/loader.py", "offset or 0", "0", "tests/data"),

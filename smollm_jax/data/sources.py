@@ -47,8 +47,7 @@ class Document:
     row: int
     cursor: Cursor = field(repr=False)
     """From here the next document follows."""
-    kept: str = field(default="", repr=False)
-    """Of a held-out end of a text, its beginning, which is trained on."""
+    kept: str = field(default="", repr=False)  # of a held-out end of a text, its beginning
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
+from smollm_jax.hf.card import About, model_card
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
-from smollm_jax.hf.publish import CURVE, model_card, refuse_foreign, write_card
+from smollm_jax.hf.publish import CURVE, refuse_foreign, write_card
 from smollm_jax.hf.reader import INDEX, read_folder
 from smollm_jax.runtime.errors import UserError, one_line, require, say
 from smollm_jax.runtime.files import moved_aside, named_failure, written_aside
@@ -80,7 +81,7 @@ def export_folder(
     *,
     dtype: str = "float32",
     tokenizer_folder: str | Path | None = None,
-    card_facts: dict[str, Any] | None = None,
+    about: About | None = None,
     curve: Path | Callable[[Path], bool] | None = None,
     verify: bool = True,
     aside: bool = False,
@@ -106,7 +107,9 @@ def export_folder(
         if isinstance(curve, Path):
             shutil.copyfile(curve, part / CURVE)
         drawn = curve(part / CURVE) if callable(curve) else curve is not None
-        write_card(part, model_card(config, card_facts or {}, dtype=dtype, checked=checked, curve=drawn))
+        picture = CURVE if drawn else None
+        card = model_card(config, about or About(), dtype=dtype, checked=checked, picture=picture)
+        write_card(part, card)
         _make_way(out, part, aside=aside)  # again: writing took a while
     return checked
 

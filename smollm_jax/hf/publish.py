@@ -1,4 +1,4 @@
-"""Publish an exported folder: its model card, and its upload to the Hugging Face Hub.
+"""Publish an exported folder: what it holds and whether that was changed, and its upload to the Hub.
 
 Only files that an export consists of are uploaded, no other file in the folder. huggingface_hub handles the token
 (HF_TOKEN or `hf auth login`); this module neither reads nor prints it.
@@ -8,11 +8,10 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.hf.card import PLACE, REPO
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.reader import INDEX, tensor_files
 from smollm_jax.runtime.background import BackgroundTask
@@ -22,8 +21,6 @@ from smollm_jax.tokenizer.tokenizer import FILES
 
 ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer; bytes per second
 CARD, CURVE = "README.md", "loss.png"
-# https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
-REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 # exact names: a person keeps notes beside an export, under names such as tokenizer_notes.md
 NAMES = {"config.json", "generation_config.json", INDEX, *FILES, CARD, CURVE}
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
@@ -84,6 +81,8 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     folder = expand_home(folder)
     require(bool(REPO.fullmatch(repo)), f"repository {repo!r} must read OWNER/NAME")
     require(folder.is_dir(), f"there is no folder {folder}; python -m smollm_jax export makes one")
+    is_run = (folder / "checkpoints").is_dir()
+    require(not is_run, f"{folder} is a run; push {folder / 'export'}, or the folder that export wrote")
     require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
     model_config(read_json(folder / "config.json"))
     tensor_files(folder)  # raises if weights are missing
@@ -102,55 +101,21 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     require(get_token() is not None, "no Hub token; set HF_TOKEN or run: hf auth login")
     create = partial(HfApi().create_repo, repo, private=private, exist_ok=True)
     upload = partial(
-        HfApi().upload_folder, repo_id=repo, folder_path=folder, allow_patterns=list(sizes),
+        HfApi().upload_folder, repo_id=repo, folder_path=folder, allow_patterns=sorted({*sizes} - {CARD}),
         commit_message="Exported by smollm-jax",
+    )  # fmt: skip
+    # the card with the model's new name, and without the checksums, which are for the folder
+    card = RECORD.sub(b"", (folder / CARD).read_bytes()) if CARD in sizes else b""
+    describe = partial(
+        HfApi().upload_file, path_or_fileobj=card.replace(PLACE.encode(), repo.encode()), path_in_repo=CARD,
+        repo_id=repo, commit_message="Model card",
     )  # fmt: skip
     try:
         address = BackgroundTask(create).result(ANSWER_SECONDS)
         say(f"uploading {sum(sizes.values()):,} bytes to {address}")
         BackgroundTask(upload).result(ANSWER_SECONDS + sum(sizes.values()) / SLOWEST_BYTES)
+        if card:
+            BackgroundTask(describe).result(ANSWER_SECONDS)
     except Exception as error:  # its kind differs between releases of the client
         raise UserError(f"{repo} could not be written on the Hub: {one_line(error)}") from None
     return str(address)
-
-
-def model_card(config: ModelConfig, facts: dict[str, Any], *, dtype: str, checked: str, curve: bool) -> str:
-    """Return Markdown with the front matter that the Hub reads; `facts` by label, left out if None."""
-    rows = {"Parameters": f"{config.num_parameters:,}", "File dtype": dtype}
-    rows |= {label: _cell(value) for label, value in facts.items() if value is not None}
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
-    picture = f"\n![loss]({CURVE})\n" if curve else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- llama
-- smollm
-- jax
----
-
-# A SmolLM2-class model
-
-Trained with smollm-jax. A base model: it continues text and follows no instructions.
-
-| | |
-|---|---|
-{table}
-{picture}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))
-```
-
-Check at export: {checked}.
-"""
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return "`" + value.replace("|", "\\|") + "`"  # a bar would end the cell
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

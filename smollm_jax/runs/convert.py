@@ -7,19 +7,25 @@ import os
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
+from smollm_jax import __version__
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.data.sources import mixture
+from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.publish import refuse_links
 from smollm_jax.hf.reader import local_folder
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
+from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import read_metrics
+from smollm_jax.runs.records import evaluations, last_sample, read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import clean_left_overs, expand_home, held_in, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer
@@ -43,21 +49,49 @@ def export_run(
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
     found, params = read_params(run_dir / "checkpoints", step)
-    evaluations = [x for x in read_metrics(run_dir) if "eval_loss" in x and x["step"] <= found.step]
-    held_out = evaluations[-1] if evaluations else {}
-    facts = {
+    model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
+    return found.step, export_folder(
+        params, model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", about=about_run(run_dir, found),
+        curve=partial(draw, run_dir), verify=verify, aside=aside,
+    )  # fmt: skip
+
+
+def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
+    """Return what the card of an export says of a run at a checkpoint."""
+    config, progress = read_run(run_dir), found.meta.get("progress", {})
+    lines = [line for line in read_metrics(run_dir) if line["step"] <= found.step]
+    held_out, computed = (evaluations(lines) or [{}])[-1], found.meta.get("computed", {})
+    speeds = sorted(x["tokens_per_second"] for x in lines if x.get("tokens_per_second")) or [None]
+    sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data)]
+    began = config.run.init_from or found.meta.get("imported_from")
+    rows = {
         "Recipe": config.recipe,
         "Data": config.data.data,
         "Steps": found.step,
-        "Tokens": found.meta.get("progress", {}).get("tokens"),
-        "Held-out loss (nats a token)": held_out.get("eval_loss"),
+        "Tokens": progress.get("tokens"),
+        "Batch (sequences)": config.main_batch_size,
+        "Sequence length": config.data.seq_len,
+        "Peak learning rate": config.optimizer.learning_rate,
+        "Schedule": config.optimizer.schedule,
+        "Began with": began,
+        "Held-out loss (nats per token)": held_out.get("eval_loss"),
         "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
+        "Computed on": f"{computed['devices']} x {computed['platform']}, {computed['dtype']}"
+        if computed
+        else None,
+        "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
+        "Time": progress.get("elapsed_seconds") and duration(progress["elapsed_seconds"]),
+        "Versions": f"smollm-jax {__version__}, jax {version('jax')}, flax {version('flax')}",
     }
-    model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
-    return found.step, export_folder(
-        params, model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", card_facts=facts,
-        curve=partial(draw, run_dir), verify=verify, aside=aside,
-    )  # fmt: skip
+    prompt, sample = last_sample(run_dir, found.step)
+    return About(
+        title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
+        rows=rows if progress else {"Began with": began},
+        datasets=tuple(name for name in sources if REPO.fullmatch(name) and not Path(name).exists()),
+        base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
+        prompt=prompt or (config.run.sample_prompts or ("Once upon a time",))[0],
+        sample=sample,
+    )
 
 
 def require_exportable(model: ModelConfig) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import SAMPLES_OF
+from smollm_jax.runs.records import BETWEEN, SAMPLES_OF
 from smollm_jax.runtime.errors import one_line, printable, say
 
 # the groups in which TensorBoard shows the fields of a line; what is not named is left out
@@ -82,9 +82,9 @@ class RunMetrics:
         written = [f"{SAMPLES_OF}{step}"]
         for prompt, text in samples:
             # a margin keeps a sample's own lines from looking like a heading
-            written += [f"  {line}" for line in (prompt + "⟶" + text).splitlines()]
+            written += [f"  {line}" for line in (prompt + BETWEEN + text).splitlines()]
             # an indented block: no sign in it is Markdown's
-            shown = "".join(f"    {line}\n" for line in f"{prompt}⟶{text}".splitlines())
+            shown = "".join(f"    {line}\n" for line in f"{prompt}{BETWEEN}{text}".splitlines())
             self._board.write(step, summary=partial(_summary, "text", f"samples/{prompt}", shown))
         self._samples.write("\n".join(written) + "\n")
         self._record(line)
@@ -94,7 +94,7 @@ class RunMetrics:
                 f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
             )
         for prompt, text in samples[:1]:
-            self.say(f"  {prompt}⟶{' '.join(text.split())}")
+            self.say(f"  {prompt}{BETWEEN}{' '.join(text.split())}")
         draw(self.run_dir, self.run_dir / "loss.png", self.say)
 
     def say(self, message: str) -> None:
@@ -196,7 +196,7 @@ def duration(seconds: float) -> str:
     for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"about {seconds / size:,.0f} {unit}"
-    return f"about {max(seconds, 1):.0f} seconds"
+    return f"about {max(seconds, 2):.0f} seconds"
 
 
 def finite_or_none(value: float) -> float | None:

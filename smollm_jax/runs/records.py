@@ -10,6 +10,7 @@ from typing import Any
 from smollm_jax.runtime.files import written_aside
 
 SAMPLES_OF = "=== step "
+BETWEEN = "⟶"  # a prompt and its continuation
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -67,6 +68,22 @@ def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
     if samples.is_file():
         _rewrite(samples, takewhile(is_kept, _lines(samples)))
     return evaluated, {values["step"]: values["ledger"] for values in lines if "ledger" in values}
+
+
+def last_sample(run_dir: Path, step: int) -> tuple[str, str]:
+    """Return a prompt and its continuation at the last evaluation up to `step`, empty if there is none."""
+    block: list[str] = []
+    for line in _lines(run_dir / "samples.txt"):
+        number = line.removeprefix(SAMPLES_OF)
+        if number == line:
+            block.append(line.removeprefix("  "))
+        elif len(number) < 20 and number.isdecimal() and int(number) <= step:
+            block = []
+        else:
+            break
+    starts = [i for i, line in enumerate(block) if BETWEEN in line]
+    prompt, _, text = "\n".join(block[: starts[1] if len(starts) > 1 else None]).partition(BETWEEN)
+    return (prompt, text.rstrip()) if starts else ("", "")
 
 
 def _rewrite(path: Path, lines: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from smollm_jax import load_hf, save_hf
 from smollm_jax.config.architecture import MODELS
 from smollm_jax.hf import export as convert
+from smollm_jax.hf.card import About
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import MARK, export_folder, write_folder
 from smollm_jax.hf.mapping import TABLE
@@ -114,14 +115,14 @@ def test_an_export_holds_what_the_published_repository_has(tmp_path, tokenizer_f
     curve.write_bytes(b"png")
     facts = {"Recipe": "replica", "Data": "A=0.7|B", "Steps": 5_000, "Tokens": None, "Held-out loss": 3.14159}
     params, out = numpy_params(TINY), tmp_path / "out"
-    export_folder(params, TINY, out, tokenizer_folder=tokenizer_folder, card_facts=facts, curve=curve)
+    export_folder(params, TINY, out, tokenizer_folder=tokenizer_folder, about=About(rows=facts), curve=curve)
     held = {path.name for path in (tmp_path / "out").iterdir()}
     assert held == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
         "README.md", "loss.png",
     }  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ("`replica`", "`A=0.7\\|B`", "5,000", "3.1416", "loss.png", "Check at export: logits"):
+    for words in ("`replica`", "`A=0.7\\|B`", "5,000", "3.142", "loss.png", "Check at export: logits"):
         assert words in card
     assert "Tokens" not in card
 

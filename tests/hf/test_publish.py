@@ -32,12 +32,18 @@ def test_a_push_sends_the_listed_files_alone(folder, monkeypatch):
         def upload_folder(self, **kw):
             sent["files"] = kw["allow_patterns"]
 
+        def upload_file(self, **kw):
+            sent["card"] = kw["path_or_fileobj"].decode()
+            sent["files"].append(kw["path_in_repo"])
+
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "x")
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     (folder / "secrets.env").write_text("TOKEN")
     assert push(folder, "me/model") == "https://hub/me/model"
     assert sent["made"] == ("me/model", {"private": False, "exist_ok": True})
     assert sorted(sent["files"]) == sorted(p.name for p in folder.iterdir() if p.name != "secrets.env")
+    assert 'pipeline("text-generation", "me/model")' in sent["card"]
+    assert "checksums" not in sent["card"]
 
 
 def test_a_hub_that_accepts_and_never_answers_is_given_up(folder, monkeypatch):
@@ -65,6 +71,9 @@ def test_a_push_without_token_network_or_export_is_one_line(folder, tmp_path, mo
     with pytest.raises(ValueError, match="must read OWNER/NAME"):
         push(folder, "model")
     with pytest.raises(ValueError, match=r"no config\.json"):
+        push(tmp_path, "me/model")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"is a run; push .*/export"):
         push(tmp_path, "me/model")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):

@@ -12,10 +12,11 @@ from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import Config, RunConfig
 from smollm_jax.hf import export as convert
+from smollm_jax.hf.card import model_card
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
-from smollm_jax.runs.convert import export_run, import_run
+from smollm_jax.runs.convert import about_run, export_run, import_run
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
 from smollm_jax.tokenizer.load import train_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -278,3 +279,36 @@ def test_a_chat_template_without_a_usable_name_is_none(folder, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(values | {"chat_template": [{"name": ["x"]}]}))
     import_run(folder, tmp_path / "run")
     assert load_model(tmp_path / "run")[2].chat_template is None
+
+
+def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
+    import_run(folder, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text(
+        '{"step": 0, "loss": 2.0, "tokens_per_second": 1234.6}\n'
+        '{"step": 0, "eval_loss": 2.5, "eval_bits_per_byte": 1.25, "eval_seconds": 1}\n'
+    )
+    (tmp_path / "run/samples.txt").write_text(
+        "=== step 0\n  The⟶ cat\n  sat | there\n  Once⟶ more\n=== step 9\n  The⟶ end\n"
+    )
+    values = json.loads((tmp_path / "run/config.json").read_text())
+    values["data"]["data"] = "HuggingFaceTB/smollm-corpus:cosmopedia-v2=0.7,a/b.jsonl=0.3"
+    (tmp_path / "run/config.json").write_text(json.dumps(values))
+    found, _ = read_params(tmp_path / "run/checkpoints")
+    found.meta.update(
+        {
+            "progress": {"tokens": 5_000, "elapsed_seconds": 200.0},
+            "imported_from": "HuggingFaceTB/SmolLM2-135M",
+        }
+    )
+    about = about_run(tmp_path / "run", found)
+    card = model_card(CONFIG, about, dtype="float32", checked="yes", picture=None)
+    for words in (
+        "license: apache-2.0", "base_model: HuggingFaceTB/SmolLM2-135M", "- HuggingFaceTB/smollm-corpus\n",
+        "# run\n",
+        "| Tokens | 5,000 |", "| Held-out bits per byte | 1.25 |", "| Tokens per second | 1,235 |",
+        "about 3 minutes",
+        "    The cat\n    sat | there\n", "write('The'",
+    ):  # fmt: skip
+        assert words in card, words
+    assert "b.jsonl" not in card.partition("---\n# ")[0].partition("tags")[0]
+    assert "end" not in card

@@ -155,7 +155,7 @@ def test_no_run_ends_for_a_picture(tmp_path, monkeypatch, capsys, error):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.2, "1 seconds"), (40, "40 seconds"), (200, "3 minutes"), (9_000, "2 hours"), (1_700_000, "20 days")],
+    [(0.2, "2 seconds"), (40, "40 seconds"), (200, "3 minutes"), (9_000, "2 hours"), (1_700_000, "20 days")],
 )
 def test_a_duration_is_said_as_people_say_it(seconds, words):
     assert duration(seconds) == f"about {words}"

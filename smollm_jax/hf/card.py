@@ -1,0 +1,70 @@
+"""The model card of an export: what the model is, what it learned from, how to use it."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from smollm_jax.config.architecture import ModelConfig
+
+LICENSE = "apache-2.0"  # of SmolLM2; who trains on other terms edits the card
+PLACE = "PATH"  # of the folder, until it is pushed
+# https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
+REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says beside the architecture; all of it may be unknown."""
+
+    title: str = "A SmolLM2-class model"
+    rows: dict[str, Any] = field(default_factory=dict)
+    """Facts by label; None leaves one out."""
+    datasets: tuple[str, ...] = ()
+    """Hub ids of what it was trained on."""
+    base_model: str | None = None
+    """Hub id of the weights it began with."""
+    prompt: str = "Once upon a time"
+    sample: str = ""
+    """What it wrote after the prompt."""
+
+
+def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None) -> str:
+    """Return Markdown with the front matter that the Hub reads."""
+    rows = {"Parameters": f"{config.num_parameters:,}", "File dtype": dtype}
+    rows |= {label: _cell(value) for label, value in about.rows.items() if value is not None}
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
+    head = [f"license: {LICENSE}", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"base_model: {about.base_model}"] if about.base_model else []
+    head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
+    head += ["tags:", "- llama", "- smollm", "- jax"]
+    parts = [
+        "\n".join(["---", *head, "---"]),
+        f"# {' '.join(about.title.split())}",
+        "Trained with smollm-jax. A base model: it continues text and follows no instructions.",
+        f"| | |\n|---|---|\n{table}",
+        *([f"![loss]({picture})"] if picture else []),
+        f"""```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "{PLACE}")
+print(write({about.prompt!r}, max_new_tokens=64)[0]["generated_text"])
+```""",
+        *(
+            [f"A sample from the end of the training:\n\n{_quoted(about.prompt + about.sample)}"]
+            if about.sample
+            else []
+        ),
+        f"Check at export: {checked}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return "`" + value.replace("|", "\\|") + "`"  # a bar would end the cell
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as an indented block, in which no sign is Markdown's."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
