@@ -213,7 +213,7 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
     if spec.startswith("builtin:"):
         require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
         return PythonDocsSource(settings)
-    if not _looks_local(spec):
+    if not looks_local(spec):
         return HubSource(spec, settings, resumes=resumes)
     if settings.split != DataConfig.split:
         say_once(f"--split {settings.split} is for datasets on the Hub; {spec} is read as a whole")
@@ -284,7 +284,7 @@ def _is_path(spec: str) -> bool:
     return os.path.exists(spec) or os.path.exists(os.path.expanduser(spec))
 
 
-def _looks_local(spec: str) -> bool:
+def looks_local(spec: str) -> bool:
     path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or _is_path(spec)
     return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
 

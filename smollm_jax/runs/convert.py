@@ -16,7 +16,7 @@ from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.data.sources import mixture
+from smollm_jax.data.sources import looks_local, mixture
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
@@ -62,7 +62,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     lines = [line for line in read_metrics(run_dir) if line["step"] <= found.step]
     held_out, computed = (evaluations(lines) or [{}])[-1], found.meta.get("computed", {})
     speeds = sorted(x["tokens_per_second"] for x in lines if x.get("tokens_per_second")) or [None]
-    sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data)]
+    sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data) if not looks_local(spec)]
     began = config.run.init_from or found.meta.get("imported_from")
     rows = {
         "Recipe": config.recipe,
@@ -87,7 +87,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     return About(
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
         rows=rows if progress else {"Began with": began},
-        datasets=tuple(name for name in sources if REPO.fullmatch(name) and not Path(name).exists()),
+        datasets=tuple(name for name in sources if REPO.fullmatch(name)),
         base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
         prompt=prompt or (config.run.sample_prompts or ("Once upon a time",))[0],
         sample=sample,
