@@ -311,4 +311,4 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
     ):  # fmt: skip
         assert words in card, words
     assert "b.jsonl" not in card.partition("---\n# ")[0].partition("tags")[0]
-    assert "end" not in card
+    assert "The end" not in card
