@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import leads_out, written_aside
+from smollm_jax.runtime.files import leads_out, read_whole, written_aside
 
 EOS = "<|endoftext|>"
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
@@ -56,7 +56,7 @@ class Tokenizer:
         """Read a folder; raises `UserError` if it holds no usable tokenizer."""
         folder = Path(folder)
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
-        self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self.files = {name: read_whole(folder / name) for name in FILES if (folder / name).is_file()}
         self.outside = next((folder / name for name in self.files if leads_out(folder / name)), None)
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
