@@ -82,6 +82,8 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if message["status"] == 500 and scope["path"].startswith("/gradio_api/"):
+                    message = message | {"status": 400}  # Gradio's answer to whatever a client sends wrong
                 if guess and message["status"] == (400 if guess[1] else 401):
                     self._failed(guess)
             await send(message)

@@ -15,7 +15,7 @@ from smollm_jax.serving import sessions  # noqa: E402 - they need gradio
 from smollm_jax.serving.app import build_app, listen  # noqa: E402
 from smollm_jax.serving.completion import Completer  # noqa: E402
 from smollm_jax.serving.scheduler import Scheduler  # noqa: E402
-from smollm_jax.tokenizer.tokenizer import train_tokenizer  # noqa: E402
+from smollm_jax.tokenizer.load import train_tokenizer  # noqa: E402
 from tests.serving.test_scheduler import Gated  # noqa: E402
 from tests.support.server import TEXTS  # noqa: E402
 
@@ -88,3 +88,33 @@ def test_sessions_are_few_and_a_failed_event_logs_one_line(monkeypatch, capfd):
     assert printed.count("a request to the page failed") == 12
     assert not [word for word in ("forged", "secret", "\x1b", "Traceback") if word in printed]
     assert len(printed.splitlines()) < 20, json.dumps(printed)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("reset", '{"event_id": 1e999}'),  # no JSON can quote these two
+        ("reset", '{"x": "\\ud800"}'),
+        ("run/predict", '{"data": [], "fn_index": 99, "session_hash": "a"}'),
+        ("run/predict", '{"data": ["secret"], "fn_index": 0, "session_hash": "a"}'),
+        ("call/generate", '{"data": 1e999}'),
+    ],
+)
+def test_what_gradio_does_not_take_is_the_clients_mistake(capfd, path, body):
+    with served(Gated()) as (_, _, client):
+        given = {"content": body, "headers": {"Content-Type": "application/json"}}
+        answer = client.post(f"/gradio_api/{path}", **given)
+        assert answer.status_code == 400
+        assert "the page does not take this request" in answer.text
+    printed = capfd.readouterr().err
+    assert not [word for word in ("secret", "Traceback") if word in printed]
+    assert len(printed.splitlines()) < 5
+
+
+def test_a_components_own_error_is_not_printed_with_what_it_quotes(capfd):
+    with served(Gated()) as (_, page, client):
+        choice = next(i for i, event in page.fns.items() if type(event.inputs and event.inputs[0]).__name__ == "Radio")
+        asked = {"data": ["secret"], "fn_index": choice, "session_hash": "a"}
+        client.post("/gradio_api/queue/join", json=asked).raise_for_status()
+        until(lambda: not page._queue.event_ids_to_events)
+    assert "secret" not in capfd.readouterr().err
