@@ -202,7 +202,7 @@ class Requests:
         assert self.server.process.poll() is None, "the server has ended"
         assert status is None or status < 500, f"status {status}: {body[:300]!r}; {self.logged()[-500:]}"
         told = self.logged()
-        assert "Traceback" not in told, told[-600:]
+        assert "Traceback" not in told, told[-2_500:]
 
     def logged(self) -> str:
         with self.server.log.open("rb") as log:
@@ -225,7 +225,7 @@ class Requests:
                 time.sleep(0.2)
             assert status == 200, f"{status} {answer[:300]!r}"
             assert b'"choices"' in answer
-        assert "Traceback" not in (told := self.logged()), told[-600:]
+        assert "Traceback" not in (told := self.logged()), told[-2_500:]
 
     def close(self) -> None:
         self.sound()

@@ -84,7 +84,7 @@ def attempt(attempts: Attempts) -> tuple[str, str]:
             last = traceback.extract_tb(error.__traceback__)
             ours = [f"{Path(f.filename).name}:{f.lineno}" for f in last if "smollm_jax" in f.filename][-3:]
             where = f"{Path(last[-1].filename).name}:{last[-1].lineno}"
-            text = " ".join(str(error).split())[:300]
+            text = " ".join(str(error).split())[:3_000]
             return "failed", f"{label}: {type(error).__name__}: {text} ({' '.join(ours)}, at {where})"
     return "refused" if refused else "accepted", ""
 
