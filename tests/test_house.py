@@ -29,7 +29,7 @@ HOUSE = {
     "generation": ("kernels model config runtime", 565),
     "runs": ("hf checkpoint data tokenizer config runtime", 586),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_569),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_590),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_593),
     "planning": ("training kernels distributed model config runtime", 477),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 385),
 }

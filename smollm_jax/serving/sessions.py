@@ -22,7 +22,7 @@ UNREAD_SECONDS = 5  # for a client to fetch the next message of its event
 def keep_little(page: gr.Blocks) -> None:
     """Limit sessions, and let a failed event print one line without its inputs; to be called before mounting."""
     page.state_session_capacity = MOST_SESSIONS
-    process = page.process_api
+    process, queue, send = page.process_api, page._queue, page._queue.send_message
 
     async def process_api(*arguments: Any, **named: Any) -> Any:
         try:
@@ -34,7 +34,14 @@ def keep_little(page: gr.Blocks) -> None:
             say(f"a request to the page failed: {place_of(error)}")
             raise gr.Error("the page does not take this request", print_exception=False) from None
 
+    def send_message(event: Any, message: Any) -> None:
+        if event.session_hash in queue.pending_messages_per_session:
+            send(event, message)
+        else:  # ended by `end_unread`, or the oldest of too many
+            event.alive = False
+
     page.process_api = process_api  # type: ignore[method-assign]
+    queue.send_message = send_message  # type: ignore[method-assign]
 
 
 def refuse_clearly(mounted: Any) -> None:

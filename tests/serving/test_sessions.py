@@ -118,3 +118,16 @@ def test_a_components_own_error_is_not_printed_with_what_it_quotes(capfd):
         client.post("/gradio_api/queue/join", json=asked).raise_for_status()
         until(lambda: not page._queue.event_ids_to_events)
     assert "secret" not in capfd.readouterr().err
+
+
+def test_an_event_whose_session_is_gone_ends_without_a_traceback(capfd):
+    """Such as one that `end_unread` ends between two steps of Gradio's queue."""
+    with served(Gated()) as (scheduler, page, client):
+        client.post(CALL, json={"data": ASKED}).raise_for_status()
+        until(lambda: scheduler.waiting == 1)
+        page._queue.pending_messages_per_session.clear()
+        for _ in range(9):
+            scheduler.completer.engine.gate.release()
+        until(lambda: scheduler.waiting == 0)
+        time.sleep(0.5)
+    assert "Traceback" not in capfd.readouterr().err
