@@ -19,7 +19,7 @@ PACKAGE = ROOT / "smollm_jax"
 HOUSE = {
     "runtime": ("", 794),
     "config": ("runtime", 554),
-    "tokenizer": ("runtime", 578),
+    "tokenizer": ("runtime", 580),
     "model": ("config runtime", 518),
     "data": ("tokenizer config runtime", 1_336),
     "distributed": ("config runtime", 536),

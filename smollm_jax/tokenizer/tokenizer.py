@@ -226,7 +226,8 @@ class Tokenizer:
 
 def token_text(token: Any) -> str:
     """Return the text of a token in a settings file: a string, an object with its content, or null."""
-    return str((token.get("content") if isinstance(token, dict) else token) or "")
+    text = str((token.get("content") if isinstance(token, dict) else token) or "")
+    return text.encode(errors="backslashreplace").decode()  # no tokenizer takes half a character
 
 
 def _default_template(given: Any) -> str | None:

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smollm_jax.runtime.errors import UserError
+from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.load import load_tokenizer, train_tokenizer
 from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer
 from tests.support.paths import ROOT
@@ -145,3 +147,17 @@ def test_a_panic_of_the_library_is_an_ordinary_error(tmp_path):
         tokenizer.encode("-" * 200)
     with pytest.raises(RuntimeError, match="the tokenizer fails"):
         tokenizer.decode([tokenizer.encode("-")[0]] * 200)
+
+
+def test_half_a_character_in_the_settings_is_no_token_and_in_a_template_no_traceback(tokenizer, tmp_path):
+    """JSON can hold a lone surrogate, and a template can write one; the library takes neither."""
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"eos_token": "\ud800"}))
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        Tokenizer(tmp_path)
+    file.write_text(json.dumps(settings | {"bos_token": "\ud800", "chat_template": "{{ '\ud800' }}a"}))
+    hostile = Tokenizer(tmp_path)
+    assert hostile.bos_id is None
+    assert hostile.decode(encode_chat(hostile, [{"role": "user", "content": "Hi"}])) == "?a"
