@@ -15,7 +15,7 @@ from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.data.readers import LONGEST_BYTES
 from smollm_jax.data.sources import Shard, open_source
-from tests.fuzz.mutations import ODD, Change, as_json, change_bytes, change_file, change_lines
+from tests.fuzz.mutations import Change, as_json, change_bytes, change_file, change_lines, odd_value
 from tests.fuzz.worker import Attempts
 from tests.support.texts import make_texts, small_tokenizer
 
@@ -45,7 +45,7 @@ def write_sound(path: Path) -> None:
 
 def write_odd(rng: random.Random, path: Path) -> str:
     """Write a sound file of the format whose values are not as expected."""
-    values = [rng.choice(ODD) for _ in range(rng.choice([1, 3, 20]))]
+    values = [odd_value(rng) for _ in range(rng.choice([1, 3, 20]))]
     texts = [rng.choice(TEXTS) for _ in range(3)]
     if path.suffix == ".parquet":
         return write_odd_parquet(rng, path)

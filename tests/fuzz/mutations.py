@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ ODD = (
     "a\nb", "[", "(?=(a+)+)b", "\ufffe", [], {}, [[]], [None], [{}], {"": 0}, {"a": {"a": 1}}, [1, "a", None], [0] * 300,
     *RAW,
 )  # fmt: skip
+
+
+def odd_value(rng: random.Random) -> Any:
+    """Return a value of no field, the caller's own: a list may be changed further."""
+    return deepcopy(rng.choice(ODD))
 
 
 def change_bytes(rng: random.Random, content: bytes) -> tuple[bytes, str]:
@@ -90,7 +96,7 @@ def change_value(rng: random.Random, value: Any) -> tuple[Any, str]:
         other = rng.choice(list(place))
         place[at], place[other] = place[other], old
     else:
-        kind, place[at] = "odd", rng.choice(ODD)
+        kind, place[at] = "odd", odd_value(rng)
     return holder[""], f"{kind} {'.'.join(path) or 'the whole'} {str(old)[:30]!r}"
 
 
@@ -188,6 +194,8 @@ def replace_file(rng: random.Random, path: Path, outside: Path) -> str:
 
 def change_file(rng: random.Random, path: Path, outside: Path, change: Change | None = None) -> str:
     """Change what a file holds or what it is; returns what was done."""
+    if path.stat().st_size > 2**24:  # changed already
+        return "nothing"
     if rng.random() < 0.2:
         return f"{path.name}: {replace_file(rng, path, outside)}"
     changed, what = (change or change_of(path))(rng, path.read_bytes())
