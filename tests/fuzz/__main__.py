@@ -1,8 +1,8 @@
 """Feed our readers and our server with files and requests that are damaged or hostile: `python -m tests.fuzz`.
 
 A case changes a sound folder, run, data file or request at random, and must be accepted or refused in one line: no
-other exception, no traceback, nothing that takes ten seconds, nothing written outside. Target, seed and number of a
-case decide all of it, so that `--only NUMBER` repeats it.
+other exception, no traceback, nothing that takes ten seconds, nothing written outside. Target, seed and number
+decide a case, so that `--only NUMBER` repeats it; what a request does may show in a later one.
 """
 
 import argparse

@@ -23,7 +23,9 @@ LIMIT_SECONDS = 60.0  # the libraries alone take several to import
 def command(*arguments: str) -> None:
     """Run a command; raises `UserError` if it refuses in one line, `AssertionError` for anything else."""
     program = [sys.executable, *arguments]
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
     try:
         _, err = process.communicate(timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -35,7 +37,9 @@ def command(*arguments: str) -> None:
     refused = [line for line in told.splitlines() if line.startswith("error: ")]
     if process.returncode == EXIT_MISTAKE and len(refused) == 1:
         raise UserError(refused[0])
-    assert process.returncode == 0 or (process.returncode == EXIT_FAILED and refused), f"{process.returncode}: {told[-500:]}"
+    assert process.returncode == 0 or (process.returncode == EXIT_FAILED and refused), (
+        f"{process.returncode}: {told[-500:]}"
+    )
 
 
 class Commands:
@@ -47,7 +51,11 @@ class Commands:
     def case(self, rng: random.Random | None, folder: Path, outside: Path) -> tuple[str, Attempts]:
         if rng is None:
             return "nothing", [("checkpoints", partial(command, "-m", "smollm_jax", "checkpoints", str(self.run)))]
-        ours, out, what = ["-m", "smollm_jax"], str(folder / "out"), rng.choice(["folder", "folder", "run", "run", "data"])
+        ours, out, what = (
+            ["-m", "smollm_jax"],
+            str(folder / "out"),
+            rng.choice(["folder", "folder", "run", "run", "data"]),
+        )
         if what == "folder":
             model = fresh_copy(rng.choice(self.folders), folder / "model")
             told, path = change(rng, model, outside), str(model)
@@ -79,8 +87,8 @@ class Commands:
         """The command that made the run, or a new one."""
         tokenizer = self.run.parent / "tokenizer"
         return [
-            str(ROOT / "train_jax.py"), "--run-dir", run, "--data", str(data), *TINY, "--tokenizer", str(tokenizer),
-            "--steps", str(TOTAL), "--checkpoint-every", "3", "--eval-every", "3", "--no-export",
+            str(ROOT / "train_jax.py"), "--run-dir", run, "--data", str(data), *TINY, "--tokenizer",
+            str(tokenizer), "--steps", str(TOTAL), "--checkpoint-every", "3", "--eval-every", "3", "--no-export",
             "--compilation-cache-dir", str(self.cache),
         ]  # fmt: skip
 

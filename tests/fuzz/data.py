@@ -59,7 +59,9 @@ def write_odd(rng: random.Random, path: Path) -> str:
         "lines": [as_json(value) for value in values],
         "no text": [as_json({rng.choice(["", "txt", "\0", "x" * 500]): "a"})] * 3,
         "array": [as_json([{"text": "a"}])],
-        "long": [as_json({"text": "y" * (LONGEST_BYTES + rng.choice([-20, 1, 9]))})] if rng.random() < 0.02 else [],
+        "long": [as_json({"text": "y" * (LONGEST_BYTES + rng.choice([-20, 1, 9]))})]
+        if rng.random() < 0.02
+        else [],
         "bomb": [as_json({"text": " " * 4_000_000})] if rng.random() < 0.1 else [],
         "blank": [" "] * rng.choice([5, 5_000]),
     }[kind]
@@ -79,7 +81,9 @@ def write_odd_parquet(rng: random.Random, path: Path) -> str:
             pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"\xff\xfea")]),
     }  # fmt: skip
     kind = rng.choice(list(columns))
-    names = rng.choice([["text"], ["text"], ["text", "text"], ["", "text"], ["a.text"], ["text.a", "b"], ["a" * 300]])
+    names = rng.choice(
+        [["text"], ["text"], ["text", "text"], ["", "text"], ["a.text"], ["text.a", "b"], ["a" * 300]]
+    )
     table = pa.Table.from_arrays([columns[kind]] * len(names), names=names)
     packed = rng.choice(["none", "snappy", "gzip", "zstd", "lz4", "brotli"])
     with path.open("wb") as file:
@@ -121,11 +125,15 @@ def read(where: str, settings: DataConfig, start: dict[str, int] | None, shard: 
 class Data:
     """Sound files, made anew for each case under a name of its own, and what reads them."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, _: Path) -> None:
         self.tokenizer = small_tokenizer()
 
     def case(self, rng: random.Random | None, folder: Path, outside: Path) -> tuple[str, Attempts]:
-        suffix = ".jsonl" if rng is None else rng.choice([".jsonl", ".jsonl.gz", ".parquet", ".txt", ".json", ".json.gz"])
+        suffix = (
+            ".jsonl"
+            if rng is None
+            else rng.choice([".jsonl", ".jsonl.gz", ".parquet", ".txt", ".json", ".json.gz"])
+        )
         stem = "sound" if rng is None or rng.random() < 0.7 else rng.choice(NAMES)
         path, told, settings = folder / f"{stem}{suffix}", [f"{stem!a}{suffix}"], DataConfig()
         start, shard, where = None, Shard(), str(path)
@@ -134,9 +142,11 @@ class Data:
             if rng.random() < 0.3:
                 told.append(write_odd(rng, path))
             if rng.random() < 0.8 or len(told) == 1:
-                told.append(change_file(rng, path, outside, CHANGES.get(path.suffix, None)))
+                told.append(change_file(rng, path, outside, CHANGES.get(path.suffix)))
             bad = rng.choice(["skip", "skip", "stop"])
-            settings = DataConfig(on_bad_data=bad, text_column=rng.choice(["text"] * 9 + ["", "a.text", "\0", "id"]))
+            settings = DataConfig(
+                on_bad_data=bad, text_column=rng.choice(["text"] * 9 + ["", "a.text", "\0", "id"])
+            )
             if rng.random() < 0.3:
                 write_sound(folder / "other.jsonl")
                 where = rng.choice([str(folder), f"{folder}/*", f"{path}=2,{folder}/other.jsonl=1"])

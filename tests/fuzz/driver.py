@@ -46,8 +46,9 @@ class Worker:
         for name in ("tmp", "cwd", "home"):
             (base / name).mkdir(exist_ok=True)
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "TMPDIR": str(base / "tmp"), "HF_HUB_OFFLINE": "1", "HOME": str(base / "home"),
-            "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(ROOT), "TMPDIR": str(base / "tmp"), "HF_HUB_OFFLINE": "1",
+            "HOME": str(base / "home"), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
         }  # fmt: skip
         self._buffer = b""
         with self.log.open("ab") as log:
@@ -145,13 +146,14 @@ def fuzz(target: str, numbers: Iterable[int], seed: int, seconds: float = float(
 
 def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
     """Markdown: a row for each target."""
-    lines = ["| target | cases | refused | accepted | slowest, s | seconds | failures |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| target | cases | refused | accepted | slowest, s | seconds | failures |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     rows = {**results, "**all**": [one for found in results.values() for one in found]}
     for name, found in rows.items():
-        counts = [sum(one.kind == kind for one in found) for kind in ("refused", "accepted", "failed")]
-        slowest = max((one.seconds for one in found), default=0.0)
-        took = seconds.get(name, sum(seconds.values()))
-        lines.append(
-            f"| {name} | {len(found):,} | {counts[0]:,} | {counts[1]:,} | {slowest:.1f} | {took:.0f} | {counts[2]:,} |"
-        )
+        counts = [f"{sum(one.kind == kind for one in found):,}" for kind in ("refused", "accepted", "failed")]
+        slowest, took = max((one.seconds for one in found), default=0.0), seconds.get(name, sum(seconds.values()))
+        cells = [name, f"{len(found):,}", *counts[:2], f"{slowest:.1f}", f"{took:.0f}", counts[2]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -27,7 +27,11 @@ CONFIG = ModelConfig(
     max_seq_len=64, rope_theta=10_000.0, eos_token_id=2, bos_token_id=1,
 )  # fmt: skip
 TEXT = "the cat sat on naïve Größe 7.5 🦀 </s> <|im_start|>"
-TURNS = [{"role": "user", "content": "Hi </s>"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": ""}]
+TURNS = [
+    {"role": "user", "content": "Hi </s>"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": ""},
+]
 
 
 def sound_folders(base: Path) -> list[Path]:
@@ -40,7 +44,9 @@ def sound_folders(base: Path) -> list[Path]:
             tokenizer = tokenizer_folder(family, base / "sound" / f"tokenizer-{i}", **settings)
             if not i % 2:
                 (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
-                (tokenizer / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "pad_token": "<unk>"}')
+                (tokenizer / "special_tokens_map.json").write_text(
+                    '{"eos_token": {"content": "</s>"}, "pad_token": "<unk>"}'
+                )
             export_folder(numpy_params(CONFIG), CONFIG, folder, tokenizer_folder=tokenizer, verify=False)
             if i % 4 == 3:
                 as_shards(folder)
@@ -125,7 +131,9 @@ def change_tensors(rng: random.Random, file: Path) -> str:
     if kind in ("rename", "drop"):
         del values[name]
     if kind in ("rename", "add"):
-        values[rng.choice(["", "lm_head.weight", f"{name}.x", name.removeprefix("model."), "x" * 300, "\n"])] = value
+        values[rng.choice(["", "lm_head.weight", f"{name}.x", name.removeprefix("model."), "x" * 300, "\n"])] = (
+            value
+        )
     if kind == "reshape":
         values[name] = rng.choice([value.T.copy(), value.reshape(-1), value[..., :0], value[None], value[:1]])
     if kind == "cast":
@@ -137,15 +145,17 @@ def change_tensors(rng: random.Random, file: Path) -> str:
 
 
 def change_template(rng: random.Random, content: bytes) -> tuple[bytes, str]:
-    """Change the bytes of a template, or put an expression into it that is greedy, or asks for more than it may."""
+    """Change the bytes of a template, or add an expression that is greedy, or asks for more than it may."""
     hostile = rng.choice([
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10**10 }}",
         "{{ messages.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os.popen('id').read() }}", "{{ 1/0 }}",
-        "{{ 10**10**8 }}", "{% include '/etc/passwd' %}", "{% set x = namespace(a=1) %}{{ x.a.b.c }}", "{{ [1]|first|tojson }}",
-        "{{ raise_exception('no') }}", "{{ '%s' % ('a',) }}", "{{ strftime_now('%' * 99) }}", "{{ 'é\ud800' }}",
-        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ messages[99].content }}", "{% generation %}x", "{{ '\\0' }}",
-        "{{ messages|map(attribute='content')|join }}", "{{ 2**100000|string|length }}", "{{ '(' * 500 }}" + "(" * 500,
-        "{{" + "(" * 5_000 + ")" * 5_000 + "}}", "{{" + "-" * 5_000 + "1}}", "{% if 1 %}" * 2_000, "{{ ''.join(['a'] * 10**7) }}",
+        "{{ 10**10**8 }}", "{% include '/etc/passwd' %}", "{% set x = namespace(a=1) %}{{ x.a.b.c }}",
+        "{{ [1]|first|tojson }}", "{{ raise_exception('no') }}", "{{ '%s' % ('a',) }}",
+        "{{ strftime_now('%' * 99) }}", "{{ 'é\ud800' }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{{ messages[99].content }}", "{% generation %}x", "{{ '\\0' }}",
+        "{{ messages|map(attribute='content')|join }}", "{{ 2**100000|string|length }}",
+        "{{ '(' * 500 }}" + "(" * 500, "{{" + "(" * 5_000 + ")" * 5_000 + "}}", "{{" + "-" * 5_000 + "1}}",
+        "{% if 1 %}" * 2_000, "{{ ''.join(['a'] * 10**7) }}",
     ])  # fmt: skip
     if rng.random() < 0.4:
         return change_bytes(rng, content)

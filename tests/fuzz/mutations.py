@@ -22,8 +22,9 @@ RAW = {  # what json.dumps cannot write, by the string that stands for it
 ODD = (
     None, True, False, 0, 1, -1, 2, 7, 10**4, 2**31, -(2**31), 2**32, 2**53 + 1, 2**63, -(2**63), 2**64, 10**30,
     0.5, -0.5, 1e-320, 1e308, 1e30, float("nan"), float("inf"), float("-inf"), "", " ", "a", "0", "-1", "null",
-    "\0", "\x1b[31m", "\u2028", "é" * 300, "🦀", "x" * 5_000, "../x", "/etc/passwd", "file:///etc/passwd", "{{ 1 }}",
-    "a\nb", "[", "(?=(a+)+)b", "\ufffe", [], {}, [[]], [None], [{}], {"": 0}, {"a": {"a": 1}}, [1, "a", None], [0] * 300,
+    "\0", "\x1b[31m", "\u2028", "é" * 300, "🦀", "x" * 5_000, "../x", "/etc/passwd", "file:///etc/passwd",
+    "{{ 1 }}", "a\nb", "[", "(?=(a+)+)b", "\ufffe", [], {}, [[]], [None], [{}], {"": 0}, {"a": {"a": 1}}, [1,
+    "a", None], [0] * 300,
     *RAW,
 )  # fmt: skip
 
@@ -105,9 +106,13 @@ def near(rng: random.Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return rng.choice([not value, str(value), int(bool(value))])
     if isinstance(value, int | float):
-        return rng.choice([value + 1, value - 1, -value, value * 2, value * 1_000, float(value), str(value), [value]])
+        return rng.choice(
+            [value + 1, value - 1, -value, value * 2, value * 1_000, float(value), str(value), [value]]
+        )
     if isinstance(value, str):
-        return rng.choice([value[:-1], value + "x", value * 2, value.upper(), [value], {"content": value}, "\0" + value])
+        return rng.choice(
+            [value[:-1], value + "x", value * 2, value.upper(), [value], {"content": value}, "\0" + value]
+        )
     return rng.choice([list(value), None, str(value)[:300], len(value)])
 
 

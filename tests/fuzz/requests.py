@@ -21,36 +21,41 @@ from tests.support.server import Server, export_model
 WAIT_SECONDS = LIMIT_SECONDS - 2  # for an answer: the worker's own limit must not come first
 STREAM_SECONDS = 0.3  # of an answer that goes on is looked at
 BEYOND = (  # routes that no schema names
-    "/", "/openapi.json", "/config", "/login", "/logout", "/theme.css", "/manifest.json", "/static/x", "/assets/../x",
-    "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/queue/status", "/gradio_api/run/predict",
-    "/gradio_api/call/generate", "/gradio_api/heartbeat/x", "/gradio_api/upload", "/gradio_api/file=/etc/passwd",
-    "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/info", "/gradio_api/user", "/gradio_api/app_id",
-    "/file=/etc/passwd", "/proxy=http://localhost/", "//", "/..%2f..%2fetc/passwd", "/%00", "/v1/../v1/models", "/v1/models/",
-    "/v1/%ff", "/docs", "/v1/completions?x=%00&x=1", "/gradio_api/dev/reload", "/gradio_api/startup-events", "*", "x",
+    "/", "/openapi.json", "/config", "/login", "/logout", "/theme.css", "/manifest.json", "/static/x",
+    "/assets/../x", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/queue/status",
+    "/gradio_api/run/predict", "/gradio_api/call/generate", "/gradio_api/heartbeat/x", "/gradio_api/upload",
+    "/gradio_api/file=/etc/passwd", "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/info",
+    "/gradio_api/user", "/gradio_api/app_id", "/file=/etc/passwd", "/proxy=http://localhost/", "//",
+    "/..%2f..%2fetc/passwd", "/%00", "/v1/../v1/models", "/v1/models/", "/v1/%ff", "/docs",
+    "/v1/completions?x=%00&x=1", "/gradio_api/dev/reload", "/gradio_api/startup-events", "*", "x",
 )  # fmt: skip
 METHODS = ("GET", "POST", "POST", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "BREW", "get", "")
 SOUND_BODIES: dict[str, Any] = {
-    "/v1/completions": {"prompt": "Once", "max_tokens": 2, "temperature": 0.5, "stop": ["x"], "stream": True, "seed": 1},
+    "/v1/completions": {
+        "prompt": "Once", "max_tokens": 2, "temperature": 0.5, "stop": ["x"], "stream": True, "seed": 1,
+    },
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "max_tokens": 2, "top_p": 0.9,
         "stream_options": {"include_usage": True}, "stream": True,
     },
     "/gradio_api/call/generate": {"data": ["Once", 2, 0.6, 0.9, 50, 1.1, 1, ["x"]]},
-    "/gradio_api/queue/join": {"data": ["Once", [], 2, 0.6, 0.9, 50, 1.1, "1"], "fn_index": 1, "session_hash": "a"},
+    "/gradio_api/queue/join": {"data": ["Once", [], 0.6, 0.9, 50, 1.1, 2, ""], "fn_index": 1, "session_hash": "a"},
     "/gradio_api/run/predict": {"data": ["Once"], "fn_index": 0, "session_hash": "a"},
     "/gradio_api/cancel": {"session_hash": "a", "fn_index": 0, "event_id": "b"},
     "/gradio_api/reset": {"event_id": "b"},
 }  # fmt: skip
 HEADERS = (
-    b"Content-Type: text/plain", b"Content-Type: application/json; charset=utf-16", b"Content-Type: \xff", b"Accept: ",
-    b"Content-Type: multipart/form-data", b"Content-Type: multipart/form-data; boundary=a", b"Origin: http://evil.example",
-    b"Host: evil.example", b"Host: ", b"Host: localhost:99999999", b"Host: [::1", b"Origin: null", b"Cookie: a=\xff; ;=",
-    b"Authorization: Bearer \xff", b"Authorization: Basic !", b"X-Forwarded-For: x", b"X-Forwarded-Proto: gopher",
-    b"Content-Length: -1", b"Content-Length: 5", b"Content-Length: 99999999999999999999", b"Content-Length: 1e3",
-    b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Expect: 100-continue", b"Upgrade: websocket",
-    b"Connection: Upgrade", b"Range: bytes=0-99999999999", b"Accept-Encoding: gzip;q=x", b"Accept-Language: " + b"a," * 3_000,
-    b"x-gradio-user: app", b"x-gradio-target: http://evil.example", b"x" * 70_000 + b": 1", b": 1", b"a\0b: 1", b"no colon",
-    b" folded: 1", b"Content-Encoding: gzip", b"If-None-Match: *", b"Sec-WebSocket-Key: a", b"x-ip-token: \x80",
+    b"Content-Type: text/plain", b"Content-Type: application/json; charset=utf-16", b"Content-Type: \xff",
+    b"Accept: ", b"Content-Type: multipart/form-data", b"Content-Type: multipart/form-data; boundary=a", b"Origin: http://evil.example",
+    b"Host: evil.example", b"Host: ", b"Host: localhost:99999999", b"Host: [::1", b"Origin: null",
+    b"Cookie: a=\xff; ;=", b"Authorization: Bearer \xff", b"Authorization: Basic !", b"X-Forwarded-For: x",
+    b"X-Forwarded-Proto: gopher", b"Content-Length: -1", b"Content-Length: 5",
+    b"Content-Length: 99999999999999999999", b"Content-Length: 1e3", b"Transfer-Encoding: chunked",
+    b"Transfer-Encoding: gzip", b"Expect: 100-continue", b"Upgrade: websocket", b"Connection: Upgrade",
+    b"Range: bytes=0-99999999999", b"Accept-Encoding: gzip;q=x", b"Accept-Language: " + b"a," * 3_000,
+    b"x-gradio-user: app", b"x-gradio-target: http://evil.example", b"x" * 70_000 + b": 1", b": 1", b"a\0b: 1",
+    b"no colon", b" folded: 1", b"Content-Encoding: gzip", b"If-None-Match: *", b"Sec-WebSocket-Key: a",
+    b"x-ip-token: \x80",
 )  # fmt: skip
 
 
@@ -74,10 +79,11 @@ def value_of(rng: random.Random, schema: Any, parts: dict[str, Any], depth: int 
     if kind == "array":
         return [value_of(rng, schema.get("items"), parts, depth + 1) for _ in range(rng.choice([0, 1, 2, 9]))]
     plain = {
-        "string": ["", "a", "Once upon", "é🦀", "</s><|im_end|>", "x" * 2_000, "\0"], "integer": [0, 1, -1, 2, 50, 2**63],
-        "number": [0, 0.5, 1, 1.5, -1, 1e308], "boolean": [True, False], "null": [None],
+        "string": ["", "a", "Once upon", "é🦀", "</s><|im_end|>", "x" * 2_000, "\0"],
+        "integer": [0, 1, -1, 2, 50, 2**63], "number": [0, 0.5, 1, 1.5, -1, 1e308],
+        "boolean": [True, False], "null": [None],
     }  # fmt: skip
-    return rng.choice(plain[kind]) if kind in plain else odd_value(rng)
+    return rng.choice(plain[str(kind)]) if str(kind) in plain else odd_value(rng)
 
 
 class Exchange:
@@ -125,7 +131,10 @@ class Requests:
         sound = base / "sound"
         sound.mkdir(exist_ok=True)
         model = sound / "tiny" if (sound / "tiny").exists() else export_model(sound)
-        self.server = Server(model, "--max-new-tokens", "4", "--max-waiting", "8", "--backend", os.environ.get("FUZZ_BACKEND", "torch"))
+        self.server = Server(
+            model, "--max-new-tokens", "4", "--max-waiting", "8", "--backend", os.environ.get("FUZZ_BACKEND",
+            "torch")
+        )  # fmt: skip
         self.port, self.read = urlsplit(self.server.url).port or 0, 0
         self.routes: dict[str, dict[str, Any]] = {}
         self.parts: dict[str, Any] = {}
@@ -135,7 +144,7 @@ class Requests:
             self.parts |= schema.get("components", {}).get("schemas", {})
             self.routes |= schema["paths"]
 
-    def case(self, rng: random.Random | None, folder: Path, outside: Path) -> tuple[str, Attempts]:
+    def case(self, rng: random.Random | None, *_: Path) -> tuple[str, Attempts]:
         if rng is None:
             return "nothing", [("sound requests", self.sound)]
         content, told, ends = self.request(rng)
@@ -146,14 +155,20 @@ class Requests:
 
     def request(self, rng: random.Random) -> tuple[bytes, str, bool]:
         """Return the bytes of a request, what it is, and whether the client ends its side after it."""
-        path = rng.choice([*(SOUND_BODIES if rng.random() < 0.6 else self.routes if rng.random() < 0.7 else BEYOND)])
+        path = rng.choice(
+            [*(SOUND_BODIES if rng.random() < 0.6 else self.routes if rng.random() < 0.7 else BEYOND)]
+        )
         operations = self.routes.get(path, {})
-        method = rng.choice(list(operations)).upper() if operations and rng.random() < 0.85 else rng.choice(METHODS)
+        method = (
+            rng.choice(list(operations)).upper() if operations and rng.random() < 0.85 else rng.choice(METHODS)
+        )
         if path in SOUND_BODIES and rng.random() < 0.9:
             method = "POST"
         body, told = self.body(rng, path, operations.get(method.lower(), {}))
         for name in ("{event_id}", "{session_hash}", "{event_id_or_path}", "{path}", "{api_name}", "{fn_index}"):
-            path = path.replace(name, rng.choice(["x", "generate", "", "%00", "..", "é", "a" * 3_000, "%2e%2e%2f"]))
+            path = path.replace(
+                name, rng.choice(["x", "generate", "", "%00", "..", "é", "a" * 3_000, "%2e%2e%2f"])
+            )
         if "queue/data" in path:
             path += rng.choice(["?session_hash=x", "?session_hash=", "", "?session_hash=%00"])
         headers = [b"Host: 127.0.0.1", b"Connection: close"]
@@ -163,7 +178,12 @@ class Requests:
         extra = [rng.choice(HEADERS) for _ in range(rng.choice([0, 0, 0, 0, 1, 2]))]
         rng.shuffle(headers)
         target = path.encode("utf-8", "surrogatepass")
-        content = b"%b %b HTTP/1.1\r\n%b\r\n\r\n%b" % (method.encode(), target, b"\r\n".join(extra + headers), body)
+        content = b"%b %b HTTP/1.1\r\n%b\r\n\r\n%b" % (
+            method.encode(),
+            target,
+            b"\r\n".join(extra + headers),
+            body,
+        )
         told = f"{method} {path[:80]!a} {told} {[line[:50] for line in extra]}"
         if rng.random() < 0.06:
             content, what = change_bytes(rng, content)
@@ -181,16 +201,23 @@ class Requests:
             body = f'{{"prompt": "a", "{name}": {held}}}'.encode()
             return body, f"many {item[:9]} in {name}"
         if kind in ("odd", "bytes", "none"):
-            odd = as_json(odd_value(rng)).encode() if kind == "odd" else bytes(rng.randrange(256) for _ in range(99))
+            odd = (
+                as_json(odd_value(rng)).encode() if kind == "odd" else bytes(rng.randrange(256) for _ in range(99))
+            )
             return (b"" if kind == "none" else odd), f"{kind} {odd[:30]!r}"
         sound = SOUND_BODIES.get(path)
         if kind == "changed" and sound is not None:
             value, what = json.loads(json.dumps(sound)), []
+            if "fn_index" in value:
+                value |= {"fn_index": rng.randrange(40), "session_hash": rng.choice(["a", "x", str(rng.random())])}
             for _ in range(rng.choice([0, 1, 1, 2, 3])):
                 value, changed = change_value(rng, value)
                 what.append(changed)
         else:
-            value, what = value_of(rng, media.get("schema") or rng.choice([*self.parts.values(), {}]), self.parts), ["schema"]
+            value, what = (
+                value_of(rng, media.get("schema") or rng.choice([*self.parts.values(), {}]), self.parts),
+                ["schema"],
+            )
         body = as_json(value).encode("utf-8", "surrogatepass")
         if rng.random() < 0.1:
             body, cut = change_bytes(rng, body)
@@ -218,8 +245,8 @@ class Requests:
         for path in ("/v1/completions", "/v1/chat/completions"):
             asked = {name: value for name, value in SOUND_BODIES[path].items() if not name.startswith("stream")}
             body = json.dumps(asked)
-            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            content = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            content = f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
             for _ in range(20):
                 status, answer = Exchange(self.port).ask(content, ends=False)
                 if status != 429:

@@ -42,7 +42,8 @@ def sound_run(base: Path) -> Path:
         command = [
             sys.executable, str(ROOT / "train_jax.py"), "--data", str(base / "sound" / "data.jsonl"), *TINY,
             "--tokenizer", str(base / "sound" / "tokenizer"), "--run-dir", str(run), "--steps", str(TOTAL),
-            "--stop-after", str(STEPS), "--checkpoint-every", "3", "--eval-every", "3", "--compilation-cache-dir", str(base / "cache"),
+            "--stop-after", str(STEPS), "--checkpoint-every", "3", "--eval-every", "3",
+            "--compilation-cache-dir", str(base / "cache"),
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=240)
         export_run(run, run / "export", verify=False)
@@ -89,12 +90,17 @@ def change_folder(rng: random.Random, run: Path, outside: Path) -> str:
     """Replace a folder by a link out, a file or nothing, or give it another name."""
     folders = [run / name for name in ("checkpoints", "tokenizer", "tensorboard", "export")]
     path = rng.choice([*folders, run / "checkpoints" / "6", run / "checkpoints" / "6" / "params"])
-    kind, away = rng.choice(["link out", "link to a copy out", "file", "missing", "other name"]), outside / path.name
+    kind, away = (
+        rng.choice(["link out", "link to a copy out", "file", "missing", "other name"]),
+        outside / path.name,
+    )
     path.rename(away)
     if kind == "link to a copy out":
         path.symlink_to(away)
     elif kind == "other name":
-        away.rename(path.with_name(rng.choice(["7", "0", "6.bad", "6.bad-2", "-1", "x", "999999999999999999", "[6]"])))
+        away.rename(
+            path.with_name(rng.choice(["7", "0", "6.bad", "6.bad-2", "-1", "x", "999999999999999999", "[6]"]))
+        )
     if away.exists() and kind != "link to a copy out":
         away.rename(run.parent / "away")
     if kind == "file":
@@ -136,7 +142,9 @@ class Runs:
         ]
         if rng is not None:
             slow = [rng.choice([*slow, slow[-1], slow[1]]) for _ in range(1)]
-        return "; ".join(told) or "nothing", quick + (slow if rng is not None else [slow[0], slow[1], slow[2], slow[4]])
+        return "; ".join(told) or "nothing", quick + (
+            slow if rng is not None else [slow[0], slow[1], slow[2], slow[4]]
+        )
 
     def resume(self, run: Path) -> None:
         """Do what a start of training does before its first step, but for compiling."""

@@ -1,7 +1,7 @@
-"""Run the cases of one target, one after the other, in a process that may hang or die: `tests.fuzz.driver` starts it.
+"""Run the cases of one target in a process that may hang or die; `tests.fuzz.driver` starts it.
 
-Each line of stdin is the number of a case. Its answers on stdout are lines of JSON: what the case has changed, then
-what came of it. Everything else that is printed goes to the log of the driver.
+Each line of stdin is the number of a case. The answers on stdout are lines of JSON: what the case has changed,
+then its result. Everything else that is printed goes to the log of the driver.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from smollm_jax.runtime.errors import SourceTimeout, UserError
 
 LIMIT_SECONDS = 10.0
-LIMITS = {"commands": 100.0}  # a process imports all libraries, and may compile
+LIMITS = {"commands": 100.0, "faulty": 2.0}  # a process imports all libraries, and may compile
 MEMORY_BYTES = 6 * 2**30  # beyond what the libraries map at the start; a case has a few kB
 SECRET = b"TOP-SECRET-5f2c"
 SOUND = 0  # the number of the case that changes nothing
@@ -34,8 +34,8 @@ Attempts = list[tuple[str, Callable[[], Any]]]
 class Target(Protocol):
     """What is fuzzed: sound files below `base`, and cases that change a copy of them.
 
-    `case` gets an empty folder, and None instead of a generator for the sound case. It returns what it has changed,
-    and what to attempt: each attempt must succeed or raise `UserError`.
+    `case` gets an empty folder, and None instead of a generator for the sound case. It returns what it has
+    changed, and what to attempt: each attempt must succeed or raise `UserError`.
     """
 
     def __init__(self, base: Path) -> None: ...
@@ -89,7 +89,9 @@ def attempt(attempts: Attempts) -> tuple[str, str]:
     return "refused" if refused else "accepted", ""
 
 
-def run_case(target: Target, rng: random.Random | None, base: Path, tell: Callable[[dict[str, Any]], None], limit: float) -> None:
+def run_case(
+    target: Target, rng: random.Random | None, base: Path, tell: Callable[[dict[str, Any]], None], limit: float
+) -> None:
     """Run one case and tell what came of it."""
     folder, outside, temporary = base / "case", base / "outside", base / "tmp"
     for path in (folder, temporary):

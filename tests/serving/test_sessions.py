@@ -113,7 +113,9 @@ def test_what_gradio_does_not_take_is_the_clients_mistake(capfd, path, body):
 
 def test_a_components_own_error_is_not_printed_with_what_it_quotes(capfd):
     with served(Gated()) as (_, page, client):
-        choice = next(i for i, event in page.fns.items() if type(event.inputs and event.inputs[0]).__name__ == "Radio")
+        choice = next(
+            i for i, event in page.fns.items() if type(event.inputs and event.inputs[0]).__name__ == "Radio"
+        )
         asked = {"data": ["secret"], "fn_index": choice, "session_hash": "a"}
         client.post("/gradio_api/queue/join", json=asked).raise_for_status()
         until(lambda: not page._queue.event_ids_to_events)
