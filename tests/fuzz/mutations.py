@@ -145,6 +145,8 @@ def change_lines(rng: random.Random, content: bytes) -> tuple[bytes, str]:
 def change_safetensors(rng: random.Random, content: bytes) -> tuple[bytes, str]:
     """Change the header's JSON, its length, or any bytes."""
     size = int.from_bytes(content[:8], "little")
+    if size > len(content):  # changed already
+        return change_bytes(rng, content)
     kind = rng.choice(["header", "header", "length", "bytes", "first bytes"])
     if kind == "header":
         head, what = change_json(rng, content[8 : 8 + size])
