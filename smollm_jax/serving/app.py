@@ -107,7 +107,7 @@ def build_app(
         app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
-    refuse_clearly(app.routes[-1].app)  # type: ignore[attr-defined] - what was mounted
+    refuse_clearly(app.routes[-1].app)  # type: ignore[attr-defined]
     app.add_middleware(Guard, hosts=hosts or Hosts())  # last, so before what Gradio adds
     return app
 

@@ -41,7 +41,7 @@ def keep_little(page: gr.Blocks) -> None:
             event.alive = False
 
     page.process_api = process_api  # type: ignore[method-assign]
-    queue.send_message = send_message  # type: ignore[method-assign]
+    queue.send_message = send_message  # type: ignore[assignment, method-assign]
 
 
 def refuse_clearly(mounted: Any) -> None:
