@@ -17,23 +17,23 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 794),
+    "runtime": ("", 805),
     "config": ("runtime", 554),
     "tokenizer": ("runtime", 580),
     "model": ("config runtime", 518),
-    "data": ("tokenizer config runtime", 1_336),
+    "data": ("tokenizer config runtime", 1_337),
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
     "hf": ("model tokenizer config runtime", 751),
-    "checkpoint": ("distributed runtime", 693),
+    "checkpoint": ("distributed runtime", 698),
     "generation": ("kernels model config runtime", 565),
-    "runs": ("hf checkpoint data tokenizer config runtime", 586),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_569),
+    "runs": ("hf checkpoint data tokenizer config runtime", 603),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_570),
     "serving": ("runs generation hf model tokenizer config runtime", 1_593),
     "planning": ("training kernels distributed model config runtime", 477),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 385),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_977, 12_264
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 3_979, 12_325
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

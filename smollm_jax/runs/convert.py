@@ -17,7 +17,7 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.publish import refuse_links
 from smollm_jax.hf.reader import local_folder
-from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
+from smollm_jax.runs.load import is_run, load_model, progress_of, read_run, with_ids_of
 from smollm_jax.runs.metrics import draw, read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import clean_left_overs, write_json_atomic, written_aside
@@ -48,7 +48,7 @@ def export_run(
         "Recipe": config.recipe,
         "Data": config.data.data,
         "Steps": found.step,
-        "Tokens": found.meta.get("progress", {}).get("tokens"),
+        "Tokens": progress_of(found)[0].get("tokens") if "progress" in found.meta else None,
         "Held-out loss (nats a token)": held_out.get("eval_loss"),
         "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
     }

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
@@ -33,6 +34,21 @@ def read_run(path: str | Path) -> Config:
     layers = config.model.num_layers  # a damaged number must not ask for a list of a billion names
     require(layers <= MOST_LAYERS, f"{path}: config.json says {layers:,} layers; at most {MOST_LAYERS:,} are read")
     return config
+
+
+def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return progress and data cursor of a run's checkpoint; raises `UserError` unless they are of such a form.
+
+    The loader checks the rest of the cursor.
+    """
+    progress, cursor = found.meta.get("progress"), found.meta.get("cursor")
+    lacks = f"checkpoint {found.step} is damaged: its meta.json lacks progress or cursor of a run"
+    if not isinstance(progress, dict) or not isinstance(cursor, dict):
+        raise UserError(lacks)
+    kinds = {name: str if name == "ledger" else int for name in progress if name != "cursor"}
+    require(all(type(progress[name]) is kind for name, kind in kinds.items()), lacks)
+    require(isinstance(cursor.get("tokenizer"), str) and type(cursor.get("step")) is int, lacks)
+    return progress, cursor
 
 
 def load_model(

@@ -11,7 +11,7 @@ from smollm_jax.checkpoint.listing import verified_checkpoints
 from smollm_jax.data.batch_hash import batch_hash, extend
 from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import BatchIterator, Loader
-from smollm_jax.runs.load import read_run
+from smollm_jax.runs.load import progress_of, read_run
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.tokenizer.load import load_tokenizer
@@ -32,8 +32,9 @@ def replay_step(
     config = replace(config, data=replace(places, on_bad_data="skip"))
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
     found = verified_checkpoints(run_dir / "checkpoints", group="step")
-    before = next((x.meta for x in found if x.step < step and x.meta.get("cursor") is not None), None)
-    cursor, ledger = (before["cursor"], before["progress"]["ledger"]) if before else (None, "")
+    before = next((x for x in found if x.step < step and x.meta.get("cursor") is not None), None)
+    progress, cursor = progress_of(before) if before else ({}, None)
+    ledger = progress.get("ledger", "")
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"), special_tokens=config.data.special_tokens)
     if cursor:
         tokenizer.encode_as_of(cursor["tokenizer"])

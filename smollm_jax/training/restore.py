@@ -20,7 +20,7 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import mixture
-from smollm_jax.runs.load import load_model, read_run
+from smollm_jax.runs.load import load_model, progress_of, read_run
 from smollm_jax.runs.metrics import read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
@@ -82,8 +82,9 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
 
 
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
-    progress, known = found.meta["progress"], set(vars(Progress()))
-    is_whole = isinstance(found.meta.get("config"), dict) and isinstance(progress, dict) and set(progress) <= known
+    config_then, computed = found.meta.get("config"), found.meta.get("computed", {})
+    is_whole = set(progress_of(found)[0]) <= set(vars(Progress())) and isinstance(config_then, dict)
+    is_whole = is_whole and isinstance(computed, dict)
     require(is_whole, f"checkpoint {found.step} is damaged: its meta.json lacks settings or progress of a run")
     saved = from_dict(found.meta["config"])
     began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now

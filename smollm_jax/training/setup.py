@@ -105,13 +105,13 @@ def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
     """Return notes on other devices than the checkpoint's; raises `UserError` for another dtype."""
     before = found.meta.get("computed", computed) if found else computed
-    was, now = before["dtype"], computed["dtype"]
+    was, now = before.get("dtype"), computed["dtype"]
     remedy = f"give --dtype {was}, or start afresh with --new-run"
     require(was == now, f"the run computed in {was}, and would go on in {now}; {remedy}")
     return [
-        f"{name} changed from {before[name]} to {now}: same maths, the last bits will differ"
+        f"{name} changed from {before.get(name)} to {now}: same maths, the last bits will differ"
         for name, now in computed.items()
-        if before[name] != now
+        if before.get(name) != now
     ]
 
 

@@ -13,6 +13,8 @@ from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.restore import check_settings, resolve_start
 
+CURSOR = {"tokenizer": "", "step": 4}
+
 
 def test_changes_are_refused_noted_or_let_pass():
     config = Config()
@@ -57,7 +59,9 @@ def test_a_run_stays_on_record_with_the_initial_weights_it_began_with(tmp_path):
     del old["run"]["scale_residual_init"]
     for saved, began in ((old, False), (to_dict(config), True)):
         checkpoints = CheckpointManager(tmp_path / str(began), keep_last=3, keep_every=0)
-        checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, {"progress": {}, "config": saved})
+        checkpoints.save(
+            4, {"params": {"x": np.zeros(3, np.float32)}}, {"progress": {}, "cursor": CURSOR, "config": saved}
+        )
         assert checkpoints.wait()
         start = resolve_start(config, tmp_path, checkpoints)
         assert start.config.run.scale_residual_init == began
@@ -133,3 +137,22 @@ def test_data_at_another_place_is_left_to_the_loader_and_other_weights_are_refus
             check_settings(saved, reading(other, eval_data="e/z.jsonl"), 10)
     with pytest.raises(ValueError, match=r"data\.eval_data was .*, is None"):
         check_settings(saved, reading("a/x.jsonl=0.7,b/y.jsonl=0.3"), 10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cursor": [1]}, {"cursor": {"tokenizer": 1, "step": 4}}, {"cursor": {"tokenizer": ""}}, {"progress": [1]},
+        {"progress": {"step": "4"}}, {"progress": {"ledger": 1}}, {"progress": {"x": 1}}, {"config": []},
+        {"computed": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_whose_meta_is_of_no_run_is_damaged_in_one_line(tmp_path, change):
+    """Its seal vouches for bytes, and whoever sends a run can seal it."""
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=3, keep_every=0)
+    meta = {"progress": {"step": 4}, "cursor": CURSOR, "config": to_dict(Config())}
+    checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, meta | change)
+    assert checkpoints.wait()
+    with pytest.raises(UserError, match=r"checkpoint 4 is damaged: its meta\.json lacks"):
+        resolve_start(Config(), tmp_path, checkpoints)
