@@ -12,7 +12,7 @@ import time
 from tests.fuzz.driver import Result, fuzz, table
 from tests.fuzz.worker import TARGETS
 
-SHARES = {"requests": 0.25, "folders": 0.3, "runs": 0.145, "data": 0.3, "commands": 0.005}
+SHARES = {"requests": 0.25, "folders": 0.35, "runs": 0.075, "data": 0.322, "commands": 0.003}
 
 
 def main() -> int:

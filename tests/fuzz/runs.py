@@ -1,8 +1,10 @@
 """Run folders from elsewhere, each file changed at random or replaced, opened by all that reads a run."""
 
 import random
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -50,6 +52,13 @@ def sound_run(base: Path) -> Path:
     return run
 
 
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Sort files by what every sound run has: their names, without hashes and times, and their content."""
+    return sorted(
+        paths, key=lambda p: (re.sub("[0-9a-f]{6,}", "", str(p)), p.read_bytes() if p.is_file() else b"")
+    )
+
+
 def files_of(run: Path) -> list[Path]:
     """Return the files of a run; each part of it, such as a checkpoint, has the same chance."""
     parts = [path for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if path.name != "checkpoints"]
@@ -57,10 +66,10 @@ def files_of(run: Path) -> list[Path]:
 
 
 def chosen_file(rng: random.Random, run: Path) -> Path:
-    part = rng.choice(sorted(files_of(run)))
+    part = rng.choice(in_order(files_of(run)))
     if part.is_file():
         return part
-    files = sorted(path for path in part.rglob("*") if path.is_file())
+    files = in_order(path for path in part.rglob("*") if path.is_file())
     about = [path for path in files if path.suffix == ".json"]
     return rng.choice(about if about and rng.random() < 0.5 else files)
 
