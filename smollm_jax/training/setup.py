@@ -125,6 +125,7 @@ def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
 def keep_config(config: Config, run_dir: Path) -> None:
     """Write config.json unless it holds the same settings."""
     path, values = run_dir / "config.json", to_dict(config)
+    require(path.is_file() or not path.exists(), f"{path} is not a file; remove it")
     with contextlib.suppress(Damaged):
         if read_json(path) == values:
             return

@@ -12,6 +12,7 @@ from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.restore import check_settings, resolve_start
+from smollm_jax.training.setup import keep_config
 
 CURSOR = {"tokenizer": "", "step": 4}
 
@@ -156,3 +157,9 @@ def test_a_checkpoint_whose_meta_is_of_no_run_is_damaged_in_one_line(tmp_path, c
     assert checkpoints.wait()
     with pytest.raises(UserError, match=r"checkpoint 4 is damaged: its meta\.json lacks"):
         resolve_start(Config(), tmp_path, checkpoints)
+
+
+def test_a_folder_in_the_place_of_config_json_is_named_before_anything_is_computed(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json is not a file"):
+        keep_config(Config(), tmp_path)
