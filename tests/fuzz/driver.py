@@ -124,7 +124,11 @@ class Worker:
 
 
 def fuzz(target: str, numbers: Iterable[int], seed: int, seconds: float = float("inf")) -> Iterator[Result]:
-    """Run cases of a target by their numbers, from 1 on, until the time is over; the sound case comes first."""
+    """Run cases of a target by their numbers, from 1 on, until the time is over.
+
+    The sound case comes first, and last: a server has to answer after all that was sent. Of these two a failure
+    alone is a result.
+    """
     worker, until = None, time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{target}-", ignore_cleanup_errors=True) as folder:
         try:
@@ -137,8 +141,10 @@ def fuzz(target: str, numbers: Iterable[int], seed: int, seconds: float = float(
                         yield worker.sound
                         return
                 if time.monotonic() > until:
-                    return
+                    break
                 yield worker.run(number)
+            if worker is not None and worker.alive and (last := worker.run(SOUND)).kind != "accepted":
+                yield last
         finally:
             if worker is not None:
                 worker.close()

@@ -52,11 +52,17 @@ def sound_run(base: Path) -> Path:
     return run
 
 
+def is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size < 2**24
+
+
 def in_order(paths: Iterable[Path]) -> list[Path]:
     """Sort files by what every sound run has: their names, without hashes and times, and their content."""
-    return sorted(
-        paths, key=lambda p: (re.sub("[0-9a-f]{6,}", "", str(p)), p.read_bytes() if p.is_file() else b"")
-    )
+
+    def key(path: Path) -> tuple[str, bytes]:
+        return re.sub("[0-9a-f]{6,}", "", str(path)), path.read_bytes() if is_small(path) else b""
+
+    return sorted(paths, key=key)
 
 
 def files_of(run: Path) -> list[Path]:
@@ -88,7 +94,7 @@ def change_run(rng: random.Random, run: Path, outside: Path) -> str:
     path = chosen_file(rng, run)
     told = change_file(rng, path, outside)
     step = run / "checkpoints" / path.relative_to(run).parts[1] if "checkpoints" in path.parts else None
-    is_plain = path.is_file() and path.stat().st_size < 2**24 and path.name != MANIFEST
+    is_plain = is_small(path) and path.name != MANIFEST
     if step is not None and is_plain and rng.choice(IN_STEPS) == "seal":
         reseal(step)
         told += ", resealed"
