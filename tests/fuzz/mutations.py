@@ -77,8 +77,8 @@ def change_value(rng: random.Random, value: Any) -> tuple[Any, str]:
     """Replace, drop, rename, repeat or wrap one value somewhere inside `value`."""
     holder, key = {"": value}, ""
     place, at = holder, key
-    path = []
-    while isinstance(place[at], dict | list) and place[at] and rng.random() < 0.85:
+    path, deeper = [], rng.choice([0.5, 0.85])
+    while isinstance(place[at], dict | list) and place[at] and rng.random() < deeper:
         place = place[at]
         at = rng.choice(list(place) if isinstance(place, dict) else range(min(len(place), 2_000)))
         path.append(str(at)[:30])

@@ -155,9 +155,8 @@ class Requests:
 
     def request(self, rng: random.Random) -> tuple[bytes, str, bool]:
         """Return the bytes of a request, what it is, and whether the client ends its side after it."""
-        path = rng.choice(
-            [*(SOUND_BODIES if rng.random() < 0.6 else self.routes if rng.random() < 0.7 else BEYOND)]
-        )
+        ours = [path for path in SOUND_BODIES if path.startswith("/v1/")]
+        path = rng.choice(rng.choice([ours, ours, [*SOUND_BODIES], [*SOUND_BODIES], [*self.routes], [*BEYOND]]))
         operations = self.routes.get(path, {})
         method = (
             rng.choice(list(operations)).upper() if operations and rng.random() < 0.85 else rng.choice(METHODS)
@@ -195,7 +194,9 @@ class Requests:
     def body(self, rng: random.Random, path: str, operation: Any) -> tuple[bytes, str]:
         """Return a body by the schema, a sound one changed, or odd bytes."""
         media = next(iter(operation.get("requestBody", {}).get("content", {}).values()), {}) if operation else {}
-        kind = rng.choice(["schema", "schema", "changed", "changed", "changed", "odd", "bytes", "many", "none"])
+        kind = rng.choice(
+            ["schema", "changed", "changed", "changed", "changed", "changed", "odd", "bytes", "many", "none"]
+        )
         if kind == "many":
             item = rng.choice(["1,", "[],", '{"a":1},', '"a",', "null,", "[" * 900 + "]" * 900 + ","])
             held = "[" + item * rng.choice([10, 900, 20_000]) + "1]"
