@@ -189,8 +189,10 @@ def _check_stored(folder: Path, leaves: dict[str, tuple[tuple[int, ...], str]]) 
                 raise Damaged(f"{name} is not whole in what was written")
 
 
-def load(folder: Path, targets: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """Read named leaves from their orbax trees below `folder`.
+def load(
+    folder: Path, targets: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], str]], processes: Processes
+) -> dict[str, Any]:
+    """Read named leaves from their orbax trees below `folder`, which `stored` describes.
 
     A leaf gets the layout and dtype of its target, an array or `jax.ShapeDtypeStruct`; None reads a numpy array.
     Raises `Damaged` if orbax cannot read what the manifest vouches for.
@@ -204,8 +206,10 @@ def load(folder: Path, targets: dict[str, Any], processes: Processes) -> dict[st
             with _checkpointer(processes, f"{folder.name}-{group}-read") as checkpointer:
                 restore = ocp.args.PyTreeRestore(restore_args={group: part})
                 try:
+                    # orbax reads on after an error, and its threads print theirs
+                    _check_stored(plain, {n: leaf for n, leaf in stored.items() if n.split("/")[0] == group})
                     named |= flatten(checkpointer.restore(plain / group, args=restore), "/")
-                except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+                except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError) as error:
                     if isinstance(error, OSError) and of_machine(error):  # a permission, say: nothing is damaged
                         raise
                     raise Damaged(f"{folder / group} is damaged: {reason(error)}") from None

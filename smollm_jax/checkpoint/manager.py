@@ -116,7 +116,7 @@ class CheckpointManager:
         named = leaves_by_name(target)
         found = find_checkpoint(self.folder, step)
         compare(found, described(named))
-        loaded = load(self.folder / str(step), named, self.processes)
+        loaded = load(self.folder / str(step), named, found.leaves, self.processes)
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
     def _make_room(self, step: int) -> tuple[str | None, str | None]:
@@ -206,5 +206,6 @@ def read_params(
     found = find_checkpoint(folder, step, group=group)
     names = [name for name in found.leaves if name.split("/")[0] == group]
     require(bool(names), f"checkpoint {found.step} in {folder} holds no {group}")
-    loaded = load(folder / str(found.step), dict.fromkeys(names), Processes())
+    stored = {name: found.leaves[name] for name in names}
+    loaded = load(folder / str(found.step), dict.fromkeys(names), stored, Processes())
     return found, unflatten(loaded, "/")[group]

@@ -194,14 +194,6 @@ class Loader:
         require(is_count(cursor["step"]), f"{DAMAGED}: step={cursor['step']!r:.40} is not a count")
 
 
-def check_cursor(cursor: Any, problem: str) -> None:
-    """Raise `UserError` with the `problem` unless `cursor` may be of a run; a `Loader` checks what is in it."""
-    is_whole = (
-        isinstance(cursor, dict) and is_count(cursor.get("step")) and isinstance(cursor.get("tokenizer"), str)
-    )
-    require(is_whole, problem)
-
-
 def merge_cursors(cursors: list[Cursor]) -> Cursor:
     """Merge the cursors of processes that each made some shards into the cursor of all shards."""
     merged = {index: shard for cursor in cursors for index, shard in cursor["lanes"].items()}

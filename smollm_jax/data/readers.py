@@ -19,7 +19,8 @@ RowFilter = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
 LONGEST_BYTES = 2**25  # of a document; a tokenizer takes about 90 times as much memory
 TOO_LONG = f"a document above {LONGEST_BYTES // 2**20} MiB, which is the limit; split it"
-SEARCHED_BYTES = 2**30  # after a document that is too long, for its end
+SEARCHED_BYTES = 2**28  # after a document that is too long, for its end
+PIECE_BYTES = 2**18  # of that search: memory for longer pieces is mapped anew for each, ten times as slow
 MOST_BLANK = 1_000_000  # lines
 MANY_LINES = 100  # of a text file that may have been meant as a document on each
 LARGEST_RATIO, CHECKED_BYTES = 200, 2**28  # text expands at most 30-fold, a file made to fill memory 1,000-fold
@@ -109,7 +110,7 @@ def _lines(file: BinaryIO, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
         if len(line) > LONGEST_BYTES:
             searched, rest = 0, line
             while rest and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_BYTES)
+                rest = file.readline(PIECE_BYTES)
                 searched += len(rest)
                 if searched > SEARCHED_BYTES:
                     raise ValueError(f"{TOO_LONG}: no end of it within {SEARCHED_BYTES // 2**20:,} MiB")

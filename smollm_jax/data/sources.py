@@ -162,7 +162,7 @@ class LocalSource(Source):
 
         path = self.files[i]
         # no Python inside Arrow's reads: a thread caught in one when Python ends brings the process down
-        return cast(BinaryIO, pa.OSFile(path) if path.endswith(".parquet") else Path(path).open("rb"))
+        return cast(BinaryIO, pa.OSFile(path) if path.endswith(".parquet") else Path(path).open("rb", BLOCK_BYTES))
 
 
 class HubSource(Source):

@@ -16,7 +16,7 @@ from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.reader import INDEX, tensor_files
 from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import checksum, expand_home, held_in, leads_out, read_json
+from smollm_jax.runtime.files import checksum, expand_home, held_in, leads_out, read_json, read_whole
 from smollm_jax.tokenizer.tokenizer import FILES
 
 ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer; bytes per second
@@ -54,7 +54,7 @@ def refuse_foreign(out: Path, part: Path) -> None:
     held = [path for path in held_in(out) if path != part] if out.exists() else []
     if not held:
         return
-    card = (out / CARD).read_bytes() if (out / CARD).is_file() else b""
+    card = read_whole(out / CARD) if (out / CARD).is_file() else b""
     found = RECORD.search(card)
     try:
         record = json.loads(found[1]) if found else None

@@ -22,7 +22,7 @@ from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.publish import refuse_links
 from smollm_jax.hf.reader import local_folder
-from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
+from smollm_jax.runs.load import is_run, load_model, progress_of, read_run, with_ids_of
 from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import evaluations, last_sample, read_metrics
@@ -58,7 +58,7 @@ def export_run(
 
 def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     """Return what the card of an export says of a run at a checkpoint."""
-    config, progress = read_run(run_dir), found.meta.get("progress", {})
+    config, progress = read_run(run_dir), progress_of(found)[0] if "progress" in found.meta else {}
     lines = [line for line in read_metrics(run_dir) if line["step"] <= found.step]
     held_out, computed = (evaluations(lines) or [{}])[-1], found.meta.get("computed", {})
     speeds = sorted(x["tokens_per_second"] for x in lines if x.get("tokens_per_second")) or [None]
@@ -76,9 +76,8 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Began with": began,
         "Held-out loss (nats per token)": held_out.get("eval_loss"),
         "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
-        "Computed on": f"{computed['devices']} x {computed['platform']}, {computed['dtype']}"
-        if computed
-        else None,
+        "Computed on": ", ".join(str(computed[x]) for x in ("platform", "dtype") if x in computed) or None,
+        "Devices": computed.get("devices"),
         "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
         "Time": progress.get("elapsed_seconds") and duration(progress["elapsed_seconds"]),
         "Versions": f"smollm-jax {__version__}, jax {version('jax')}, flax {version('flax')}",

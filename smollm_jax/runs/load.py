@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.data.loader import check_cursor
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
@@ -37,6 +37,21 @@ def read_run(path: str | Path) -> Config:
     return config
 
 
+def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return progress and data cursor of a run's checkpoint; raises `UserError` unless they are of such a form.
+
+    The loader checks the rest of the cursor.
+    """
+    progress, cursor = found.meta.get("progress"), found.meta.get("cursor")
+    lacks = f"checkpoint {found.step} is damaged: its meta.json lacks progress or cursor of a run"
+    if not isinstance(progress, dict) or not isinstance(cursor, dict):
+        raise UserError(lacks)
+    kinds = {name: (str,) if name == "ledger" else (int, float) for name in progress if name != "cursor"}
+    require(all(type(progress[name]) in kind for name, kind in kinds.items()), lacks)
+    require(isinstance(cursor.get("tokenizer"), str) and type(cursor.get("step")) is int, lacks)
+    return progress, cursor
+
+
 def load_model(
     path: str | Path, step: int | None = None, *, special_tokens: SpecialTokens | None = None
 ) -> tuple[ModelConfig, Any, Tokenizer]:
@@ -51,9 +66,8 @@ def load_model(
         tokenizer = load_tokenizer(
             str(path / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
-        if found.meta.get("cursor") is not None:  # an import has none
-            check_cursor(found.meta["cursor"], f"checkpoint {found.step} is damaged: it lacks a place in the data")
-            tokenizer.encode_as_of(found.meta["cursor"]["tokenizer"])
+        if "progress" in found.meta:  # an import has none
+            tokenizer.encode_as_of(progress_of(found)[1]["tokenizer"])
         return config.model, params, tokenizer
     require(step is None, f"{path} is not a run, so it has no step {step}")
     folder = local_folder(path)

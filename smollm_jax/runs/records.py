@@ -7,7 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.runtime.files import written_aside
+from smollm_jax.runtime.files import read_whole, written_aside
 
 SAMPLES_OF = "=== step "
 BETWEEN = "⟶"  # a prompt and its continuation
@@ -25,7 +25,7 @@ def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[str]:
     """Return the lines of a text file, whatever bytes are in it; none if it is no file."""
-    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    text = read_whole(path).decode("utf-8", "replace") if path.is_file() else ""
     return text.removesuffix("\n").split("\n") if text else []
 
 

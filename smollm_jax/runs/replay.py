@@ -10,8 +10,8 @@ from typing import Any
 from smollm_jax.checkpoint.listing import verified_checkpoints
 from smollm_jax.data.batch_hash import batch_hash, extend
 from smollm_jax.data.heldout import held_out
-from smollm_jax.data.loader import BatchIterator, Loader, check_cursor
-from smollm_jax.runs.load import read_run
+from smollm_jax.data.loader import BatchIterator, Loader
+from smollm_jax.runs.load import progress_of, read_run
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.runtime.files import expand_home
@@ -32,15 +32,14 @@ def replay_step(
     places = replace(config.data, data=data or config.data.data, eval_data=eval_data or config.data.eval_data)
     config = replace(config, data=replace(places, on_bad_data="skip"))
     require(1 <= step <= config.total_steps, f"--step {step}: the run has steps 1 to {config.total_steps:,}")
-    found = verified_checkpoints(run_dir / "checkpoints", group="step")
-    metas = [(x.step, x.meta) for x in found if x.meta.get("cursor") is not None]  # an import has none
-    for number, meta in metas:
-        check_cursor(meta["cursor"], f"checkpoint {number} is damaged: its meta.json lacks a place in the data")
-    before = next((meta for number, meta in metas if number < step), None)
-    cursor, ledger = (before["cursor"], before["progress"]["ledger"]) if before else (None, "")
+    every = verified_checkpoints(run_dir / "checkpoints", group="step")
+    found = [x for x in every if "progress" in x.meta]  # an import has none
+    before = next((x for x in found if x.step < step), None)
+    progress, cursor = progress_of(before) if before else ({}, None)
+    ledger = progress.get("ledger", "")
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"), special_tokens=config.data.special_tokens)
-    if metas:
-        tokenizer.encode_as_of(metas[0][1]["cursor"]["tokenizer"])
+    if found:
+        tokenizer.encode_as_of(progress_of(found[0])[1]["tokenizer"])
     loader = Loader(config, tokenizer, held_out(config.data, tokenizer, resumes=True), resumes=True)
     batches = BatchIterator(loader, cursor)
     start = cursor["step"] if cursor else 0

@@ -18,6 +18,7 @@ import xxhash
 from smollm_jax.runtime.errors import UserError, of_machine, one_line
 
 BLOCK_BYTES = 8 << 20  # large enough that reading and hashing give up the GIL nearly all the time
+LARGEST_WHOLE = 2**29  # bytes of a file that is read whole: the largest tokenizer.json known has 35 MB
 
 
 class Damaged(UserError):
@@ -199,16 +200,26 @@ def write_json_atomic(path: Path, value: Any) -> None:
     fsync(path.parent)
 
 
+def read_whole(path: Path) -> bytes:
+    """Return the content of a file; raises `Damaged` for a size that would only fill the memory."""
+    size, most = path.stat().st_size, f"at most {LARGEST_WHOLE:,} are read of a file of its kind"
+    if size > LARGEST_WHOLE:
+        raise Damaged(f"{path} has {size:,} bytes; {most}")
+    return path.read_bytes()
+
+
 def read_json(path: Path, name: str | None = None) -> Any:
     """Return the content of a JSON file; raises `Damaged`, whose message names it by `name` or its path."""
     try:
         if path.is_file() or not path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(read_whole(path).decode())
         problem = "is not a file"  # a pipe would keep the reader waiting
     except FileNotFoundError:
         problem = "is missing"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
+    except Damaged:
+        raise
     except (ValueError, RecursionError) as error:
         problem = f"is not JSON: {error}"
     raise Damaged(f"{name or path} {problem}")

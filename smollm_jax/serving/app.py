@@ -88,7 +88,7 @@ def build_app(
     import gradio as gr
 
     from smollm_jax.serving.page import SCRIPT, STYLE, build_page
-    from smollm_jax.serving.sessions import end_unread, keep_little
+    from smollm_jax.serving.sessions import end_unread, keep_little, refuse_clearly
 
     @contextlib.asynccontextmanager
     async def ending_unread(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -107,6 +107,7 @@ def build_app(
         app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
+    refuse_clearly(app.routes[-1].app)  # type: ignore[attr-defined]
     app.add_middleware(Guard, hosts=hosts or Hosts())  # last, so before what Gradio adds
     return app
 

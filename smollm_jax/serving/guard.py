@@ -5,6 +5,7 @@ because a parser builds an object for every item, and an error for every wrong i
 """
 
 import asyncio
+import contextlib
 import re
 import time
 from collections import OrderedDict
@@ -83,21 +84,25 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if message["status"] == 500 and scope["path"].startswith("/gradio_api/"):
+                    message = message | {"status": 400}  # Gradio's answer to whatever a client sends wrong
                 if guess and message["status"] == (400 if guess[1] else 401):
                     self._failed(guess)
             await send(message)
 
         try:
-            self._check(scope, guess)
-            await self.app(scope, await _whole_body(scope, receive), watched)
-        except Refused as refused:
-            status, reason, *headers = refused.args
-            await error_response(status, reason, *headers)(scope, receive, send)
+            try:
+                self._check(scope, guess)
+                await self.app(scope, await _whole_body(scope, receive), watched)
+            except Refused as refused:
+                status, reason, *headers = refused.args
+                await error_response(status, reason, *headers)(scope, receive, watched)
         except Exception as error:
             # whatever Gradio or a parser fails with may quote the request, so a line names the place alone
             say(f"{scope['method']} {scope['path'][:80]!r} failed: {place_of(error)}")
             if not started:
-                await error_response(500, "the server failed; its log says where")(scope, receive, send)
+                with contextlib.suppress(Exception):  # the connection may not take an answer
+                    await error_response(500, "the server failed; its log says where")(scope, receive, send)
 
     def _check(self, scope: Scope, guess: tuple[str, bool] | None) -> None:
         self.hosts.check(dict(scope["headers"]))

@@ -12,6 +12,7 @@ import gradio as gr
 
 from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.serving.guard import place_of
+from smollm_jax.serving.openai_api import error_response
 from smollm_jax.serving.scheduler import Scheduler
 
 MOST_SESSIONS = 200  # of visitors, with what they typed last
@@ -21,18 +22,35 @@ UNREAD_SECONDS = 5  # for a client to fetch the next message of its event
 def keep_little(page: gr.Blocks) -> None:
     """Limit sessions, and let a failed event print one line without its inputs; to be called before mounting."""
     page.state_session_capacity = MOST_SESSIONS
-    process = page.process_api
+    process, queue, send = page.process_api, page._queue, page._queue.send_message
 
     async def process_api(*arguments: Any, **named: Any) -> Any:
         try:
             return await process(*arguments, **named)
-        except gr.Error:
+        except gr.Error as error:
+            error.print_exception = False  # a component's own error quotes the request
             raise
         except Exception as error:
             say(f"a request to the page failed: {place_of(error)}")
             raise gr.Error("the page does not take this request", print_exception=False) from None
 
+    def send_message(event: Any, message: Any) -> None:
+        if event.session_hash in queue.pending_messages_per_session:
+            send(event, message)
+        else:  # ended by `end_unread`, or the oldest of too many
+            event.alive = False
+
     page.process_api = process_api  # type: ignore[method-assign]
+    queue.send_message = send_message  # type: ignore[assignment, method-assign]
+
+
+def refuse_clearly(mounted: Any) -> None:
+    """Let Gradio's app say that it does not take a request if it fails on one, as for an unknown function."""
+
+    async def refuse(_: Any, __: Exception) -> Any:
+        return error_response(400, "the page does not take this request")
+
+    mounted.add_exception_handler(Exception, refuse)
 
 
 async def end_unread(page: gr.Blocks, scheduler: Scheduler) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.runtime.files import leads_out, written_aside
+from smollm_jax.runtime.files import leads_out, read_whole, written_aside
 
 EOS = "<|endoftext|>"
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
@@ -36,13 +36,13 @@ FILES = (
 
 @contextlib.contextmanager
 def _no_panic() -> Iterator[None]:
-    """Raise a `RuntimeError` for a panic of the library, which is a BaseException: nobody would catch it."""
+    """Raise a `UserError` for an error of the library, a bare Exception, and for its panics, BaseExceptions."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise RuntimeError(f"the tokenizer fails on this text: {one_line(error)}") from None
+        raise UserError(f"the tokenizer fails on this text: {one_line(error)}") from None
 
 
 class Tokenizer:
@@ -56,7 +56,7 @@ class Tokenizer:
         """Read a folder; raises `UserError` if it holds no usable tokenizer."""
         folder = Path(folder)
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
-        self.files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self.files = {name: read_whole(folder / name) for name in FILES if (folder / name).is_file()}
         self.outside = next((folder / name for name in self.files if leads_out(folder / name)), None)
         require("tokenizer.json" in self.files, f"{folder} holds no tokenizer.json; only fast tokenizers are read")
         try:
@@ -111,6 +111,7 @@ class Tokenizer:
         return self._fast.token_to_id(token_text(self.settings.get("bos_token")))
 
     @property
+    @_no_panic()
     def fingerprint(self) -> str:
         """A hash of tokenizer.json, and of the ids that `encode` adds to a text if there are any."""
         bare, added = (self._fast.encode("", add_special_tokens=on).ids for on in (False, self.template))
@@ -128,7 +129,9 @@ class Tokenizer:
         self.texts_with_special += sum(any(token in text for token in self.special_tokens) for text in texts)
         fast = self._parsing if (special_tokens or self.mode) == "parse" else self._fast
         encoded = fast.encode_batch_fast(texts, add_special_tokens=self.template)
-        return [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+        arrays = [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+        self._require_known(max((ids.max() for ids in arrays if ids.size), default=0))
+        return arrays
 
     def encode(self, text: str, special_tokens: SpecialTokens | None = None) -> np.ndarray:
         return self.encode_batch([text], special_tokens)[0]
@@ -137,7 +140,14 @@ class Tokenizer:
     def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
         """Return the ids of a part of a text: the post-processor adds nothing."""
         fast = self._parsing if special_tokens == "parse" else self._fast
-        return fast.encode(text, add_special_tokens=False).ids
+        ids = fast.encode(text, add_special_tokens=False).ids
+        self._require_known(max(ids, default=0))
+        return ids
+
+    def _require_known(self, largest: int) -> None:
+        """Raise `UserError` for an id of no entry, which a model's embedding would silently take for another."""
+        known = f"the tokenizer gives id {largest}, and has entries up to {self.vocab_size - 1}"
+        require(largest < self.vocab_size, known)
 
     @_no_panic()
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -205,12 +215,12 @@ class Tokenizer:
         space before the first word, unknown words) has no right count per id, so offsets in the text count.
         """
         counts, total = self.token_bytes[ids], len(text.encode())
-        if counts.sum() == total:
+        if counts.sum() == total or not ids.size:
             return counts
         fast = self._parsing if self.mode == "parse" else self._fast
         bounds = np.cumsum([0, *(len(character.encode()) for character in text)])
         offsets = fast.encode(text, add_special_tokens=self.template).offsets
-        ends = np.maximum.accumulate([*(bounds[end] for _, end in offsets), total])[: len(ids)]
+        ends = np.maximum.accumulate([*(bounds[min(end, len(text))] for _, end in offsets), total])[: len(ids)]
         ends[-1] = total  # what the tokenizer drops at the end counts for the last id
         return np.diff(ends, prepend=0).astype(np.int32)
 
@@ -226,7 +236,8 @@ class Tokenizer:
 
 def token_text(token: Any) -> str:
     """Return the text of a token in a settings file: a string, an object with its content, or null."""
-    return str((token.get("content") if isinstance(token, dict) else token) or "")
+    text = str((token.get("content") if isinstance(token, dict) else token) or "")
+    return text.encode(errors="backslashreplace").decode()  # no tokenizer takes half a character
 
 
 def _default_template(given: Any) -> str | None:

@@ -19,9 +19,8 @@ from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.data.loader import check_cursor
 from smollm_jax.data.sources import mixture
-from smollm_jax.runs.load import load_model, read_run
+from smollm_jax.runs.load import load_model, progress_of, read_run
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
@@ -85,13 +84,11 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
 
 
 def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
-    damaged = f"checkpoint {found.step} is damaged: its meta.json lacks"
-    progress, known = found.meta["progress"], vars(Progress()) | {"cursor": {}}
-    is_whole = isinstance(progress, dict) and all(
-        x in known and type(progress[x]) is type(known[x]) for x in progress
-    )
-    require(is_whole and isinstance(found.meta.get("config"), dict), f"{damaged} settings or progress of a run")
-    check_cursor(found.meta.get("cursor"), f"{damaged} a place in the data")
+    progress, known = progress_of(found)[0], vars(Progress()) | {"cursor": {}}
+    is_whole = all(x in known and type(progress[x]) is type(known[x]) for x in progress)
+    is_whole = is_whole and all(isinstance(found.meta.get(name, {}), dict) for name in ("config", "computed"))
+    lacks = f"checkpoint {found.step} is damaged: its meta.json lacks settings or progress of a run"
+    require(is_whole and "config" in found.meta, lacks)
     saved = from_dict(found.meta["config"])
     if vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=saved.model.vocab_size))

@@ -18,7 +18,7 @@ from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
-from smollm_jax.model.transformer import Policy
+from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.lock import WRITTEN
@@ -86,7 +86,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     shapes = abstract_state(config, mesh)
     checkpoints.prepare(shapes)  # while the compiler works
-    before: Policy = found.meta.get("computed", {}).get("remat", "none") if found else "none"
+    told = found.meta.get("computed", {}).get("remat") if found else None
+    before: Policy = told if told in POLICIES else "none"
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
     computed = {
         "dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size), "remat": remat,
@@ -123,9 +124,9 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
     remedy = f"give --dtype {was}, or start afresh with --new-run"
     require(was == now, f"the run computed in {was}, and would go on in {now}; {remedy}")
     return [
-        f"{name} changed from {before[name]} to {now}: same maths, the last bits will differ"
+        f"{name} changed from {before.get(name)} to {now}: same maths, the last bits will differ"
         for name, now in computed.items()
-        if before[name] != now
+        if before.get(name) != now
     ]
 
 
@@ -139,6 +140,7 @@ def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
 def keep_config(config: Config, run_dir: Path) -> None:
     """Write config.json unless it holds the same settings."""
     path, values = run_dir / "config.json", to_dict(config)
+    require(path.is_file() or not path.exists(), f"{path} is not a file; remove it")
     with contextlib.suppress(Damaged):
         if read_json(path) == values:
             return

@@ -486,6 +486,17 @@ def test_what_orbax_cannot_read_is_damage_in_one_line(tmp_path, content):
         checkpoints.restore(1, make_state())
 
 
+def test_orbax_is_not_asked_for_arrays_that_cannot_be_read(tmp_path, monkeypatch):
+    """It leaves other reads behind, whose threads print tracebacks once its event loop is closed."""
+    saved(tmp_path, 1)
+    index = tmp_path / "1" / "params" / "manifest.ocdbt"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    resealed(tmp_path / "1")
+    monkeypatch.setattr(ocp.Checkpointer, "restore", lambda *_, **__: pytest.fail("orbax was asked"))
+    with pytest.raises(UserError, match="params is damaged"):
+        read_params(tmp_path)
+
+
 def test_meta_that_is_not_json_is_the_callers_error(tmp_path):
     checkpoints = CheckpointManager(tmp_path, keep_last=1, keep_every=0)
     with pytest.raises(TypeError, match="JSON"):

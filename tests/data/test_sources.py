@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -357,6 +358,17 @@ def test_a_line_without_end_is_given_up(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz, from row 1 on, cannot be read: .* no end of it"):
         texts_of(path)
     assert texts_of(path, on_bad_data="skip") == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_terabyte_without_a_line_end_is_given_up_within_seconds(tmp_path, name):
+    """A sparse file takes no room on the disk of whoever sends it."""
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 10**12)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="no end of it within 256 MiB"):
+        texts_of(tmp_path / name)
+    assert time.perf_counter() - started < 3  # 0.6; in pieces of 32 MiB up to a gigabyte, 18
 
 
 @pytest.mark.usefixtures("limits")

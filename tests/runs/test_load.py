@@ -297,6 +297,7 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
     found.meta.update(
         {
             "progress": {"tokens": 5_000, "elapsed_seconds": 200.0},
+            "cursor": {"step": 0, "tokenizer": ""},
             "imported_from": "HuggingFaceTB/SmolLM2-135M",
         }
     )

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from smollm_jax.runtime.files import clean_left_overs, held_in, leads_out, write_json_atomic, written_aside
+from smollm_jax.runtime.files import (
+    Damaged,
+    clean_left_overs,
+    held_in,
+    leads_out,
+    read_json,
+    read_whole,
+    write_json_atomic,
+    written_aside,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -138,3 +147,14 @@ def test_only_links_out_of_a_folder_lead_out(tmp_path):
     out = [path for path in sorted(tmp_path.rglob("*")) if leads_out(path)]
     assert [str(path.relative_to(tmp_path)) for path in out] == ["f/b", "f/c", "hub/snapshots/x/g"]
     assert not leads_out(tmp_path / "link" / "inside")
+
+
+def test_a_file_of_a_size_that_only_fills_the_memory_is_not_read(tmp_path):
+    """A sparse file takes no room on the disk of whoever sends it."""
+    path = tmp_path / "config.json"
+    path.touch()
+    os.truncate(path, 10**12)
+    with pytest.raises(Damaged, match="has 1,000,000,000,000 bytes; at most"):
+        read_json(path)
+    with pytest.raises(Damaged, match="at most"):
+        read_whole(path)

@@ -184,3 +184,16 @@ def test_a_connection_that_sends_half_a_head_is_closed(monkeypatch):
                     pass
         server.should_exit = True
         thread.join(10)
+
+
+def test_a_refusal_that_the_connection_does_not_take_is_one_line(capsys):
+    """As after a broken chunk, which h11 has answered by closing."""
+
+    async def closed(_):
+        raise RuntimeError("can't handle event type Response when role=SERVER and state=MUST_CLOSE")
+
+    scope = {"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": []}
+    asyncio.run(Guard(answering(200), Hosts())(scope, None, closed))
+    printed = capsys.readouterr().err
+    assert printed.startswith("POST '/gradio_api/upload' failed: RuntimeError in test_guard.py:")
+    assert printed.count("\n") == 1

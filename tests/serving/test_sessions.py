@@ -88,3 +88,48 @@ def test_sessions_are_few_and_a_failed_event_logs_one_line(monkeypatch, capfd):
     assert printed.count("a request to the page failed") == 12
     assert not [word for word in ("forged", "secret", "\x1b", "Traceback") if word in printed]
     assert len(printed.splitlines()) < 20, json.dumps(printed)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("reset", '{"event_id": 1e999}'),  # no JSON can quote these two
+        ("reset", '{"x": "\\ud800"}'),
+        ("run/predict", '{"data": [], "fn_index": 99, "session_hash": "a"}'),
+        ("run/predict", '{"data": ["secret"], "fn_index": 0, "session_hash": "a"}'),
+        ("call/generate", '{"data": 1e999}'),
+    ],
+)
+def test_what_gradio_does_not_take_is_the_clients_mistake(capfd, path, body):
+    with served(Gated()) as (_, _, client):
+        given = {"content": body, "headers": {"Content-Type": "application/json"}}
+        answer = client.post(f"/gradio_api/{path}", **given)
+        assert answer.status_code == 400
+        assert "the page does not take this request" in answer.text
+    printed = capfd.readouterr().err
+    assert not [word for word in ("secret", "Traceback") if word in printed]
+    assert len(printed.splitlines()) < 5
+
+
+def test_a_components_own_error_is_not_printed_with_what_it_quotes(capfd):
+    with served(Gated()) as (_, page, client):
+        choice = next(
+            i for i, event in page.fns.items() if type(event.inputs and event.inputs[0]).__name__ == "Radio"
+        )
+        asked = {"data": ["secret"], "fn_index": choice, "session_hash": "a"}
+        client.post("/gradio_api/queue/join", json=asked).raise_for_status()
+        until(lambda: not page._queue.event_ids_to_events)
+    assert "secret" not in capfd.readouterr().err
+
+
+def test_an_event_whose_session_is_gone_ends_without_a_traceback(capfd):
+    """Such as one that `end_unread` ends between two steps of Gradio's queue."""
+    with served(Gated()) as (scheduler, page, client):
+        client.post(CALL, json={"data": ASKED}).raise_for_status()
+        until(lambda: scheduler.waiting == 1)
+        page._queue.pending_messages_per_session.clear()
+        for _ in range(9):
+            scheduler.completer.engine.gate.release()
+        until(lambda: scheduler.waiting == 0)
+        time.sleep(0.5)
+    assert "Traceback" not in capfd.readouterr().err

@@ -4,14 +4,18 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smollm_jax.runtime.errors import UserError
+from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.load import load_tokenizer, train_tokenizer
 from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer
+from tests.support.families import tokenizer_folder
 from tests.support.paths import ROOT
 from tests.support.texts import make_texts
 
@@ -141,7 +145,57 @@ def test_a_panic_of_the_library_is_an_ordinary_error(tmp_path):
     settings["normalizer"] = replace
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer(tmp_path)
-    with pytest.raises(RuntimeError, match="the tokenizer fails"):
+    with pytest.raises(UserError, match="the tokenizer fails"):
         tokenizer.encode("-" * 200)
-    with pytest.raises(RuntimeError, match="the tokenizer fails"):
+    with pytest.raises(UserError, match="the tokenizer fails"):
         tokenizer.decode([tokenizer.encode("-")[0]] * 200)
+
+
+def test_half_a_character_in_the_settings_is_no_token_and_in_a_template_no_traceback(tokenizer, tmp_path):
+    """JSON can hold a lone surrogate, and a template can write one; the library takes neither."""
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"eos_token": "\ud800"}))
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        Tokenizer(tmp_path)
+    file.write_text(json.dumps(settings | {"bos_token": "\ud800", "chat_template": "{{ '\ud800' }}a"}))
+    hostile = Tokenizer(tmp_path)
+    assert hostile.bos_id is None
+    assert hostile.decode(encode_chat(hostile, [{"role": "user", "content": "Hi"}])) == "?a"
+
+
+def damaged(family, folder, change):
+    """A tokenizer of the family, with `change` made in its tokenizer.json."""
+    file = tokenizer_folder(family, folder) / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    change(settings)
+    file.write_text(json.dumps(settings))
+    return Tokenizer(folder)
+
+
+def test_a_tokenizer_without_its_unknown_token_fails_in_one_line(tmp_path):
+    tokenizer = damaged("words", tmp_path, lambda settings: settings["model"].update(unk_token="nix"))
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_part(text, "text")):
+        with pytest.raises(UserError, match=r"the tokenizer fails .*\[UNK\]"):
+            encode("zebra")
+
+
+def test_an_id_of_no_entry_is_refused_as_no_embedding_has_it(tmp_path):
+    def change(settings):
+        settings["post_processor"]["special_tokens"]["<s>"]["ids"] = [9_999]
+
+    with pytest.raises(UserError, match="gives id 9999, and has entries up to"):
+        damaged("byte fallback", tmp_path, change).encode("a text")
+
+
+def test_a_text_that_a_tokenizer_drops_has_no_counts(tokenizer):
+    assert tokenizer.byte_counts("dropped", np.zeros(0, np.int32)).shape == (0,)
+
+
+def test_offsets_beyond_a_text_do_not_matter_to_its_counts(tokenizer, monkeypatch):
+    ids = tokenizer.encode("some text")
+    beyond = SimpleNamespace(encode=lambda *_, **__: SimpleNamespace(offsets=[(0, 99)] * len(ids)))
+    monkeypatch.setattr(tokenizer, "_fast", beyond)
+    monkeypatch.setitem(vars(tokenizer), "token_bytes", np.zeros(tokenizer.vocab_size, np.int32))
+    assert tokenizer.byte_counts("some text", ids).sum() == len("some text")

@@ -13,6 +13,9 @@ from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer import train_tokenizer
 from smollm_jax.training.restore import check_settings, resolve_start, vocabulary_follows
+from smollm_jax.training.setup import keep_config
+
+CURSOR = {"tokenizer": "", "step": 4}
 
 
 def test_changes_are_refused_noted_or_let_pass():
@@ -58,8 +61,9 @@ def test_a_run_stays_on_record_with_the_initial_weights_it_began_with(tmp_path):
     del old["run"]["scale_residual_init"]
     for saved, began in ((old, False), (to_dict(config), True)):
         checkpoints = CheckpointManager(tmp_path / str(began), keep_last=3, keep_every=0)
-        meta = {"progress": {}, "config": saved, "cursor": {"step": 4, "tokenizer": ""}}
-        checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, meta)
+        checkpoints.save(
+            4, {"params": {"x": np.zeros(3, np.float32)}}, {"progress": {}, "cursor": CURSOR, "config": saved}
+        )
         assert checkpoints.wait()
         start = resolve_start(config, tmp_path, checkpoints)
         assert start.config.run.scale_residual_init == began
@@ -177,3 +181,28 @@ def test_the_vocabulary_follows_a_tokenizer_that_is_not_the_recipes_unless_given
     other = replace(config, data=replace(config.data, tokenizer="train:1024"))
     assert vocabulary_follows(other)
     assert not vocabulary_follows(replace(other, model=replace(other.model, vocab_size=2_048)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cursor": [1]}, {"cursor": {"tokenizer": 1, "step": 4}}, {"cursor": {"tokenizer": ""}}, {"progress": [1]},
+        {"progress": {"step": "4"}}, {"progress": {"ledger": 1}}, {"progress": {"x": 1}}, {"config": []},
+        {"computed": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_whose_meta_is_of_no_run_is_damaged_in_one_line(tmp_path, change):
+    """Its seal vouches for bytes, and whoever sends a run can seal it."""
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=3, keep_every=0)
+    meta = {"progress": {"step": 4}, "cursor": CURSOR, "config": to_dict(Config())}
+    checkpoints.save(4, {"params": {"x": np.zeros(3, np.float32)}}, meta | change)
+    assert checkpoints.wait()
+    with pytest.raises(UserError, match=r"checkpoint 4 is damaged: its meta\.json lacks"):
+        resolve_start(Config(), tmp_path, checkpoints)
+
+
+def test_a_folder_in_the_place_of_config_json_is_named_before_anything_is_computed(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json is not a file"):
+        keep_config(Config(), tmp_path)
