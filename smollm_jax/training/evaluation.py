@@ -1,7 +1,7 @@
-"""Held-out loss and bits per byte, of a run in progress and of any model on any text.
+"""Compute held-out loss and bits per byte, of a run or any model.
 
-Bits per byte are the nats of the targets over the UTF-8 bytes of the same targets, so they compare across
-tokenizers. Sums are kept to the end because a mean of means would weigh short batches more.
+Bits per byte are the nats of the targets over the UTF-8 bytes of the same targets. So they compare across
+tokenizers. Sums are kept to the end because a mean of means would give short batches more weight.
 """
 
 import math
@@ -77,10 +77,10 @@ def evaluate_model(
     *, batch_size: int, dtype: str, seq_len: int | None = None, max_batches: int | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score a run, exported folder or Hub id on all of `data.data`, in order; returns plain JSON values.
+    """Score a run, exported folder or Hub id on all of `data.data`, in order. Returns plain JSON values.
 
-    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `UserError` for
-    a path that cannot be read, or data without a target.
+    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `UserError` for a
+    path that cannot be read, or data without a target.
     """
     require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
@@ -88,7 +88,7 @@ def evaluate_model(
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
-    # plain: kernels are only used after a check, and only a run makes one
+    # plain: kernels need a check before use, and only a run checks them
     config = Config(model=model, data=settings, compute=ComputeConfig(attention="plain"))
     use_precision_of(jnp.dtype(dtype))
     mesh = make_mesh(config, jax.devices()[:1])
@@ -140,7 +140,7 @@ def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def sample(run: Run) -> list[tuple[str, str]]:
-    """Return the sample prompts with their continuations; fewer if a stop is requested meanwhile."""
+    """Return the sample prompts with their continuations. Fewer if a stop is requested meanwhile."""
     settings = run.config.run
     if not settings.sample_tokens or run.interrupted:
         return []

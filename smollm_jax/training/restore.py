@@ -1,7 +1,7 @@
 """Decide what a run starts from, and whether it may resume under changed settings.
 
-Weights bring their architecture and tokenizer along if the command line leaves these at the recipe's defaults;
-settings it names must fit the weights.
+Weights bring their architecture and tokenizer if the command line leaves these at the recipe's defaults. Settings
+on the command line must fit the weights.
 """
 
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ SHOWN = 3  # changes in a line
 
 @dataclass(frozen=True)
 class StartState:
-    """What a run starts from: a checkpoint, weights, or neither; `config` is completed by it."""
+    """What a run starts from: a checkpoint, weights, or neither. It completes `config`."""
 
     config: Config
     checkpoint: VerifiedCheckpoint | None = None
@@ -49,13 +49,11 @@ class StartState:
 def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager) -> StartState:
     """Find what the run starts from, the first that exists of:
 
-    1. the newest good checkpoint in the run folder,
-    2. weights imported into the run folder,
-    3. the weights of --init-from,
-    4. fresh weights.
+    1. the newest good checkpoint in the run folder, 2. weights imported into the run folder, 3. the weights of
+    --init-from, 4. fresh weights.
 
-    Raises `UserError` if the run cannot resume under `config`, if what it trained is lost or damaged, or if the
-    weights have another architecture.
+    Raises `UserError` if the run cannot resume under `config`, or if its checkpoint is lost or damaged. Raises it
+    too if the weights have another architecture.
     """
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
     if found is not None and "progress" in found.meta:
@@ -71,7 +69,7 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
 
 
 def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: VerifiedCheckpoint | None) -> None:
-    """Raise `UserError` if the run has trained and no checkpoint of it is left: a start would cut its records."""
+    """Raise `UserError` if the run has trained and its checkpoints are gone. A start would cut its records."""
     hint = "see python -m smollm_jax checkpoints, or start afresh with --new-run"
     none = "no good checkpoint after the import" if imported else "no good checkpoint"
     damaged = ", ".join(sorted({path.name for path in folder.glob("[0-9]*")} - {str(imported and imported.step)}))
@@ -95,7 +93,7 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     saved = from_dict(found.meta["config"])
     if vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=saved.model.vocab_size))
-    began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
+    began = saved.run.scale_residual_init  # older runs have no such setting: False, whatever the recipe says now
     config = replace(config, run=replace(config.run, scale_residual_init=began))
     if saved.run.init_from is not None:
         source = config.run.init_from or saved.run.init_from
@@ -118,13 +116,15 @@ def _is_tokenizer(name: str, cursor: Any) -> bool:
 
 
 def vocabulary_follows(config: Config) -> bool:
-    """Whether the model gets as many entries as the tokenizer: it is not the recipe's, and no number was given."""
+    """Whether the model's vocabulary follows the tokenizer. The tokenizer is not the recipe's, and no size was
+    given.
+    """
     default = RECIPES[config.recipe].data.tokenizer
     return config.data.tokenizer != default and config.model.vocab_size == MODELS[config.preset].vocab_size
 
 
 def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
-    """Return `config` with the architecture and tokenizer of the weights if it leaves them at the defaults."""
+    """Return `config` with the architecture and tokenizer of the weights, unless settings name their own."""
     default = RECIPES[config.recipe]
     if config.data.tokenizer == default.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))

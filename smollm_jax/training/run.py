@@ -1,4 +1,4 @@
-"""A training run: the state the loop advances, and the rules for saving and evaluating it."""
+"""Hold the state of a training run, and the rules for saving and evaluating it."""
 
 import dataclasses
 import time
@@ -32,7 +32,7 @@ class Progress:
     bad_steps_in_a_row: int = 0
     ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
-    elapsed_seconds: float = 0.0  # from the first step on, over all starts, without what a kill took back
+    elapsed_seconds: float = 0.0  # from the first step on, over all starts, without time lost to a kill
     # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets
     nats: float = 0.0
     targets: int = 0
@@ -40,7 +40,7 @@ class Progress:
 
 @dataclass
 class Pending:
-    """A step on the device; its metrics are read after the next step was dispatched."""
+    """A step on the device. Its metrics are read after the next step was dispatched."""
 
     step: int
     metrics: dict[str, jax.Array]
@@ -51,7 +51,7 @@ class Pending:
 
 @dataclass
 class Interval:
-    """Sums of this process since the last metrics line, without the time of evaluations and saves."""
+    """Sums of this process since the last metrics line, without evaluations and saves."""
 
     began: float = field(default_factory=time.monotonic)
     steps: int = 0
@@ -70,7 +70,7 @@ class Interval:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress; `steps` maps a batch size to its compiled train step."""
+    """A run in progress. `steps` maps a batch size to its compiled train step."""
 
     config: Config
     run_dir: Path
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        """Whether to drop the current work; one of several processes goes on until all agree to stop."""
+        """Whether to drop the current work. One of several processes goes on until all agree to stop."""
         return self.stop.requested and not self.job.several
 
     @property
@@ -144,7 +144,7 @@ def evaluation_due(run: Run) -> bool:
 
 
 def save_step(run: Run) -> bool:
-    """Whether the number of the current step is due for a checkpoint: each --checkpoint-every, and the last.
+    """Whether a checkpoint is due at the current step: each --checkpoint-every, and the last.
 
     A checkpoint that a bad step left out is due until it is made.
     """
