@@ -24,10 +24,9 @@ LONGEST_END = 500_000  # characters held out of a single text
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> list[TokenizedDocument]:
     """Hold out the first documents of `eval_data`, or every tenth of the training data.
 
-    Every tenth comes from each source's head. Of fewer than ten documents, the last tenth of the last is held out.
+    Every tenth is from each source's head. Of fewer than ten documents, the last tenth of the last is held out.
     The first N of a mixture have its shares for every N, as an evaluation may read only these. Returns none for
-    `eval_documents=0`. Otherwise raises `UserError` if there are none, and as `open_source` and
-    `Source.documents`.
+    `eval_documents=0`. Otherwise raises `UserError` if there are none, or as `open_source` and `Source.documents`.
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data

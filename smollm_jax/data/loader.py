@@ -1,6 +1,6 @@
 """Make the training batches, each with the cursor from which the same next batch follows.
 
-A cursor is a few hundred bytes of JSON. It holds the document that is being cut, the offset in it, and hashes of
+A cursor is a few hundred bytes of JSON. A cursor holds the document being cut, the offset in it, and hashes of
 what must not change. The rows of a batch come from a fixed number of shards. So each process can make its own
 rows, and the batches do not depend on the number of processes.
 """

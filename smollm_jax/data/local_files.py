@@ -35,8 +35,8 @@ def find_files(pattern: str) -> list[str]:
 def _inside(folder: str) -> list[str]:
     """Return the data files below a folder, and log the files that are passed over.
 
-    These are hidden files (.ipynb_checkpoints) and folders of tools (__MACOSX, _delta_log). Beside other files,
-    descriptions of the data (LICENSE.txt) and .json are passed over too.
+    Hidden files (.ipynb_checkpoints) and folders of tools (__MACOSX, _delta_log) are passed over. Beside other
+    files, descriptions of the data (LICENSE.txt) and .json are passed over too.
     """
     files, passed, seen = [], [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
