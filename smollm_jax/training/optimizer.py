@@ -12,8 +12,8 @@ from smollm_jax.config.settings import Config, OptimizerConfig
 def learning_rate_schedule(config: Config) -> optax.Schedule:
     """Return the learning rate of the update after `count` updates.
 
-    Update n of W warm-up updates has n/W of the peak. From W on the rate decays. It would reach its end at update
-    N+1, so that none of the N updates is wasted at zero.
+    Update n of W warm-up updates has n/W of the peak. From W on the rate decays. The rate would reach its end at
+    update N+1, so that none of the N updates is wasted at zero.
     """
     peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
     warmup, decay = config.warmup_steps, config.decay_steps
