@@ -37,9 +37,9 @@ def request_seconds() -> float:
 
 
 def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Event) -> T:
-    """Return `ask()`; repeat it while its failure may pass, and log every wait.
+    """Return `ask()`. Repeats it while its failure may pass, and logs every wait.
 
-    Raises `SourceTimeout` after `patience` seconds, or once `closed` is set, and any other failure at once.
+    Raises `SourceTimeout` after `patience` seconds, or once `closed` is set. Raises any other failure at once.
     """
     began, wait = time.monotonic(), FIRST_WAIT_SECONDS
     while True:
