@@ -18,8 +18,7 @@ OF_SEGMENT, OF_POSITION = 0xA4093823, 0x299F31D1
 def batch_hash(tokens_BT1: Any, segment_ids_BT1: Any, xp: Any = np, *, rows: int | None = None) -> Any:
     """Hash a batch (B, T+1) to four uint32 words.
 
-    The batch has numpy arrays, or JAX arrays with `xp=jax.numpy`. Only the first `rows` rows count, the rest is
-    padding.
+    The batch has numpy arrays, or JAX arrays with `xp=jax.numpy`. Only the first `rows` rows count: the rest pads.
     """
     B, T1 = tokens_BT1.shape
     position_BT1 = xp.arange(B, dtype=xp.uint32)[:, None] * xp.uint32(T1) + xp.arange(T1, dtype=xp.uint32)[None]
@@ -35,7 +34,7 @@ def extend(ledger: str, words: Any) -> str:
 
 
 def _mix(x: Any, xp: Any) -> Any:
-    """Spread every bit of a word over the whole word. This is the finalizer of MurmurHash3 (Appleby 2011)."""
+    """Spread every bit of a word over the whole word, by MurmurHash3's finalizer (Appleby 2011)."""
     x = (x ^ (x >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
     x = (x ^ (x >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
     return x ^ (x >> xp.uint32(16))

@@ -95,7 +95,7 @@ class BatchIterator:
     """A synchronous iterator over the batches after `cursor`, each with its own cursor.
 
     `cursor=None` gives all batches. If the loader has only some shards, the batches hold only the rows of these
-    shards. Then they never end, because this process cannot know whether the other shards have ended.
+    shards and never end. This process cannot know whether the other shards have ended.
     """
 
     def __init__(self, loader: Loader, cursor: Any):

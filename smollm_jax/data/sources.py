@@ -246,7 +246,7 @@ def mixture(data: str) -> list[tuple[str, float]]:
 
 
 def _short_hash(*parts: Any) -> str:
-    """Hash to eight hex digits. They show that a file changed, and fit into a cursor of thousands of files."""
+    """Hash to eight hex digits: enough for a change. A cursor of thousands of hashes stays short."""
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())[:8]
 
 
