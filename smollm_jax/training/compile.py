@@ -101,7 +101,7 @@ def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Process
 def compile_within(
     config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops, *, before: Policy
 ) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
-    """Return the steps, the remat policy that fits the memory, and a note if memory is scarce.
+    """Return the steps, the remat policy that fits, and a note if memory is scarce.
 
     Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
     """

@@ -31,8 +31,8 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, after a global-norm clip.
 
-    `update` takes gradients summed over the targets. It also takes, by name, the `scale` that makes the sum a mean
-    and the `norm` of the mean.
+    `update` takes gradients summed over the targets, and two named arguments. `scale` makes the sum a mean. `norm`
+    is the norm of the mean.
     """
 
     def decays(params: Any) -> Any:

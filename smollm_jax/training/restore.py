@@ -37,7 +37,7 @@ SHOWN = 3  # changes in a line
 
 @dataclass(frozen=True)
 class StartState:
-    """What a run starts from: a checkpoint, weights, or neither. It completes `config`."""
+    """The start of a run: a checkpoint, weights, or neither. The start completes `config`."""
 
     config: Config
     checkpoint: VerifiedCheckpoint | None = None

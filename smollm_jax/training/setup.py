@@ -178,7 +178,7 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
 
 
 def fit_to_tokenizer(start: StartState, tokenizer: Tokenizer) -> Config:
-    """Return the settings with the tokenizer's ids in the model, and its size unless a size was given."""
+    """Return the settings with the tokenizer's ids, and its size unless one was given."""
     config = start.config
     if start.checkpoint is None and start.params is None and vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))

@@ -109,8 +109,8 @@ def make_step(
 
     The rows after the first `batch_size` are padding. `ops` as in `make_nll`. With several processes a fourth
     argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The step counts for
-    nothing if a vote is `VOID`. It also does at the end of the data, if no vote is `GO` and no row has a target. A
-    step without finite gradients leaves parameters and moments as they were.
+    nothing if a vote is `VOID`. A step after the end of the data counts for nothing: no vote is `GO`, no row has a
+    target. A step without finite gradients leaves parameters and moments as they were.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
