@@ -48,7 +48,7 @@ def has_accelerator() -> bool:
 
 
 def quiet_libtpu() -> None:
-    """Keep libtpu from asking and complaining, before JAX starts. It may be installed to plan with."""
+    """Keep libtpu, which may be installed to plan with, from asking and complaining. Call before JAX starts."""
     os.environ |= QUIET_LIBTPU | os.environ
 
 
@@ -110,7 +110,7 @@ def matmul_rate(device: Any, dtype: Any) -> float:
 
 
 def peak_memory(device: Any) -> int:
-    """Return the most bytes that this process has held, on an accelerator or in machine memory."""
+    """Return the most memory in bytes that this process has held, on accelerator or machine."""
     stats = device.memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1_024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

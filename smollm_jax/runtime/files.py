@@ -87,7 +87,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     A reader finds the old file or folder or the new one, never a part, also after the process dies. The next
     writer removes what a dead writer left. A folder that cannot be renamed, as a mount point, is filled in place.
-    Raises `OSError` with the name of `path` for a full disk, or for a file to be written over a folder.
+    Raises `OSError` with the name of `path` for a full disk, or for a file over a folder.
     """
     is_fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
     where = path if is_fixed else path.parent
