@@ -80,9 +80,10 @@ STREAM_OUTPUTS = 1536
 
 
 def stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
-    """Return the f32 product (O,) of one row with bf16 weights, a few rows per multiply-add.
+    """Return the f32 product (O,) of one row with bf16 weights, by fused multiply-adds.
 
-    XLA compiles the product to a loop along memory on every core. XLA's own products do neither for one bf16 row.
+    XLA compiles a few rows at a time to a loop along memory on every core. XLA's own products do neither for one
+    row.
     """
     R = max(rows for rows in range(1, STREAM_ROWS + 1) if len(x_I) % rows == 0)
     # without the barrier XLA converts the weights to f32 before the loop over tokens, which reads twice the bytes
