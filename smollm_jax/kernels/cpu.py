@@ -49,8 +49,8 @@ def residuals_as_bits(layer: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     """Return `layer` with its bfloat16 residuals stored as uint16.
 
     XLA:CPU can write uint16, but not bfloat16, into a part of an array. For bfloat16, each layer turns the stack
-    of all layers into float32 and back. The conversions take two fifths of a step of 135M. The layer must have no
-    uint16 residuals of its own. Only its arguments get gradients, not the arrays it closes over.
+    of all layers into float32 and back: two fifths of a step of 135M. The layer must have no uint16 residuals of
+    its own. Only its arguments get gradients, not the arrays it closes over.
     """
 
     @jax.custom_vjp
@@ -82,8 +82,7 @@ STREAM_OUTPUTS = 1536
 def stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
     """Return the f32 product (O,) of one row with bf16 weights, by fused multiply-adds.
 
-    XLA compiles a few rows at a time to a loop along memory on every core. XLA's own products do neither for one
-    row.
+    XLA compiles it to a loop along memory on every core. XLA's own products do neither for one bf16 row.
     """
     R = max(rows for rows in range(1, STREAM_ROWS + 1) if len(x_I) % rows == 0)
     # without the barrier XLA converts the weights to f32 before the loop over tokens, which reads twice the bytes
