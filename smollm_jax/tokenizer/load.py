@@ -54,7 +54,7 @@ def _download(repo: str) -> Path:
 def train_tokenizer(
     documents: Iterable[str], vocab_size: int, *, special_tokens: SpecialTokens = "text"
 ) -> Tokenizer:
-    """Train a byte-level BPE of `vocab_size` entries (Sennrich et al. 2016, Radford et al. 2019). Eos comes first."""
+    """Train a byte-level BPE of `vocab_size` entries, eos first. See Sennrich et al. 2016, Radford et al. 2019."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
 

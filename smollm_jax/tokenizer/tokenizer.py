@@ -202,7 +202,7 @@ class Tokenizer:
         """Return the UTF-8 bytes of `text` that each of its `ids` stands for: together all.
 
         `ids` may end with an eos that the tokenizer did not add. A tokenizer may change the text: lower case,
-        added space, unknown words. Then no count per id is right, so offsets in the text count.
+        added space, unknown words. No count per id is right in this case, so offsets in the text count.
         """
         counts, total = self.token_bytes[ids], len(text.encode())
         if counts.sum() == total:
