@@ -40,8 +40,8 @@ _KEPT: list[Any] = []  # C code holds pointers to them
 def join_job(compute: ComputeConfig) -> Iterator[Processes]:
     """Connect with the other processes of the job. At the end, leaves together with them.
 
-    Enter the context before any other call of JAX. Raises `UserError` if the processes do not connect in time. Each of
-    several processes prints its own `UserError` and exits with its code. A process alone raises the error.
+    Enter the context before any other call of JAX. Raises `UserError` if the processes do not connect in time.
+    Each of several processes prints its own `UserError` and exits with its code. A process alone raises the error.
     """
     job = connect(compute)
     if not job.several:
@@ -144,7 +144,7 @@ def _on_abort(act: Callable[[int], None]) -> None:
 
 
 def _explain_abort(job: Processes, number: int) -> None:
-    """End with a message if another process is gone. Then the coordination service does not answer."""
+    """End with a message if another process is gone and the coordination service does not answer."""
     from jax._src import distributed
 
     if job.leaving:

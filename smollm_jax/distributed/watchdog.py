@@ -41,7 +41,7 @@ class Limit:
 
 
 class Watchdog:
-    """The time limits of process `index` of `count`. They hold after `start` until `over` is set."""
+    """The time limits of process `index` of `count`, which hold after `start` until `over` is set."""
 
     def __init__(self, index: int, count: int):
         self.index, self.count = index, count
