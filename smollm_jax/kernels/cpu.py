@@ -2,7 +2,7 @@
 
 XLA:CPU multiplies bfloat16 at twice the speed if the result is float32. JAX derives the gradient of weights as a
 transposed product. So all three products are written out, with a float32 result. Other devices use JAX's own
-forms. Letters as in model/transformer.py; I inputs, O outputs.
+forms. Letters as in model/transformer.py. I inputs, O outputs.
 """
 
 from collections.abc import Callable
@@ -48,9 +48,9 @@ wide_linear.defvjp(_forward, _backward)
 def residuals_as_bits(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return `layer` with its bfloat16 residuals stored as uint16.
 
-    XLA:CPU can write uint16, but not bfloat16, into a part of an array. For bfloat16, each layer turns the stack
-    of all layers into float32 and back: two fifths of a step of 135M. The layer must have no uint16 residuals of
-    its own. Only its arguments get gradients, not the arrays it closes over.
+    XLA:CPU can write uint16, but not bfloat16, into a part of an array. For bfloat16, each layer turns all layers'
+    stack into float32 and back: two fifths of a step of 135M. The layer must have no uint16 residuals of its own.
+    Only its arguments get gradients, not the arrays it closes over.
     """
 
     @jax.custom_vjp
