@@ -33,7 +33,7 @@ PLAIN = re.compile(r"[\w/.,=+%@ -]+", re.ASCII)
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
-    """Return a pytree's leaves in order, by path: dict keys, fields and indices joined by "/"."""
+    """Return a pytree's leaves in order, by path: keys, fields and indices joined by "/"."""
     import jax
 
     pairs = jax.tree.leaves_with_path(tree)
