@@ -110,8 +110,8 @@ def traffic_bytes(step: Step) -> float:
 def memory_bytes(step: Step) -> int:
     """Return the bytes per chip that the step needs at once. Used if the devices have no compiler here.
 
-    The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer. If
-    remat recomputes a layer, all of its residuals count too. One chunk of logits with their gradient comes on top.
+    The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer.
+    With remat, all residuals of one layer count too. So does one chunk of logits with its gradient.
     """
     model, compute, dtype_bytes = step.config.model, step.config.compute, step.dtype.itemsize
     tokens = step.tokens_per_chip // compute.grad_accum
@@ -125,10 +125,10 @@ def memory_bytes(step: Step) -> int:
 
 
 def residual_bytes(model: ModelConfig, remat: Policy) -> int:
-    """Return the bf16 bytes per token and layer that the forward pass keeps for the backward.
+    """Return the bf16 bytes per token and layer that forward keeps for backward.
 
     `full` keeps the layer's input. `dots` also keeps the output of each product. `none` also keeps the outputs of
-    the norms and of the attention kernel, and one f32 per softmax of that kernel.
+    the norms and the attention kernel, and one f32 per softmax of that kernel.
     """
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     D, F = model.hidden_size, model.intermediate_size
@@ -140,12 +140,11 @@ def residual_bytes(model: ModelConfig, remat: Policy) -> int:
 
 
 def sent_bytes(step: Step) -> dict[str, float]:
-    """Return the bytes per step that each chip sends along each mesh axis.
+    """Return the bytes per step that each chip sends along each mesh axis, in rings.
 
-    Messages go in rings (Patarasuk & Yuan 2009). `data` sums the gradients once per microbatch: 2 bytes each, 6
-    for the embedding, used at both ends. `fsdp` gathers the weights per pass and reduce-scatters the gradients
-    (Rajbhandari et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al.
-    2019).
+    The rings are as in Patarasuk & Yuan 2009. `data` sums the gradients once per microbatch (2 bytes each, 6 for
+    the embedding, used at both ends). `fsdp` gathers weights per pass and reduce-scatters gradients (Rajbhandari
+    et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al. 2019).
     """
     model, micros, sizes = step.config.model, step.config.compute.grad_accum, step.mesh.shape
     weights = model.num_parameters // sizes["tensor"]

@@ -1,6 +1,6 @@
 """Plan a run on absent devices: compile its train step, check that it fits, report.
 
-The compiler libtpu compiles the very step of the run for a TPU slice, without a TPU and without the network. Its
+The compiler libtpu compiles the run's very step for a TPU slice, without a TPU and without the network. Its
 verdict on memory is the plan's. GPUs, and more CPU devices than the process has, have no compiler here. Their
 memory is estimated by formula. Data, tokenizer and run folder are not used.
 """
@@ -42,10 +42,9 @@ class Plan:
 
 
 def make_plan(config: Config, topology: str) -> Plan:
-    """Plan a run of `config` on `topology`. Raises `UserError` for impossible devices or an impossible mesh.
+    """Plan a run of `config` on `topology`. Raises `UserError` for impossible devices or mesh.
 
-    Tries the remat policies as a run does. Takes the first that leaves the runtime its share of memory, else the
-    last.
+    Tries the remat policies as a run does. Keeps the first that leaves the runtime its share, else the last.
     """
     target, remat = topology_of(topology), config.compute.remat
     for policy in POLICIES if remat == "auto" else (remat,):
