@@ -18,7 +18,7 @@ OF_SEGMENT, OF_POSITION = 0xA4093823, 0x299F31D1
 def batch_hash(tokens_BT1: Any, segment_ids_BT1: Any, xp: Any = np, *, rows: int | None = None) -> Any:
     """Hash a batch (B, T+1) to four uint32 words.
 
-    The batch has numpy arrays, or JAX arrays with `xp=jax.numpy`. Only the first `rows` rows count: the rest pads.
+    The arrays are numpy's, or JAX's with `xp=jax.numpy`. Only the first `rows` rows count: the rest is padding.
     """
     B, T1 = tokens_BT1.shape
     position_BT1 = xp.arange(B, dtype=xp.uint32)[:, None] * xp.uint32(T1) + xp.arange(T1, dtype=xp.uint32)[None]

@@ -24,9 +24,9 @@ LONGEST_END = 500_000  # characters held out of a single text
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> list[TokenizedDocument]:
     """Hold out the first documents of `eval_data`, or every tenth of the training data.
 
-    Every tenth is from each source's head. Of fewer than ten documents, the last tenth of the last is held out.
-    The first N of a mixture have its shares for every N, as an evaluation may read only these. Returns none for
-    `eval_documents=0`. Otherwise raises `UserError` if there are none, or as `open_source` and `Source.documents`.
+    This tenth is from each source's head. In a source of fewer than ten documents, the end of the last is held
+    out. The first N of a mixture have its shares for every N, as an evaluation may read only these. Returns none
+    for `eval_documents=0`. Else raises `UserError` if there are none, or as `open_source` and `Source.documents`.
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data
@@ -87,7 +87,7 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
 
 
 def _end_of(documents: Iterable[Document]) -> dict[int, Document]:
-    """Return about a tenth of the last document, cut at a line or word. None if that is too short."""
+    """Return the last tenth of the last document, cut at a line or word. None if that is too short."""
     last = deque(documents, maxlen=1)
     text = last[0].text if last else ""
     at = len(text) - min(len(text) // HELD_OUT_EVERY, LONGEST_END)

@@ -26,7 +26,7 @@ LISTING_SECONDS = 120.0  # some calls inside `datasets` have no time limit of th
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file: its name without a revision, its URL, and a hash of its content."""
+    """A file of a dataset: name without revision, URL, and a hash of its content."""
 
     name: str
     url: str

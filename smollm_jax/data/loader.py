@@ -26,7 +26,7 @@ from smollm_jax.data.sources import Document, Shard, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require, say_once
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-BATCHES_AHEAD = 4  # made while the device works. Memory holds two windows of tokens anyway
+BATCHES_AHEAD = 4  # made while the device works. Two windows of tokens are in memory anyway
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -36,7 +36,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 class ShardStream:
-    """The rows of shard `index`, packed from a mixture of shuffled sources.
+    """A stream of the rows of shard `index`, packed from a mixture of shuffled sources.
 
     The next document comes from the source furthest below the share of tokens that its weight asks for.
     """
@@ -67,7 +67,7 @@ class ShardStream:
 
     @property
     def cursor(self) -> Cursor:
-        """Sources' states before the document that the next row continues, and the offset in it."""
+        """Return the sources' states before the next row's first document, and the offset in it."""
         offset = self.packer.state
         return {"sources": self._states() if offset is None else self._before, "offset": offset}
 
@@ -161,7 +161,7 @@ class Loader:
         self.config, self.tokenizer = config, tokenizer
         self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
         self._report_copies()
-        # of each text of which something is held out, the characters that are trained on
+        # characters to train on, of each text that is held out in part
         self.excluded = {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
         self.shards = list(range(data.shards) if shards is None else shards)
         self.fixed: Cursor = {

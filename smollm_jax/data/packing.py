@@ -49,7 +49,7 @@ class Packer(Generic[D]):
 
     @property
     def state(self) -> int | None:
-        """Offset at which the next row continues the first document. None if the queue is empty."""
+        """Return the offset at which the next row continues the first document. None if the queue is empty."""
         return self._offset if self._queue else None
 
     def add(self, document: D, tokens: np.ndarray, offset: int = 0) -> None:

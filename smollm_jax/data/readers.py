@@ -27,7 +27,7 @@ LARGEST_RATIO, CHECKED_BYTES = 200, 2**28  # text expands at most 30-fold, a fil
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file: its value, or why it cannot be read."""
+    """A row of a file: its value, or why it cannot be read."""
 
     value: Any
     row: int
@@ -125,7 +125,7 @@ def _lines(file: BinaryIO, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _paragraphs(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    """Yield the documents between blank lines, each with the offset after it. `_lines` cuts long ones."""
+    """Yield the documents between blank lines, each with the offset after it. Cuts a long one as `_lines`."""
     found: list[bytes] = []
     end = size = 0
     for line, end in lines:

@@ -2,7 +2,7 @@
 
 A source yields documents in a fixed order, each with the cursor from which the next document follows. Tokens,
 shuffling and rows are not its concern. A row or file that cannot be read stops the run, or is skipped and counted.
-The log names it in both cases.
+The log names such a row or file in both cases.
 """
 
 import io
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it comes from."""
+    """A text, and where it comes from."""
 
     text: str
     source: str
@@ -47,12 +47,12 @@ class Document:
     row: int
     cursor: Cursor = field(repr=False)
     """From here the next document follows."""
-    kept: str = field(default="", repr=False)  # of a held-out end of a text, its beginning
+    kept: str = field(default="", repr=False)  # beginning of a text whose end is held out
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`: every `count`-th file or row."""
+    """A part `index` of `count`: every `count`-th file or row."""
 
     index: int = 0
     count: int = 1
@@ -120,7 +120,7 @@ class Source:
                 if tries < self.parse_tries:
                     logger.warning("reading %s again from row %d: %s", path, cursor["row"], one_line(error))
                     continue
-                if by_file or shard.index == 0:  # every shard reads this file; one reports it
+                if by_file or shard.index == 0:  # every shard reads this file, one reports it
                     self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {one_line(error)}", skipped)
             cursor, tries = following, 0
 
@@ -246,7 +246,7 @@ def mixture(data: str) -> list[tuple[str, float]]:
 
 
 def _short_hash(*parts: Any) -> str:
-    """Hash to eight hex digits: enough for a change. A cursor of thousands of hashes stays short."""
+    """Hash to eight hex digits: enough to notice a change, short even for thousands."""
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())[:8]
 
 
