@@ -112,7 +112,7 @@ def compile_within(
         before=before, tell=say if checkpoints.processes.first else lambda _: None,
     )  # fmt: skip
     needed = max(gather(compiled_bytes(steps[max(steps)])))
-    # on a CPU the memory of a save is not part of the memory of a step
+    # on a CPU, the memory of a step leaves out the memory of a save
     copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
     checkpoints.beside_the_step = needed + copied <= memory
     less = "--grad-accum 2 or more, or a smaller --batch-size, needs less"

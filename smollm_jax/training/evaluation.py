@@ -33,13 +33,13 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll
 
-# a greedy base model repeats itself; this shows what it learned and is still nearly deterministic
+# a greedy base model repeats itself. Samples at these settings show what it learned, and hardly vary
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
 
 
 @dataclass(frozen=True)
 class HeldOutScore:
-    """Sums over the held-out targets: nats, targets, and the bytes of text they stand for."""
+    """The sums over the held-out targets: nats, targets, and the bytes of their text."""
 
     nats: float
     tokens: int
@@ -47,7 +47,7 @@ class HeldOutScore:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Return nats per token."""
         return self.nats / max(self.tokens, 1)
 
     @property

@@ -3,7 +3,7 @@
 A process cannot leave a step that others have begun. Therefore each sends a `Vote` with its rows of a batch. The
 summed votes come back with the metrics, equal in all processes, while the next step runs. If one process votes
 `VOID`, the step changes nothing, and all return to the state before it. A process alone needs no votes and sends
-no step without rows. Its verdict is whether a stop was requested.
+no step without rows. The verdict of such a process is a stop request or none.
 """
 
 import time
@@ -49,7 +49,7 @@ def train(run: Run) -> Vote:
     while run.progress.step < run.last_step:
         ballot = next_ballot(run, ballot)
         sent = dispatch(run, ballot)
-        verdict = settle(run, pending)  # of the step before, while this one runs
+        verdict = settle(run, pending)  # of the step before, while the current step runs
         if sent is not None and verdict == Vote.GO and not (evaluation_due(run) or save_step(run)):
             pending = sent
             continue
@@ -127,7 +127,7 @@ def dispatch(run: Run, ballot: Ballot) -> Pending | None:
 
 
 def settle(run: Run, pending: Pending | None) -> Vote:
-    """Wait for a step and return `GO` or `STOP` if valid, else `ENDED` or `VOID`.
+    """Wait for a step. Returns `GO` or `STOP` if it counts, else `ENDED` or `VOID`.
 
     A step that does not count is undone: progress returns to the step before it.
     """

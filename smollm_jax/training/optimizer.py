@@ -1,4 +1,4 @@
-"""Define the optimizer and the learning rate schedule. To add another, name it in `OptimizerConfig`."""
+"""Define the optimizer and the learning rate schedule. Add others here, and their names to `OptimizerConfig`."""
 
 from typing import Any
 

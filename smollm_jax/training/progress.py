@@ -45,7 +45,7 @@ def report_step(run: Run, pending: Pending) -> None:
 
 
 def write_line(run: Run) -> None:
-    """Write the step's metrics line once. Means and rates are since the last line, others of the step."""
+    """Write the step's metrics line once. Means and rates are since the last line, other values of the step."""
     interval = run.interval
     if interval.latest is None:
         return

@@ -49,11 +49,13 @@ class StartState:
 def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager) -> StartState:
     """Find what the run starts from, the first that exists of:
 
-    1. the newest good checkpoint in the run folder, 2. weights imported into the run folder, 3. the weights of
-    --init-from, 4. fresh weights.
+    1. the newest good checkpoint in the run folder,
+    2. weights imported into the run folder,
+    3. the weights of --init-from,
+    4. fresh weights.
 
-    Raises `UserError` if the run cannot resume under `config`, or if its checkpoint is lost or damaged. Raises it
-    too if the weights have another architecture.
+    Raises `UserError` if the run cannot resume under `config`, or if its checkpoint is lost or damaged. Raises
+    `UserError` too if the weights have another architecture.
     """
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
     if found is not None and "progress" in found.meta:
@@ -76,7 +78,7 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
     require(not damaged, f"{folder} holds {none}, only {damaged}; {hint}")
     trained = max((line["step"] - (line.get("bad_steps") or 0) for line in read_metrics(run_dir)), default=0)
     before = read_run(run_dir) if trained and (run_dir / "config.json").exists() else config
-    # the first save ends before the second begins; a run killed earlier has nothing to go on from
+    # the first save ends before the second begins. A run killed earlier has nothing to continue from
     lost = 0 < 2 * before.run.checkpoint_every < trained or (trained and (run_dir / "export").exists())
     none = f"{trained:,} steps are trained, but {folder} holds {none}"
     require(not lost, f"{none}; bring it back, or start afresh with --new-run")
@@ -116,9 +118,7 @@ def _is_tokenizer(name: str, cursor: Any) -> bool:
 
 
 def vocabulary_follows(config: Config) -> bool:
-    """Whether the model's vocabulary follows the tokenizer. The tokenizer is not the recipe's, and no size was
-    given.
-    """
+    """Return whether the vocabulary follows the tokenizer. True if not the recipe's and no size is given."""
     default = RECIPES[config.recipe].data.tokenizer
     return config.data.tokenizer != default and config.model.vocab_size == MODELS[config.preset].vocab_size
 

@@ -51,7 +51,7 @@ class Pending:
 
 @dataclass
 class Interval:
-    """Sums of this process since the last metrics line, without evaluations and saves."""
+    """The sums of this process since the last metrics line, without evaluations and saves."""
 
     began: float = field(default_factory=time.monotonic)
     steps: int = 0
@@ -94,11 +94,11 @@ class Run:
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
     kernels: bool | None  # False if samples must not use kernels because the steps do not
     clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
-    generator: Generator | None = None  # decodes the samples; None before the first evaluation
+    generator: Generator | None = None  # decodes the samples, None before the first evaluation
 
     @property
     def interrupted(self) -> bool:
-        """Whether to drop the current work. One of several processes goes on until all agree to stop."""
+        """Return whether to drop the current work. One of several processes goes on until all agree to stop."""
         return self.stop.requested and not self.job.several
 
     @property
@@ -138,13 +138,13 @@ def count_seconds(run: Run) -> None:
 
 
 def evaluation_due(run: Run) -> bool:
-    """Whether the current step is followed by an evaluation: every --eval-every steps, and the last."""
+    """Return whether the current step is evaluated: every --eval-every steps, and the last."""
     every, step = run.config.run.eval_every, run.progress.step
     return every > 0 and (step % every == 0 or step == run.config.total_steps)
 
 
 def save_step(run: Run) -> bool:
-    """Whether a checkpoint is due at the current step: each --checkpoint-every, and the last.
+    """Return whether a checkpoint is due at the current step: each --checkpoint-every, and the last.
 
     A checkpoint that a bad step left out is due until it is made.
     """
@@ -153,7 +153,7 @@ def save_step(run: Run) -> bool:
 
 
 def save_due(run: Run) -> bool:
-    """Whether the current step, whose metrics are read, is followed by a checkpoint."""
+    """Return whether a checkpoint follows the current step, whose metrics are read."""
     # in a row of bad steps there is nothing new to keep, and retention must not delete an older good state
     last = run.progress.step == run.config.total_steps
     return last or (save_step(run) and not run.progress.bad_steps_in_a_row)

@@ -46,7 +46,7 @@ from smollm_jax.training.step import abstract_state, init_state
 TOKENIZER_DOCUMENTS = 20_000
 # share of a large matmul's speed that a step of the replica reached, on an H200 and on two CPU cores
 MATMUL_SHARE = 0.6
-LONG_SECONDS = 2 * 86_400  # a run longer than this names the quickstart
+LONG_SECONDS = 2 * 86_400  # for a run longer than this, the summary names the quickstart
 
 
 def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> Run:

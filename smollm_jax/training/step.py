@@ -29,7 +29,7 @@ HEAD_AXIS = "tensor"  # the mesh axis that divides heads
 
 
 class Vote(IntEnum):
-    """A process's word on its part of a batch. Also the verdict of all processes on a step or run."""
+    """A process's declaration about its part of a batch. Also the verdict of all on a step or run."""
 
     GO = 0
     STOP = 1  # stop after this step

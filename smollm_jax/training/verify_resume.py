@@ -34,7 +34,7 @@ TIMES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, each with its first difference or None."""
+    """The result of a comparison: what was compared, each with its first difference or None."""
 
     steps: int
     compared: dict[str, str | None]
