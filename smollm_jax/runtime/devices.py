@@ -21,7 +21,7 @@ PEAK_TFLOPS = {
     "T4": 65, "V100": 125, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
     "TPU v6 lite": 918, "TPU v6e": 918,
 }  # fmt: skip
-TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for nothing older
+TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for no older GPU
 # libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
 # alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
 QUIET_LIBTPU = {
@@ -34,7 +34,7 @@ QUIET_LIBTPU = {
 }
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", *TPU_FILES)
-MEMORY_SHARE = 0.9  # of a device's memory; the rest is for the runtime and the evaluation
+MEMORY_SHARE = 0.9  # of a device's memory. The rest is for the runtime and the evaluation
 # A CPU run's process shares the memory: libraries and compiler take PROCESS_BYTES. Per parameter, a save copies
 # the state (12 bytes) and the writer converts the moments (8). Three runs of 135M, with steps of 3.3, 7.2 and
 # 20 GiB, took within 8 % of this sum.
@@ -43,7 +43,7 @@ CACHED_COMPILE_SECONDS = 0.5  # a program that compiles faster than this is not 
 
 
 def has_accelerator() -> bool:
-    """Return whether JAX may use a GPU or TPU here. Does not ask JAX, which would take its memory."""
+    """Return whether JAX may use a GPU or TPU here. Does not ask JAX, which would take the device's memory."""
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
@@ -141,7 +141,7 @@ def precision_of(dtype: Any) -> Iterator[None]:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keep compiled programs in `folder` between processes. None for "", or the home folder of an unknown user."""
+    """Keep compiled programs in `folder` between processes. Keeps none for "", or for an unknown home folder."""
     import jax
 
     folder = os.path.expanduser(folder)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
-FRESH_SECONDS = 8.0  # a new run waits this long for a first answer; a resumed run, --data-timeout
+FRESH_SECONDS = 8.0  # a new run waits this long for a first answer, a resumed run --data-timeout
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
 PASSING = (408, 425, 429)  # HTTP status codes below 500 that may pass: timeout, too early, too many requests
 

@@ -23,7 +23,7 @@ INSISTENT = (signal.SIGTERM, signal.SIGINT)  # a second one leaves at once
 # warnings before the end: SLURM and submitit send SIGUSR1 or 2, `ulimit -t` SIGXCPU, a closed terminal SIGHUP
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 AGAIN_SECONDS = 1.0  # a signal sooner after the first is the same request: `timeout` and schedulers send two
-SAY_SECONDS = 1.0  # to print the last message; a full pipe or a stopped terminal blocks it
+SAY_SECONDS = 1.0  # to print the last message, which a full pipe or a stopped terminal blocks
 LOOK_SECONDS = 0.1  # between two checks of the thread that saves in the main thread's place
 
 
