@@ -22,8 +22,8 @@ def check_against_reference(
 ) -> str:  # fmt: skip
     """Describe how `fn` differs from `reference` or fails. "" if they agree.
 
-    The description begins with `what`. Compares the outputs and, with a `cotangent`, the gradients of all inputs,
-    in the order of `names`. `tolerance` is for all or for each. If `exact`, the inputs are arrays and the
+    The description begins with `what`. Compares outputs and, with a `cotangent`, the gradients of all inputs in
+    the order of `names`. `tolerance` is for all or for each. If `exact`, the inputs are arrays, and the
     `reference` gets them in float32. `size` measures a gap, relative to the reference.
     """
 

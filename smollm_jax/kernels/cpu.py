@@ -2,7 +2,7 @@
 
 XLA:CPU multiplies bfloat16 at twice the speed if the result is float32. JAX derives the gradient of weights as a
 transposed product. So all three products are written out, with a float32 result. Other devices use JAX's own
-forms. Letters as in model/transformer.py. I inputs, O outputs.
+forms. Letters as in model/transformer.py, I inputs, O outputs.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ STREAM_OUTPUTS = 1536
 def stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
     """Return the f32 product (O,) of one row with bf16 weights, by fused multiply-adds.
 
-    XLA compiles it to a loop along memory on every core. XLA's own products do neither for one bf16 row.
+    A few rows at a time go into a loop along memory on every core. XLA's own products do neither for one bf16 row.
     """
     R = max(rows for rows in range(1, STREAM_ROWS + 1) if len(x_I) % rows == 0)
     # without the barrier XLA converts the weights to f32 before the loop over tokens, which reads twice the bytes

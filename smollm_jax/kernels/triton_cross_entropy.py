@@ -1,8 +1,8 @@
 """Compute a chunk's loss and its logits' gradient in one kernel, for Ampere and later.
 
-Logits are the largest array of a step, and XLA reads them three times. Here a program handles one token. It reads
-the logits once for their maximum and sum of exponentials (Milakov & Gimelshein 2018). For the gradient, it reads
-the logits again while they are in the cache. Letters as in model/transformer.py. A chunk has M tokens.
+Logits are the largest array of a step, and XLA reads them three times. Here a program reads one token's logits
+once for their maximum and sum of exponentials (Milakov & Gimelshein 2018). For the gradient, the program reads the
+logits again while they are in the cache. Letters as in model/transformer.py. A chunk has M tokens.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """Run a decoder layer in five kernels, for a few rows of one token.
 
 The kernels need a GPU from Ampere on. A decode step is launch-bound, and XLA emits sixteen kernels per layer. The
-five kernels: norm with query, key and value; attention, which rotates and writes the cache; attention's output;
-norm with gate and up; feed-forward's output. A row is a vector, too little for tensor cores. A program multiplies
-it with a few rows of weights in f32 and adds in a fixed order. `generation.decoder` decides when they run.
+five: norm with query, key and value; attention, with rotation and cache write; attention's output; norm with gate
+and up; feed-forward's output. A row is one vector, too little for tensor cores. A program multiplies this vector
+with a few rows of weights in f32 and adds in a fixed order. `generation.decoder` decides when the kernels run.
 
 Letters as in model/transformer.py. I inputs, O outputs, R outputs of a program, C inputs or Y keys read at a time.
 """
