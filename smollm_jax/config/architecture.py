@@ -56,18 +56,18 @@ class ModelConfig:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a text."""
+        """Return the ids that end a text."""
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         return (*eos, *self.extra_eos_token_ids)
 
     def ending_at(self, ids: Iterable[int]) -> Self:
-        """Return the same model, which ends a text at `ids`. The first of them is its eos."""
+        """Return the same model, but ending a text at `ids`. The first id is the eos."""
         once = tuple(dict.fromkeys(ids))
         return replace(self, eos_token_id=next(iter(once), None), extra_eos_token_ids=once[1:])
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, a tied head counted once."""
+        """Count the parameters, a tied head once."""
         return sum(map(math.prod, parameter_shapes(self).values()))
 
     def flops_per_token(self, seq_len: int) -> int:

@@ -7,7 +7,7 @@ from smollm_jax.runtime.errors import require
 
 
 class Phase(NamedTuple):
-    """`steps` updates with `batch_size` sequences each."""
+    """A part of a run: `steps` updates with `batch_size` sequences each."""
 
     steps: int
     batch_size: int

@@ -220,7 +220,7 @@ class Config:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The recipe's phases, resized by --steps and --batch-size."""
+        """Return the recipe's phases, resized by --steps and --batch-size."""
         return resize(parse_phases(self.run.phases), self.run.steps, self.run.batch_size)
 
     @property
@@ -229,7 +229,7 @@ class Config:
 
     @property
     def main_batch_size(self) -> int:
-        """Sequences per step in the longest phase. Evaluations use the same number."""
+        """Return the sequences per step in the longest phase. Evaluations use the same number."""
         return max(self.phases, key=lambda phase: phase.steps).batch_size
 
     def batch_size_at(self, step: int) -> int:
@@ -244,7 +244,7 @@ class Config:
 
     @property
     def decay_steps(self) -> int:
-        """Updates of the decay: the whole rest of the run for `linear` and `cosine`."""
+        """Return the updates of the decay: the rest of the run for `linear` and `cosine`."""
         schedule, given = self.optimizer.schedule, self.optimizer.decay_steps
         if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
             return self.total_steps // 5 if given is None else given
