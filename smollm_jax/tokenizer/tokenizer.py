@@ -107,12 +107,12 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The id of the token that begins a text. None if the tokenizer names none."""
+        """Return the id of the token that begins a text. None if the tokenizer names none."""
         return self._fast.token_to_id(token_text(self.settings.get("bos_token")))
 
     @property
     def fingerprint(self) -> str:
-        """A hash of tokenizer.json, and of any ids that `encode` adds to a text."""
+        """Hash tokenizer.json, and any ids that `encode` adds to a text."""
         bare, added = (self._fast.encode("", add_special_tokens=on).ids for on in (False, self.template))
         more = b"" if added == bare else repr(added).encode()
         return hashlib.sha256(self.files["tokenizer.json"] + more).hexdigest()
@@ -164,12 +164,12 @@ class Tokenizer:
 
     @cached_property
     def unsettled(self) -> set[int]:
-        """The ids that do not end a run of bytes. Special tokens are not part of a text."""
+        """Return the ids that do not end a run of bytes. Special tokens are not part of a text."""
         return self._byte_ids | set(self.special_tokens.values())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The id of each special token."""
+        """Return the id of each special token."""
         added = self._fast.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
@@ -181,7 +181,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Count the UTF-8 bytes of each id in text: int32 (V,), 0 for special tokens.
+        """Return the UTF-8 bytes of each id inside a text: int32 (V,), 0 if special.
 
         A byte-level token spells each byte as one character, so its length is the count.
         """
