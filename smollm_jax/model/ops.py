@@ -29,7 +29,7 @@ def reference_embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def reference_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`einsum` of x and f32 weights, in the dtype of x."""
+    """Compute `einsum` of x and f32 weights, in the dtype of x."""
     return checkpoint_name(jnp.einsum(letters, x, weights.astype(x.dtype)), PRODUCT)
 
 
@@ -89,7 +89,7 @@ class Ops:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether any function is a GPU kernel, which decides `unroll` and `loss_chunk`."""
+        """Return whether any function is a GPU kernel, which decides `unroll` and `loss_chunk`."""
         return self.kernels == "pallas"
 
 

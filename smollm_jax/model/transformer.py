@@ -5,8 +5,9 @@ so that thirty layers compile like one, or they are unrolled (`unroll`). Everyth
 `SmolLM` is built from a plain dict of arrays (`SmolLM.from_params`, `params_of`). This file knows no mesh, no
 loss, no tokenizer and no Hugging Face name. `Ops` holds the functions of the model.
 
-Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions · V vocab · D
-model width · F feed-forward width · L layers · N query heads · K key/value heads · G = N/K · H head width.
+Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
+V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
+G = N/K · H head width.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class SmolLM(nnx.Module):
 
     @property
     def head_VD(self) -> jax.Array:
-        """Weights (V, D) that turn features into logits. Tied weights are the embedding itself."""
+        """Return the weights (V, D) that turn features into logits. Tied weights are the embedding itself."""
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
     def features(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
