@@ -1,6 +1,6 @@
 """Connect the processes of a job, and end them together.
 
---coordinator names the processes. Otherwise JAX finds them from what a launcher sets in the environment. If a
+The processes are named by --coordinator. Otherwise JAX finds them in what a launcher sets in the environment. If a
 process is dead or stopped, JAX aborts all others. A handler turns the abort into a message and exit code 75.
 """
 
@@ -31,7 +31,7 @@ CONNECT_SECONDS = 300
 ANSWER_SECONDS = 2.0  # for the coordination service of a whole job
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-# an indexed Job or JobSet of Kubernetes sets the last, its manifest the others
+# an indexed Job or JobSet of Kubernetes sets the last, the job's manifest the others
 KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
 _KEPT: list[Any] = []  # C code holds pointers to them
 
@@ -144,7 +144,7 @@ def _on_abort(act: Callable[[int], None]) -> None:
 
 
 def _explain_abort(job: Processes, number: int) -> None:
-    """End with a message if another process is gone and the coordination service does not answer."""
+    """End with a message if another process is gone: the coordination service does not answer."""
     from jax._src import distributed
 
     if job.leaving:

@@ -1,6 +1,6 @@
 """Exchange values among the processes of one job, which all run the same program.
 
-What the processes must know of each other goes through `Processes.gather`. All of them call it at the same place.
+All processes call `Processes.gather` at the same place, to learn what they must know of each other.
 """
 
 import json
@@ -15,7 +15,7 @@ FAULTS = (RuntimeError, UserError, SourceTimeout)  # shared, the gravest first. 
 
 
 class PeerLost(RuntimeError):
-    """Another process did not take part in an exchange."""
+    """An error: another process did not take part in an exchange."""
 
 
 class Processes:

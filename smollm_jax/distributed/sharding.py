@@ -92,7 +92,7 @@ def shards_here(mesh: Mesh, config: Config) -> range:
 
 
 def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.Array:
-    """Return a batch of `rows` on the devices, from `array` of this process with rows from `first_row` on.
+    """Return a batch of `rows` on the devices. `array` holds this process's rows, from `first_row` on.
 
     The rows after the batch are padding: zeros.
     """

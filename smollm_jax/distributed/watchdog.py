@@ -1,9 +1,9 @@
 """Limit the time of each activity, so that no process waits forever for another.
 
 JAX's heartbeats tell when a process is dead or stopped (see launch.py), not when it is alive and stuck. A process
-that exceeds the time limit of an activity ends itself. Some activities take all processes, such as a step. Their
-time counts only while no process is at a patient activity, such as waiting for data. So each process publishes its
-activity in the key-value store of JAX's coordination service.
+that exceeds the time limit of an activity ends itself. The time of an activity that takes all processes, such as a
+step, counts only while no process is patient. A patient activity is, for example, waiting for data. So each
+process publishes its activity in the key-value store of JAX's coordination service.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from smollm_jax.runtime.signals import end_with
 AGAIN = "what was saved stands; run the same command in all processes to go on"
 TICK_SECONDS = 1.0
 LONGEST_TICK_SECONDS = 15.0  # more has not passed between two ticks, whatever the clock says
-OWN_SECONDS = 20.0  # for the work of a process between two steps; with JAX's heartbeats less than two minutes
+OWN_SECONDS = 20.0  # for the work of a process between two steps. With JAX's heartbeats less than two minutes
 STEP_SECONDS = 45.0  # for which a network may be down in a step, however short steps are
 EXCHANGE_SECONDS = 300.0  # for an exchange among processes, including the compilation of its program
 LONGEST_SECONDS = 3600.0  # for activities without a measure: the first step, a save, an evaluation's batch, setup
@@ -41,7 +41,7 @@ class Limit:
 
 
 class Watchdog:
-    """The time limits of process `index` of `count`, which hold after `start` until `over` is set."""
+    """The time limits of process `index` of `count`, valid after `start` until `over` is set."""
 
     def __init__(self, index: int, count: int):
         self.index, self.count = index, count
