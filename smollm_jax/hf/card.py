@@ -14,7 +14,7 @@ REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 @dataclass(frozen=True)
 class About:
-    """What a card tells beside the architecture. All fields may be unknown."""
+    """The facts that a card tells beside the architecture. All may be unknown."""
 
     title: str = "A SmolLM2-class model"
     rows: dict[str, Any] = field(default_factory=dict)

@@ -38,7 +38,7 @@ TABLE = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face folder, and the parameter of ours that holds it."""
+    """A tensor of a Hugging Face folder, and the parameter of ours that holds it."""
 
     name: str
     shape: tuple[int, ...]

@@ -1,7 +1,7 @@
 """Check an exported folder for additions and changes, and upload it to the Hub.
 
-Only files that an export consists of are uploaded. huggingface_hub handles the token (HF_TOKEN or `hf auth
-login`). The token is neither read nor printed here.
+Only files that an export consists of are uploaded. huggingface_hub handles the token: HF_TOKEN, or the token of
+`hf auth login`. The token is neither read nor printed here.
 """
 
 import json
