@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 COPY_THREADS = 4  # page faults on fresh host memory limit a single copying thread, not the bus
-# orbax takes brackets for a pattern and `gs:/` for a bucket, tensorstore a backslash for a slash: without a word
+# orbax takes brackets for a pattern and `gs:/` for a bucket, tensorstore a backslash for a slash: with no error
 PLAIN = re.compile(r"[\w/.,=+%@ -]+", re.ASCII)
 
 
@@ -57,7 +57,7 @@ def described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 class HostCopies:
-    """Host memory for copies, kept from save to save. Touching fresh pages takes longer than copying."""
+    """A cache of host memory, kept from save to save. Touching fresh pages takes longer than copying."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}

@@ -1,9 +1,9 @@
 """Save, verify and restore checkpoints.
 
 A checkpoint is a sealed folder `checkpoints/STEP` with `meta.json`. Each top-level part of the state (`params`,
-`opt_state`, ...) is an orbax tree, so parameters can be read alone. A thread writes the folder under
-another name and renames it once complete. The manifest tells whether it still is. Orbax has no checksum on array
-data, casts dtypes silently and takes an empty folder for the latest. All is checked before orbax reads anything.
+`opt_state`, ...) is an orbax tree, so parameters can be read alone. A thread writes the folder under another name
+and renames it once complete. The manifest tells whether it still is. Orbax has no checksum on array data, casts
+dtypes silently and takes an empty folder for the latest. All three are checked before orbax reads anything.
 """
 
 import functools
