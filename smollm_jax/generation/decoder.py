@@ -29,7 +29,7 @@ QUERY_BLOCK = 512  # of a long prompt
 
 
 class Matrix(nnx.Module):
-    """Weights (outputs, inputs) to multiply rows with. `streamed` stores them as `stream` reads them.
+    """A matrix (outputs, inputs) to multiply rows with. `streamed` stores it as `stream` reads it.
 
     As (outputs, inputs) XLA's own product with one vector runs along memory. But XLA reads 28 GB/s of f32 and 11
     of bf16. `stream` reads 21 of bf16. Both layouts serve several rows.
@@ -56,7 +56,7 @@ class Matrix(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Weights of one block, transposed and fused. `weights` is the block's part of the model's state."""
+    """A block's weights, transposed and fused. `weights` is the block's part of the model's state."""
 
     def __init__(self, config: ModelConfig, weights: Any, dtype: Any, streamed: bool):
         D = config.hidden_size

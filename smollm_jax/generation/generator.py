@@ -24,7 +24,7 @@ CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. On
 
 
 class DecodeState(NamedTuple):
-    """State of a batch between chunks: next token, position, tokens seen (for penalty), cache."""
+    """The state of a batch between chunks: next token, position, tokens seen (for penalty), cache."""
 
     token_B: jax.Array
     position_B: jax.Array

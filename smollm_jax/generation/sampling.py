@@ -140,7 +140,7 @@ def _order(scores_BV: jax.Array) -> jax.Array:
 
 
 def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array, *, bits: int) -> jax.Array:
-    """Return the highest threshold (B, 1) on `order_BV` with enough mass. It has `bits` bits."""
+    """Return the highest `bits`-bit threshold (B, 1) on `order_BV` with enough mass at or above."""
 
     def raise_bit(i: jax.Array, low_B: jax.Array) -> jax.Array:
         higher_B = low_B | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
