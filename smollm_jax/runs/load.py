@@ -65,7 +65,7 @@ def load_model(
 
 
 def with_ids_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Return the model with the tokenizer's bos and eos. A model with several text ends keeps its own."""
+    """Return the model with the tokenizer's bos and eos. A model that ends texts at several ids keeps them."""
     more = model.stop_ids if model.extra_eos_token_ids else ()
     bos = model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
     return replace(model.ending_at([tokenizer.eos_id, *more]), bos_token_id=bos)
