@@ -23,7 +23,7 @@ from smollm_jax.training.step import abstract_state
 COMPUTE_SHARE, BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.5, 0.8, 0.5
 
 STATE_BYTES = 12  # per parameter: the parameter and its two moments, f32
-UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written. Gradient, parameter, moments read, the last three written
+UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written; gradient, parameter, moments read; the last three written
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
 
     @property
     def rows_per_chip(self) -> int:
-        """Rows of the batch on one chip, padding included. Chips along the axis `tensor` share their rows."""
+        """Return the rows of the batch on one chip, padding included. Chips along axis `tensor` share rows."""
         return padded_rows(self.batch_size, self.mesh, self.config.compute.grad_accum) // row_shards(self.mesh)
 
     @property
@@ -111,7 +111,7 @@ def memory_bytes(step: Step) -> int:
     """Return the bytes per chip that the step needs at once. Used if the devices have no compiler here.
 
     The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer.
-    With remat, all residuals of one layer count too. So does one chunk of logits with its gradient.
+    With remat, all residuals of one layer count too. One chunk of logits and its gradient count as well.
     """
     model, compute, dtype_bytes = step.config.model, step.config.compute, step.dtype.itemsize
     tokens = step.tokens_per_chip // compute.grad_accum

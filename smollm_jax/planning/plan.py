@@ -1,8 +1,8 @@
 """Plan a run on absent devices: compile its train step, check that it fits, report.
 
-The compiler libtpu compiles the run's very step for a TPU slice, without a TPU and without the network. Its
-verdict on memory is the plan's. GPUs, and more CPU devices than the process has, have no compiler here. Their
-memory is estimated by formula. Data, tokenizer and run folder are not used.
+The compiler libtpu compiles the run's very step for a TPU slice, without a TPU and without the network. The
+compiler's verdict on memory is the plan's. GPUs, and more CPU devices than the process has, have no compiler here.
+Their memory is estimated by formula. Data, tokenizer and run folder are not used.
 """
 
 import re
