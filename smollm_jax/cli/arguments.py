@@ -1,7 +1,7 @@
 """Parse a command line into a `Config` or a command. Reports a mistake in one line.
 
 The defaults that `--help` shows come first: of a recipe and a preset, a file, or a run folder. The flags are built
-from the dataclasses by tyro, one group per dataclass. Its error boxes are folded into a single line.
+from the dataclasses by tyro, one group per dataclass. The error boxes of tyro are folded into a single line.
 """
 
 import argparse
@@ -64,12 +64,12 @@ SPELLINGS = {
 ELSEWHERE = {name: ours for ours, names in SPELLINGS.items() for name in names.split()}
 ABOUT = "Pre-train a SmolLM2-class model; the same command again resumes."
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-CLOSE = 0.75  # of two spellings, from which on one may be meant for the other
+CLOSE = 0.75  # similarity of two spellings from which on one may be a typo of the other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where the defaults of all other flags come from."""
+    """The source of the defaults of all other flags."""
 
     config: str | None = None
     """YAML or JSON file of some or all settings, such as a run's config.json."""
@@ -150,7 +150,7 @@ def _report_repeats(argv: list[str]) -> None:
 
 
 def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
-    """Return a function that only fills in arguments. Its output is captured while tyro calls it."""
+    """Return a function that only fills in arguments: tyro calls it while output is captured."""
 
     @functools.wraps(command)
     def fill_in(*args: Any, **kwargs: Any) -> Callable[[], int]:

@@ -32,7 +32,7 @@ def console() -> None:
         train(argv, f"{prog} train")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
-            signal.signal(number, signal.default_int_handler)  # what Ctrl-C cleans up, they do too
+            signal.signal(number, signal.default_int_handler)  # these signals clean up as Ctrl-C does
     sys.exit(run_main(lambda: command(name, argv, prog)))
 
 
