@@ -1,4 +1,4 @@
-"""Training states on disk: written asynchronously, sealed by a manifest, verified before use."""
+"""Store training states: written asynchronously, sealed by a manifest, verified before use."""
 
 from smollm_jax.checkpoint.listing import list_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params

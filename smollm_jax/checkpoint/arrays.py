@@ -1,4 +1,4 @@
-"""Copy the arrays of a state to host memory, write them to files with orbax, and read them back.
+"""Copy a state's arrays to the host, write them with orbax, and read them.
 
 Leaves are named by their paths, such as `params/embedding`. The first part of a name is the leaf's group, and each
 group is an orbax tree of its own. Nothing heavy is imported until arrays are copied, stored or loaded.
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 COPY_THREADS = 4  # page faults on fresh host memory limit a single copying thread, not the bus
-# orbax takes brackets for a pattern and `gs:/` for a bucket, tensorstore a backslash for a slash: without a word
+# orbax takes brackets for a pattern and `gs:/` for a bucket, tensorstore a backslash for a slash: with no error
 PLAIN = re.compile(r"[\w/.,=+%@ -]+", re.ASCII)
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree in order, named by path: dict keys, fields and indices joined by "/"."""
+    """Return a pytree's leaves in order, by path: keys, fields and indices joined by "/"."""
     import jax
 
     pairs = jax.tree.leaves_with_path(tree)
@@ -57,14 +57,14 @@ def described(named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 class HostCopies:
-    """Host memory for copies, kept from save to save: touching fresh pages takes longer than copying."""
+    """A cache of host memory, kept from save to save. Touching fresh pages takes longer than copying."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
         self._touching: BackgroundTask[None] | None = None
 
     def prepare(self, state: Any) -> None:
-        """Touch the memory for copies of `state`, arrays or `jax.ShapeDtypeStruct`, in a thread of its own."""
+        """Touch the memory for copies of `state` in a thread. Leaves are arrays or `jax.ShapeDtypeStruct`."""
         import numpy as np
 
         def touch() -> None:
@@ -80,7 +80,7 @@ class HostCopies:
             self._touching.wait()
 
     def of(self, state: Any) -> dict[str, np.ndarray]:
-        """Return the leaves of `state` by name; the next call reuses their memory."""
+        """Return the leaves of `state` by name. The next call reuses their memory."""
         import jax
         import numpy as np
 
@@ -123,7 +123,7 @@ def _checkpointer(processes: Processes, key: str) -> Any:
     import orbax.checkpoint as ocp
 
     # a failed save logs a traceback from each of orbax's threads and from the callbacks of threads that end after
-    # its event loop; the error is raised as well, and reported here in one line
+    # its event loop. The error is raised as well, and reported here in one line
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     options: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def _checkpointer(processes: Processes, key: str) -> Any:
 
 @contextmanager
 def _plain(folder: Path) -> Iterator[Path]:
-    """Yield an absolute path of `folder` in which no library below finds a pattern: if need be, a link to it."""
+    """Yield an absolute path of `folder` that no library below takes for a pattern. May be a link."""
     if PLAIN.fullmatch(str(folder.absolute())):
         yield folder.absolute()
         return
@@ -164,7 +164,7 @@ def store(folder: Path, leaves: dict[str, Any], processes: Processes) -> None:
 
 
 def _check_stored(folder: Path, leaves: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    """Raise `Damaged` unless the index of each group holds its leaves, and the files all bytes of them."""
+    """Raise `Damaged` unless each group's index holds its leaves, and each file all their bytes."""
     import ml_dtypes  # noqa: F401 - numpy knows bfloat16 with it
     import numpy as np
     import tensorstore as ts
@@ -194,7 +194,7 @@ def load(
 ) -> dict[str, Any]:
     """Read named leaves from their orbax trees below `folder`, which `stored` describes.
 
-    A leaf gets the layout and dtype of its target, an array or `jax.ShapeDtypeStruct`; None reads a numpy array.
+    A leaf gets the layout and dtype of its target, an array or `jax.ShapeDtypeStruct`. None reads a numpy array.
     Raises `Damaged` if orbax cannot read what the manifest vouches for.
     """
     import orbax.checkpoint as ocp
@@ -217,7 +217,7 @@ def load(
 
 
 def reason(error: Exception) -> str:
-    """Return an error in one line; of tensorstore's paragraph only the operating system's words."""
+    """Return an error in one line. Of tensorstore's paragraph, keeps the operating system's words only."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.errno is not None:

@@ -1,7 +1,7 @@
 """List and verify the checkpoints of a run.
 
-This module reads names, manifests and `meta.json`, never an array, and imports nothing heavy, so that a listing is
-quick. It deletes nothing: a damaged checkpoint is reported and, if a run is about to continue, renamed.
+This module reads names, manifests and `meta.json`, never an array. A listing is quick, as nothing heavy is
+imported. No checkpoint is deleted: a damaged one is reported and, if a run is about to continue, renamed.
 """
 
 import logging
@@ -35,7 +35,7 @@ class VerifiedCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """A checkpoint folder as `checkpoints RUN` lists it; `verdict` is "good" or what is wrong."""
+    """A checkpoint folder as `checkpoints RUN` lists it. `verdict` is "good" or what is wrong."""
 
     name: str
     step: int
@@ -68,7 +68,7 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
 
 
 def table(run_dir: Path) -> str:
-    """Return a line of step, size, age and verdict per checkpoint; raises `UserError` if `run_dir` is no run."""
+    """Return a line of step, size, age and verdict per checkpoint. Raises `UserError` for no run."""
     folder, lines = run_dir / "checkpoints", [f"{'checkpoint':>14}  {'size':>13}  {'age':>8}  verdict"]
     require(folder.is_dir(), f"{run_dir} is not a run: it has no checkpoints/")
     for info in list_checkpoints(folder):
@@ -88,7 +88,7 @@ def steps_in(folder: Path) -> list[int]:
 def open_checkpoint(
     path: Path, step: int, *, group: str | None = None, checksums: bool = True
 ) -> VerifiedCheckpoint:
-    """Verify a checkpoint, or only one part of it and its meta; raises `Damaged`."""
+    """Verify a checkpoint, or only one part of it and its meta. Raises `Damaged`."""
     manifest = verify(path, parts=None if group is None else {group, META}, checksums=checksums)
     about, files = manifest["about"], manifest["files"]
     if about.get("step") != step:
@@ -101,14 +101,14 @@ def open_checkpoint(
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise Damaged("its manifest does not describe the leaves") from None
     for part in sorted({name.split("/")[0] for name in leaves}):
-        # orbax joins nothing, and says nothing, in a folder with brackets
+        # orbax joins nothing, and reports nothing, in a folder with brackets
         if group in (None, part) and f"{part}/{INDEX}" not in files:
             raise Damaged(f"{part}/{INDEX}, the index of its arrays, was never written")
     return VerifiedCheckpoint(step=step, meta=meta, leaves=leaves)
 
 
 def find_checkpoint(folder: Path, step: int | None, *, group: str | None = None) -> VerifiedCheckpoint:
-    """Return the checkpoint of `step`, None for the newest good one; raises `UserError` if missing or damaged."""
+    """Return the checkpoint of `step`, or the newest good one. Raises `UserError` if missing or damaged."""
     if step is None:
         found = next(verified_checkpoints(folder, group=group), None)
         if found is None:
@@ -126,7 +126,7 @@ def find_checkpoint(folder: Path, step: int | None, *, group: str | None = None)
 def verified_checkpoints(
     folder: Path, *, group: str | None = None, rename: bool = False
 ) -> Iterator[VerifiedCheckpoint]:
-    """Yield the checkpoints that verify, newest first; a damaged one is logged and, with `rename`, renamed."""
+    """Yield the checkpoints that verify, newest first. Logs damaged ones and, with `rename`, renames them."""
     for step in steps_in(folder):
         path = folder / str(step)
         try:
@@ -166,5 +166,5 @@ def quarantine(path: Path, reason: Damaged) -> None:
 
 
 def _step_of(name: str) -> int | None:
-    """Return the step whose checkpoint has this folder name, None if the name is something else."""
+    """Return the step whose checkpoint has this folder name. None for other names."""
     return int(name) if re.fullmatch(r"0|[1-9][0-9]{0,17}", name) else None

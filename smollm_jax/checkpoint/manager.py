@@ -1,9 +1,9 @@
 """Save, verify and restore checkpoints.
 
-A checkpoint is a sealed folder `checkpoints/STEP`: an orbax tree for each top-level part of the state (`params`,
-`opt_state`, ...), so that the parameters can be read alone, and `meta.json`. A thread writes it under another name
-and renames it once complete; its manifest tells whether it still is. Orbax has no checksum on array data, casts
-dtypes silently and takes an empty folder for the latest: all that is checked before orbax reads anything.
+A checkpoint is a sealed folder `checkpoints/STEP` with `meta.json`. Each top-level part of the state (`params`,
+`opt_state`, ...) is an orbax tree, so parameters can be read alone. A thread writes the folder under another name
+and renames it once complete. The manifest tells whether it still is. Orbax has no checksum on array data, casts
+dtypes silently and takes an empty folder for the latest. All three are checked before orbax reads anything.
 """
 
 import functools
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """A run's checkpoints; keeps the newest `keep_last` and every step that `keep_every` divides (0: none).
+    """A run's checkpoints. Keeps the newest `keep_last` and every step that `keep_every` divides (0: none).
 
     Several processes write one checkpoint together, each its own parts of the arrays, into a folder that all see.
-    They call `save`, `wait` and `restore` at the same places; a save has failed if it failed in one process.
+    All call `save`, `wait` and `restore` at the same places. A save has failed if it failed in one process.
     """
 
     def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int, processes: Processes | None = None):
@@ -56,12 +56,12 @@ class CheckpointManager:
         self.copies = HostCopies()
 
     def prepare(self, state: Any) -> None:
-        """Touch the host memory for copies of `state` before the first save, which would otherwise wait for it."""
+        """Touch the host memory for copies of `state`. Otherwise the first save would wait for it."""
         if not self.processes.several:
             self.copies.prepare(state)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Copy `state` and return; a thread writes the copy, and its errors end up in `failed`.
+        """Copy `state` and return. A thread writes the copy, and its errors end up in `failed`.
 
         The buffers of `state` may be donated or overwritten as soon as this returns. If several processes have no
         memory for a copy, the state is written before this returns. Waits for a save under way first. Does nothing
@@ -85,7 +85,7 @@ class CheckpointManager:
             self._thread.join()  # the thread reads the state itself
 
     def wait(self) -> bool:
-        """Wait for a save under way; returns whether the last one succeeded, True if there was none yet."""
+        """Wait for a save under way. Returns whether the last save succeeded, True if there was none."""
         if self._thread is not None:
             self.close()
             self.failed = next(filter(None, self.processes.gather(self.failed)), None)
@@ -101,7 +101,7 @@ class CheckpointManager:
             self._thread = None
 
     def clean(self) -> None:
-        """Remove what dead processes left half written or half deleted; only the holder of the run's lock may."""
+        """Remove what dead processes left half written or half deleted. Only the run's lock holder may call."""
         for path in (*self.folder.glob(f"{TEMPORARY}*"), *self.folder.glob(f"{TRASH}*")):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -120,7 +120,7 @@ class CheckpointManager:
         return jax.tree.unflatten(jax.tree.structure(target), [loaded[name] for name in named])
 
     def _make_room(self, step: int) -> tuple[str | None, str | None]:
-        """Return the name of a new folder, None if there is nothing to write, and a failure.
+        """Return a new folder's name, None if there is nothing to write, and a failure.
 
         Only the first process looks, and makes the folder.
         """
@@ -142,7 +142,7 @@ class CheckpointManager:
         return temporary.name, None
 
     def _could_not(self, step: int, error: Exception) -> str:
-        """Log that a save failed; returns step and reason."""
+        """Log that a save failed. Returns step and reason."""
         newest = next(map(str, steps_in(self.folder)), "none")
         logger.error("checkpoint %d could not be saved (%s); the newest is %s", step, reason(error), newest)
         return f"step {step}: {reason(error)}"
@@ -168,7 +168,7 @@ class CheckpointManager:
             logger.warning("old checkpoints could not be removed: %s", error)
 
     def _remove_old(self, saved: int) -> None:
-        """Apply the retention rule to whole checkpoints; a damaged one neither counts nor is removed."""
+        """Apply the retention rule to whole checkpoints. A damaged one neither counts nor is removed."""
         whole = 0
         for step in steps_in(self.folder):
             try:
@@ -187,7 +187,7 @@ class CheckpointManager:
 
 @functools.cache
 def _copy_on_devices() -> Any:
-    """Return the compiled copy of every leaf in the same layout; one program per structure of a state."""
+    """Return the compiled copy of every leaf in the same layout. Each structure of a state is one program."""
     import jax
     import jax.numpy as jnp
 
@@ -197,10 +197,10 @@ def _copy_on_devices() -> Any:
 def read_params(
     folder: str | Path, step: int | None = None, *, group: str = "params"
 ) -> tuple[VerifiedCheckpoint, dict[str, Any]]:
-    """Return a checkpoint and one top-level part of its state as nested dicts of numpy arrays.
+    """Return a checkpoint and one top-level part of its state, as nested numpy dicts.
 
-    Reads no other part from the disk and needs no device. The default step is the newest whose part is good;
-    raises `UserError` if there is none.
+    Reads no other part from the disk and needs no device. The default step is the newest whose part is good.
+    Raises `UserError` if there is none.
     """
     folder = Path(folder)
     found = find_checkpoint(folder, step, group=group)

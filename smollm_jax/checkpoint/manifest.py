@@ -42,7 +42,7 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a sealed folder after checking its form and digest; raises `Damaged`."""
+    """Return the manifest of a sealed folder after checking its form and digest. Raises `Damaged`."""
     try:
         if not any(folder.iterdir()):
             raise Damaged("the folder is empty")
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, parts: set[str] | None = None, checksums: bool = True) -> dict[str, Any]:
-    """Return the manifest of a sealed folder if every file is as it was written; raises `Damaged`.
+    """Return the manifest of a sealed folder if every file is as it was written. Raises `Damaged`.
 
     `parts` limits the check to files whose first path component is among them.
     """

@@ -1,1 +1,1 @@
-"""The command line: flags to settings, and the commands of `python -m smollm_jax`."""
+"""Run the command line: flags to settings, and the commands of `python -m smollm_jax`."""

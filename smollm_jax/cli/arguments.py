@@ -1,7 +1,7 @@
-"""Parse a command line into a `Config` or the arguments of a command, and report a mistake in one line.
+"""Parse a command line into a `Config` or a command. Reports a mistake in one line.
 
-The defaults that `--help` shows come first: of a recipe and a preset, a file, or a run folder. tyro builds the
-flags from the dataclasses, one group per dataclass; its error boxes are folded into a single line.
+The defaults that `--help` shows come first: of a recipe and a preset, a file, or a run folder. The flags are built
+from the dataclasses by tyro, one group per dataclass. The error boxes of tyro are folded into a single line.
 """
 
 import argparse
@@ -64,23 +64,23 @@ SPELLINGS = {
 ELSEWHERE = {name: ours for ours, names in SPELLINGS.items() for name in names.split()}
 ABOUT = "Pre-train a SmolLM2-class model; the same command again resumes."
 FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-CLOSE = 0.75  # of two spellings, from which on one may be meant for the other
+CLOSE = 0.75  # similarity of two spellings from which on one may be a typo of the other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where the defaults of all other flags come from."""
+    """The source of the defaults of all other flags."""
 
     config: str | None = None
-    """YAML or JSON file of settings, such as a run's config.json; it may hold some of them only."""
+    """YAML or JSON file of some or all settings, such as a run's config.json."""
     resume: str | None = None
-    """Run folder to go on with, under its own settings; free settings may be changed by flags."""
+    """Run folder to continue, under its own settings. Flags may change free settings."""
 
 
 def parse(argv: list[str], *, prog: str = "train_jax.py", about: str = ABOUT, own: Any = None) -> Any:
-    """Return the `Config` of `argv`, or (own, config) if `own` is a dataclass with more flags and their defaults.
+    """Return the `Config` of `argv`, or (own, config) for a dataclass `own` of further flags.
 
-    Raises `UserError` on a mistake and `SystemExit(0)` after `--help`.
+    The values of `own` are the defaults. Raises `UserError` on a mistake and `SystemExit(0)` after `--help`.
     """
     start, others = take_flags(argv, prog, recipe={}, preset={}, config={}, resume={})
     _report_repeats(others)
@@ -96,7 +96,7 @@ def parse(argv: list[str], *, prog: str = "train_jax.py", about: str = ABOUT, ow
 
 
 def _default(start: argparse.Namespace) -> Config:
-    """Return the settings that flags change: of a recipe and a preset, a file, or a run."""
+    """Return the settings that flags change: a recipe and preset, file or run."""
     if start.resume is not None:
         others = [f"--{name}" for name in ("recipe", "preset", "config") if getattr(start, name) is not None]
         require(not others, f"--resume takes the settings of the run; leave out {' and '.join(others)}")
@@ -115,7 +115,7 @@ def _default(start: argparse.Namespace) -> Config:
 
 
 def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values of some flags, described as for argparse, and the other arguments; raises `UserError`."""
+    """Return the values of some flags, described as for argparse, and other arguments. Raises `UserError`."""
     _report_repeats(
         [word for word in argv if (found := FLAG.fullmatch(word)) and found[1].replace("-", "_") in flags]
     )
@@ -129,7 +129,7 @@ def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[arg
 
 
 def parse_command(command: Command, argv: list[str], prog: str) -> Callable[[], int]:
-    """Return the command with its arguments, ready to be called; raises like `parse`.
+    """Return the command with its arguments, ready to be called. Raises as `parse` does.
 
     The flags, types and help come from its signature and docstring.
     """
@@ -139,7 +139,7 @@ def parse_command(command: Command, argv: list[str], prog: str) -> Callable[[], 
 
 
 def _report_repeats(argv: list[str]) -> None:
-    """Log a flag given twice, because the last one counts; raises `UserError` if both may be meant."""
+    """Log a flag given twice, because the last one counts. Raises `UserError` if both may be meant."""
     before = argv[: argv.index("--")] if "--" in argv else argv
     given = Counter(found[1].replace("_", "-") for word in before if (found := FLAG.fullmatch(word)))
     for name, count in given.items():
@@ -150,7 +150,7 @@ def _report_repeats(argv: list[str]) -> None:
 
 
 def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
-    """Return a function that only fills in arguments: tyro calls it while its output is captured."""
+    """Return a function that only fills in arguments: tyro calls it while output is captured."""
 
     @functools.wraps(command)
     def fill_in(*args: Any, **kwargs: Any) -> Callable[[], int]:
@@ -161,7 +161,7 @@ def _deferred(command: Command) -> Callable[..., Callable[[], int]]:
 
 @contextlib.contextmanager
 def _mistake_in_one_line(prog: str) -> Iterator[None]:
-    """Raise `UserError` with what tyro's first error box says, instead of printing the boxes and exiting."""
+    """Raise `UserError` with the text of tyro's first error box. Prints no box and does not exit."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
@@ -176,7 +176,7 @@ def _mistake_in_one_line(prog: str) -> Iterator[None]:
 
 
 def _plainly(words: str) -> str:
-    """Shorten an error of tyro's, and name the flag that may be meant by an unknown one."""
+    """Shorten an error of tyro's. Names the flag that may be meant by an unknown one."""
     if found := re.search(
         r"no type matching (\S+) could be instantiated from \['(.*?)'\].*helptext: (\S+)", words
     ):

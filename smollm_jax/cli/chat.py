@@ -30,7 +30,7 @@ def chat(
     backend: Literal["jax", "torch"] = "jax",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> int:
-    """Talk to a model that has a chat template; a base model completes text, for which there is `generate`.
+    """Talk to a model that has a chat template. For a base model, use `generate`.
 
     For example: smollm chat HuggingFaceTB/SmolLM2-135M-Instruct
 
@@ -38,14 +38,14 @@ def chat(
         path: Run, exported folder or Hub id.
         system: Instruction before the conversation.
         max_new_tokens: Maximum number of new tokens per answer.
-        temperature: Sampling temperature; 0: always the most likely token.
+        temperature: Sampling temperature (0: always the most likely token).
         top_p: Sample from the most likely tokens whose probabilities add up to this.
-        top_k: Sample from the k most likely tokens; 0: all.
+        top_k: Sample from the k most likely tokens (0: all).
         min_p: Sample from tokens at least this likely, relative to the most likely token.
         repetition_penalty: Above 1, tokens that occurred before become less likely.
-        seed: Seed of the sampling; default: another in every conversation.
+        seed: Seed of the sampling. Default: another in every conversation.
         backend: Library that computes.
-        dtype: Compute dtype; auto: float32 on a CPU, bfloat16 elsewhere.
+        dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
     """
     import secrets
 
@@ -65,7 +65,7 @@ def chat(
 
 
 def _converse(completer: "Completer", sampling: "Sampling", first: list[dict[str, str]]) -> None:
-    """Read lines and answer them until the end; `first` stands before every conversation."""
+    """Read lines and answer them until the end. Every conversation begins with `first`."""
     turns = list(first)
     while (line := _read()) not in (None, "/exit", "/quit"):
         if line == "/new":
@@ -83,7 +83,7 @@ def _converse(completer: "Completer", sampling: "Sampling", first: list[dict[str
 
 
 def _answer(completer: "Completer", sampling: "Sampling", turns: list[dict[str, str]]) -> str:
-    """Print an answer while it is generated, and return it; Ctrl-C ends it."""
+    """Print an answer while it is generated, and return it. Ctrl-C ends it."""
     from smollm_jax.tokenizer.chat_template import encode_chat
 
     shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
@@ -97,7 +97,7 @@ def _answer(completer: "Completer", sampling: "Sampling", turns: list[dict[str, 
 
 
 def _read() -> str | None:
-    """Return the next line that a person types, without spaces around it; None at the end."""
+    """Return the next line that a person types, without spaces around it. None at the end."""
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives input() a history and its keys
     try:

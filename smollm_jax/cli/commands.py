@@ -1,8 +1,7 @@
-"""The commands on a run or a model: `smollm export | import | generate | evaluate | push | checkpoints | batch |
-plan | verify-resume`.
+"""Define the commands export, import, generate, evaluate, push, checkpoints, batch, plan and verify-resume.
 
 Results go to stdout, everything else to stderr. A command is a function: its signature gives the flags, its
-docstring the help. It imports what it needs when it runs, so that `--help` answers at once.
+docstring the help. A command imports what it needs when it runs, so that `--help` answers at once.
 """
 
 import inspect
@@ -34,8 +33,8 @@ def export(
     Args:
         run: Run folder.
         out: Folder to write.
-        step: Step of the checkpoint; default: the newest good one.
-        dtype: Dtype of the file; float32 keeps the bits of the checkpoint.
+        step: Step of the checkpoint. Default: the newest good one.
+        dtype: Dtype of the file. float32 keeps the bits of the checkpoint.
         verify: Compare the written folder with the checkpoint, and remove it if they differ.
     """
     from smollm_jax.runs.convert import export_run
@@ -51,7 +50,7 @@ def export(
 
 
 def import_(path: Positional, *, out: str) -> int:
-    """Make a run of Hugging Face weights, to continue with `smollm train --init-from` or to serve.
+    """Make a run of Hugging Face weights, to serve or for `smollm train --init-from`.
 
     For example: smollm import HuggingFaceTB/SmolLM2-135M --out runs/base
 
@@ -83,7 +82,7 @@ def generate(
     dtype: Dtype = "float32",
     special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
-    """Continue a prompt; the text goes to stdout while it is generated.
+    """Continue a prompt. The text goes to stdout while it is generated.
 
     For example: smollm generate runs/quickstart --prompt "Return the" --temperature 0.7
 
@@ -91,17 +90,17 @@ def generate(
         path: Run, exported folder or Hub id.
         prompt: Text to continue.
         max_new_tokens: Maximum number of new tokens.
-        temperature: Sampling temperature; 0: always the most likely token.
+        temperature: Sampling temperature (0: always the most likely token).
         top_p: Sample from the most likely tokens whose probabilities add up to this.
-        top_k: Sample from the k most likely tokens; 0: all.
+        top_k: Sample from the k most likely tokens (0: all).
         min_p: Sample from tokens at least this likely, relative to the most likely token.
         repetition_penalty: Above 1, tokens that occurred before become less likely.
         seed: Seed of the sampling.
         stop: Stop before any of these texts.
         backend: Library that computes.
         dtype: Compute dtype.
-        special_tokens: Special tokens that the prompt spells out: stay text, or parse them to ids, as transformers
-            does; default: as the run was trained, else text.
+        special_tokens: Special tokens that the prompt spells out. text: they stay text; parse: they become ids, as
+            in transformers. Default: as the run was trained, else text.
     """
     from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import open_completer
@@ -149,13 +148,13 @@ def evaluate(
         data: Any source that train_jax.py reads.
         text_column: Column that holds the text.
         split: Split of a Hub dataset.
-        seq_len: Tokens per sequence; default: the run's own, else 2,048 or the model's context if shorter.
+        seq_len: Tokens per sequence. Default: the run's own, else 2,048 or the model's context if shorter.
         batch_size: Sequences per batch.
-        max_batches: Maximum number of batches; default: all the data.
+        max_batches: Maximum number of batches. Default: all the data.
         on_bad_data: What to do with a row that cannot be read: stop, or skip it with a line.
         dtype: Compute dtype.
-        special_tokens: Special tokens that a text spells out: stay text, or parse them to ids, as transformers
-            does; default: as the run was trained, else text.
+        special_tokens: Special tokens that a text spells out. text: they stay text; parse: they become ids, as in
+            transformers. Default: as the run was trained, else text.
     """
     from smollm_jax.training.evaluation import evaluate_model
 
@@ -200,15 +199,15 @@ def checkpoints(run: Positional) -> int:
 
 
 def batch(run: Positional, *, step: int, data: str | None = None, eval_data: str | None = None) -> int:
-    """Print the documents of a training step, one JSON line each with source, file, row and text.
+    """Print a training step's documents, one JSON line each: source, file, row, text.
 
     For example: smollm batch runs/quickstart --step 120
 
     Args:
         run: Run folder.
         step: Number of the step, counted from 1.
-        data: Where the run's data is now; default: where it was.
-        eval_data: Where the held-out data of --eval-data is now; default: where it was.
+        data: Where the run's data is now. Default: where it was.
+        eval_data: Where the held-out data of --eval-data is now. Default: where it was.
     """
     from smollm_jax.runs.replay import replay_step
 
@@ -217,7 +216,7 @@ def batch(run: Positional, *, step: int, data: str | None = None, eval_data: str
         line = json.dumps(document, ensure_ascii=False)
         try:
             line.encode(sys.stdout.encoding)
-        except UnicodeEncodeError:  # of the locale; an escape of print's would be no JSON
+        except UnicodeEncodeError:  # of the locale. An escape of print's would be no JSON
             line = json.dumps(document)
         print(line)
     say(verdict)
@@ -233,7 +232,7 @@ class VerifyFlags:
 
 
 def verify_resume(argv: list[str], prog: str) -> int:
-    """Train a few steps without a break and again with kill -9 in between, and print whether both agree.
+    """Train a few steps twice, once with kill -9 in between. Print whether both agree.
 
     For example: smollm verify-resume --recipe quickstart --verify-steps 8
 
@@ -276,7 +275,7 @@ class PlanFlags:
 
 
 def plan(argv: list[str], prog: str) -> int:
-    """Plan a run on devices that this machine does not have; exit code 1 if it would not fit.
+    """Plan a run on devices that this machine does not have. Exit code 1 if it would not fit.
 
     Takes every flag of train. For example: smollm plan --topology v5e:2x2 --batch-size 32
     """

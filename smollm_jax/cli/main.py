@@ -1,4 +1,4 @@
-"""The console command `smollm COMMAND`, which is also `python -m smollm_jax COMMAND`."""
+"""Run the console command `smollm COMMAND`, which is also `python -m smollm_jax COMMAND`."""
 
 import inspect
 import signal
@@ -32,12 +32,12 @@ def console() -> None:
         train(argv, f"{prog} train")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
-            signal.signal(number, signal.default_int_handler)  # what Ctrl-C cleans up, they do too
+            signal.signal(number, signal.default_int_handler)  # these signals clean up as Ctrl-C does
     sys.exit(run_main(lambda: command(name, argv, prog)))
 
 
 def train(argv: list[str], prog: str) -> None:
-    """Train as `argv` says and exit: 0 finished, 75 stopped and saved, 2 a mistake, 1 anything else."""
+    """Train as `argv` says and exit. Codes: 0 finished, 75 stopped and saved, 2 a mistake, 1 anything else."""
 
     def main(stop: StopRequest) -> int:
         config = parse(argv, prog=prog)
@@ -53,7 +53,7 @@ def train(argv: list[str], prog: str) -> None:
 
 
 def command(name: str, argv: list[str], prog: str) -> int:
-    """Run the command `name`; raises `UserError` if there is none."""
+    """Run the command `name`. Raises `UserError` if there is none."""
     if name in ("-h", "--help", "help"):
         print(overview(prog))
         return 0

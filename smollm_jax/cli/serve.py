@@ -34,25 +34,25 @@ def serve(
     max_waiting: int = 16,
     special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:
-    """Serve a model as a page and an API, to this machine only unless --host says otherwise.
+    """Serve a model as a page and an API, by default to this machine only.
 
     For example: smollm serve runs/quickstart
 
     Args:
-        path: Exported folder, Hub id or run; default: the folder "export" beside the program.
-        backend: Compute with PyTorch or JAX; default: jax for a run, torch for a folder if installed, else jax.
-        host: Address to listen on; 0.0.0.0 opens the page to the network.
-        port: Port to listen on; 0: any free port.
-        allow_hosts: More host names under which pages may use the server, separated by commas; *: any.
-        auth: USER:PASSWORD required by the page; others on this machine can read flags, so better in a file.
-        auth_file: File that holds USER:PASSWORD; default: the variable SMOLLM_JAX_AUTH.
-        api_key: Key required by /v1; with a password the default is a random key, printed at the start.
-        api_key_file: File that holds the key; default: the variable SMOLLM_JAX_API_KEY.
-        dtype: Compute dtype; auto: float32 on a CPU, bfloat16 elsewhere.
+        path: Exported folder, Hub id or run. Default: the folder "export" beside the program.
+        backend: Compute with PyTorch or JAX. Default: jax for a run, torch for a folder if installed, else jax.
+        host: Address to listen on. 0.0.0.0 opens the page to the network.
+        port: Port to listen on (0: any free port).
+        allow_hosts: More host names under which pages may use the server, separated by commas (*: any).
+        auth: USER:PASSWORD required by the page. Others on this machine can read flags: a file is better.
+        auth_file: File that holds USER:PASSWORD. Default: the variable SMOLLM_JAX_AUTH.
+        api_key: Key required by /v1. With a password the default is a random key, printed at the start.
+        api_key_file: File that holds the key. Default: the variable SMOLLM_JAX_API_KEY.
+        dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
         max_new_tokens: Most new tokens per request.
-        max_waiting: Most requests in the queue; further requests are refused.
-        special_tokens: Special tokens that a prompt or message spells out: stay text, or parse them to ids, as
-            transformers does; default: as the run was trained, else text.
+        max_waiting: Most requests in the queue. Further requests are refused.
+        special_tokens: Special tokens that a prompt or message spells out. text: they stay text; parse: they
+            become ids, as in transformers. Default: as the run was trained, else text.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
     auth = secret("auth", auth, auth_file)
@@ -81,7 +81,7 @@ def serve(
 
 
 def secret(name: str, given: str | None, file: Path | None) -> str | None:
-    """Return a secret from its flag, its file or its environment variable; raises `UserError` if it is empty."""
+    """Return a secret from its flag, file or environment variable. Raises `UserError` if it is empty."""
     variable, flag = f"SMOLLM_JAX_{name.upper().replace('-', '_')}", f"--{name}"
     require(given is None or file is None, f"give {flag} or {flag}-file, not both")
     if file is not None:

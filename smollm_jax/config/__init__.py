@@ -1,4 +1,4 @@
-"""Settings of a run: dataclasses with checks, recipes, presets, and their JSON."""
+"""Define the settings of a run: dataclasses with checks, recipes, presets, and their JSON."""
 
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.recipes import RECIPES

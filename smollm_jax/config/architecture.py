@@ -1,4 +1,4 @@
-"""The architecture of a model, and the published presets."""
+"""Define the architecture of a model, and the published presets."""
 
 import math
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ class ModelConfig:
     """The architecture: the numbers of a published `config.json`."""
 
     vocab_size: int = setting(49_152, "at least 1")
-    """Entries of the embedding; default: the tokenizer's, unless it is the recipe's own."""
+    """Entries of the embedding. Default: the tokenizer's, unless it is the recipe's own."""
     hidden_size: int = setting(576, "at least 1")
     num_layers: int = setting(30, "at least 1")
     num_heads: int = setting(9, "at least 1")
@@ -56,25 +56,25 @@ class ModelConfig:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a text."""
+        """Return the ids that end a text."""
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         return (*eos, *self.extra_eos_token_ids)
 
     def ending_at(self, ids: Iterable[int]) -> Self:
-        """Return the same model, which ends a text at the first of `ids`, its eos, and at the others."""
+        """Return the same model, but ending a text at `ids`. The first id is the eos."""
         once = tuple(dict.fromkeys(ids))
         return replace(self, eos_token_id=next(iter(once), None), extra_eos_token_ids=once[1:])
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, a tied head counted once."""
+        """Count the parameters, a tied head once."""
         return sum(map(math.prod, parameter_shapes(self).values()))
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward FLOPs a token of a causal row of `seq_len` tokens, remat not counted.
+        """Count forward and backward FLOPs per token of a causal row, without remat.
 
-        6 a matrix weight (Kaplan et al. 2020, the head included), and 6·L·T·N·H for attention: the
-        causal half of PaLM's 12·L·T·N·H (Chowdhery et al. 2022, appendix B).
+        The row has `seq_len` tokens. Each matrix weight counts 6 (Kaplan et al. 2020, the head included).
+        Attention counts 6·L·T·N·H, the causal half of PaLM's 12·L·T·N·H (Chowdhery et al. 2022, appendix B).
         """
         lookup_only = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
         attention = 6 * self.num_layers * seq_len * self.num_heads * self.head_dim
@@ -96,7 +96,7 @@ MODELS = {
 
 
 def parameter_shapes(config: ModelConfig, *, one_layer: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter by its path; `one_layer` leaves the layer dim out."""
+    """Return the shape of each parameter by its path. `one_layer` leaves the layer dim out."""
     sizes = {
         "V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size, "L": config.num_layers,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim,

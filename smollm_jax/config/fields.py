@@ -1,4 +1,4 @@
-"""A field of a settings dataclass: its default, its range, and whether a resumed run may change it."""
+"""Define a field of a settings dataclass: default, range, and rule for a resumed run."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ Rule = Literal["", "free", "same maths", "schedule"]
 
 
 def setting(default: Any, within: str | None = None, *, resume: Rule = "") -> Any:
-    """Return a dataclass field with a default and a range, one of `RANGES`; None is always allowed.
+    """Return a dataclass field with a default and a range of `RANGES`. None is always allowed.
 
-    A change when a run resumes is "free" if it never changes the result, or if the tokenizer that the run keeps
-    decides it. It is "same maths" if it changes the last bits at most, "schedule" if it changes nothing as long
-    as every update so far would be the same. Any other change is refused.
+    `resume` is the rule for a change when a run resumes. A "free" change never affects the result, or the run's
+    tokenizer decides it. A "same maths" change affects the last bits at most. A "schedule" change affects nothing
+    if every update so far would be the same. Any other change is refused.
     """
     return dataclasses.field(default=default, metadata={"range": within, "resume": resume})
 

@@ -1,4 +1,4 @@
-"""Phases of a run: so many steps with batches of one size, one phase after the other."""
+"""Divide a run into phases, each of so many steps with one batch size."""
 
 import re
 from typing import NamedTuple
@@ -7,14 +7,14 @@ from smollm_jax.runtime.errors import require
 
 
 class Phase(NamedTuple):
-    """`steps` updates with `batch_size` sequences each."""
+    """A part of a run: `steps` updates with `batch_size` sequences each."""
 
     steps: int
     batch_size: int
 
 
 def parse_phases(text: str) -> tuple[Phase, ...]:
-    """Return the phases of a text such as "5000x32,50x8"; raises `UserError` for any other text."""
+    """Return the phases of a text such as "5000x32,50x8". Raises `UserError` for any other text."""
     parts = [re.fullmatch(r"(\d+)x(\d+)", part.strip()) for part in text.split(",")]
     phases = tuple(Phase(int(part[1]), int(part[2])) for part in parts if part)
     good = len(phases) == len(parts) and all(min(phase) > 0 for phase in phases)
@@ -23,7 +23,7 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
 
 
 def resize(phases: tuple[Phase, ...], steps: int | None, batch_size: int | None) -> tuple[Phase, ...]:
-    """Return `phases` with another total of steps and another batch size; None keeps either.
+    """Return `phases` with another total of steps and another batch size. None keeps either.
 
     Fewer steps cut the end off, more steps make the longest phase longer. The longest phase has the batch size,
     and no other phase a larger one.

@@ -1,4 +1,4 @@
-"""The recipes: complete settings of the runs this project is for."""
+"""Define the recipes: complete settings of the runs this project is for."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ RECIPES = {
             "HuggingFaceTB/smollm-corpus:cosmopedia-v2=0.15,open-web-math/open-web-math=0.06"
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="wsd"),
-        # pre-trained at these two; the released 100,000 and 8,192 come from a later stage
+        # pre-trained at these two. The released 100,000 and 8,192 come from a later stage
         model=replace(ModelConfig(), rope_theta=10_000.0, max_seq_len=2_048),
     ),
     "quickstart": Config(

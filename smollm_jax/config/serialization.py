@@ -30,7 +30,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the settings of a YAML or JSON file as plain values; raises `UserError`."""
+    """Return the settings of a YAML or JSON file as plain values. Raises `UserError`."""
     if path.suffix not in (".yaml", ".yml"):
         return _an_object(read_json(path), str(path))
     import yaml
@@ -46,7 +46,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def from_dict(values: Any, default: Config | None = None, *, where: str = "config.json") -> Config:
-    """Return the `Config` whose `to_dict` is `values`; `default` has the missing fields.
+    """Return the `Config` whose `to_dict` is `values`. Missing fields come from `default`.
 
     Raises `UserError` naming an unknown or unusable field of the file `where`.
     """

@@ -1,4 +1,4 @@
-"""Every setting of the project as frozen dataclasses, checked when they are made.
+"""Define every setting of the project in frozen dataclasses, checked when made.
 
 The text beside or below a field is its help. A number has one home: the default of its field, or the recipe or
 preset that differs from it. This module imports nothing heavy, so that `--help` answers at once.
@@ -24,10 +24,10 @@ AttentionName = Literal["auto", "plain", "splash", "pallas"]
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the result is computed; only `dtype` changes it by more than rounding."""
+    """How the result is computed. Only `dtype` changes it by more than rounding."""
 
     mesh: str = setting("", resume="same maths")
-    """Devices per mesh axis, such as data=4,fsdp=2,tensor=1; empty: all devices on data."""
+    """Devices per mesh axis, such as data=4,fsdp=2,tensor=1 (empty: all devices on data)."""
     # free: the dtype that auto resolves to is compared at the start, by training.setup.check_computed
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", resume="free")
     """Compute dtype over float32 parameters. auto: float32 on a CPU, bfloat16 on GPU and TPU."""
@@ -36,18 +36,18 @@ class ComputeConfig:
     attention: AttentionName = setting("auto", resume="same maths")
     """Kernel. plain: the reference; splash: TPU; pallas: GPU; auto: the best that agrees with plain at start."""
     coordinator: str | None = setting(None, resume="free")
-    """HOST:PORT of the first process, if no launcher tells it; then give each process its number too."""
+    """HOST:PORT of the first process, if no launcher tells it. Give each process its number too."""
     num_processes: int | None = setting(None, resume="free")
     process_id: int | None = setting(None, resume="free")
     """Number of this process, counted from 0, with --coordinator."""
     unroll: int = setting(0, "at least 1, or 0 for the default", resume="same maths")
-    """Layers per iteration of the scan over layers; 0: all on a GPU with its kernels and remat none, else 1."""
+    """Layers per iteration of the scan over layers (0: all on a GPU with its kernels and remat none, else 1)."""
     loss_chunk: int = setting(0, "at least 1, or 0 for the default", resume="same maths")
-    """Tokens whose logits exist at once; 0: 1,024, or 8,192 on a GPU with its kernels unless remat is full."""
+    """Tokens whose logits exist at once (0: 1,024, or 8,192 on a GPU with its kernels unless remat is full)."""
     grad_accum: int = setting(1, "at least 1", resume="same maths")
-    """Microbatches per step; the gradient equals the gradient of the whole batch."""
+    """Microbatches per step. The gradient equals the gradient of the whole batch."""
     compilation_cache_dir: str = setting("~/.cache/smollm_jax", resume="free")
-    """Folder that keeps compiled programs between runs; empty: keep none."""
+    """Folder that keeps compiled programs between runs (empty: keep none)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,16 +62,16 @@ class ComputeConfig:
         self.mesh_sizes  # noqa: B018 - raises on a mistake in `mesh`
 
     def unroll_for(self, remat: str, layers: int, *, on_gpu: bool) -> int:
-        """Return `unroll` or its default; `on_gpu` means a GPU with its kernels, whose loop copies residuals."""
+        """Return `unroll` or its default. `on_gpu` means a GPU with its kernels, whose loop copies residuals."""
         return self.unroll or (layers if on_gpu and remat == "none" else 1)
 
     def loss_chunk_for(self, remat: str, *, on_gpu: bool) -> int:
-        """Return `loss_chunk` or its default; per chunk a GPU rewrites the head's gradient."""
+        """Return `loss_chunk` or its default. Per chunk a GPU rewrites the head's gradient."""
         return self.loss_chunk or (8_192 if on_gpu and remat != "full" else 1_024)
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
-        """Return `mesh` as a dict: "data=4,fsdp=2" is {"data": 4, "fsdp": 2}; empty for the default."""
+        """Return `mesh` as a dict: "data=4,fsdp=2" is {"data": 4, "fsdp": 2}. Empty for the default."""
         sizes: dict[str, int] = {}
         for part in self.mesh.split(",") if self.mesh.strip() else ():
             axis, _, count = (word.strip() for word in part.partition("="))
@@ -86,7 +86,7 @@ class DataConfig:
     """What is read, and how it becomes batches."""
 
     data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
-    """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file, folder or glob, builtin:python-docs; A=0.7,B=0.3 mixes."""
+    """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file, folder or glob, builtin:python-docs. A=0.7,B=0.3 mixes."""
     split: str = "train"  # Split of a Hub dataset.
     text_column: str = "text"  # Column that holds the text.
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
@@ -94,15 +94,15 @@ class DataConfig:
     special_tokens: Literal["text", "parse"] = "text"
     """Special tokens that a text spells out. text: they stay text; parse: they become ids, as in transformers."""
     seq_len: int = setting(2_048, "at least 1")  # Tokens per sequence.
-    shuffle_window: int = setting(1_024, "at least 1")  # Documents shuffled together; 1: the order of the source.
+    shuffle_window: int = setting(1_024, "at least 1")  # Documents shuffled together (1: source order).
     shards: int = setting(1, "at least 1")
-    """Streams that fill a batch, each with its shard of the data; a process reads only its own."""
+    """Streams that fill a batch, each with its shard of the data. A process reads only its own."""
     epochs: int = setting(0, "0 or more")
-    """Passes over a finite source, each shuffled anew; 0: for as long as the run lasts."""
+    """Passes over a finite source, each shuffled anew (0: for as long as the run lasts)."""
     eval_data: str | None = None
-    """Held-out source; default: documents of the training source, which training then skips."""
+    """Held-out source. Default: documents of the training source, which training then skips."""
     eval_documents: int = setting(200, "0 or more")
-    """Documents held out; 0: none. Of a source of fewer than ten, the end of the last one is held out."""
+    """Documents held out (0: none). Of a source of fewer than ten, the end of the last one is held out."""
     eval_batches: int = setting(16, "at least 1")  # Maximum number of batches per evaluation.
     on_bad_data: Literal["stop", "skip"] = setting("stop", resume="free")
     """What to do with a row that cannot be read: stop the run, or skip and count it."""
@@ -123,18 +123,18 @@ class OptimizerConfig:
     schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
     """After the warm-up: linear or cosine decay to the end, constant, or wsd (stable, then linear decay)."""
     warmup_steps: int | None = setting(None, "0 or more", resume="schedule")
-    """Steps of linear warm-up; default: the recipe's, at most a tenth of the steps."""
+    """Steps of linear warm-up. Default: the recipe's, at most a tenth of the steps."""
     decay_steps: int | None = setting(None, "0 or more", resume="schedule")
-    """Steps of the decay of wsd; default: a fifth of the steps."""
+    """Steps of the decay of wsd. Default: a fifth of the steps."""
     final_learning_rate: float = setting(0.0, "0 or more", resume="schedule")
     """Learning rate at the end of a decay."""
     beta1: float = setting(0.9, "in [0, 1)")
     beta2: float = setting(0.95, "in [0, 1)")
     epsilon: float = setting(1e-8, "above 0")
-    weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay; norm weights are exempt.
+    weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay, without norm weights.
     clip_norm: float = setting(1.0, "above 0")  # Global gradient norm above which gradients are scaled down.
     max_bad_steps: int = setting(10, "above 0", resume="free")
-    """Stop after this many steps in a row without finite gradients; such steps change nothing."""
+    """Stop after this many steps in a row without finite gradients. Such steps change nothing."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -150,32 +150,32 @@ class OptimizerConfig:
 class RunConfig:
     """How long, how large and where a run is, and what it shows and keeps."""
 
-    run_dir: str | None = setting(None, resume="free")  # Run folder; default: runs/RECIPE.
+    run_dir: str | None = setting(None, resume="free")  # Run folder. Default: runs/RECIPE.
     new_run: bool = setting(False, resume="free")
     """Start afresh: an existing run folder is moved aside, not deleted."""
     init_from: str | None = None  # Weights to start from: a run, an exported folder or a Hub id.
     phases: str = setting("5000x32,50x8", resume="schedule")
     """Phases as STEPSxBATCH, one after the other under one schedule."""
     steps: int | None = setting(None, "at least 1", resume="schedule")
-    """Length of the run and of its schedule; default: the sum of the phases."""
+    """Length of the run and of its schedule. Default: the sum of the phases."""
     batch_size: int | None = setting(None, "at least 1", resume="schedule")
-    """Sequences per step in the longest phase; phases with smaller batches keep theirs."""
+    """Sequences per step in the longest phase. Phases with smaller batches keep theirs."""
     stop_after: int | None = setting(None, "at least 1", resume="free")
-    """Save and stop after this step; the schedule stays, and the same command without the flag continues."""
+    """Save and stop after this step. The schedule stays: the same command without the flag continues."""
     seed: int = setting(0, "0 or more")  # Seed of the initial weights, the shuffling and the samples.
     # free: what a run began with stays on record, by training.restore
     scale_residual_init: bool = setting(False, resume="free")
     """Begin with the outputs of attention and feed-forward divided by sqrt(2 layers), as nanotron does."""
     log_every: int = setting(10, "at least 1", resume="free")  # Steps between reports.
     eval_every: int = setting(500, "0 or more", resume="free")
-    """Steps between evaluations, with one more at the end; 0: never."""
+    """Steps between evaluations, with one more at the end (0: never)."""
     checkpoint_every: int = setting(500, "0 or more", resume="free")
-    """Steps between checkpoints, with one more at the end; 0: only at the end."""
+    """Steps between checkpoints, with one more at the end (0: only at the end)."""
     keep_last: int = setting(3, "at least 1", resume="free")  # Newest checkpoints kept.
     keep_every: int = setting(0, "0 or more", resume="free")
-    """Keep the checkpoint of every Nth step permanently; 0: none."""
+    """Keep the checkpoint of every Nth step permanently (0: none)."""
     sample_prompts: tuple[str, ...] = setting(PROMPTS, resume="free")  # Prompts continued at each evaluation.
-    sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample; 0: no samples.
+    sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample (0: no samples).
     export: bool = setting(True, resume="free")  # Write a Hugging Face folder to RUN/export at the end.
 
     def __post_init__(self) -> None:
@@ -192,7 +192,7 @@ class Config:
     recipe: str = setting("replica", resume="free")
     """replica: the seed's run. smollm2: the published recipe. quickstart: no download, minutes on a CPU."""
     preset: str = setting("135M", resume="free")
-    """Architecture: 135M, 360M, 1.7B or quickstart; the flags under `model` change single numbers."""
+    """Architecture: 135M, 360M, 1.7B or quickstart. The flags under `model` change single numbers."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -220,7 +220,7 @@ class Config:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The recipe's phases, resized by --steps and --batch-size."""
+        """Return the recipe's phases, resized by --steps and --batch-size."""
         return resize(parse_phases(self.run.phases), self.run.steps, self.run.batch_size)
 
     @property
@@ -229,7 +229,7 @@ class Config:
 
     @property
     def main_batch_size(self) -> int:
-        """Sequences per step in the longest phase; evaluations use it too."""
+        """Return the sequences per step in the longest phase. Evaluations use the same number."""
         return max(self.phases, key=lambda phase: phase.steps).batch_size
 
     def batch_size_at(self, step: int) -> int:
@@ -244,7 +244,7 @@ class Config:
 
     @property
     def decay_steps(self) -> int:
-        """Updates of the decay: the whole rest of the run for `linear` and `cosine`."""
+        """Return the updates of the decay: the rest of the run for `linear` and `cosine`."""
         schedule, given = self.optimizer.schedule, self.optimizer.decay_steps
         if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
             return self.total_steps // 5 if given is None else given

@@ -1,4 +1,4 @@
-"""Documents to training batches, each with the cursor from which the next one follows; no JAX."""
+"""Make training batches from documents, each with the cursor from which the next batch follows. No JAX."""
 
 from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import Loader

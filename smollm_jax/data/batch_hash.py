@@ -1,8 +1,8 @@
-"""Hash every batch that was trained on, so that a lost or repeated batch is noticed.
+"""Hash every batch that was trained on, to notice a lost or repeated batch.
 
-The hash of a batch is a sum of 32-bit words, one per token and position, so it does not depend on how devices
-and processes share the rows. The train step computes it from what the device received; the same function over
-numpy arrays computes what it should be. The metrics key of the running hash is `ledger`. No JAX here.
+The hash of a batch is a sum of 32-bit words, one per token and position. So the hash does not depend on how
+devices and processes share the rows. The train step computes the hash from what the device received. The same
+function over numpy arrays computes the expected hash. The running hash is the metric `ledger`. No JAX here.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ OF_SEGMENT, OF_POSITION = 0xA4093823, 0x299F31D1
 
 
 def batch_hash(tokens_BT1: Any, segment_ids_BT1: Any, xp: Any = np, *, rows: int | None = None) -> Any:
-    """Hash a batch (B, T+1) of numpy arrays, or of JAX arrays with `xp=jax.numpy`, to four uint32 words.
+    """Hash a batch (B, T+1) to four uint32 words.
 
-    Only the first `rows` rows count; the rows after them are padding and not part of the batch.
+    The arrays are numpy's, or JAX's with `xp=jax.numpy`. Only the first `rows` rows count: the rest is padding.
     """
     B, T1 = tokens_BT1.shape
     position_BT1 = xp.arange(B, dtype=xp.uint32)[:, None] * xp.uint32(T1) + xp.arange(T1, dtype=xp.uint32)[None]
@@ -34,7 +34,7 @@ def extend(ledger: str, words: Any) -> str:
 
 
 def _mix(x: Any, xp: Any) -> Any:
-    """Spread every bit of a word over all of it: the finalizer of MurmurHash3 (Appleby 2011)."""
+    """Spread every bit of a word over the whole word, by MurmurHash3's finalizer (Appleby 2011)."""
     x = (x ^ (x >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
     x = (x ^ (x >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
     return x ^ (x >> xp.uint32(16))

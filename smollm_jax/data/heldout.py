@@ -1,6 +1,6 @@
-"""Read documents in order: the held-out set, a whole source to score, a head to train a tokenizer on.
+"""Read documents in order: to hold out, to score, or to train a tokenizer.
 
-A held-out document is identified by a hash of its text, so copies of it elsewhere are left out too.
+A held-out document is identified by a hash of its text, so its copies elsewhere are left out too.
 """
 
 from collections import deque
@@ -17,16 +17,16 @@ from smollm_jax.data.sources import Document, mixture, open_source
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-HELD_OUT_EVERY = 10  # every tenth document from the head of a source, until there are enough
+HELD_OUT_EVERY = 10  # every Nth document from the head of a source, until there are enough
 LONGEST_END = 500_000  # characters held out of a single text
 
 
 def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False) -> list[TokenizedDocument]:
-    """Hold out the first documents of `eval_data`, or every tenth from the head of the training sources.
+    """Hold out the first documents of `eval_data`, or every tenth of the training data.
 
-    Of a source of fewer than ten documents, the last tenth of the last one is held out. Of a mixture, the first N
-    have its shares for every N, as an evaluation may read only these. Returns none for `eval_documents=0`. Raises
-    `UserError` if there are none otherwise, and as `open_source` and `Source.documents` do.
+    This tenth is from each source's head. In a source of fewer than ten documents, the end of the last is held
+    out. The first N of a mixture have its shares for every N, as an evaluation may read only these. Returns none
+    for `eval_documents=0`. Else raises `UserError` if there are none, or as `open_source` and `Source.documents`.
     """
     documents = _held_out_documents(config, resumes=resumes)
     name = config.eval_data or config.data
@@ -39,9 +39,9 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
 
 
 def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
-    """Yield all of `config.data` once, a mixture in its shares, to be scored; only the last batch has padding.
+    """Yield all of `config.data` once, a mixture in its shares, to be scored.
 
-    Raises as `open_source` and `Source.documents` do.
+    Only the last batch has padding. Raises as `open_source` and `Source.documents` do.
     """
     sources = [_ranked(open_source(spec, config).documents(), weight) for spec, weight in mixture(config.data)]
     documents = (document for _, document in merge(*sources, key=itemgetter(0)))
@@ -87,7 +87,7 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
 
 
 def _end_of(documents: Iterable[Document]) -> dict[int, Document]:
-    """Return the last tenth of the last of a few documents, from a line or a word on; none if it is too short."""
+    """Return the last tenth of the last document, cut at a line or word. None if that is too short."""
     last = deque(documents, maxlen=1)
     text = last[0].text if last else ""
     at = len(text) - min(len(text) // HELD_OUT_EVERY, LONGEST_END)
@@ -100,5 +100,5 @@ def _end_of(documents: Iterable[Document]) -> dict[int, Document]:
 
 
 def _ranked(documents: Iterable[Document], weight: float) -> Iterator[tuple[float, Document]]:
-    """Yield documents with their place in a mixture: by rising place, every prefix has the mixture's shares."""
+    """Yield documents with their rank in a mixture. In order of rank, every prefix has the mixture's shares."""
     return (((i + 0.5) / weight, document) for i, document in enumerate(documents))

@@ -1,9 +1,9 @@
-"""Read the files of a Hugging Face dataset in byte ranges, from a Hub that may fail.
+"""Read a Hugging Face dataset's files in byte ranges, from a Hub that may fail.
 
-`datasets` finds the files. Their bytes are requested here, one block at a time, because every answer must be
-exactly the range requested: a short answer would pass for the end of a file. A failed block is requested
-again until `timeout` seconds have passed without an answer. A parser therefore never sees a fault of the
-network: what it cannot parse is a fault of the file.
+`datasets` finds the files. This module requests their bytes, one block at a time. Every answer must be exactly the
+range requested: a short answer would pass for the end of a file. A failed block is requested again until `timeout`
+seconds have passed without an answer. So a parser never sees a fault of the network. If it cannot parse a file,
+the file is at fault.
 """
 
 import io
@@ -26,7 +26,7 @@ LISTING_SECONDS = 120.0  # some calls inside `datasets` have no time limit of th
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file: its name without a revision, its URL, and a hash of its content."""
+    """A file of a dataset: name without revision, URL, and a hash of its content."""
 
     name: str
     url: str
@@ -34,11 +34,11 @@ class HubFile:
     content: str
 
 
-@cache  # what is held out and what is trained on come from the same revision
+@cache  # held-out and training documents come from the same revision
 def list_files(spec: str, split: str, *, patience: float) -> list[HubFile]:
-    """List the files of `OWNER/NAME:CONFIG`, in order; the same list for the rest of the process.
+    """List the files of `OWNER/NAME:CONFIG`, in order. The list stays the same for the rest of the process.
 
-    Raises `UserError` if there is no such dataset, config or split, and `SourceTimeout` if the Hub has not
+    Raises `UserError` if there is no such dataset, config or split. Raises `SourceTimeout` if the Hub has not
     answered for `patience` seconds.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -82,7 +82,7 @@ def _list(repo: str, config: str | None, split: str) -> list[HubFile]:
 
 
 class HubReader(io.RawIOBase):
-    """A `HubFile` open for reading; a read gives all bytes, or raises `SourceTimeout` or `UserError`."""
+    """A `HubFile` open for reading. A read gives all bytes, or raises `SourceTimeout` or `UserError`."""
 
     def __init__(self, file: HubFile, *, timeout: float, closed: threading.Event):
         self.file, self.timeout, self._stopped = file, timeout, closed
@@ -116,7 +116,7 @@ class HubReader(io.RawIOBase):
         return count
 
     def _ask(self, start: int, size: int) -> bytes:
-        """Send one request, in a thread that can be abandoned: a stall must not hold Arrow when Python ends."""
+        """Send one request, in a thread that can be abandoned. A stall must not hold Arrow when Python ends."""
         request = BackgroundTask(partial(fetch_range, self.file, start, size))
         while not request.wait(POLL_SECONDS):
             if self._stopped.is_set():
@@ -125,7 +125,7 @@ class HubReader(io.RawIOBase):
 
 
 def fetch_range(file: HubFile, start: int, size: int) -> bytes:
-    """Request `size` bytes from `start`; raises `OSError` unless the answer is exactly that range."""
+    """Request `size` bytes from `start`. Raises `OSError` unless the answer is exactly that range."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     asked = f"bytes={start}-{start + size - 1}"

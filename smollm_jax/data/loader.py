@@ -1,6 +1,6 @@
 """Make the training batches, each with the cursor from which the same next batch follows.
 
-A cursor is a few hundred bytes of JSON: the document that is being cut into rows, the offset in it, and hashes of
+A cursor is a few hundred bytes of JSON. A cursor holds the document being cut, the offset in it, and hashes of
 what must not change. The rows of a batch come from a fixed number of shards. So each process can make its own
 rows, and the batches do not depend on the number of processes.
 """
@@ -26,7 +26,7 @@ from smollm_jax.data.sources import Document, Shard, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require, say_once
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
-BATCHES_AHEAD = 4  # made while the device works; two windows of tokens are held anyway
+BATCHES_AHEAD = 4  # made while the device works. Two windows of tokens are in memory anyway
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -36,7 +36,7 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 class ShardStream:
-    """The rows of shard `index`, packed from a mixture of shuffled sources.
+    """A stream of the rows of shard `index`, packed from a mixture of shuffled sources.
 
     The next document comes from the source furthest below the share of tokens that its weight asks for.
     """
@@ -53,7 +53,7 @@ class ShardStream:
         self._carried: int | None = None  # offset in the first document after a seek
 
     def batch(self, rows: int) -> Batch:
-        """Make the next rows; after the last document, rows of padding."""
+        """Make the next rows. After the last document, the rows are padding."""
         while self.packer.rows < rows and not self.ended:
             self._before = self._states()
             drawn, offset, self._carried = self._draw(), self._carried, None
@@ -67,12 +67,12 @@ class ShardStream:
 
     @property
     def cursor(self) -> Cursor:
-        """The states of the sources before the document that the next row continues, and the offset in it."""
+        """Return the sources' states before the next row's first document, and the offset in it."""
         offset = self.packer.state
         return {"sources": self._states() if offset is None else self._before, "offset": offset}
 
     def seek(self, cursor: Any) -> None:
-        """Continue after `cursor`; raises `UserError` unless it may have been a cursor of this shard."""
+        """Continue after `cursor`. Raises `UserError` unless it may have been a cursor of this shard."""
         states, offset, count = cursor["sources"], cursor["offset"], len(self.sources)
         fits = isinstance(states, list) and len(states) == count and (offset is None or is_count(offset))
         require(fits, f"{DAMAGED}: {cursor!r:.200} is not a position in {count} sources")
@@ -92,10 +92,10 @@ class ShardStream:
 
 
 class BatchIterator:
-    """The batches after `cursor`, None for all, each with its own cursor; synchronous.
+    """A synchronous iterator over the batches after `cursor`, each with its own cursor.
 
-    If the shards of the loader are not all shards, the batches hold only the rows of those shards and never
-    end, because this process cannot know whether the other shards have ended.
+    `cursor=None` gives all batches. If the loader has only some shards, the batches hold only the rows of these
+    shards and never end. This process cannot know whether the other shards have ended.
     """
 
     def __init__(self, loader: Loader, cursor: Any):
@@ -139,9 +139,9 @@ class BatchIterator:
 
 
 class Loader:
-    """The training data of a run, opened once; a `BatchIterator` reads it from any cursor on.
+    """The training data of a run, opened once. A `BatchIterator` reads the data from any cursor on.
 
-    `fixed` is what the batches depend on besides the settings: hashes of files, tokenizer and held-out texts.
+    `fixed` has what the batches depend on besides the settings: hashes of files, tokenizer and held-out texts.
     """
 
     def __init__(
@@ -153,15 +153,15 @@ class Loader:
         shards: Iterable[int] | None = None,
         resumes: bool = False,
     ):
-        """Open the sources, without the texts of `held_out`; raises as `open_source` does.
+        """Open the sources, without the texts of `held_out`. Raises as `open_source` does.
 
-        `shards` are the neighbouring shards wanted of the `config.data.shards`; None for all.
+        `shards` are the neighbouring shards wanted of the `config.data.shards`. None gives all.
         """
         data = config.data
         self.config, self.tokenizer = config, tokenizer
         self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
         self._report_copies()
-        # of each text of which something is held out, the characters that are trained on
+        # characters to train on, of each text that is held out in part
         self.excluded = {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
         self.shards = list(range(data.shards) if shards is None else shards)
         self.fixed: Cursor = {
@@ -172,7 +172,7 @@ class Loader:
         }
 
     def _report_copies(self) -> None:
-        """Log files that are read more than once, such as by two parts of a mixture."""
+        """Log files that are read more than once, as by two parts of a mixture."""
         first: dict[str, str] = {}
         pairs = (zip(x.fingerprint.split(), x.files, strict=True) for x, _ in self.mixture)
         if copies := [file for one, file in chain.from_iterable(pairs) if first.setdefault(one, file) is not file]:
@@ -182,7 +182,7 @@ class Loader:
         """Raise `UserError` if `cursor` belongs to other data."""
         afresh = "bring the old ones back, or train afresh with --new-run"
         before = cursor["fingerprints"]
-        # by its place in the mixture, because data may have moved; two sources of one name have one fingerprint
+        # by place in the mixture, because data may have moved. Two sources of one name have one fingerprint
         places = list(before.values()) if len(before) == len(self.mixture) else []
         for i, (source, _) in enumerate(self.mixture):
             name, now, then = source.name, source.fingerprint, places[i] if places else before.get(source.name)
@@ -195,7 +195,7 @@ class Loader:
 
 
 def merge_cursors(cursors: list[Cursor]) -> Cursor:
-    """Merge the cursors of processes that each made some shards into the cursor of all shards."""
+    """Merge the cursors of processes that made different shards into the cursor of all shards."""
     merged = {index: shard for cursor in cursors for index, shard in cursor["lanes"].items()}
     shards = {str(index): merged[str(index)] for index in range(cursors[0]["shards"])}
     return {**cursors[0], "skipped": _skipped(shards), "lanes": shards}
@@ -206,10 +206,10 @@ def _skipped(shards: dict[str, Cursor]) -> int:
 
 
 class PrefetchLoader:
-    """Batches made ahead of the device by a thread; `get` never blocks for long, so that a stop is noticed."""
+    """A thread that prefetches batches. `get` never blocks for long, so that a stop is noticed."""
 
     def __init__(self, loader: Loader, cursor: Any):
-        """Begin after `cursor`; raises as `BatchIterator` does."""
+        """Begin after `cursor`. Raises as `BatchIterator` does."""
         self.loader = loader
         self._queue: queue.Queue[Any] = queue.Queue()
         self._room = threading.Semaphore(BATCHES_AHEAD)

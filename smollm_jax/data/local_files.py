@@ -1,4 +1,4 @@
-"""Find the data files that a path or pattern names, each once, without what folders hold beside their data."""
+"""Find each data file that a path or pattern names, without other files of folders."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from smollm_jax.runtime.errors import say_once
 from smollm_jax.runtime.files import matching
 
-JSON = (".json", ".json.gz")  # of C4 and Dolma: lines of JSON under a name that settings have too
+JSON = (".json", ".json.gz")  # of C4 and Dolma: lines of JSON. Settings files have this name too
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", *JSON)
 ABOUT = re.compile(
     r"(authors|changelog|contributing|copying|licen[cs]e|notice|readme|requirements)\.txt"
@@ -17,12 +17,12 @@ SHOWN = 5  # names in a line
 
 
 def find_files(pattern: str) -> list[str]:
-    """Return the files in the order of their names; a folder stands for the data files below it.
+    """Return the files in the order of their names. A folder stands for the data files below it.
 
-    Raises `OSError` for a folder that cannot be read, and `UserError` for a home folder that nobody has.
+    Raises `OSError` for a folder that cannot be read, and `UserError` for the home folder of an unknown user.
     """
     found = matching(pattern)
-    # texts/** names a folder and also what is in it: the folder decides what of it is data
+    # texts/** names a folder and also its files: the folder decides which of them are data
     folders = {path for path in found if os.path.isdir(path)}
     found = [path for path in found if not folders & {*map(str, Path(path).parents)}]
     # through a link to a parent a file is found again and again
@@ -33,10 +33,10 @@ def find_files(pattern: str) -> list[str]:
 
 
 def _inside(folder: str) -> list[str]:
-    """Return the data files below a folder, and log what is passed over.
+    """Return the data files below a folder, and log the files that are passed over.
 
-    That is what is hidden (.ipynb_checkpoints), folders of tools (__MACOSX, _delta_log), and beside other files
-    those about the data (LICENSE.txt) and .json.
+    Hidden files (.ipynb_checkpoints) and folders of tools (__MACOSX, _delta_log) are passed over. Beside other
+    files, descriptions of the data (LICENSE.txt) and .json are passed over too.
     """
     files, passed, seen = [], [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):

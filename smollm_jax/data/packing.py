@@ -1,7 +1,7 @@
 """Pack tokenized documents into full rows.
 
-A row holds T+1 tokens. If a document continues in the next row, that row begins with the last token of this
-one, so every token but a document's first is a target exactly once. Only the last row of all has padding.
+A row holds T+1 tokens. If a document continues in the next row, that row begins with the last token of this one.
+So every token except a document's first is a target exactly once. Only the last row of all has padding.
 """
 
 from collections import deque
@@ -16,10 +16,10 @@ D = TypeVar("D")
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` and `segment_ids`, int32 (B, T+1); segments count from 1 in each row, 0 is padding.
+    """A batch of rows: `tokens` and `segment_ids`, int32 (B, T+1).
 
-    A process that makes only some rows of a batch makes the rows from `first_row` on. `text_bytes`, in a batch
-    that is scored, holds the UTF-8 bytes of text that each token stands for.
+    Segments count from 1 in each row, and 0 is padding. If a process makes only some rows, its rows begin at
+    `first_row`. `text_bytes`, in a batch to score, holds the UTF-8 bytes of text that each token stands for.
     """
 
     tokens: np.ndarray
@@ -35,7 +35,7 @@ def num_targets(batch: Batch) -> int:
 
 
 class Packer(Generic[D]):
-    """A queue of documents that is cut into rows: `add` documents until `rows` is enough for a `batch`."""
+    """A queue that cuts documents into rows. Call `add` until `rows` is enough for a `batch`."""
 
     def __init__(self, seq_len: int):
         self.rows = 0
@@ -49,11 +49,11 @@ class Packer(Generic[D]):
 
     @property
     def state(self) -> int | None:
-        """Offset at which the next row continues the first document; None if the queue is empty."""
+        """Return the offset at which the next row continues the first document. None if the queue is empty."""
         return self._offset if self._queue else None
 
     def add(self, document: D, tokens: np.ndarray, offset: int = 0) -> None:
-        """Append a document, from `offset` of its tokens on; `tokens` is int32 (n,) with `offset` < n."""
+        """Append a document, from `offset` of its tokens on. `tokens` is int32 (n,) with `offset` < n."""
         if not self._queue:
             self._offset = offset
         self._queue.append((document, tokens))
@@ -64,7 +64,7 @@ class Packer(Generic[D]):
             self._open += self._open > 0  # the token that the next row begins with
 
     def batch(self, rows: int) -> Batch:
-        """Cut the next rows; rows past the last document are padding."""
+        """Cut the next rows. Rows past the last document are padding."""
         tokens = np.zeros((rows, self._size), np.int32)
         segment_ids = np.zeros_like(tokens)
         self.documents = []
@@ -91,7 +91,7 @@ class Packer(Generic[D]):
 
 
 def pack(documents: Iterable[tuple[D, np.ndarray]], seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """Pack documents and their tokens into batches of full rows; only the last batch has padding."""
+    """Pack documents and their tokens into batches of full rows. Only the last batch has padding."""
     packer: Packer[D] = Packer(seq_len)
     for document, tokens in documents:
         packer.add(document, tokens)

@@ -1,6 +1,6 @@
-"""English prose that every CPython carries: the language reference and the standard library's docstrings.
+"""Read English prose that every CPython carries: the language reference and the standard library's docstrings.
 
-About 2 MB, each text once, in an order fixed by a seed; the same for everyone on one release of Python.
+About 2 MB, each text once, in an order fixed by a seed. The text is the same on one release of Python.
 """
 
 import ast
@@ -17,7 +17,7 @@ NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 @cache
 def python_docs() -> tuple[str, ...]:
-    """The distinct texts."""
+    """Return the distinct texts."""
     from pydoc_data import topics
 
     texts = {text.strip() for text in topics.topics.values()}
@@ -32,7 +32,7 @@ def python_docs() -> tuple[str, ...]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of old escapes in code that is only read for its prose
+        with warnings.catch_warnings(action="ignore"):  # about old escapes in code that is only read for its prose
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return

@@ -1,9 +1,9 @@
-"""Read records from Parquet, JSON lines, and text files whose documents are separated by blank lines.
+"""Read records from Parquet, JSON lines, or text files with documents between blank lines.
 
-A row that cannot be read is a `Record` with the reason; a file that cannot be read raises its parser's error.
-A row's size is known before the row is parsed, so that no file can take the memory or expand without end.
-Each record carries the cursor after it: file, row, and in a text file the byte. Rows that the filter rejects
-are skipped before they are parsed.
+A row that cannot be read is a `Record` with the reason. A file that cannot be read raises its parser's error. A
+row's size is known before the row is parsed. So no file can fill memory or expand without end. Each record carries
+the cursor after it: file, row, and in a text file the byte. Rows that the filter rejects are skipped before they
+are parsed.
 """
 
 import gzip
@@ -17,18 +17,18 @@ from smollm_jax.runtime.errors import UserError, one_line, require, say_once
 Cursor = dict[str, Any]
 RowFilter = Callable[[int], bool]
 BOM = b"\xef\xbb\xbf"
-LONGEST_BYTES = 2**25  # of a document; a tokenizer takes about 90 times as much memory
+LONGEST_BYTES = 2**25  # of a document. A tokenizer takes about 90 times as much memory
 TOO_LONG = f"a document above {LONGEST_BYTES // 2**20} MiB, which is the limit; split it"
 SEARCHED_BYTES = 2**28  # after a document that is too long, for its end
 PIECE_BYTES = 2**18  # of that search: memory for longer pieces is mapped anew for each, ten times as slow
 MOST_BLANK = 1_000_000  # lines
-MANY_LINES = 100  # of a text file that may have been meant as a document on each
+MANY_LINES = 100  # of a text file that may have one document per line
 LARGEST_RATIO, CHECKED_BYTES = 200, 2**28  # text expands at most 30-fold, a file made to fill memory 1,000-fold
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file: its value, or why it cannot be read."""
+    """A row of a file: its value, or why it cannot be read."""
 
     value: Any
     row: int
@@ -37,7 +37,7 @@ class Record:
 
 
 def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
-    """Yield the wanted rows of a Parquet file from `start` on; raises `UserError`."""
+    """Yield the wanted rows of a Parquet file from `start` on. Raises `UserError`."""
     import pyarrow.parquet as pq
 
     first = 0
@@ -59,7 +59,7 @@ def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: 
 
 
 def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
-    """Yield the wanted lines of JSON, or paragraphs of a text file, from `start` on; raises `UserError`."""
+    """Yield the wanted JSON lines, or paragraphs of a text file, from `start` on. Raises `UserError`."""
     json_lines = not path.endswith(".txt")
     with raw:
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
@@ -85,13 +85,13 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
 
 
 def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
-    """Return the value of a column in a line of JSON, and why it cannot be read."""
+    """Return a column's value in a JSON line, and the fault if it is unreadable."""
     if row == 0 and line.lstrip().startswith("["):
         return None, "a JSON array; expected an object on each line, as jq -c '.[]' writes them"
     value = json.loads(line)
     if not isinstance(value, dict):
         return None, "not a JSON object"
-    if row == 0:  # the setting is wrong; in a later row, the row is wrong
+    if row == 0:  # the setting is wrong. In a later row, the row is wrong
         _require_column(column, list(value), path)
     elif column not in value:
         return None, f"no {column!r} but {', '.join(value)}"
@@ -103,7 +103,7 @@ def _require_column(column: str, names: list[str], path: str) -> None:
 
 
 def _lines(file: BinaryIO, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield each line with the offset after it; a line above `LONGEST_BYTES` is cut to one byte more than that."""
+    """Yield each line with the offset after it. A longer line is cut to `LONGEST_BYTES` plus one byte."""
     end, blank, checked = 0, 0, CHECKED_BYTES
     while line := file.readline(LONGEST_BYTES + 1):
         end += len(line)
@@ -126,7 +126,7 @@ def _lines(file: BinaryIO, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _paragraphs(lines: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    """Yield the documents between blank lines, each with the offset after it; a long one is cut as in `_lines`."""
+    """Yield the documents between blank lines, each with the offset after it. Cuts a long one as `_lines`."""
     found: list[bytes] = []
     end = size = 0
     for line, end in lines:

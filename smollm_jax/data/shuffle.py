@@ -1,7 +1,7 @@
 """Shuffle documents in windows, and tokenize them ahead of their use.
 
-The state of a source names the start of its window and an index into the window's order; a resume reads the
-window again. While one window is in use, a background thread reads the next, so at most two are held at a time.
+The state of a source names the start of its window and an index into the window's order. A resume reads the window
+again. While one window is in use, a background thread reads the next, so at most two are in memory.
 """
 
 import atexit
@@ -32,7 +32,7 @@ def text_hash(text: str) -> int:
 
 
 def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield documents without what is held out; `excluded` has the characters to keep by the hash of a text."""
+    """Yield documents without held-out text. `excluded` maps the hash of a text to the characters to keep."""
     for document in documents:
         kept = excluded.get(text_hash(document.text), len(document.text))
         if kept == len(document.text):
@@ -42,7 +42,7 @@ def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """Yield documents with their tokens, each ended by one eos; one group is tokenized at a time."""
+    """Yield documents with their tokens, each ended by one eos. One group is tokenized at a time."""
     for group in _groups(documents):
         encoded = tokenizer.encode_batch([document.text for document in group])
         for document, ids in zip(group, encoded, strict=True):
@@ -64,7 +64,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class Window(NamedTuple):
-    """The documents of a window in shuffled order, the state after it, and how many rows could not be read."""
+    """The documents of a window in shuffled order, and the state after it. `skipped` counts unreadable rows."""
 
     documents: list[TokenizedDocument]
     following: Cursor
@@ -72,7 +72,7 @@ class Window(NamedTuple):
 
 
 class ShuffledSource:
-    """A shard of one source in shuffled windows, epoch after epoch; `state` names the next document.
+    """A shard of one source in shuffled windows, epoch after epoch. `state` names the next document.
 
     The shards' windows together hold as many documents as one window of the whole source.
     """
@@ -90,7 +90,7 @@ class ShuffledSource:
         atexit.register(self.close)
 
     def draw(self) -> TokenizedDocument | None:
-        """Return the next document and its tokens, eos included; None after the last epoch."""
+        """Return the next document and its tokens, eos included. Returns None after the last epoch."""
         state = self.state
         while not state["ended"]:
             window, i = self._window(), state["index"]
@@ -111,7 +111,7 @@ class ShuffledSource:
         return None
 
     def seek(self, state: Any) -> None:
-        """Continue from `state`, before the first `draw`; raises `UserError` if it is no state of this source."""
+        """Continue from `state`, before the first `draw`. Raises `UserError` if it is no state of this source."""
         start = START if state["window"] is None else state["window"]
         counts = {**state, **start, "window": 0, "ended": 0}
         require(
@@ -130,7 +130,7 @@ class ShuffledSource:
             self._next = BackgroundTask(partial(self._read, dict(self.state)))
 
     def close(self) -> None:
-        """Stop reading; wait up to `CLOSE_SECONDS` for the window that is being read ahead.
+        """Stop reading. Waits up to `CLOSE_SECONDS` for the window that is being read ahead.
 
         A thread inside Arrow at interpreter exit would crash the process, so `close` also runs at exit.
         """

@@ -1,8 +1,8 @@
-"""Read documents from local files, from the Hugging Face Hub, or from the docs inside every CPython.
+"""Read documents from local files, the Hugging Face Hub, or the docs of CPython.
 
-A source yields documents in a fixed order, each with the cursor from which the next one follows. It knows
-nothing of tokens, shuffling or rows. A row or file that cannot be read is named; it stops the run, or is
-skipped and counted, and never goes unmentioned.
+A source yields documents in a fixed order, each with the cursor from which the next document follows. Tokens,
+shuffling and rows are not its concern. A row or file that cannot be read stops the run, or is skipped and counted.
+The log names such a row or file in both cases.
 """
 
 import io
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it comes from."""
+    """A text, and where it comes from."""
 
     text: str
     source: str
@@ -47,12 +47,12 @@ class Document:
     row: int
     cursor: Cursor = field(repr=False)
     """From here the next document follows."""
-    kept: str = field(default="", repr=False)  # of a held-out end of a text, its beginning
+    kept: str = field(default="", repr=False)  # beginning of a text whose end is held out
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`: every `count`-th file or row."""
+    """A part `index` of `count`: every `count`-th file or row."""
 
     index: int = 0
     count: int = 1
@@ -65,10 +65,10 @@ WHOLE = Shard()
 
 
 class Source:
-    """An ordered set of files; a subclass knows how to open one.
+    """An ordered set of files. A subclass knows how to open one.
 
-    `sizes` are the bytes of each file; `fingerprint` has one hash per file, of its name, size and content.
-    Setting `closed` ends every wait.
+    `sizes` are the bytes of each file. `fingerprint` has one hash per file, of its name, size and content. Setting
+    `closed` ends every wait.
     """
 
     parse_tries = 1
@@ -83,7 +83,7 @@ class Source:
         raise NotImplementedError
 
     def records(self, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
-        """Yield the wanted rows of file `start["file"]` from `start` on; raises what its parser raises."""
+        """Yield the wanted rows of file `start["file"]` from `start` on. Raises what its parser raises."""
         path = self.files[start["file"]]
         read = read_parquet if path.endswith(".parquet") else read_text
         return read(self.open(start["file"]), path, start, self.settings.text_column, wanted)
@@ -91,10 +91,10 @@ class Source:
     def documents(
         self, cursor: Cursor | None = None, skipped: list[str] | None = None, shard: Shard = WHOLE
     ) -> Iterator[Document]:
-        """Yield all documents of a shard from `cursor` on; append what is skipped to `skipped`.
+        """Yield all documents of a shard from `cursor` on. Appends what is skipped to `skipped`.
 
-        Shard i of n takes every nth file, or every nth row of each file if that would be uneven.
-        Raises `SourceTimeout`, or `UserError` naming what is wrong.
+        Shard i of n takes every nth file, or every nth row of each file if files would be uneven. Raises
+        `SourceTimeout`, or `UserError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
         parts = [sum(self.sizes[i :: shard.count]) for i in range(shard.count)]
@@ -120,7 +120,7 @@ class Source:
                 if tries < self.parse_tries:
                     logger.warning("reading %s again from row %d: %s", path, cursor["row"], one_line(error))
                     continue
-                if by_file or shard.index == 0:  # every shard reads this file; one reports it
+                if by_file or shard.index == 0:  # every shard reads this file, one reports it
                     self._bad(f"{path}, from row {cursor['row']} on, cannot be read: {one_line(error)}", skipped)
             cursor, tries = following, 0
 
@@ -171,7 +171,7 @@ class HubSource(Source):
     parse_tries = PARSE_TRIES
 
     def __init__(self, spec: str, settings: DataConfig, *, resumes: bool):
-        """Raise `UserError` if there are none, and as `open_source` says if the Hub does not answer."""
+        """Raise `UserError` if there are no files, or as `open_source` if the Hub is silent."""
         patience = settings.data_timeout if resumes else min(FRESH_SECONDS, settings.data_timeout)
         try:
             self._listing = list_files(spec, settings.split, patience=patience)
@@ -186,7 +186,7 @@ class HubSource(Source):
 
     def open(self, i: int) -> BinaryIO:
         raw = HubReader(self._listing[i], timeout=self.settings.data_timeout, closed=self.closed)
-        # Arrow asks for exactly what it wants; lines want a buffer
+        # Arrow requests exact ranges. Reading lines needs a buffer
         return cast(BinaryIO, raw if self.files[i].endswith(".parquet") else io.BufferedReader(raw, BLOCK_BYTES))
 
 
@@ -205,7 +205,7 @@ class PythonDocsSource(Source):
 
 
 def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:
-    """Open the source that `spec` names; raises `UserError` if there is nothing to read.
+    """Open the source that `spec` names. Raises `UserError` if there is nothing to read.
 
     If the Hub does not answer, a new run fails within seconds. A run that resumes waits for `data_timeout`
     seconds, then raises `SourceTimeout`.
@@ -221,9 +221,9 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
 
 
 def mixture(data: str) -> list[tuple[str, float]]:
-    """Parse `"A=0.7,B=0.3"` to [("A", 0.7), ("B", 0.3)], with weights that sum to 1; the default weight is 1.
+    """Parse `"A=0.7,B=0.3"` to [("A", 0.7), ("B", 0.3)]. The weights sum to 1, and the default weight is 1.
 
-    A path that exists is that path, whatever commas and equals signs are in its name.
+    A path that exists is used as is, whatever commas and equals signs are in its name.
     """
     if _is_path(data):
         return [(data, 1.0)]
@@ -246,12 +246,12 @@ def mixture(data: str) -> list[tuple[str, float]]:
 
 
 def _short_hash(*parts: Any) -> str:
-    """Eight hex digits: enough to tell that a file changed, short enough for a cursor of thousands."""
+    """Hash to eight hex digits: enough to notice a change, short even for thousands."""
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())[:8]
 
 
 def _local_hash(file: Path, size: int, *, whole: bool) -> str:
-    """Hash name, size and content of a file; raises `OSError`."""
+    """Hash name, size and content of a file. Raises `OSError`."""
     content = xxhash.xxh3_64()
     with file.open("rb") as opened:
         if whole or size <= PROBES * PROBE_BYTES:
@@ -265,7 +265,7 @@ def _local_hash(file: Path, size: int, *, whole: bool) -> str:
 
 
 def _fault(value: Any, column: str) -> str:
-    """Return why a value is not text; empty if it is."""
+    """Return why a value is not text, empty if it is text."""
     if not isinstance(value, str):
         return f"{column} is {type(value).__name__}, not text"
     if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
@@ -274,7 +274,7 @@ def _fault(value: Any, column: str) -> str:
 
 
 def _is_of_the_file(error: Exception) -> bool:
-    """Return whether the file cannot be read or parsed; other errors are mistakes, timeouts or faults of ours."""
+    """Return whether the file cannot be read or parsed. Other errors are mistakes, timeouts or faults of ours."""
     of_arrow = type(error).__module__.startswith("pyarrow")
     of_parser = of_arrow or isinstance(error, OSError | EOFError | ValueError | zlib.error)
     return of_parser and not isinstance(error, UserError)

@@ -1,1 +1,1 @@
-"""The mesh, the shardings, and the processes of a job."""
+"""Manage the mesh, the shardings, and the processes of a job."""

@@ -1,7 +1,7 @@
 """Connect the processes of a job, and end them together.
 
-They are named by --coordinator, or found by JAX itself, which reads what a launcher sets in the environment. If a
-process is dead or stopped, JAX aborts all others, and a handler turns the abort into a message and exit code 75.
+The processes are named by --coordinator. Otherwise JAX finds them in what a launcher sets in the environment. If a
+process is dead or stopped, JAX aborts all others. A handler turns the abort into a message and exit code 75.
 """
 
 import ctypes
@@ -31,17 +31,17 @@ CONNECT_SECONDS = 300
 ANSWER_SECONDS = 2.0  # for the coordination service of a whole job
 FIRST_LEAVES_SECONDS = 2.0  # after the others: JAX's clients abort when the first process is gone
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-# an indexed Job or JobSet of Kubernetes sets the last, its manifest the others
+# an indexed Job or JobSet of Kubernetes sets the last, the job's manifest the others
 KUBERNETES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX")
 _KEPT: list[Any] = []  # C code holds pointers to them
 
 
 @contextmanager
 def join_job(compute: ComputeConfig) -> Iterator[Processes]:
-    """Connect with the other processes of the job; at the end, leave together with them.
+    """Connect with the other processes of the job. At the end, leaves together with them.
 
-    Enter this before anything else is asked of JAX. Raises `UserError` if they do not connect in time. Of several
-    processes each prints its own `UserError` and exits with its code; a process alone raises it.
+    Enter the context before any other call of JAX. Raises `UserError` if the processes do not connect in time.
+    Each of several processes prints its own `UserError` and exits with its code. A process alone raises the error.
     """
     job = connect(compute)
     if not job.several:
@@ -54,7 +54,7 @@ def join_job(compute: ComputeConfig) -> Iterator[Processes]:
         with job.watchdog.patient("the work before or after training"):
             try:
                 yield job
-            except UserError as error:  # said before the wait for the others, of which one may be gone
+            except UserError as error:  # printed before the wait for the others, because one may be gone
                 say(f"error: {one_line(error)}")
                 job.exit_code = EXIT_MISTAKE
             job.leaving = True
@@ -115,7 +115,7 @@ def _are_several() -> bool:
 
 
 def _wait_for(coordinator: str) -> None:
-    """Wait until the first process listens; raises `UserError` if it does not in time."""
+    """Wait until the first process listens. Raises `UserError` if it does not in time."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
@@ -144,7 +144,7 @@ def _on_abort(act: Callable[[int], None]) -> None:
 
 
 def _explain_abort(job: Processes, number: int) -> None:
-    """End with a message if another process is gone, in which case the coordination service does not answer."""
+    """End with a message if another process is gone: the coordination service does not answer."""
     from jax._src import distributed
 
     if job.leaving:

@@ -1,6 +1,6 @@
-"""The processes of one job, which all run the same program.
+"""Exchange values among the processes of one job, which all run the same program.
 
-What they must know of each other goes through `Processes.gather`, which all of them call at the same place.
+All processes call `Processes.gather` at the same place, to learn what they must know of each other.
 """
 
 import json
@@ -11,15 +11,15 @@ from typing import Any
 from smollm_jax.distributed.watchdog import Watchdog
 from smollm_jax.runtime.errors import EXIT_FAILED, SourceTimeout, UserError, one_line, require
 
-FAULTS = (RuntimeError, UserError, SourceTimeout)  # shared, the gravest first; a RuntimeError stands for any other
+FAULTS = (RuntimeError, UserError, SourceTimeout)  # shared, the gravest first. A RuntimeError stands for any other
 
 
 class PeerLost(RuntimeError):
-    """Another process did not take part in an exchange."""
+    """An error: another process did not take part in an exchange."""
 
 
 class Processes:
-    """The processes of the job, of which this one is `index`; a process alone is a job of one.
+    """The processes of the job, of which this one is `index`. A process alone is a job of one.
 
     The first process alone holds the lock and writes records and exports.
     """
@@ -39,7 +39,7 @@ class Processes:
         return self.index == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the JSON values of all processes in their order; waits until each has called it.
+        """Return the JSON values of all processes in their order. Waits until each has called `gather`.
 
         Raises `PeerLost` if a process is gone.
         """
@@ -61,7 +61,7 @@ class Processes:
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def require_same(self, values: dict[str, Any], what: str) -> None:
-        """Raise `UserError` in all processes, naming the JSON values in which one differs from the first."""
+        """Raise `UserError` in all processes, naming the JSON values that differ from the first process's."""
         first, *others = self.gather(values)
         for index, theirs in enumerate(others, start=1):
             names = [name for name, value in theirs.items() if value != first.get(name)]
@@ -70,7 +70,7 @@ class Processes:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """Run the body in each process; the gravest error of any is raised in all, so that all end in one way."""
+        """Run the body in each process. The gravest error of any is raised in all, so that all end in one way."""
         fault = None
         try:
             yield
@@ -88,7 +88,7 @@ class Processes:
 
     @contextmanager
     def first_then_rest(self) -> Iterator[None]:
-        """As `all_or_none`, but the other processes enter the body after the first one has left it."""
+        """Run as `all_or_none`. The other processes enter the body after the first one has left it."""
         for turn_of_first in (True, False):
             with self.all_or_none():
                 if self.first == turn_of_first:

@@ -1,9 +1,9 @@
-"""Which device holds what: the mesh, and a layout for every array by rule.
+"""Lay out arrays on devices: the mesh, and a rule for every array.
 
-Three axes. `data` divides the rows of a batch and repeats the parameters; `fsdp` divides the rows too, and
-the parameters and moments with them (ZeRO, Rajbhandari et al. 2020); `tensor` divides heads, feed-forward
-and vocabulary (Megatron, Shoeybi et al. 2019). XLA's partitioner does the rest: the results do not depend
-on the mesh beyond rounding.
+The mesh has three axes. `data` divides the rows of a batch and repeats the parameters. `fsdp` divides rows,
+parameters and moments (ZeRO, Rajbhandari et al. 2020). `tensor` divides heads, feed-forward and vocabulary
+(Megatron, Shoeybi et al. 2019). XLA's partitioner does the rest. The results do not depend on the mesh beyond
+rounding.
 """
 
 import math
@@ -30,7 +30,7 @@ PREFERRED = {"tensor": "NKFVDH", "fsdp": "DFVNKH"}
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the mesh of --mesh; without it all devices on `data`, or as few as take the run's steps as fast.
+    """Return the mesh of --mesh. By default, `data` has all devices, or as few as take the run's steps as fast.
 
     Raises `UserError` if there are too few devices, or more than there are rows for.
     """
@@ -74,14 +74,14 @@ def padded_rows(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
 
 
 def sharded(mesh: Mesh, axes: tuple[str, ...] = ()) -> NamedSharding:
-    """Return the layout of arrays whose first dim is divided over `axes`; without axes, replicated."""
+    """Return a layout that divides the first dim over `axes`. Without axes, arrays are replicated."""
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
 def shards_here(mesh: Mesh, config: Config) -> range:
-    """Return the shards of a batch, of `config.data.shards`, with a row on the devices of this process.
+    """Return the shards of `config.data.shards` that have a row on this process's devices.
 
-    Never none: a process that has nothing but padding keeps the last, which others have too.
+    Never none: a process that has nothing but padding keeps the last shard, which others have too.
     """
     shards, wanted = config.data.shards, set()
     for batch_size in {phase.batch_size for phase in config.phases}:
@@ -92,7 +92,7 @@ def shards_here(mesh: Mesh, config: Config) -> range:
 
 
 def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.Array:
-    """Return a batch of `rows` on the devices, of which this process has made `array`, from `first_row` on.
+    """Return a batch of `rows` on the devices. `array` holds this process's rows, from `first_row` on.
 
     The rows after the batch are padding: zeros.
     """
@@ -105,7 +105,7 @@ def on_devices(array: np.ndarray, rows: int, first_row: int, mesh: Mesh) -> jax.
 
 
 def on_one_device(tree: Any, mesh: Mesh) -> Any:
-    """Return a tree with whole arrays on the first of this process's devices; called by all processes."""
+    """Return a tree with whole arrays on this process's first device. All processes must call."""
     if not are_shared(mesh.devices.flat):
         return jax.device_put(tree, mesh.devices.flat[0])
     whole = jax.jit(lambda tree: tree, out_shardings=sharded(mesh))(tree)
@@ -113,7 +113,7 @@ def on_one_device(tree: Any, mesh: Mesh) -> Any:
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return the layout of a parameter or moment by its name; raises `UserError` if an axis divides no dim."""
+    """Return the layout of a parameter or moment by its name. Raises `UserError` if an axis divides no dim."""
     letters = DIMS.get(name, "")
     if not letters or len(letters) != len(shape):
         return PartitionSpec()
@@ -129,7 +129,7 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def with_layout(shapes: Any, mesh: Mesh) -> Any:
-    """Return a tree of shapes, such as a train state's, as `jax.ShapeDtypeStruct` with a layout for each array."""
+    """Return a tree of shapes, such as a train state's, as `jax.ShapeDtypeStruct` with layouts."""
 
     def laid_out(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         spec = partition(keystr(path[-1:], simple=True), leaf.shape, mesh)
@@ -139,7 +139,7 @@ def with_layout(shapes: Any, mesh: Mesh) -> Any:
 
 
 def bytes_a_device(tree: Any) -> int:
-    """Return the bytes that the leaves of a tree, arrays or shapes with a layout, take on each device."""
+    """Return the bytes per device of a tree's leaves: arrays, or shapes with a layout."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 

@@ -1,8 +1,8 @@
-"""The model laid out for decoding with a key/value cache: a token costs one read of the weights.
+"""Lay out a model for decoding with a key/value cache. A token costs one read of the weights.
 
 Layers are separate leaves, because XLA reads leaves faster than slices of a stack. Query, key and value are one
-matrix, gate and up another. Only `Matrix` knows the layout in memory: the fastest for a single row differs between
-bf16 on a CPU and all else. On a GPU, steps of a few rows with one token each run kernels/triton_decode.py.
+matrix, gate and up another. Only `Matrix` knows the layout in memory. The fastest layout for a single row differs
+between bf16 on a CPU and all else. On a GPU, steps of a few rows with one token each run kernels/triton_decode.py.
 """
 
 import functools
@@ -29,10 +29,10 @@ QUERY_BLOCK = 512  # of a long prompt
 
 
 class Matrix(nnx.Module):
-    """Weights (outputs, inputs) to multiply rows with; `streamed` stores them as `stream` reads them.
+    """A matrix (outputs, inputs) to multiply rows with. `streamed` stores it as `stream` reads it.
 
-    As (outputs, inputs) XLA's own product with one vector runs along memory. But while XLA reads 28 GB/s of f32
-    it reads 11 of bf16, and `stream` 21. Both layouts serve several rows.
+    As (outputs, inputs) XLA's own product with one vector runs along memory. But XLA reads 28 GB/s of f32 and 11
+    of bf16. `stream` reads 21 of bf16. Both layouts serve several rows.
     """
 
     def __init__(self, weights_OI: jax.Array, *, streamed: bool):
@@ -43,7 +43,7 @@ class Matrix(nnx.Module):
         self.parts = nnx.List(nnx.Param(part) for part in parts)
 
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """`x` (..., I) times the matrix, in the dtype of `x` unless another is asked for."""
+        """Multiply `x` (..., I) by the matrix, in the dtype of `x` unless given."""
         x_MI = x.reshape(-1, x.shape[-1])
         out_MO = jnp.concatenate([self._product(x_MI, part[...]) for part in self.parts], axis=1)
         return out_MO.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
@@ -56,7 +56,7 @@ class Matrix(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Weights of one block, transposed and fused; `weights` is the block's part of the model's state."""
+    """A block's weights, transposed and fused. `weights` is the block's part of the model's state."""
 
     def __init__(self, config: ModelConfig, weights: Any, dtype: Any, streamed: bool):
         D = config.hidden_size
@@ -78,10 +78,10 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The weights of a `SmolLM` for decoding in its compute dtype; activations and cache have `dtype`.
+    """The weights of a `SmolLM` for decoding in its compute dtype. Activations and cache have `dtype`.
 
-    `kernels` says whether steps of one token use the Triton kernels. With None they do if the kernels are for the
-    device and agree with the reference on it.
+    `kernels` decides whether steps of one token use the Triton kernels. With None, the steps use them if the
+    kernels are for the device and agree with the reference on it.
     """
 
     def __init__(self, model: SmolLM, *, kernels: bool | None = None, interpret: bool = False):
@@ -102,17 +102,17 @@ class Decoder(nnx.Module):
         self.head = Matrix(head_VD.astype(model.dtype), streamed=streamed)
 
     def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
-        """Return an empty key/value cache of `length` positions: a pair of (B, K, S, H) per layer."""
+        """Return an empty key/value cache of `length` positions: (B, K, S, H) twice per layer."""
         shape = (batch_size, self.config.num_kv_heads, length, self.config.head_dim)
         return tuple((jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in self.layers)
 
     def features(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: tuple[LayerCache, ...]
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """Return features (B, T, D) of tokens at `positions_BT`, and the cache with their keys and values.
+        """Return features (B, T, D) of tokens at `positions_BT`, and the cache with the tokens.
 
         Several tokens per row must be consecutive and start at the same position in each row. A row padded on its
-        right writes nonsense past its end; the row's own next tokens overwrite it before anything reads it.
+        right writes nonsense past its end. The row's own next tokens overwrite this before anything reads it.
         """
         config, (B, T) = self.config, tokens_BT.shape
         rope = rope_angles(positions_BT, head_dim=config.head_dim, theta=config.rope_theta)
@@ -167,7 +167,7 @@ def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
 
 
 def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attend to the cache in blocks of queries, so that the scores of a long prompt never exist whole."""
+    """Attend to the cache in blocks of queries. A long prompt's scores never exist whole."""
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
     k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
     blocks = []
@@ -184,7 +184,7 @@ def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, posit
 
 
 def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> LayerCache:
-    """The cache with new keys and values; on a CPU a scatter is a loop over its rows, a slice one copy."""
+    """Return the cache with new keys and values. On a CPU a scatter loops over its rows, a slice is one copy."""
     B, T = positions_BT.shape
 
     def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
@@ -197,10 +197,10 @@ def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT
 
 
 def check_decode(config: ModelConfig, dtype: Any, *, interpret: bool = False) -> str:
-    """Describe how a layer by the kernels differs from the reference or fails; "" if they agree.
+    """Describe how the kernels' layer differs from the reference or fails. "" if they agree.
 
-    Random weights at the shapes of `config`, and a token at both ends of a cache full of random numbers, and at
-    both ends of a block of keys.
+    Random weights have the shapes of `config`. A token is at both ends of a cache full of random numbers, and of a
+    block of keys.
     """
     rng, config = np.random.default_rng(0), replace(config, num_layers=1, vocab_size=8)
 

@@ -1,7 +1,7 @@
 """Generate token ids: prefill, then decode with a key/value cache on the device.
 
-Prompts are padded to buckets and the cache to a power of two, so that a new prompt length compiles nothing
-new. Tokens are decoded in chunks, one device loop per chunk with a known trip count. This file knows no tokenizer.
+Prompts are padded to buckets and the cache to a power of two. So a new prompt length compiles nothing new. Tokens
+are decoded in chunks, one device loop per chunk with a known trip count. This file knows no tokenizer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
 SMALLEST_BUCKET = 32
-CHUNK = 8  # tokens per round trip: few enough to read a text while it grows; one loop is compiled
+CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. One loop is compiled
 
 
 class DecodeState(NamedTuple):
-    """State of a batch between chunks: next token, its position, tokens seen (for the penalty), and the cache."""
+    """The state of a batch between chunks: next token, position, tokens seen (for penalty), cache."""
 
     token_B: jax.Array
     position_B: jax.Array
@@ -33,7 +33,7 @@ class DecodeState(NamedTuple):
 
 
 class Generator:
-    """A model prepared to generate in its compute dtype; `kernels` is passed to `Decoder`."""
+    """A model prepared to generate in its compute dtype. `kernels` is passed to `Decoder`."""
 
     def __init__(self, model: SmolLM, *, kernels: bool | None = None):
         self._kernels = kernels
@@ -45,7 +45,7 @@ class Generator:
         self.stop_reason: str | None = None
 
     def load(self, model: SmolLM) -> None:
-        """Take the weights of `model`; its architecture must be the same, so that nothing compiles again."""
+        """Take the weights of `model`. Its architecture must be the same, so that nothing compiles again."""
         self._graphdef, state = nnx.split(Decoder(model, kernels=self._kernels))
         # plain leaves: walking an NNX state costs the host a millisecond a call
         self._weights, self._structure = jax.tree.flatten(state)
@@ -55,7 +55,7 @@ class Generator:
         self._weights = []
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """Return each prompt's new ids, without the stop id; raises `UserError` as `check_prompt` does."""
+        """Return each prompt's new ids, without the stop id. Raises `UserError` as `check_prompt` does."""
         texts: list[list[int]] = [[] for _ in prompts]
         for new in self._chunks(prompts, sampling) if texts else ():
             for text, ids in zip(texts, new, strict=True):
@@ -65,8 +65,8 @@ class Generator:
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
         """Yield new ids as they are made, without the stop id.
 
-        At the end `stop_reason` is "eos", "length" or "context"; closing the iterator ends the work.
-        Raises `UserError` as `check_prompt` does.
+        At the end `stop_reason` is "eos", "length" or "context". Closing the iterator ends the work. Raises
+        `UserError` as `check_prompt` does.
         """
         self.stop_reason, made = "cancelled", 0
         for (ids,) in self._chunks([prompt], sampling):
@@ -81,7 +81,7 @@ class Generator:
     def _chunks(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[list[int]]]:
         """Yield the new ids of every row, chunk by chunk, until all rows have ended.
 
-        A row that has ended is decoded on, unread, while others have room.
+        While others have room, a row that has ended is decoded on, unread.
         """
         for prompt in prompts:
             check_prompt(prompt, context=self.context, vocab_size=self.vocab_size)
@@ -141,16 +141,16 @@ class Generator:
 
 
 def generate(model: SmolLM, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
-    """Return each prompt's new ids, up to an eos of the model; keywords go to `Sampling`.
+    """Return each prompt's new ids, up to an eos of the model. Keywords go to `Sampling`.
 
-    A prompt that comes several times gets the same text each time: seed and position alone decide a draw.
-    To call it more than once keep a `Generator`.
+    A prompt that comes several times gets the same text each time: seed and position alone decide a draw. To call
+    it more than once keep a `Generator`.
     """
     return Generator(model).generate(prompts, Sampling(**{"stop_ids": model.config.stop_ids} | sampling))
 
 
 def check_prompt(prompt: Sequence[int], *, context: int, vocab_size: int) -> None:
-    """Raise `UserError` unless the ids are in the vocabulary and leave room for a token in the context."""
+    """Raise `UserError` unless the ids fit the vocabulary and leave room in the context."""
     length = len(prompt)
     require(0 < length < context, f"the prompt has {length:,} tokens; the model reads 1 to {context - 1:,}")
     for token in (min(prompt), max(prompt)):

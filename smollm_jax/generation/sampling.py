@@ -1,8 +1,8 @@
-"""Choose the next token from logits: penalty, temperature, top-k, top-p, min-p, then one draw.
+"""Choose the next token from logits: penalty, temperature, filters, then one draw.
 
-The rules and their order match transformers, ties included. Top-k keeps all tokens that tie with the last kept
-one; top-p keeps only as many of them as it needs, the highest ids. Bisection over the bits of a float finds the
-threshold exactly, thirty times faster than a sort on a CPU.
+The filters are top-k, top-p and min-p. The rules and their order match transformers, ties included. Top-k keeps
+all tokens that tie with the last kept one. Top-p keeps only as many ties as it needs, the highest ids. Bisection
+over the bits of a float finds the threshold exactly, thirty times faster than a sort on a CPU.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ DRAW_BLOCK = 128  # probabilities are summed in blocks of tokens first, so that 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings that choose the next token; raises `UserError` naming a setting out of range."""
+    """Settings that choose the next token. Raises `UserError` naming a setting out of range."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0 takes the likeliest token (greedy)
-    top_k: int = 0  # keep the k likeliest tokens; 0: all
+    top_k: int = 0  # keep the k likeliest tokens (0: all)
     top_p: float = 1.0  # keep the likeliest tokens that make up this probability (Holtzman et al. 2020)
     min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest (Nguyen et al. 2024)
     # divides positive and multiplies negative scores of tokens already in the text (Keskar et al. 2019)
@@ -69,7 +69,7 @@ class SamplingArrays(NamedTuple):
 def choose_token(
     logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, arrays: SamplingArrays, greedy: bool
 ) -> jax.Array:
-    """Choose the next token (B,) from f32 logits; the penalty applies to the tokens that `seen_BV` marks."""
+    """Choose the next token (B,) from f32 logits. The penalty applies to the tokens that `seen_BV` marks."""
     logits_BV = penalised(logits_BV, seen_BV, arrays.repetition_penalty)
     if greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -84,7 +84,7 @@ def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
 
 
 def filtered(logits_BV: jax.Array, arrays: SamplingArrays) -> jax.Array:
-    """Divide by the temperature, shift the best score to 0, and mask what top-k, top-p or min-p rules out."""
+    """Divide by the temperature, shift the best score to 0. Masks what top-k, top-p or min-p rules out."""
     best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     scores_BV = (logits_BV - best_B1) / jnp.maximum(arrays.temperature, SMALLEST_TEMPERATURE)
 
@@ -125,7 +125,7 @@ def draw(scores_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
 
 def _first(end_BX: jax.Array, p_BX: jax.Array, target_B1: jax.Array) -> jax.Array:
-    """Return the first index (B,) whose running sum passes the target and whose probability is not 0."""
+    """Return the first index (B,) with probability not 0 whose running sum passes the target."""
     possible_BX = p_BX > 0
     passed_BX = (end_BX > target_B1) & possible_BX
     last_B = possible_BX.shape[-1] - 1 - jnp.argmax(possible_BX[:, ::-1], axis=-1)
@@ -134,13 +134,13 @@ def _first(end_BX: jax.Array, p_BX: jax.Array, target_B1: jax.Array) -> jax.Arra
 
 
 def _order(scores_BV: jax.Array) -> jax.Array:
-    """Return uint32 of the order of the f32 scores; they are differences to the best, so hardly any is -0."""
+    """Return uint32 of the order of the f32 scores. As differences to the best, hardly any is -0."""
     bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.uint32)
     return jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
 
 
 def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array, *, bits: int) -> jax.Array:
-    """Return the highest threshold (B, 1) on `order_BV`, of so many bits, at or above which the mass is enough."""
+    """Return the highest `bits`-bit threshold (B, 1) on `order_BV` with enough mass at or above."""
 
     def raise_bit(i: jax.Array, low_B: jax.Array) -> jax.Array:
         higher_B = low_B | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
@@ -151,5 +151,5 @@ def _threshold(order_BV: jax.Array, mass_BV: jax.Array, wanted_B: jax.Array, *, 
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Sum over the last dim by a matmul with ones, because XLA:CPU's own sum adds one number at a time."""
+    """Sum over the last dim by a matmul with ones. XLA:CPU's own sum adds one number at a time."""
     return jnp.einsum("...V,V->...", x, jnp.ones(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Hugging Face folders, both ways: read, write, check and push them."""
+"""Read, write, check and push Hugging Face folders."""
 
 from smollm_jax.hf.export import export_folder, load_hf, save_hf
 from smollm_jax.hf.publish import push

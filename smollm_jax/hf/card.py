@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, what it learned from, how to use it."""
+"""Write an export's model card: the model, its training data, its use."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from smollm_jax.config.architecture import ModelConfig
 
-LICENSE = "apache-2.0"  # of SmolLM2; who trains on other terms edits the card
+LICENSE = "apache-2.0"  # of SmolLM2. Edit the card if other terms apply
 PLACE = "PATH"  # of the folder, until it is pushed
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -14,7 +14,7 @@ REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 @dataclass(frozen=True)
 class About:
-    """What a card says beside the architecture; all of it may be unknown."""
+    """The facts that a card tells beside the architecture. All may be unknown."""
 
     title: str = "A SmolLM2-class model"
     rows: dict[str, Any] = field(default_factory=dict)

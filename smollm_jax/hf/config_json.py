@@ -1,4 +1,4 @@
-"""Convert Hugging Face's config.json to a `ModelConfig` and back; every field read is checked."""
+"""Convert Hugging Face's config.json to a `ModelConfig` and back. Checks every field that it reads."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +38,7 @@ DEFAULT_THETA = 10_000.0
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json; theta stands twice because transformers 4 knows only `rope_theta`.
+    """Return the content of config.json. Theta stands twice: transformers 4 knows only `rope_theta`.
 
     Raises `UserError` for an architecture that transformers or our own import would refuse to load.
     """
@@ -58,7 +58,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def model_config(hf: Any) -> ModelConfig:
-    """Return the architecture of a config.json; raises `UserError` naming a field that our model does not have."""
+    """Return a config.json's architecture. Raises `UserError` naming a field that our model does not have."""
     require(isinstance(hf, dict), f"config.json must hold an object, {type(hf).__name__} came")
     require(hf.get("model_type") == "llama", f"model_type is {hf.get('model_type')!r}; only llama can be read")
     for name, value in ONLY.items():

@@ -1,7 +1,7 @@
-"""Export our parameters as a Hugging Face folder, which is checked before it appears under its name.
+"""Export our parameters as a Hugging Face folder, checked before it gets its name.
 
-numpy and safetensors do the work. If torch is installed, transformers loads every folder written, and its logits
-on real text are compared with ours; a folder that disagrees is removed.
+The work is done with numpy and safetensors. If torch is installed, transformers loads every folder written. Its
+logits on real text are compared with ours, and a folder that disagrees is removed.
 """
 
 import json
@@ -38,7 +38,7 @@ rain or snow. In 1580 Bernard Palissy wrote that rivers are fed by rain alone, w
 
 
 def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str = "float32") -> None:
-    """Write config and weights into the new folder `out`; `params` are numpy arrays."""
+    """Write config and weights into the new folder `out`. `params` are numpy arrays."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
@@ -86,10 +86,10 @@ def export_folder(
     verify: bool = True,
     aside: bool = False,
 ) -> str:
-    """Write a Hugging Face folder, check it, then move it to `out`; returns a sentence on the check.
+    """Write a Hugging Face folder, check it, then move it to `out`. Returns a sentence on the check.
 
-    `curve` is a picture, or draws one at a path and returns whether it did. Only an older export as it was written
-    is replaced: if `out` holds anything else, it is renamed if `aside` is true. Raises `UserError` otherwise, and
+    `curve` is a picture, or draws one at a path and returns whether it did. An older unchanged export is replaced.
+    If `out` holds anything else, it is renamed if `aside` is true. Otherwise raises `UserError`. Raises
     `RuntimeError` if the check fails: an older export stays.
     """
     out = Path(os.path.realpath(out))  # "." has no name of its own, and a link stays a link
@@ -115,7 +115,7 @@ def export_folder(
 
 
 def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
-    """Compare a written folder with `params`; returns what was compared, raises `RuntimeError` on a difference."""
+    """Compare a written folder with `params`. Returns what was compared, raises `RuntimeError` on a difference."""
     try:
         read_config, read = read_folder(folder)
     except ValueError as error:
@@ -137,7 +137,7 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
 
 
 def load_hf(path: str | Path) -> Any:
-    """Return the `SmolLM` of a Hugging Face folder or Hub id in f32; raises `UserError` naming a misfit."""
+    """Return the `SmolLM` of a Hugging Face folder or Hub id in f32. Raises `UserError` naming a misfit."""
     import jax
     import jax.numpy as jnp
 
@@ -148,7 +148,7 @@ def load_hf(path: str | Path) -> Any:
 
 
 def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
-    """Write `model` as a Hugging Face folder, in f32; `tokenizer` is a folder, a `Tokenizer` or transformers'."""
+    """Write `model` as a Hugging Face folder, in f32. `tokenizer` is a folder, `Tokenizer` or transformers'."""
     from smollm_jax.model.transformer import params_of
 
     with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
@@ -169,7 +169,7 @@ def _make_way(out: Path, part: Path, *, aside: bool) -> None:
 
 
 def _compare_logits(folder: Path, config: ModelConfig, params: Params) -> str:
-    """Compare transformers' logits with ours; returns the outcome, raises `RuntimeError` if they differ."""
+    """Compare transformers' logits with ours. Returns the outcome, raises `RuntimeError` if they differ."""
     import jax
     import torch
     from transformers import AutoModelForCausalLM

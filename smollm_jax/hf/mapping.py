@@ -1,7 +1,7 @@
 """Convert our parameters to Hugging Face's names and layouts and back, with numpy alone.
 
 One table serves both directions, so that they cannot disagree. HF keeps a matrix as (outputs, inputs) and each
-layer apart; ours are (inputs..., outputs...) with the layers stacked. A conversion moves bits and rounds nothing.
+layer apart. Ours are (inputs..., outputs...) with the layers stacked. A conversion moves bits and rounds nothing.
 """
 
 import math
@@ -38,7 +38,7 @@ TABLE = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face folder, and the parameter of ours that holds it."""
+    """A tensor of a Hugging Face folder, and the parameter of ours that holds it."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ def to_hf(params: Params, tensor: Tensor) -> np.ndarray:
 
 
 def from_hf(read: Callable[[str], np.ndarray], config: ModelConfig) -> Params:
-    """Return our f32 parameters from `read(name)`; raises `UserError` naming a tensor of another shape."""
+    """Return our f32 parameters from `read(name)`. Raises `UserError` naming a tensor of another shape."""
     shapes = parameter_shapes(config)
     named: dict[str, np.ndarray] = {}
     for tensor in tensors(config):

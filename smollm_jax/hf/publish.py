@@ -1,7 +1,7 @@
-"""Publish an exported folder: what it holds and whether that was changed, and its upload to the Hub.
+"""Check an exported folder for additions and changes, and upload it to the Hub.
 
-Only files that an export consists of are uploaded, no other file in the folder. huggingface_hub handles the token
-(HF_TOKEN or `hf auth login`); this module neither reads nor prints it.
+Only files that an export consists of are uploaded. huggingface_hub handles the token: HF_TOKEN, or the token of
+`hf auth login`. The token is neither read nor printed here.
 """
 
 import json
@@ -19,7 +19,7 @@ from smollm_jax.runtime.errors import UserError, one_line, require, say
 from smollm_jax.runtime.files import checksum, expand_home, held_in, leads_out, read_json, read_whole
 from smollm_jax.tokenizer.tokenizer import FILES
 
-ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer; bytes per second
+ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer. Bytes per second
 CARD, CURVE = "README.md", "loss.png"
 # exact names: a person keeps notes beside an export, under names such as tokenizer_notes.md
 NAMES = {"config.json", "generation_config.json", INDEX, *FILES, CARD, CURVE}
@@ -33,14 +33,14 @@ def is_exported(name: str) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise `UserError` if a model's file is a link out of `folder`, but for the links in the Hub's cache."""
+    """Raise `UserError` if a model's file links out of `folder`. Links in the Hub's cache are exempt."""
     for path in sorted(folder.iterdir()):
         is_safe = not (is_exported(path.name) and leads_out(path))
         require(is_safe, f"{path} is a link out of the folder, and is not copied; put the file itself there")
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write the model card of an export, and at its end the checksums of all files."""
+    """Write the model card of an export. The checksums of all files stand at its end."""
     card = folder / CARD
     card.write_text(text, encoding="utf-8", errors="replace")
     record = json.dumps({path.name: checksum(path) for path in sorted(folder.iterdir())})
@@ -49,7 +49,7 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def refuse_foreign(out: Path, part: Path) -> None:
-    """Raise `UserError` unless `out` is free, empty but for `part`, or an export without additions or changes."""
+    """Raise `UserError` unless `out` is free, empty but for `part`, or an unchanged export."""
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     held = [path for path in held_in(out) if path != part] if out.exists() else []
     if not held:
@@ -73,10 +73,10 @@ def refuse_foreign(out: Path, part: Path) -> None:
 
 
 def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool = False) -> str:
-    """Upload `folder` to the model repository `repo`, created if it is missing; returns the address.
+    """Upload `folder` to the model repository `repo`, created if missing. Returns the address.
 
     `dry_run` returns the list of files and sizes instead, and needs no token and no network. Raises `UserError` if
-    the folder is no whole export, if there is no token, or if the Hub cannot be reached.
+    the folder is no whole export, the token is missing, or the Hub cannot be reached.
     """
     folder = expand_home(folder)
     require(bool(REPO.fullmatch(repo)), f"repository {repo!r} must read OWNER/NAME")

@@ -29,7 +29,7 @@ READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without
 
 
 def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
-    """Return architecture and f32 numpy parameters of a Hugging Face folder or Hub id; raises `UserError`."""
+    """Return a folder's or Hub id's architecture and f32 numpy parameters. Raises `UserError`."""
     folder = local_folder(path)
     config = read_config(folder)
     where = tensor_files(folder)
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def local_folder(path: str | Path) -> Path:
-    """Return `path` if it is a folder, else the snapshot of that Hub id; raises `UserError`."""
+    """Return `path` if it is a folder, else that Hub id's snapshot. Raises `UserError`."""
     folder = expand_home(path)
     if folder.is_dir():
         return folder
@@ -84,7 +84,7 @@ def local_folder(path: str | Path) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each tensor in `folder`; raises `UserError`.
+    """Return the safetensors file of each tensor in `folder`. Raises `UserError`.
 
     The single file goes before an index, as in transformers: the index beside it is an older model's.
     """
@@ -108,7 +108,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _weight_map(file: Path) -> dict[str, str]:
-    """Return the file name of each tensor in an index; raises `UserError` if a name leaves the folder."""
+    """Return the file name of each tensor in an index. Raises `UserError` if a name leaves the folder."""
     content = read_json(file)
     index = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(index, dict) or not index:
@@ -122,7 +122,7 @@ def _weight_map(file: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(file: Path, part: str = "") -> Iterator[Any]:
-    """Open a safetensors file; raises `UserError` if the file, or the part read from it, is damaged."""
+    """Open a safetensors file. Raises `UserError` if the file, or the part read from it, is damaged."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from safetensors import SafetensorError, safe_open
 

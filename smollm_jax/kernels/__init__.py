@@ -1,4 +1,4 @@
-"""Faster forms of the model's functions for each device, checked against the reference."""
+"""Compute the model's functions faster on each device, checked against the reference."""
 
 from smollm_jax.kernels.select import select_ops
 

@@ -20,11 +20,11 @@ def check_against_reference(
     *, names: Sequence[str], tolerance: float | Sequence[float], cotangent: Any = None, exact: bool = True,
     size: Callable[[np.ndarray], Any] = lambda x: np.max(np.abs(x)),
 ) -> str:  # fmt: skip
-    """Describe how `fn` differs from `reference` or fails, after `what` it is; "" if they agree.
+    """Describe how `fn` differs from `reference` or fails. "" if they agree.
 
-    Compares the outputs and, with a `cotangent`, the gradients of all inputs, in the order of `names`; `tolerance`
-    is for all or for each. If `exact`, the inputs are arrays and the `reference` gets them in float32. `size`
-    measures a gap, relative to the reference.
+    The description begins with `what`. Compares outputs and, with a `cotangent`, the gradients of all inputs in
+    the order of `names`. `tolerance` is for all or for each. If `exact`, the inputs are arrays, and the
+    `reference` gets them in float32. `size` measures a gap, relative to the reference.
     """
 
     def outcome(fn: Callable[..., Any], *inputs: Any) -> list[jax.Array]:
@@ -50,7 +50,7 @@ def check_against_reference(
 
 
 def check_ops(ops: Ops, config: ModelConfig, dtype: Any) -> str:
-    """Check every kernel among `ops` at the shapes of `config`; "" if all agree with the reference."""
+    """Check every kernel among `ops` at the shapes of `config`. "" means all agree."""
     wrong = check_attention(ops.attention, config, dtype)
     if wrong or not ops.on_gpu:  # only a GPU has other kernels
         return wrong
@@ -87,7 +87,7 @@ def check_cross_entropy(cross_entropy: Callable[..., Any], words: int, dtype: An
 def check_layer(
     project_heads: Callable[..., Any], feed_forward: Callable[..., Any], config: ModelConfig, dtype: Any
 ) -> str:
-    """Check both functions at the shapes of `config`, on tokens that fill no whole number of blocks."""
+    """Check both functions at the shapes of `config`, with tokens that fill no whole blocks."""
     T, D, F = 67, config.hidden_size, config.intermediate_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     rope = rope_angles(jnp.arange(2 * T).reshape(2, T) % T, head_dim=H, theta=config.rope_theta)

@@ -1,8 +1,8 @@
-"""Forms of what XLA:CPU is slow at: bf16 products, stacked bf16 residuals, and one bf16 row times a matrix.
+"""Replace slow bf16 operations of XLA:CPU: products, stacked residuals, one row times a matrix.
 
-XLA:CPU multiplies bfloat16 at twice the speed if the result is float32, and JAX derives the gradient of weights
-as a transposed product. So all three products are written out, with a float32 result. Other devices use JAX's own
-forms. Letters as in model/transformer.py; I inputs, O outputs.
+XLA:CPU multiplies bfloat16 at twice the speed if the result is float32. JAX derives the gradient of weights as a
+transposed product. So all three products are written out, with a float32 result. Other devices use JAX's own
+forms. Letters as in model/transformer.py, I inputs, O outputs.
 """
 
 from collections.abc import Callable
@@ -48,9 +48,9 @@ wide_linear.defvjp(_forward, _backward)
 def residuals_as_bits(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return `layer` with its bfloat16 residuals stored as uint16.
 
-    XLA:CPU cannot write bfloat16 into a part of an array: for each layer it turns the stack of all layers into
-    float32 and back, two fifths of a step of 135M. It can write uint16. The layer must have no uint16 residuals of
-    its own. Only its arguments get gradients, not the arrays it closes over.
+    XLA:CPU can write uint16, but not bfloat16, into a part of an array. For bfloat16, each layer turns all layers'
+    stack into float32 and back: two fifths of a step of 135M. The layer must have no uint16 residuals of its own.
+    Only its arguments get gradients, not the arrays it closes over.
     """
 
     @jax.custom_vjp
@@ -80,14 +80,14 @@ STREAM_OUTPUTS = 1536
 
 
 def stream(x_I: jax.Array, weights_IO: jax.Array) -> jax.Array:
-    """Return the f32 product (O,) of one row with bf16 weights, as fused multiply-adds of a few rows at a time.
+    """Return the f32 product (O,) of one row with bf16 weights, by fused multiply-adds.
 
-    XLA compiles it to a loop along memory on every core; its own products do neither for one bf16 row.
+    A few rows at a time go into a loop along memory on every core. XLA's own products do neither for one bf16 row.
     """
     R = max(rows for rows in range(1, STREAM_ROWS + 1) if len(x_I) % rows == 0)
     # without the barrier XLA converts the weights to f32 before the loop over tokens, which reads twice the bytes
     x_I, weights_IO = jax.lax.optimization_barrier((x_I, weights_IO))
-    # a bf16 is the upper half of an f32; shifting is five times as fast as XLA's conversion
+    # a bf16 is the upper half of an f32. Shifting is five times as fast as XLA's conversion
     bits_IO = weights_IO.view(jnp.uint16).astype(jnp.uint32) << 16
     weights_RSO = bits_IO.view(jnp.float32).reshape(R, -1, weights_IO.shape[1])
     x_RS1 = x_I.astype(jnp.float32).reshape(R, -1, 1)

@@ -1,8 +1,8 @@
-"""Embedding lookup with a bitwise-reproducible gradient.
+"""Look up embeddings, with a bitwise-reproducible gradient.
 
-The gradient adds many rows to one place. A GPU adds them in the order in which its threads arrive, so two runs of
-one step differ in their last bits; a CPU and a TPU keep an order. For GPUs a stable sort groups the rows of each
-token, a scan adds them in a fixed order, and each sum is written once.
+The gradient adds many rows to one place. A GPU adds rows in the order in which its threads arrive. So two runs of
+one step differ in their last bits. A CPU and a TPU keep an order. For GPUs a stable sort groups the rows of each
+token. A scan adds the rows in a fixed order, and each sum is written once.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from smollm_jax.model.ops import reference_embed
 
 
 def reproducible_embed(mesh: Mesh | None, *, rows: Any = None) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return an `embed` whose gradient does not depend on thread order; each device sorts only its own `rows`."""
+    """Return an `embed` whose gradient ignores thread order. Each device sorts only its own `rows`."""
 
     @jax.custom_vjp
     def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -38,9 +38,9 @@ def reproducible_embed(mesh: Mesh | None, *, rows: Any = None) -> Callable[[jax.
 
 
 def sums_by_token(x_BTD: jax.Array, tokens_BT: jax.Array, V: int) -> jax.Array:
-    """Return f32 sums (V, D) of the rows of x per token, in an order that only the shapes decide.
+    """Return f32 sums (V, D) of x's rows per token. The shapes alone decide the order.
 
-    A segmented scan (Blelloch 1990, section 1.5) over the rows sorted by token; each token's last row is its sum.
+    A segmented scan (Blelloch 1990, section 1.5) adds the rows sorted by token. Each token's last row is its sum.
     """
     tokens_M = tokens_BT.reshape(-1)
     order_M = jnp.argsort(tokens_M, stable=True)

@@ -1,8 +1,8 @@
-"""Select the functions a model computes with on a device, and check its kernels against the reference.
+"""Select a model's functions for a device, and check the kernels against the reference.
 
-Kernels are used all together or not at all: if attention falls back to the reference, so do the loss and the
-layers. The choice depends on the devices of the mesh, not of this machine, so a program compiled ahead of time for
-another machine gets its kernels. Mesh axes are handed in: no rule of the mesh is known.
+Kernels are used all together or not at all. If attention falls back to the reference, so do the loss and the
+layers. The choice depends on the devices of the mesh, not of this machine. So a program compiled ahead of time for
+another machine gets its kernels. The caller passes the mesh axes: no rule of the mesh is known here.
 """
 
 from dataclasses import replace
@@ -25,10 +25,10 @@ PLATFORM = {"splash": "tpu", "pallas": "gpu"}
 
 
 def select_ops(asked: AttentionName, mesh: Mesh | None, dtype: Any, *, rows: Any = None, heads: Any = None) -> Ops:
-    """Return the functions for the devices of `mesh`; the reference without a mesh.
+    """Return the functions for the devices of `mesh`. Without a mesh, they are the reference.
 
-    `asked` is "auto" or the name of kernels, `dtype` the compute dtype. The batch is divided over the mesh axes
-    `rows`, heads and matrices over the axis `heads`. Raises `UserError` for kernels that cannot run there.
+    `asked` is "auto" or the name of kernels, `dtype` the compute dtype. The mesh axes `rows` divide the batch. The
+    axis `heads` divides heads and matrices. Raises `UserError` for kernels that cannot run there.
     """
     if mesh is None:
         return REFERENCE
@@ -44,9 +44,9 @@ def select_ops(asked: AttentionName, mesh: Mesh | None, dtype: Any, *, rows: Any
 def select_checked_ops(
     asked: AttentionName, mesh: Mesh, dtype: Any, model: ModelConfig, *, rows: Any = None, heads: Any = None
 ) -> tuple[Ops, list[str]]:
-    """Select as `select_ops`, then check every kernel at the shapes of `model`; also return notes for the user.
+    """Select as `select_ops`, then check every kernel at the shapes of `model`. Also returns notes for the user.
 
-    If a kernel disagrees with its reference, "auto" falls back to "plain"; a given name raises `UserError`.
+    If a kernel disagrees with its reference, "auto" falls back to "plain". A given name raises `UserError`.
     """
     name, note = select_attention(asked, mesh.devices.flat[0], dtype)
     notes = [note] if note else []
@@ -60,9 +60,9 @@ def select_checked_ops(
 
 
 def select_attention(asked: AttentionName, device: Any, dtype: Any) -> tuple[AttentionName, str]:
-    """Return the kernels for `device`, and a note if "auto" fell back to "plain" on an accelerator.
+    """Return the kernels for `device`, and a note if "auto" falls back on an accelerator.
 
-    `asked` is "auto" or a name. Raises `UserError` for a name that cannot run there.
+    `asked` is "auto" or a name. "auto" falls back to "plain". Raises `UserError` for a name that cannot run there.
     """
     if asked == "plain" or (asked == "auto" and device.platform == "cpu"):
         return "plain", ""

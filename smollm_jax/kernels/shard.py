@@ -1,4 +1,4 @@
-"""Run a kernel on each device of a mesh, over its own part of the arrays, and pad rows to its blocks."""
+"""Run a kernel on each device's part of the arrays, with padding to its blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from jax.sharding import Mesh, PartitionSpec
 def per_device(
     mesh: Mesh | None, fn: Callable[..., Any], *, in_specs: Any, out_specs: Any, add_over: Any = None
 ) -> Callable[..., Any]:
-    """Return `fn` run on each device with its parts of the arrays, as the specs divide them.
+    """Return `fn` run on each device, on the parts that the specs give.
 
     A kernel is opaque to XLA's partitioner, which would have every device compute everything. `add_over` names
-    mesh axes to sum the results over. Without a mesh, or on one device, `fn` comes back as it is.
+    mesh axes to sum the results over. Without a mesh, or on one device, `fn` comes back unchanged.
     """
     if mesh is None or mesh.size == 1:
         return fn
@@ -29,7 +29,7 @@ def per_device(
 def attention_per_device(
     mesh: Mesh | None, kernel: Callable[..., jax.Array], *, rows: Any = None, heads: Any = None
 ) -> Callable[..., jax.Array]:
-    """Return an attention kernel run per device, on its `rows`, and its `heads` if the axis divides them."""
+    """Return an attention kernel run per device, on its `rows`. Divides the `heads` too if they divide evenly."""
     if mesh is None or mesh.size == 1:
         return kernel
 
@@ -43,7 +43,7 @@ def attention_per_device(
 
 
 def padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Return q, k, v and `start_BT` with T a multiple of `multiple`; the padding is a document of its own."""
+    """Return q, k, v and `start_BT` with T a multiple of `multiple`. The padding is a document of its own."""
     *qkv, start_BT = arrays
     T = start_BT.shape[1]
     pad = [(0, 0), (0, -T % multiple)]

@@ -1,6 +1,6 @@
-"""JAX's splash attention for TPU, with the signature of `packed_attention`.
+"""Call JAX's splash attention for TPU, with the signature of `packed_attention`.
 
-Rows are padded to whole blocks; the padding is a document of its own after every token. Letters as in
+Rows are padded to whole blocks. The padding is a document of its own after every token. Letters as in
 model/transformer.py.
 """
 
@@ -18,7 +18,7 @@ LARGEST_SPLASH_BLOCK = 512  # 512 x 512 scores in f32 are 1 MiB of the 16 MiB a 
 def splash_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Flash attention (Dao 2023) for TPU, which skips the blocks above the diagonal."""
+    """Compute flash attention (Dao 2023) for TPU. Skips the blocks above the diagonal."""
     T, N, H = q_BTNH.shape[1:]
     q, k, v, start_BT = padded(LANES, q_BTNH * H**-0.5, k_BTKH, v_BTKH, start_BT)
     length = q.shape[1]

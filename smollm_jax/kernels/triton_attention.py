@@ -1,11 +1,11 @@
-"""Flash attention (Dao 2023) for GPUs that computes only the blocks inside a packed row's documents.
+"""Compute flash attention (Dao 2023) on GPUs, only in blocks within a row's documents.
 
-Written in Pallas and compiled by Triton, for Ampere and later. A block of queries reads keys from the start of its
-first document to itself. A block of keys reads queries from itself to the end of its last document. So a row costs
-as much as its documents. The G queries of a group share keys and values without a copy. No sum depends on the
-order of threads, so the same step gives the same bits.
+The kernels are written in Pallas and compiled by Triton, for Ampere and later. A block of queries reads keys from
+the start of its first document to itself. A block of keys reads queries from itself to the end of its last
+document. So a row costs as much as its documents. The G queries of a group share keys and values without a copy.
+No sum depends on the order of threads, so the same step gives the same bits.
 
-Scores are in base 2. Letters as in model/transformer.py; a block has X queries or Y keys.
+Scores are in base 2. Letters as in model/transformer.py. A block has X queries or Y keys.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _call = partial(triton_call, stages=3)
 def triton_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Return causal attention (B, T, N, H) inside each document, as `packed_attention`; H a power of 2 >= 16."""
+    """Return causal attention (B, T, N, H) per document, as `packed_attention`. H is a power of 2 >= 16."""
     T = q_BTNH.shape[1]
     return _attention(*padded(BLOCK, q_BTNH, k_BTKH, v_BTKH, start_BT), interpret)[:, :T]
 
@@ -39,7 +39,7 @@ def triton_attention(
 def _attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array, interpret: bool
 ) -> jax.Array:
-    """T is a multiple of `BLOCK`; `start_BT`, int32, never falls along T."""
+    """Compute attention. T is a multiple of `BLOCK`. `start_BT`, int32, never falls along T."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT, interpret)[0]
 
 
@@ -59,7 +59,7 @@ def _backward(interpret, kept, do_BTNH):
     at, blocks = _Specs(T, H, N // K), T // BLOCK
     # the softmax gradient subtracts delta (Dao et al. 2022, section B.4)
     delta_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
-    # queries see a key until the end of its document: the last key of a block is seen longest
+    # queries see a key until the end of its document, so they see the last key of a block longest
     last_Y = jnp.arange(BLOCK - 1, T, BLOCK)
     end_BY = jnp.sum(start_BT[:, None, :] <= last_Y[None, :, None], axis=-1, dtype=jnp.int32)
     inputs = [(q_BTNH, at.group), (k_BTKH, at.block), (v_BTKH, at.block), (start_BT, at.row), (end_BY, at.ends)]
@@ -77,7 +77,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """Block specs of the program for row b, head n, and block i of queries or keys."""
+    """The block specs for row b, head n, and block i of queries or keys."""
 
     def __init__(self, T: int, H: int, G: int):
         # a block of one head: queries, keys, or their outputs and gradients; and one number per query of the block
@@ -155,9 +155,9 @@ def _backward_keys_kernel(q_ref, k_ref, v_ref, start_ref, end_ref, do_ref, lse_r
 
 
 def _of_queries(q_ref, start_ref):
-    """Return a block of queries: first index, queries, document starts, and its bounds among the blocks of keys.
+    """Return a block of queries: first index, queries, document starts, bounds in blocks of keys.
 
-    From `low` on some queries see some keys; from `same` up to the block itself all queries see all keys.
+    Some queries see some keys from block `low` on. All queries see all keys from `same` up to the block itself.
     """
     block = pl.program_id(2)
     first = block * BLOCK

@@ -1,4 +1,4 @@
-"""Call a Pallas kernel that Triton compiles for a GPU, and the loads and stores of such kernels."""
+"""Call a Pallas kernel that Triton compiles for a GPU, with loads and stores."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def triton_call(
     stages: int | None = None,
     aliases: dict[int, int] | None = None,
 ) -> list[jax.Array]:
-    """Return the outputs of `kernel`, run once per program of `grid` on the blocks that the specs name.
+    """Return the outputs of `kernel`, run per program of `grid` on the specs' blocks.
 
     The first of each pair in `outputs` has the shape and dtype. `stages` are the loads in flight. `aliases` maps
     an input to the output that takes its memory. `interpret` runs the kernel on any device, slowly.

@@ -1,8 +1,8 @@
-"""The loss of a chunk and the gradient of its logits in one kernel, for GPUs from Ampere on.
+"""Compute a chunk's loss and its logits' gradient in one kernel, for Ampere and later.
 
-Logits are the largest array of a step, and XLA reads them three times. Here a program handles one token. It reads
-the token's logits once for the maximum and the sum of exponentials (Milakov & Gimelshein 2018), and again for the
-gradient while they are still in the cache. Letters as in model/transformer.py; a chunk has M tokens.
+Logits are the largest array of a step, and XLA reads them three times. Here a program reads one token's logits
+once for their maximum and sum of exponentials (Milakov & Gimelshein 2018). For the gradient, the program reads the
+logits again while they are in the cache. Letters as in model/transformer.py. A chunk has M tokens.
 """
 
 from functools import partial

@@ -1,11 +1,11 @@
-"""A layer of the decoder in five kernels, for GPUs from Ampere on and a few rows of one token each.
+"""Run a decoder layer in five kernels, for a few rows of one token.
 
-A decode step is launch-bound, and XLA emits sixteen kernels per layer. The five are: norm with query, key and
-value; attention, which also rotates queries and keys and writes the cache; the output of attention; norm with gate
-and up; the output of the feed-forward. A row is one vector, too little for tensor cores: a program multiplies it
-with a few rows of weights in f32 and adds up in a fixed order. `generation.decoder` decides when they run.
+The kernels need a GPU from Ampere on. A decode step is launch-bound, and XLA emits sixteen kernels per layer. The
+five: norm with query, key and value; attention, with rotation and cache write; attention's output; norm with gate
+and up; feed-forward's output. A row is one vector, too little for tensor cores. A program multiplies this vector
+with a few rows of weights in f32 and adds in a fixed order. `generation.decoder` decides when the kernels run.
 
-Letters as in model/transformer.py; I inputs, O outputs, R outputs of a program, C inputs or Y keys read at a time.
+Letters as in model/transformer.py. I inputs, O outputs, R outputs of a program, C inputs or Y keys read at a time.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ LayerCache = tuple[jax.Array, jax.Array]  # k_BKSH, v_BKSH: heads first, as thei
 
 
 class LayerWeights(NamedTuple):
-    """The arrays of one layer as its kernels read them, and the epsilon of its norms."""
+    """The arrays of one layer as its kernels read them, and its norms' epsilon."""
 
     attention_norm_D: jax.Array
     qkv_OD: jax.Array
@@ -44,9 +44,9 @@ def layer_step(
     x_BD: jax.Array, rope: Rope, position_B: jax.Array, layer_cache: LayerCache, layer: LayerWeights,
     *, interpret: bool = False,
 ) -> tuple[jax.Array, LayerCache]:  # fmt: skip
-    """Return the layer's output for one token per row, and its cache with the token's key and value added.
+    """Return the layer's output for one token per row, and the cache with that token.
 
-    `rope` is (B, H/2). `position_B` is int32; a position past the end of the cache is not written.
+    `rope` is (B, H/2). `position_B` is int32. A position past the end of the cache is not written.
     """
     qkv_BO = norm_product(x_BD, layer.attention_norm_D, layer.qkv_OD, layer.epsilon, interpret=interpret)
     seen_BI, layer_cache = attend(qkv_BO, rope, position_B, layer_cache, interpret=interpret)
@@ -75,7 +75,7 @@ def norm_product(
 def gated_product(
     x_BD: jax.Array, scale_D: jax.Array, weights_OD: jax.Array, epsilon: float, *, interpret: bool = False
 ) -> jax.Array:
-    """Return silu(gate) * up (B, F) of the normed rows; the matrix (2F, D) has the gate first."""
+    """Return silu(gate) * up (B, F) of the normed rows. The matrix (2F, D) has the gate first."""
     D, F = x_BD.shape[1], len(weights_OD) // 2
 
     def kernel(x_ref, scale_ref, weights_ref, y_ref):
@@ -110,10 +110,10 @@ def add_product(
 def attend(
     qkv_BO: jax.Array, rope: Rope, position_B: jax.Array, layer_cache: LayerCache, *, interpret: bool = False
 ) -> tuple[jax.Array, LayerCache]:
-    """Return attention (B, N*H) of one token per row over the cache and itself, and the cache with the token.
+    """Return attention (B, N*H) of one token per row, and the cache with the token.
 
-    The cache is updated in place if the caller does not use it again. `qkv_BO` holds queries, keys and values head
-    after head, not rotated yet; H is a power of 2.
+    The token attends to the cache and itself. The cache is updated in place if the caller does not use it again.
+    `qkv_BO` holds queries, keys and values head after head, not rotated yet. H is a power of 2.
     """
     B, K, S, H = layer_cache[0].shape
     N = qkv_BO.shape[1] // H - 2 * K
@@ -146,7 +146,7 @@ def _attend_kernel(
     position = position_ref[pl.program_id(0)]
     q_H = _turned(q_ref, cos_ref, sin_ref).astype(jnp.float32) * (H**-0.5 * LOG2_E)
     k_H, v_H = _turned(k_ref, cos_ref, sin_ref), v_ref[...]
-    # other programs of the group may read the cache while the token's slot is written: none reads that slot
+    # other programs of the group may read the cache during this write: none reads the token's slot
     before = jnp.minimum(position, S)
 
     def look(j, carry):
@@ -171,7 +171,7 @@ def _attend_kernel(
 
 
 def _turned(x_ref, cos_ref, sin_ref) -> jax.Array:
-    """Rotate as `ops.rotate`; a program cannot split an array, so it reads the partner of each entry again."""
+    """Rotate as `ops.rotate`. A program cannot split an array, so it reads the partner of each entry again."""
     half = len(x_ref) // 2
     i_H = jnp.arange(2 * half)
     first_H = i_H < half
@@ -214,12 +214,12 @@ def _weights(ref, row_R: jax.Array | None, inputs: int, *at: jax.Array) -> list[
 
 
 def _numbers(count: int) -> list[jax.Array]:
-    """Return 0 to `count` - 1 as arrays, because the interpreter of masked loads takes nothing else."""
+    """Return 0 to `count` - 1 as arrays. The interpreter of masked loads takes nothing else."""
     return [jnp.int32(number) for number in range(count)]
 
 
 def _mask(block, size: int, length: int) -> jax.Array | None:
-    """Return a mask of the entries of a block that lie within `length`; None if blocks of that size always fit."""
+    """Return a mask of a block's entries within `length`. None if blocks of `size` always fit."""
     return None if length % size == 0 else block * size + jnp.arange(size) < length
 
 
@@ -242,7 +242,7 @@ def _columns(B: int, block: int) -> pl.BlockSpec:
 
 
 def _whole(x: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-    """Return a vector, or rows of vectors, and the spec by which every program reads all of it."""
+    """Return a vector or rows of vectors, and a spec by which programs read all."""
     return x, _all(*x.shape[:-1], _width(x.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Fused projections of attention and feed-forward, for GPUs from Ampere on.
+"""Fuse the projections of attention and feed-forward, for GPUs from Ampere on.
 
 Queries, keys and values are one product, gate and up another: fewer and larger products. XLA would read everything
 again for each part of their gradients. A kernel writes all parts in one pass over memory. Letters as in
@@ -96,7 +96,7 @@ def _heads_gradient(dq_BTNH, dk_BTKH, dv_BTKH, cos_BTH, sin_BTH, *, interpret):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(run: Callable[..., Any], y_BTE: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """Return `silu(gate) * up` times `down_FD`; `y_BTE` holds gate, then up (Shazeer 2020)."""
+    """Return `silu(gate) * up` times `down_FD`. `y_BTE` holds gate, then up (Shazeer 2020)."""
     return _gated_forward(run, y_BTE, down_FD)[0]
 
 

@@ -1,4 +1,4 @@
-"""The transformer and its loss in plain JAX. It knows no mesh, no kernel and no Hugging Face name."""
+"""Define the transformer and its loss in plain JAX. No mesh, no kernel and no Hugging Face name here."""
 
 from smollm_jax.model.attention import packed_attention
 from smollm_jax.model.loss import summed_nll

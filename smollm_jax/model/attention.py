@@ -1,22 +1,22 @@
-"""Attention over packed rows in plain JAX: the reference for the fused kernels, and the form a CPU runs.
+"""Compute attention over packed rows in plain JAX: the kernels' reference, and a CPU's form.
 
 Each block of queries sees the keys up to its end, which skips most scores above the diagonal. The gradient is
 written by hand (FlashAttention, Dao 2023) and recomputes the scores. No product has the scores transposed, because
-XLA:CPU transposes one number at a time: on a CPU it is 1.5 to 2.6 times as fast as JAX's own. All is in float32:
-differences of large scores decide, and rounding scores to bfloat16 costs a CPU more than the faster product saves.
-(A GPU may use TF32; a TPU rounds operands.) Only reverse mode has a gradient. Letters as in transformer.py.
+XLA:CPU transposes one number at a time. On a CPU the gradient is 1.5 to 2.6 times as fast as JAX's own. All is in
+float32: differences of large scores decide. Rounding scores to bfloat16 costs a CPU more than the faster product
+saves. (A GPU may use TF32. A TPU rounds operands.) Only reverse mode has a gradient. Letters as in transformer.py.
 """
 
 import jax
 import jax.numpy as jnp
 
-# More blocks skip more scores but take XLA longer to compile; larger blocks hold more scores at a time.
+# More blocks skip more scores but take XLA longer to compile. Larger blocks hold more scores at a time.
 SMALLEST_BLOCK, LARGEST_BLOCK, BLOCKS = 128, 512, 8
 MASKED = -1e30
 
 
 def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
-    """Return where the document of each token begins in its row: (B, T) int32; padding counts as a document."""
+    """Return where each token's document begins in its row: (B, T) int32. Padding counts as a document."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     begins_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
     return jax.lax.cummax(jnp.where(begins_BT, index_T[None], 0), axis=1)
@@ -24,7 +24,7 @@ def starts_of(segment_ids_BT: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, start_BT: jax.Array) -> jax.Array:
-    """Causal attention inside each document of packed rows: (B, T, N, H); `start_BT` as `starts_of` gives it."""
+    """Compute causal attention in each document of packed rows: (B, T, N, H). `start_BT` as from `starts_of`."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
 
@@ -74,7 +74,7 @@ packed_attention.defvjp(_forward, _backward)
 
 
 def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, start_BT: jax.Array) -> jax.Array:
-    """Return scores of the last T positions; `MASKED` outside a query's own document and after the query."""
+    """Return scores of the last T positions. `MASKED` outside a query's own document and after the query."""
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     index_S = jnp.arange(S)
     own_BTS = (index_S[None, None] >= start_BT[..., None]) & (index_S[None] <= index_S[S - T :, None])[None]
@@ -83,12 +83,12 @@ def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, start_BT: jax.Array) -> jax.A
 
 
 def _dot(a: jax.Array, b: jax.Array, of_a: tuple[int, ...], of_b: tuple[int, ...]) -> jax.Array:
-    """Multiply over these dims per row and key/value head; an einsum may swap the sides and transpose."""
+    """Multiply over these dims per row and key/value head. An einsum may swap the sides and transpose."""
     return jax.lax.dot_general(a, b, ((of_a, of_b), ((0, 1), (0, 1))))
 
 
 def _blocks(T: int) -> list[slice]:
-    """Cut T into at most `BLOCKS` blocks, or more of the largest size; all but the last have multiples of 128."""
+    """Cut T into at most `BLOCKS` blocks, or more of the largest size. All but the last are multiples of 128."""
     size = min(-(-T // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK, LARGEST_BLOCK)
     return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 

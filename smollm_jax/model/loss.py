@@ -1,9 +1,9 @@
-"""Next-token loss over the vocabulary head, in chunks: the (B, T, V) logits never exist whole.
+"""Compute next-token loss in chunks: the (B, T, V) logits never exist whole.
 
-32 rows of 2,048 tokens over 49,152 words are 12.9 GB of f32 logits. The logits of a chunk give its share of the
-loss and of both gradients in one pass. The gradients are linear in the upstream cotangent, so the forward pass
-computes them and the backward pass only scales them.
-Returns sums, never means: only the caller knows the targets of the whole step.
+The logits of 32 rows of 2,048 tokens over 49,152 words are 12.9 GB in f32. The logits of a chunk give its share of
+the loss and of both gradients in one pass. The gradients are linear in the upstream cotangent. So the forward pass
+computes the gradients, and the backward pass only scales them. Returns sums, never means: only the caller knows
+the targets of the whole step.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 
 def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return targets (B, T) of rows of T+1 tokens, and which targets count: (B, T) bool.
+    """Return targets (B, T) of rows of T+1 tokens, and which count: (B, T) bool.
 
-    A token is a target if the token before it belongs to the same document; segment 0 is padding.
+    A token is a target if the token before it belongs to the same document. Segment 0 is padding.
     """
     before, after = segment_ids_BT1[:, :-1], segment_ids_BT1[:, 1:]
     return tokens_BT1[:, 1:], (before == after) & (after != 0)
@@ -26,7 +26,7 @@ def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.A
 def reference_cross_entropy(
     logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the summed negative log-likelihood in nats, and its gradient to the f32 logits in `dtype`."""
+    """Return summed negative log-likelihood in nats, and its gradient to the f32 logits in `dtype`."""
     nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, valid_BC)
     probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
     is_target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1], dtype=jnp.float32)
@@ -64,7 +64,7 @@ def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, cross_entropy):
         total, dhead_VD = carry
         x_BCD, targets_BC, valid_BC = chunk
         nll, dlogits_BCV = cross_entropy(_logits(head_VD, x_BCD), targets_BC, valid_BC, x_BCD.dtype)
-        # f32 results: faster products on a CPU; on other devices for dhead, which is a sum over chunks
+        # f32 results: faster products on a CPU. On other devices they are for dhead, a sum over chunks
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
         return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
@@ -96,7 +96,7 @@ def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array
 
 
 def _chunks(chunk_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cut (B, T, ...) into (T/C, B, C, ...), the last chunk filled with zeros, which add nothing."""
+    """Cut (B, T, ...) into (T/C, B, C, ...). Zeros, which add nothing, fill the last chunk."""
     B, T = arrays[0].shape[:2]
     C = max(1, min(T, chunk_tokens // B))
 

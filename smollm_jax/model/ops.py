@@ -1,4 +1,4 @@
-"""The functions a model computes with, in plain JAX: the reference for every kernel.
+"""Define the functions a model computes with, in plain JAX: the reference for every kernel.
 
 `Ops` holds all of them, so that modules take one argument. `kernels.select` returns the `Ops` of a device.
 """
@@ -29,7 +29,7 @@ def reference_embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def reference_linear(letters: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`einsum` of x and f32 weights, in the dtype of x."""
+    """Compute `einsum` of x and f32 weights, in the dtype of x."""
     return checkpoint_name(jnp.einsum(letters, x, weights.astype(x.dtype)), PRODUCT)
 
 
@@ -42,7 +42,7 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 
 
 def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-    """`silu(gate) * up` (Shazeer 2020), computed in f32 and rounded once: on a CPU each rounding takes time."""
+    """Compute `silu(gate) * up` (Shazeer 2020) in f32. Rounds once: on a CPU each rounding takes time."""
     gated_BTF = jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)
     return gated_BTF.astype(gate_BTF.dtype)
 
@@ -51,7 +51,7 @@ def reference_project_heads(
     x_BTD: jax.Array, q_DNH: jax.Array, k_DKH: jax.Array, v_DKH: jax.Array, rope: Rope,
     *, linear: Callable[..., jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Return queries (B, T, N, H) and keys (B, T, K, H), both rotated, and values (B, T, K, H)."""
+    """Return queries (B, T, N, H), keys and values (B, T, K, H). Queries and keys are rotated."""
     q_BTNH = rotate(linear("BTD,DNH->BTNH", x_BTD, q_DNH), rope)
     k_BTKH = rotate(linear("BTD,DKH->BTKH", x_BTD, k_DKH), rope)
     return q_BTNH, k_BTKH, linear("BTD,DKH->BTKH", x_BTD, v_DKH)
@@ -68,7 +68,7 @@ def reference_feed_forward(
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """The functions a model computes with; the defaults are the reference."""
+    """The functions a model computes with. The defaults are the reference."""
 
     attention: Callable[..., jax.Array] = packed_attention
     """`(q_BTNH, k_BTKH, v_BTKH, start_BT) -> o_BTNH`, causal inside each document; `start_BT` from `starts_of`."""
@@ -89,7 +89,7 @@ class Ops:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether GPU kernels are among them, which decides `unroll` and `loss_chunk`."""
+        """Return whether any function is a GPU kernel, which decides `unroll` and `loss_chunk`."""
         return self.kernels == "pallas"
 
 

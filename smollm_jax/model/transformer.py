@@ -1,9 +1,9 @@
-"""SmolLM2: a Llama-style decoder with grouped-query attention, in Flax NNX.
+"""Build SmolLM2: a Llama-style decoder with grouped-query attention, in Flax NNX.
 
-NNX declares and initialises the parameters. The layers are stacked on their first dim and run by `jax.lax.scan`,
-so that thirty layers compile like one, or are unrolled (`unroll`). Everything below is pure: inside jit a `SmolLM`
-is built from a plain dict of arrays (`SmolLM.from_params`, `params_of`).
-This file knows no mesh, no loss, no tokenizer and no Hugging Face name. `Ops` holds the functions of the model.
+NNX declares and initialises the parameters. The layers are stacked on their first dim. `jax.lax.scan` runs them,
+so that thirty layers compile like one, or they are unrolled (`unroll`). Everything below is pure: inside jit a
+`SmolLM` is built from a plain dict of arrays (`SmolLM.from_params`, `params_of`). This file knows no mesh, no
+loss, no tokenizer and no Hugging Face name. `Ops` holds the functions of the model.
 
 Letters, at the end of each array's name: B batch · T tokens being computed · S key/cache positions ·
 V vocab · D model width · F feed-forward width · L layers · N query heads · K key/value heads ·
@@ -35,9 +35,9 @@ KEPT = {"dots": _policies.save_only_these_names(PRODUCT), "full": _policies.noth
 
 
 def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope:
-    """Return cos and sin (B, T, 1, H/2) in f32, because bf16 cannot tell positions past 256 apart.
+    """Return cos and sin (B, T, 1, H/2) in f32: bf16 merges positions past 256.
 
-    Su et al. 2021 (RoFormer); dim i turns with dim i + H/2, as Llama's released weights expect.
+    Su et al. 2021 (RoFormer). Dim i turns with dim i + H/2, as Llama's released weights expect.
     """
     frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
@@ -45,7 +45,7 @@ def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope
 
 
 class RMSNorm(nnx.Module):
-    """Zhang & Sennrich 2019, computed in f32: the mean of squares loses small addends in bf16."""
+    """A norm (Zhang & Sennrich 2019) computed in f32. In bf16 the mean of squares loses small addends."""
 
     def __init__(self, config: ModelConfig, scale_D: jax.Array | None = None):
         self.scale = nnx.Param(jnp.ones(config.hidden_size) if scale_D is None else scale_D)
@@ -104,7 +104,7 @@ class Block(nnx.Module):
 
 
 class SmolLM(nnx.Module):
-    """The language model; `dtype` is the compute dtype, the parameters are f32.
+    """The language model. `dtype` is the compute dtype, and the parameters are f32.
 
     `remat` selects what the backward pass recomputes: "none" (cheap operations), "dots" (all but products with
     weights) or "full". `ops` are the functions the model computes with.
@@ -129,7 +129,7 @@ class SmolLM(nnx.Module):
 
     @classmethod
     def from_params(cls, config: ModelConfig, params: Params, **compute: Any) -> SmolLM:
-        """Return a model with `params` (see `params_of`); raises `UserError` naming a leaf that does not fit."""
+        """Return a model with `params` (see `params_of`). Raises `UserError` naming a leaf that does not fit."""
         shapes, found = parameter_shapes(config), flatten(params, "/")
         for name in sorted(shapes.keys() | found.keys()):
             require(name in found, f"parameter {name} is missing; the config asks for it")
@@ -142,11 +142,11 @@ class SmolLM(nnx.Module):
 
     @property
     def head_VD(self) -> jax.Array:
-        """Weights (V, D) that turn features into logits; the embedding itself if they are tied."""
+        """Return the weights (V, D) that turn features into logits. Tied weights are the embedding itself."""
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
     def features(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """Return final normed hidden states (B, T, D); `segment_ids_BT` keeps the documents of a row apart."""
+        """Return final normed hidden states (B, T, D). `segment_ids_BT` keeps the documents of a row apart."""
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)
@@ -171,7 +171,7 @@ class SmolLM(nnx.Module):
         return self.final_norm(x_BTD)
 
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """Return f32 logits (B, T, V); `segment_ids` (B, T) keeps documents apart, positions restart in each."""
+        """Return f32 logits (B, T, V). `segment_ids` (B, T) keeps documents apart: positions restart in each."""
         with precision_of(self.dtype):
             x_BTD = self.features(tokens_BT, segment_ids)
             head_VD = self.head_VD.astype(x_BTD.dtype)
@@ -179,10 +179,10 @@ class SmolLM(nnx.Module):
 
 
 def init_params(config: ModelConfig, seed: int, *, scale_residual: bool = False) -> Params:
-    """Return fresh f32 parameters: every matrix normal with `initializer_range`, every norm one.
+    """Return fresh f32 parameters: matrices normal with `initializer_range`, norms one.
 
-    `scale_residual` divides what each block adds to the residual stream by sqrt(2 L), as nanotron's
-    StandardParametrizator does for o_proj and down_proj (Radford et al. 2019).
+    `scale_residual` divides what each block adds to the residual stream by sqrt(2 L) (Radford et al. 2019). The
+    StandardParametrizator of nanotron does so for o_proj and down_proj.
     """
     params = params_of(SmolLM(config, rngs=nnx.Rngs(seed)))
     for group, name in (("attention", "o"), ("mlp", "down")) if scale_residual else ():
@@ -191,11 +191,11 @@ def init_params(config: ModelConfig, seed: int, *, scale_residual: bool = False)
 
 
 def params_of(model: SmolLM) -> Params:
-    """Return the parameters as a plain nested dict of arrays, layers stacked on their first dim."""
+    """Return the parameters as nested dicts of arrays, layers stacked on their first dim."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def _normal(config: ModelConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:
-    """Return a normal parameter of the shape at `path`, without the layer dim, which `nnx.vmap` adds."""
+    """Return a normal parameter of the shape at `path`. `nnx.vmap` adds the layer dim."""
     shape = parameter_shapes(config, one_layer=True)[path]
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32))

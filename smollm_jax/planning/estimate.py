@@ -1,7 +1,7 @@
 """Estimate the FLOPs, memory, messages and time of a train step by formula.
 
-No device and no compiler confirms these figures; XLA's own counts take the body of a loop once. A step lasts as
-long as the slower of computing and memory traffic, plus its messages, which do not overlap with either.
+No device and no compiler confirms these figures: XLA's own counts take the body of a loop once. A step lasts as
+long as the slower of computing and memory traffic, plus its messages. Messages overlap with neither.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from smollm_jax.training.step import abstract_state
 COMPUTE_SHARE, BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.5, 0.8, 0.5
 
 STATE_BYTES = 12  # per parameter: the parameter and its two moments, f32
-UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written; gradient, parameter, moments read, the last three written
+UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written; gradient, parameter, moments read; the last three written
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
 
     @property
     def rows_per_chip(self) -> int:
-        """Rows of the batch on one chip, padding included; chips along the axis `tensor` share their rows."""
+        """Return the rows of the batch on one chip, padding included. Chips along axis `tensor` share rows."""
         return padded_rows(self.batch_size, self.mesh, self.config.compute.grad_accum) // row_shards(self.mesh)
 
     @property
@@ -77,9 +77,9 @@ def estimate(step: Step, chip: Chip) -> dict[str, float]:
 
 
 def flops_per_token(config: Config, remat: Policy) -> float:
-    """FLOPs executed per token, recomputation included.
+    """Return the FLOPs executed per token, recomputation included.
 
-    full recomputes the forward pass of the blocks, a third of their FLOPs. dots recomputes it for attention alone,
+    `full` recomputes the forward pass of the blocks, a third of their FLOPs. `dots` recomputes attention alone,
     because attention is a fused kernel. The head is never recomputed.
     """
     model, seq_len = config.model, config.data.seq_len
@@ -90,10 +90,10 @@ def flops_per_token(config: Config, remat: Policy) -> float:
 
 
 def traffic_bytes(step: Step) -> float:
-    """Bytes per step between one chip and its memory.
+    """Return the bytes per step between one chip and its memory.
 
-    Each matrix product reads its inputs and writes its output once, forward and twice backward, at 2 bytes;
-    everything between products is fused into them. Per token, f32 logits are written and read three times, and
+    Each matrix product reads its inputs and writes its output once, forward and twice backward, at 2 bytes.
+    Everything between products is fused into them. Per token, f32 logits are written and read three times, and
     their 2-byte gradient once and twice. AdamW passes once over the state.
     """
     model = step.config.model
@@ -108,10 +108,10 @@ def traffic_bytes(step: Step) -> float:
 
 
 def memory_bytes(step: Step) -> int:
-    """Bytes per chip that the step needs at once, for devices without a compiler here.
+    """Return the bytes per chip that the step needs at once. Used if the devices have no compiler here.
 
-    The sum of the state, f32 gradients, the weights in the compute dtype, the residuals of each layer, all
-    residuals of one layer if remat recomputes them, and one chunk of logits with their gradient.
+    The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer.
+    With remat, all residuals of one layer count too. One chunk of logits and its gradient count as well.
     """
     model, compute, dtype_bytes = step.config.model, step.config.compute, step.dtype.itemsize
     tokens = step.tokens_per_chip // compute.grad_accum
@@ -125,10 +125,10 @@ def memory_bytes(step: Step) -> int:
 
 
 def residual_bytes(model: ModelConfig, remat: Policy) -> int:
-    """Bytes per token and layer that the forward pass keeps for the backward pass, in bf16.
+    """Return the bf16 bytes per token and layer that forward keeps for backward.
 
-    full: the layer's input. dots: also the output of each product. none: also the outputs of the norms and of
-    the attention kernel, and one f32 per softmax of that kernel.
+    `full` keeps the layer's input. `dots` also keeps the output of each product. `none` also keeps the outputs of
+    the norms and the attention kernel, and one f32 per softmax of that kernel.
     """
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     D, F = model.hidden_size, model.intermediate_size
@@ -140,11 +140,11 @@ def residual_bytes(model: ModelConfig, remat: Policy) -> int:
 
 
 def sent_bytes(step: Step) -> dict[str, float]:
-    """Bytes per step that each chip sends along each mesh axis, in rings (Patarasuk & Yuan 2009).
+    """Return the bytes per step that each chip sends along each mesh axis, in rings.
 
-    data sums the gradients once per microbatch (2 bytes each; 6 for the embedding, used at both ends). fsdp
-    gathers the weights for each pass and reduce-scatters the gradients (Rajbhandari et al. 2020). tensor sums
-    activations six times per layer, forward and backward (Shoeybi et al. 2019).
+    The rings are as in Patarasuk & Yuan 2009. `data` sums the gradients once per microbatch (2 bytes each, 6 for
+    the embedding, used at both ends). `fsdp` gathers weights per pass and reduce-scatters gradients (Rajbhandari
+    et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al. 2019).
     """
     model, micros, sizes = step.config.model, step.config.compute.grad_accum, step.mesh.shape
     weights = model.num_parameters // sizes["tensor"]

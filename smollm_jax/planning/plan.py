@@ -1,8 +1,8 @@
-"""Plan a run on devices that are not here: compile its train step ahead of time, see if it fits, and report it.
+"""Plan a run on absent devices: compile its train step, check that it fits, report.
 
-libtpu compiles the very step of the run for a TPU slice, without a TPU and without the network, and its verdict
-on memory is the plan's. GPUs and more CPU devices than the process has have no compiler here: their memory is
-estimated by formula. Knows no data, no tokenizer and no run folder.
+The compiler libtpu compiles the run's very step for a TPU slice, without a TPU and without the network. The
+compiler's verdict on memory is the plan's. GPUs, and more CPU devices than the process has, have no compiler here.
+Their memory is estimated by formula. Data, tokenizer and run folder are not used.
 """
 
 import re
@@ -28,7 +28,7 @@ WIDTH = 34  # of the names in a table
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The verdict on a step; `remedy` has the flags that make it fit, if it does not and any do."""
+    """The verdict on a step. If it does not fit, `remedy` has the flags that make it fit, if any do."""
 
     topology: Topology
     step: Step
@@ -42,9 +42,9 @@ class Plan:
 
 
 def make_plan(config: Config, topology: str) -> Plan:
-    """Plan a run of `config` on `topology`; raises `UserError` for impossible devices or an impossible mesh.
+    """Plan a run of `config` on `topology`. Raises `UserError` for impossible devices or mesh.
 
-    Tries the remat policies as a run does: the first that leaves the runtime its share of memory, else the last.
+    Tries the remat policies as a run does. Keeps the first that leaves the runtime its share, else the last.
     """
     target, remat = topology_of(topology), config.compute.remat
     for policy in POLICIES if remat == "auto" else (remat,):
@@ -55,7 +55,7 @@ def make_plan(config: Config, topology: str) -> Plan:
 
 
 def attempt(config: Config, topology: Topology, remat: Policy) -> Plan:
-    """Compile the step for its memory, or estimate the memory if the topology has no compiler here."""
+    """Compile the step for its memory, or estimate if the topology has no compiler here."""
     step = step_of(config, topology, remat)
     use_precision_of(step.dtype)
     if topology.compiles:
@@ -74,7 +74,7 @@ def attempt(config: Config, topology: Topology, remat: Policy) -> Plan:
 
 
 def step_of(config: Config, topology: Topology, remat: Policy) -> Step:
-    """Return the step of the largest phase, which needs the most memory; raises `UserError` for its mesh."""
+    """Return the step of the largest phase, which needs the most memory. Raises `UserError` for its mesh."""
     try:
         mesh = make_mesh(config, topology.devices)
     except NotImplementedError as error:  # JAX cannot lay the axes along the torus
@@ -83,7 +83,7 @@ def step_of(config: Config, topology: Topology, remat: Policy) -> Step:
 
 
 def needed_by(refusal: str) -> int:
-    """Read the bytes that a step needs from the TPU compiler's refusal; 0 if it does not name them."""
+    """Read the bytes that a step needs from the TPU compiler's refusal, 0 if none."""
     found = re.search(r"([\d.]+)([KMGT])\)? (?:exceeds available HBM|of [\d.]+\w hbm)", refusal)
     return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1))) if found else 0
 
@@ -121,7 +121,7 @@ def remedies(config: Config, devices: int) -> Iterator[dict[str, Any]]:
 
 
 def table(plan: Plan) -> str:
-    """Return a line per fact, its unit in its name; facts that no compiler or device confirms say ESTIMATE."""
+    """Return a line per fact, its unit in its name. ESTIMATE marks facts without a compiler or device."""
     facts = as_dict(plan)
     speeds = facts.pop("estimate", None) or {}
     estimates = {"bytes_per_token", "bytes_sent_per_step", *speeds}
@@ -144,7 +144,7 @@ def _readable(name: str, value: Any) -> str:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """Return the facts as bytes, seconds and FLOPs, ready for JSON; without speed if the run does not fit."""
+    """Return the facts as bytes, seconds and FLOPs, ready for JSON. Without speed if the run does not fit."""
     step, config, model = plan.step, plan.step.config, plan.step.config.model
     facts = {
         "topology": plan.topology.name,
@@ -171,7 +171,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def verdict(plan: Plan) -> str:
-    """Return whether the run fits, who says so, and what to do if it does not."""
+    """Return whether the run fits, how this was found, and any remedy."""
     source = "by the compiler" if plan.topology.compiles else "by formula only: there is no compiler for it here"
     if plan.fits:
         return f"fits, {source}"
@@ -182,7 +182,7 @@ def verdict(plan: Plan) -> str:
 
 
 def speed(plan: Plan) -> dict[str, float] | None:
-    """Estimate the largest step and the whole recipe; None if no peak is known for the device and dtype."""
+    """Estimate the largest step and the whole recipe. None if no peak is known for the device and dtype."""
     chip, phases = plan.topology.chip, plan.step.config.phases
     if chip is None or plan.step.dtype.name != "bfloat16":
         return None

@@ -1,7 +1,7 @@
-"""Devices to plan for that are not here: a TPU slice, GPUs or CPU devices.
+"""Describe devices to plan for that are not here: TPU slice, GPUs or CPU devices.
 
-libtpu describes a TPU slice and has its compiler; CPU devices of this process have theirs. GPUs are known by
-their data sheets only. Nothing here uses the network or claims a TPU.
+The library libtpu describes a TPU slice and has its compiler. CPU devices of this process have their own compiler.
+GPUs are known by their data sheets only. Nothing here uses the network or claims a TPU.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from smollm_jax.runtime.errors import UserError, install, require
 
 
 class Chip(NamedTuple):
-    """A kind of device: JAX's name for it, the memory left to a program, and its rates.
+    """A kind of device: JAX's name, the memory left to a program, and its rates.
 
     The interconnect's rate is one way, all links of a chip together. Only TPUs have a torus and a pod.
     """
@@ -72,7 +72,7 @@ class Topology:
 
 
 def topology_of(topology: str) -> Topology:
-    """Return the devices of NAME:AxB, NAME:AxBxC or NAME:N; raises `UserError` for any other name."""
+    """Return the devices of NAME:AxB, NAME:AxBxC or NAME:N. Raises `UserError` for any other name."""
     name, _, shape = topology.partition(":")
     name = "gpu-h100" if name == "gpu" else name
     chip, dims = CHIPS.get(name), [int(dim) if dim.isdecimal() else 0 for dim in shape.split("x")]

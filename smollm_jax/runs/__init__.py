@@ -1,4 +1,4 @@
-"""A run folder from the outside: lock it, open it as a model, convert it, replay it, read its metrics."""
+"""Use a run folder from the outside: lock, open, convert, replay, read metrics."""
 
 from smollm_jax.runs.convert import export_run, import_run
 from smollm_jax.runs.load import load_model

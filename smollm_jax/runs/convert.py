@@ -1,4 +1,4 @@
-"""Convert a run to a Hugging Face folder, and a Hugging Face folder to a run.
+"""Convert a run to a Hugging Face folder, and such a folder to a run.
 
 The end of a run and `python -m smollm_jax export` both call `export_run`, so that they cannot differ.
 """
@@ -40,11 +40,11 @@ def export_run(
     verify: bool = True,
     aside: bool = False,
 ) -> tuple[int, str]:
-    """Export checkpoint `step` of a run, by default the newest good one, to the folder `out`.
+    """Export checkpoint `step` of a run, by default the newest good one, to `out`.
 
     Returns the step, and a sentence on how the folder was compared with the run. Raises `UserError` if `run_dir`
-    is no run, or `out` holds something else and `aside` is false, and `RuntimeError` if the written folder does
-    not agree with the checkpoint; no folder is left then.
+    is no run, or `out` holds something else and `aside` is false. Raises `RuntimeError` if the written folder does
+    not agree with the checkpoint. No folder is left then.
     """
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
@@ -57,7 +57,7 @@ def export_run(
 
 
 def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
-    """Return what the card of an export says of a run at a checkpoint."""
+    """Return what the card of an export tells about a run at a checkpoint."""
     config, progress = read_run(run_dir), progress_of(found)[0] if "progress" in found.meta else {}
     lines = [line for line in read_metrics(run_dir) if line["step"] <= found.step]
     held_out, computed = (evaluations(lines) or [{}])[-1], found.meta.get("computed", {})
@@ -99,7 +99,7 @@ def require_exportable(model: ModelConfig) -> None:
 
 
 def import_run(path: str | Path, out: str | Path) -> ModelConfig:
-    """Make a run of a Hugging Face folder or Hub id, whose weights become checkpoint 0.
+    """Make a run of a Hugging Face folder or Hub id. Its weights become checkpoint 0.
 
     The run appears by one rename. Raises `UserError` if `out` holds something or `path` cannot be read.
     """

@@ -27,7 +27,7 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_run(path: str | Path) -> Config:
-    """Return the config of a run folder, also before its first checkpoint; raises `UserError` if it is no run."""
+    """Return the config of a run folder, also before its first checkpoint. Raises `UserError` for no run."""
     try:
         config = from_dict(read_json(expand_home(path) / "config.json"))
     except ValueError as error:
@@ -55,10 +55,10 @@ def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, An
 def load_model(
     path: str | Path, step: int | None = None, *, special_tokens: SpecialTokens | None = None
 ) -> tuple[ModelConfig, Any, Tokenizer]:
-    """Return architecture, f32 numpy parameters and tokenizer; raises `UserError`.
+    """Return architecture, f32 numpy parameters and tokenizer. Raises `UserError`.
 
-    `step` selects a checkpoint of a run; the default is the newest good one. `special_tokens` is by default the
-    run's own, else "text".
+    `step` selects a checkpoint of a run, by default the newest good one. `special_tokens` is by default the run's
+    own, else "text".
     """
     if is_run(path):
         config, path = read_run(path), expand_home(path)
@@ -79,7 +79,7 @@ def load_model(
 
 
 def with_ids_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Return the model with the tokenizer's bos and eos; a model that ends texts at several ids keeps them."""
+    """Return the model with the tokenizer's bos and eos. A model that ends texts at several ids keeps them."""
     more = model.stop_ids if model.extra_eos_token_ids else ()
     bos = model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
     return replace(model.ending_at([tokenizer.eos_id, *more]), bos_token_id=bos)

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time."""
+"""Lock a run folder for one process at a time."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ WRITTEN = (LOCK, "config.json", "metrics.jsonl", "samples.txt", "loss.png", "ten
 
 
 class RunLock:
-    """A context manager that locks a run folder for writing; raises `UserError` naming who holds the lock.
+    """A context manager that locks a run folder for writing. Raises `UserError` naming who holds the lock.
 
     Links that lead out of the folder are refused: a run folder from elsewhere must not write over other files.
 

@@ -22,7 +22,7 @@ from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import BETWEEN, SAMPLES_OF
 from smollm_jax.runtime.errors import one_line, printable, say
 
-# the groups in which TensorBoard shows the fields of a line; what is not named is left out
+# the groups in which TensorBoard shows the fields of a line. Other fields are left out
 TAGS = {
     "train": ("loss", "step_loss"),
     "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens"),
@@ -37,7 +37,7 @@ TIMED_STEPS = 3
 
 
 class RunMetrics:
-    """Writes the records of a run that continues at step `start` and ends at step `total`."""
+    """A writer of a run's records. The run continues at step `start` and ends at step `total`."""
 
     def __init__(self, run_dir: Path, *, start: int, total: int):
         self.run_dir, self.total = run_dir, total
@@ -51,7 +51,7 @@ class RunMetrics:
         self._began, self._start, self._first = time.monotonic(), start, 0.0
 
     def progress(self, step: int) -> None:
-        """Count a step; the first few tell how long the others will take."""
+        """Count a step. The first few steps predict how long the others will take."""
         done = step - self._start
         if done == 1:
             self._first = time.monotonic()
@@ -74,7 +74,7 @@ class RunMetrics:
         )
 
     def evaluation(self, line: dict[str, Any], samples: list[tuple[str, str]]) -> None:
-        """Record a held-out loss, if there is one, and the continuations of prompts, and draw loss.png.
+        """Record any held-out loss and the continuations of prompts, and draw loss.png.
 
         The line in metrics.jsonl comes last: if it is there, the samples are too.
         """
@@ -118,14 +118,14 @@ class RunMetrics:
 
 
 class NullMetrics:
-    """Takes the place of `RunMetrics` in every process but the first, and ignores every call."""
+    """A stand-in for `RunMetrics` in every process but the first. Ignores every call."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
 
 
 class LineFile:
-    """A file that grows by lines; text that a full disk refuses is kept and written first the next time."""
+    """A file that grows by lines. Text that a full disk refuses is kept and written first the next time."""
 
     def __init__(self, path: Path):
         self._path, self._left, self._is_refused = path, b"", False
@@ -156,14 +156,14 @@ def _at_once(path: str, flags: int) -> int:
 
 
 class Board:
-    """Writes TensorBoard events in the calling thread: the library's writer thread hangs on a full disk."""
+    """A writer of TensorBoard events in the calling thread. The library's own thread hangs on a full disk."""
 
     def __init__(self, folder: Path, start: int):
         self._folder, self._writer, self._is_over = folder, cast(Any, None), False
         self.write(start + 1, session_log=self._open)
 
     def _open(self) -> Any:
-        """Open a file of events; returns the event that makes TensorBoard drop what was written after `start`."""
+        """Open a file of events. Returns the event that makes TensorBoard drop events after `start`."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -172,7 +172,7 @@ class Board:
         return SessionLog(status=SessionLog.START)
 
     def write(self, step: int, **content: Callable[[], Any]) -> None:
-        """Write an event; `content` makes a summary or session log."""
+        """Write an event. `content` makes a summary or session log."""
         if self._is_over:
             return
         try:
@@ -192,7 +192,7 @@ def _summary(kind: str, name: str, value: Any) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as one says it, such as about 3 minutes or about 20 days."""
+    """Return a duration as a person would: about 3 minutes, or about 20 days."""
     for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"about {seconds / size:,.0f} {unit}"

@@ -12,7 +12,7 @@ from smollm_jax.runtime.files import written_aside
 
 
 def draw(run_dir: Path, picture: Path, tell: Callable[[str], None] = say) -> bool:
-    """Draw the losses of a run as `picture`; returns whether it is there. A failure is only a line for `tell`."""
+    """Draw the losses of a run as `picture`. Returns whether it is there. Passes a failure to `tell` as a line."""
     try:
         return plot(run_dir, picture)
     except Exception as error:  # of matplotlib, its fonts or its settings: any
@@ -21,8 +21,8 @@ def draw(run_dir: Path, picture: Path, tell: Callable[[str], None] = say) -> boo
 
 
 def plot(run_dir: Path, picture: Path) -> bool:
-    """Draw training loss, its running mean and the held-out loss; returns False if there is no loss yet."""
-    given = os.environ.pop("MPLBACKEND", None)  # a notebook's may name what is not installed here
+    """Draw training loss, its running mean and the held-out loss. Returns False if there is no loss yet."""
+    given = os.environ.pop("MPLBACKEND", None)  # a notebook's setting may name what is not installed here
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of caches that it cannot keep
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Read what a run has recorded, whatever a kill or a full disk left of it, and cut it back when a run resumes."""
+"""Read a run's records despite a kill or full disk. Cuts them when the run resumes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ BETWEEN = "⟶"  # a prompt and its continuation
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without damaged ones, such as one that a kill cut short."""
+    """Return the lines of metrics.jsonl, without damaged ones. A kill may cut a line short."""
     return [values for line in _lines(run_dir / "metrics.jsonl") if (values := _whole(line)) is not None]
 
 
@@ -24,7 +24,7 @@ def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file, whatever bytes are in it; none if it is no file."""
+    """Return the lines of a text file, whatever bytes are in it. None if it is no file."""
     text = read_whole(path).decode("utf-8", "replace") if path.is_file() else ""
     return text.removesuffix("\n").split("\n") if text else []
 
@@ -47,10 +47,10 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 
 def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
-    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats every later step.
+    """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats later steps.
 
-    Returns the last step whose evaluation is kept, and the batch hash of every step that was on record, also of
-    later ones: a repeated step must agree.
+    Returns the last step whose evaluation is kept. Also returns the batch hash of every step on record, even of
+    later steps: a repeated step must agree.
     """
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
     lines = read_metrics(run_dir)
@@ -71,7 +71,7 @@ def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
 
 
 def last_sample(run_dir: Path, step: int) -> tuple[str, str]:
-    """Return a prompt and its continuation at the last evaluation up to `step`, empty if there is none."""
+    """Return the last prompt and continuation of an evaluation up to `step`, empty if none."""
     block: list[str] = []
     for line in _lines(run_dir / "samples.txt"):
         number = line.removeprefix(SAMPLES_OF)

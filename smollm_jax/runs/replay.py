@@ -1,6 +1,6 @@
-"""Replay the documents of any step of a run, and compare the batch hash with the one on record.
+"""Replay the documents of any step of a run, and compare the recorded batch hash.
 
-The data loader starts at the newest good checkpoint before the step and reads forward; nothing is trained.
+The data loader starts at the newest good checkpoint before the step and reads forward. Nothing is trained.
 """
 
 from dataclasses import replace
@@ -21,9 +21,9 @@ from smollm_jax.tokenizer.load import load_tokenizer
 def replay_step(
     run_dir: str | Path, step: int, *, data: str | None = None, eval_data: str | None = None
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return the documents in the batch of update `step`, counted from 1, and whether its batch hash agrees.
+    """Return the documents of update `step`, counted from 1, and whether its batch hash agrees.
 
-    A document has its source, file, row and text. `data` and `eval_data` say where the run's data is now. Raises
+    A document has its source, file, row and text. `data` and `eval_data` name the run's data now. Raises
     `UserError` if the run has no such step, or if its data has changed.
     """
     run_dir = expand_home(run_dir)

@@ -1,7 +1,7 @@
-"""A task in a background thread that never keeps the process from ending.
+"""Run a task in a background thread that never keeps the process from ending.
 
-Python joins the threads of `concurrent.futures` at exit, so a read that stalls in one would keep a finished run
-from ending. A `BackgroundTask` is a daemon thread, and waiting for its result can have a time limit.
+Python joins the threads of `concurrent.futures` at exit. So a read that stalls in such a thread would keep a
+finished run from ending. A `BackgroundTask` is a daemon thread, and waiting for its result can have a time limit.
 """
 
 import threading
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class BackgroundTask(Generic[T]):
-    """Runs `work()` in a thread; `result` returns its value or raises its error."""
+    """A thread that runs `work()`. `result` returns the value of `work()` or raises its error."""
 
     def __init__(self, work: Callable[[], T]):
         self.error: BaseException | None = None
@@ -20,12 +20,12 @@ class BackgroundTask(Generic[T]):
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait at most `seconds`; returns whether the work is done."""
+        """Wait at most `seconds`. Returns whether the work is done."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self, seconds: float | None = None) -> T:
-        """Return the value of `work()`; raises its error, or `TimeoutError` after `seconds`."""
+        """Return the value of `work()`. Raises its error, or `TimeoutError` after `seconds`."""
         if not self.wait(seconds):
             raise TimeoutError(f"no answer within {seconds:.0f} s")
         if self.error is not None:

@@ -1,4 +1,4 @@
-"""Facts about devices: peak FLOP/s for the MFU, memory for the remat choice, compute dtype, compilation cache.
+"""Find a device's peak FLOP/s (for MFU), memory (for remat), compute dtype, compilation cache.
 
 Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has no peak, and its run no MFU.
 """
@@ -21,7 +21,7 @@ PEAK_TFLOPS = {
     "T4": 65, "V100": 125, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
     "TPU v6 lite": 918, "TPU v6e": 918,
 }  # fmt: skip
-TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for nothing older
+TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for no older GPU
 # libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
 # alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
 QUIET_LIBTPU = {
@@ -34,7 +34,7 @@ QUIET_LIBTPU = {
 }
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", *TPU_FILES)
-MEMORY_SHARE = 0.9  # of a device's memory; the rest is for the runtime and the evaluation
+MEMORY_SHARE = 0.9  # of a device's memory. The rest is for the runtime and the evaluation
 # A CPU run's process shares the memory: libraries and compiler take PROCESS_BYTES. Per parameter, a save copies
 # the state (12 bytes) and the writer converts the moments (8). Three runs of 135M, with steps of 3.3, 7.2 and
 # 20 GiB, took within 8 % of this sum.
@@ -43,12 +43,12 @@ CACHED_COMPILE_SECONDS = 0.5  # a program that compiles faster than this is not 
 
 
 def has_accelerator() -> bool:
-    """Return whether the machine has a GPU or TPU that JAX may use, without JAX, which would take its memory."""
+    """Return whether JAX may use a GPU or TPU here. Does not ask JAX, which would take the device's memory."""
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(glob(files) for files in DEVICE_FILES)
 
 
 def quiet_libtpu() -> None:
-    """Keep libtpu, which may be installed to plan with, from asking and complaining; before JAX starts."""
+    """Keep libtpu, which may be installed to plan with, from asking and complaining. Call before JAX starts."""
     os.environ |= QUIET_LIBTPU | os.environ
 
 
@@ -59,18 +59,18 @@ def peak_flops(device: Any) -> float | None:
 
 
 def memory_bytes(device: Any, parameters: int, *, devices: int = 1, share: float = MEMORY_SHARE) -> int:
-    """Return the bytes that the step of a model may use on each of the `devices` of a process."""
+    """Return the bytes that a step may use on each of a process's `devices`."""
     beside = beside_the_step(device.platform, parameters, devices=devices)
     return max(0, int(free_bytes(device, devices=devices) * share) - beside)
 
 
 def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
-    """Return the bytes per device that a run needs besides its step; a CPU's `devices` share the process."""
+    """Return the bytes per device that a run needs besides its step. A CPU's `devices` share the process."""
     return (PROCESS_BYTES + SAVED_BYTES * parameters) // devices if platform == "cpu" else 0
 
 
 def total_bytes(device: Any, *, devices: int = 1) -> int:
-    """Return the memory of one device in bytes; a CPU device has its share of the machine or container."""
+    """Return the memory of one device in bytes. A CPU device has its share of the machine or container."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         container = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -81,7 +81,7 @@ def total_bytes(device: Any, *, devices: int = 1) -> int:
 
 
 def free_bytes(device: Any, *, devices: int = 1) -> int:
-    """Return the memory of a device that a run can have; of a CPU, what nobody holds now, swap included."""
+    """Return the memory of a device that a run can have. On a CPU: what nobody holds now, swap included."""
     total = total_bytes(device, devices=devices)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -93,7 +93,7 @@ def free_bytes(device: Any, *, devices: int = 1) -> int:
 
 
 def matmul_rate(device: Any, dtype: Any) -> float:
-    """Return the FLOP/s of one large matmul on `device`: the speed that a step can only come near to."""
+    """Return the FLOP/s of one large matmul on `device`. A step can come only near this speed."""
     import jax
     import jax.numpy as jnp
 
@@ -110,14 +110,14 @@ def matmul_rate(device: Any, dtype: Any) -> float:
 
 
 def peak_memory(device: Any) -> int:
-    """Return the most bytes that this process has held at once: on an accelerator, or of the machine's memory."""
+    """Return the most memory in bytes that this process has held, on accelerator or machine."""
     stats = device.memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1_024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def compute_dtype(asked: str, platform: str) -> Any:
-    """Return the compute dtype that was asked for; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    """Return the compute dtype requested. "auto" is float32 on a CPU and bfloat16 elsewhere."""
     import jax.numpy as jnp
 
     auto = "float32" if platform == "cpu" else "bfloat16"
@@ -125,7 +125,7 @@ def compute_dtype(asked: str, platform: str) -> Any:
 
 
 def use_precision_of(dtype: Any) -> None:
-    """Compute float32 matmuls of this process in float32: GPU and TPU would round the operands down."""
+    """Compute this process's float32 matmuls in float32. GPU and TPU would round the operands down."""
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest" if dtype.name == "float32" else None)
@@ -141,7 +141,7 @@ def precision_of(dtype: Any) -> Iterator[None]:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keep compiled programs in `folder` between processes; "" keeps none, nor does a home folder nobody has."""
+    """Keep compiled programs in `folder` between processes. Keeps none for "", or for an unknown home folder."""
     import jax
 
     folder = os.path.expanduser(folder)

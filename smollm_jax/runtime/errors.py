@@ -1,4 +1,4 @@
-"""Errors of the user, of a data source and of the machine, one line for each, and the exit codes of commands."""
+"""Handle errors of user, data source and machine, one line each, and exit codes."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ OF_THE_MACHINE = {  # a disk, a file system, a permission or a limit
 }  # fmt: skip
 LONGEST_LINE = 200
 RUST_ERRNO = re.compile(r"(?:os error |Os \{ code: )(\d+)")
-# files of libraries that fail for what the environment says, and the variables that they read
+# files of libraries that fail on variables of the environment, and the variables that they read
 READS = {
     "/jax/_src/config.py": "JAX_.*",
     "/jax/_src/xla_bridge.py": "JAX_PLATFORMS|JAX_PLATFORM_NAME|(CUDA|ROCR|HIP)_VISIBLE_DEVICES",
@@ -33,7 +33,7 @@ READS = {
     "/torch/__init__.py": "TORCH_.*|PYTORCH_.*|LD_LIBRARY_PATH",
     "/tempfile.py": "TMPDIR|TEMP|TMP",
 }
-# of JAX: for another program's sake they would end a run, or change its results
+# variables of JAX: set for another program, they would end a run or change its results
 NOT_FOLLOWED = (
     "JAX_ENABLE_X64", "JAX_DEFAULT_DTYPE_BITS", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION",
     "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE",
@@ -42,7 +42,7 @@ ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) no
 
 
 class UserError(ValueError):
-    """A mistake in arguments, settings or input; its message is the one line that the user reads."""
+    """A mistake in arguments, settings or input. Its message is the one line that the user reads."""
 
 
 class SourceTimeout(RuntimeError):
@@ -56,7 +56,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra of the package, here: a checkout is installed from its folder."""
+    """Return the command that installs an extra of the package. A checkout is installed from its folder."""
     is_checkout = Path(__file__).parents[2].joinpath("constraints.txt").is_file()
     return (
         f"pip install -c constraints.txt -e '.[{extra}]'" if is_checkout else f"pip install 'smollm-jax[{extra}]'"
@@ -64,9 +64,9 @@ def install(extra: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return type and message of an error as one line; a `UserError` needs no type, and is never cut.
+    """Return an error's type and message as one line. A `UserError` needs no type, and is never cut.
 
-    What a terminal would obey, such as in the name of a file, is escaped.
+    Characters that a terminal would obey, for example in the name of a file, are escaped.
     """
     text, kind = " ".join(str(error).split()), type(error).__name__
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -76,12 +76,12 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape the control characters of a text, which could move a terminal's cursor or forge its lines."""
+    """Escape a text's control characters, which could move a terminal's cursor or forge its lines."""
     return text.translate(ESCAPED)
 
 
 def say(message: str) -> None:
-    """Print a line to stderr; stdout is for results. No run ends because nobody listens."""
+    """Print a line to stderr, as stdout is for results. No run ends because nobody reads stderr."""
     with contextlib.suppress(OSError, ValueError):  # the terminal is closed, or the log's disk full
         print(printable(message), file=sys.stderr, flush=True)
 
@@ -109,7 +109,7 @@ def open_streams() -> None:
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit code; an exception is explained on stderr and becomes an exit code."""
+    """Run `main` and return its exit code. An exception is explained on stderr and becomes an exit code."""
     open_streams()
     for name in filter(os.environ.__contains__, NOT_FOLLOWED):  # JAX, imported later, reads them
         say(f"{name}={os.environ.pop(name)} of the environment is not followed: it would change the results")
@@ -131,7 +131,7 @@ def run_main(main: Callable[[], int]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Print an exception, in one line unless it is a bug of ours, and return the exit code."""
+    """Print an exception, in one line unless it is a bug of ours. Returns the exit code."""
     if variables := of_environment(error):
         say(f"error: {one_line(error)}; check {variables} in the environment")
         return EXIT_MISTAKE
@@ -155,9 +155,9 @@ def _drop_output() -> None:
 
 
 def of_machine(error: BaseException) -> OSError | None:
-    """Return the error as the refusal of a disk or a permission; None if it is of another kind.
+    """Return the error as the refusal of a disk or a permission. None if it is of another kind.
 
-    Libraries written in Rust tell the number of the operating system's error in their message.
+    Libraries written in Rust give the number of the operating system's error in their message.
     """
     if isinstance(error, OSError):
         return error if error.errno in OF_THE_MACHINE else None
@@ -167,7 +167,7 @@ def of_machine(error: BaseException) -> OSError | None:
 
 
 def of_environment(error: BaseException) -> str:
-    """Return the variables, with values, that made a library fail; empty if none is known to have."""
+    """Return the variables, with values, that made a library fail. Empty if none is known to."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     ours = max((i for i, file in enumerate(files) if f"{os.sep}smollm_jax{os.sep}" in file), default=-1)
     beyond, text = files[ours + 1 :], str(error)
@@ -176,14 +176,14 @@ def of_environment(error: BaseException) -> str:
         if any(part in file for file in beyond):
             found = {name: value for name, value in os.environ.items() if value and re.fullmatch(names, name)}
             said = {n: v for n, v in found.items() if _names(text, v) or set(n.lower().split("_")) & words}
-            # an error of a proxy or a certificate may name neither; of others, what is not named is not to blame
+            # errors of a proxy or certificate may name neither. For others, only named variables are to blame
             blamed = said or (found if part == "/httpx" else {})
             return ", ".join(f"{name}={_hidden(value)}" for name, value in sorted(blamed.items()))
     return ""
 
 
 def _names(text: str, value: str) -> bool:
-    """Return whether a text names a value, as a word of its own and not one such as 1."""
+    """Return whether a text names a value, as a whole word. Values such as 1 do not count."""
     return len(value) > 1 and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
 
 

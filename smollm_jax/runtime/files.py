@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written aside and renamed, and JSON that may be damaged."""
+"""Write files that are complete or absent (written aside, renamed). Read JSON that may be damaged."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ LARGEST_WHOLE = 2**29  # bytes of a file that is read whole: the largest tokeniz
 
 
 class Damaged(UserError):
-    """A file is not what was written; the message says what is wrong with it."""
+    """A file that is not as it was written. The message says what is wrong."""
 
 
 def fsync(path: Path) -> None:
@@ -35,7 +35,7 @@ def fsync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """Return a checksum of a file's content; it guards against accidents, not against an attacker."""
+    """Return a checksum of a file's content, against accidents and not against an attacker."""
     digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
@@ -44,7 +44,7 @@ def checksum(path: Path) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return a path that exists, or with its "~" replaced; raises `UserError` if nobody knows that home folder."""
+    """Return a path that exists, or with its "~" replaced. Raises `UserError` for an unknown home folder."""
     try:
         return Path(path) if os.path.exists(path) else Path(path).expanduser()
     except RuntimeError as error:
@@ -52,7 +52,7 @@ def expand_home(path: str | Path) -> Path:
 
 
 def matching(pattern: str) -> list[str]:
-    """Return the paths that a path or glob pattern names; a path that exists, or its beginning, is no pattern.
+    """Return the paths that a path or glob pattern names. A path that exists, or its beginning, is no pattern.
 
     Raises as `expand_home`.
     """
@@ -65,7 +65,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def leads_out(path: Path) -> bool:
-    """Return whether `path` is a link out of its folder; the Hub's cache links snapshots/ID/FILE to blobs/HASH."""
+    """Return whether `path` is a link out of its folder. The Hub's cache links snapshots/ID/FILE to blobs/HASH."""
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     return not (target.is_relative_to(folder) or target.is_relative_to(blobs))
@@ -73,7 +73,7 @@ def leads_out(path: Path) -> bool:
 
 @contextmanager
 def named_failure(path: str | Path) -> Iterator[None]:
-    """Give the refusal of a disk the name of the file: a write has none, and a library in Rust no `OSError`."""
+    """Add the file's name to a disk's refusal. A write has no name, and a library in Rust raises no `OSError`."""
     try:
         yield
     except Exception as error:
@@ -84,18 +84,18 @@ def named_failure(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `path`; rename it to `path` if the block succeeds, else remove it.
+    """Yield a hidden path beside `path`. Renames it to `path` if the block succeeds, else removes it.
 
-    A reader finds the old file or folder or the new one, never a part of it, also after the process dies; the next
-    writer removes what a dead one left. A folder that cannot be renamed, as a mount point, is filled in place.
-    Raises `OSError` for a file to be written where a folder is, or for a full disk, with the name of `path`.
+    A reader finds the old file or folder or the new one, never a part, also after the process dies. The next
+    writer removes what a dead writer left. A folder that cannot be renamed, as a mount point, is filled in place.
+    Raises `OSError` with the name of `path` for a full disk, or for a file over a folder.
     """
     is_fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
     where = path if is_fixed else path.parent
     part, old = (where / f".{path.name}.{word}-{os.getpid()}" for word in ("part", "old"))
     with _cleaned(where, (path.name,)):
         try:
-            _remove(part)  # of a dead process with our number, or a link that somebody put there
+            _remove(part)  # left by a dead process with our number, or a link that somebody put there
             with named_failure(path):
                 yield part
             is_full = part.is_dir() and path.is_dir()  # a folder that holds something cannot be replaced
@@ -111,7 +111,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def moved_aside(path: Path) -> Path:
-    """Rename a file or folder to a free name, NAME.oldN; returns the new path."""
+    """Rename a file or folder to a free name, NAME.oldN. Returns the new path."""
     aside = next(new for n in count(1) if not os.path.lexists(new := path.with_name(f"{path.name}.old{n}")))
     path.rename(aside)
     return aside
@@ -120,8 +120,8 @@ def moved_aside(path: Path) -> Path:
 def clean_left_overs(folder: Path, names: Iterable[str], *, is_locked: bool = False) -> None:
     """Remove what dead processes left in `folder` while they wrote one of `names`.
 
-    An old version that has no successor gets its name back. Does nothing while a process writes there, nor on a
-    file system without locks, unless the caller holds another lock of the folder.
+    An old version without successor gets its name back. Does nothing while a process writes there. Does nothing on
+    a file system without locks, unless the caller holds another lock of the folder.
     """
     with _cleaned(folder, names, is_locked=is_locked):
         pass
@@ -129,7 +129,7 @@ def clean_left_overs(folder: Path, names: Iterable[str], *, is_locked: bool = Fa
 
 @contextmanager
 def _cleaned(folder: Path, names: Iterable[str], *, is_locked: bool = False) -> Iterator[None]:
-    """Clean up in `folder`, then share its lock; while one process holds it alone, all left-overs are dead."""
+    """Clean up in `folder`, then share its lock. While one process holds it alone, all left-overs are dead."""
     pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.(part|old)-\d+")
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -158,7 +158,7 @@ def _cleaned(folder: Path, names: Iterable[str], *, is_locked: bool = False) -> 
 
 
 def _renamed(path: Path, new: Path) -> bool:
-    """Rename a folder; returns False if it is a mount point."""
+    """Rename a folder. Returns False if it is a mount point."""
     try:
         path.rename(new)
     except OSError as error:
@@ -169,15 +169,15 @@ def _renamed(path: Path, new: Path) -> bool:
 
 
 def held_in(folder: Path) -> list[Path]:
-    """Return what `folder` holds, in order, without the lost+found of a disk that is mounted there."""
+    """Return the entries of `folder`, in order, without the lost+found of a mounted disk."""
     is_disk = os.path.ismount(folder)
     return sorted(path for path in folder.iterdir() if not (is_disk and path.name == "lost+found"))
 
 
 def _fill(folder: Path, part: Path) -> None:
-    """Replace all that `folder` holds by what `part` holds.
+    """Replace the content of `folder` by the content of `part`.
 
-    The README.md of an export, which tells what else is the export's, is removed last and comes first.
+    The README.md of an export tells what else belongs to the export. So README.md is removed last and comes first.
     """
     for path in reversed(held_in(folder)):
         if path != part:
@@ -209,7 +209,7 @@ def read_whole(path: Path) -> bytes:
 
 
 def read_json(path: Path, name: str | None = None) -> Any:
-    """Return the content of a JSON file; raises `Damaged`, whose message names it by `name` or its path."""
+    """Return the content of a JSON file. Raises `Damaged`, which names it by `name` or its path."""
     try:
         if path.is_file() or not path.exists():
             return json.loads(read_whole(path).decode())

@@ -14,7 +14,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 WAYS_OUT = "without the Hub use local files (--data 'FILES' --tokenizer FOLDER) or --recipe quickstart"
-FRESH_SECONDS = 8.0  # a new run waits this long for a first answer; a resumed run, --data-timeout
+FRESH_SECONDS = 8.0  # a new run waits this long for a first answer, a resumed run --data-timeout
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
 PASSING = (408, 425, 429)  # HTTP status codes below 500 that may pass: timeout, too early, too many requests
 
@@ -37,9 +37,9 @@ def request_seconds() -> float:
 
 
 def retry(ask: Callable[[], T], name: str, patience: float, closed: threading.Event) -> T:
-    """Return `ask()`; repeat it while its failure may pass, and log every wait.
+    """Return `ask()`. Repeats it while its failure may pass, and logs every wait.
 
-    Raises `SourceTimeout` after `patience` seconds, or once `closed` is set, and any other failure at once.
+    Raises `SourceTimeout` after `patience` seconds, or once `closed` is set. Raises any other failure at once.
     """
     began, wait = time.monotonic(), FIRST_WAIT_SECONDS
     while True:

@@ -1,9 +1,9 @@
-"""Stop on request: SIGTERM, Ctrl-C and a scheduler's warning set a flag that the loop reads between steps.
+"""Stop on request: a signal sets a flag that the loop reads between steps.
 
-Python runs a signal handler only between two bytecodes of the main thread, which may be in a compile for minutes.
-So the signal also wakes a thread of ours. It exits at once if nothing would be lost, or on a second
-SIGTERM or Ctrl-C.
-While the main thread is known to be busy, another thread saves in its place.
+The signals are SIGTERM, Ctrl-C and a scheduler's warning. Python runs a signal handler only between two bytecodes
+of the main thread, which may compile for minutes. So the signal also wakes a thread of ours. The thread exits at
+once if nothing would be lost, or on a second SIGTERM or Ctrl-C. While the main thread is known to be busy, another
+thread saves in its place.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ INSISTENT = (signal.SIGTERM, signal.SIGINT)  # a second one leaves at once
 # warnings before the end: SLURM and submitit send SIGUSR1 or 2, `ulimit -t` SIGXCPU, a closed terminal SIGHUP
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 AGAIN_SECONDS = 1.0  # a signal sooner after the first is the same request: `timeout` and schedulers send two
-SAY_SECONDS = 1.0  # to print the last message; a full pipe or a stopped terminal blocks it
+SAY_SECONDS = 1.0  # to print the last message, which a full pipe or a stopped terminal blocks
 LOOK_SECONDS = 0.1  # between two checks of the thread that saves in the main thread's place
 
 
 def leave(code: int) -> NoReturn:
     """Exit at once, without the interpreter's teardown.
 
-    No handler is installed during the teardown, so a late signal would turn a finished run into a failed one.
+    The teardown has no handler, so a late signal would turn a finished run into a failed one.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # `run_main` has reported it
@@ -39,7 +39,7 @@ def leave(code: int) -> NoReturn:
 
 
 class StopRequest:
-    """A context manager around a run; the first of its signals sets `requested`. nohup's SIGHUP stays ignored."""
+    """A context manager around a run. Its first signal sets `requested`. nohup's SIGHUP stays ignored."""
 
     def __init__(self) -> None:
         self.requested = False

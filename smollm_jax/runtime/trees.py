@@ -1,11 +1,11 @@
-"""Nested dicts as flat dicts whose names are paths, and back."""
+"""Turn nested dicts into flat dicts whose names are paths, and back."""
 
 from functools import reduce
 from typing import Any
 
 
 def flatten(tree: dict[str, Any], sep: str) -> dict[str, Any]:
-    """Return the leaves of nested dicts by path: `{"a": {"b": 1}}` becomes `{"a/b": 1}` for the separator "/"."""
+    """Return the leaves of nested dicts by path. `{"a": {"b": 1}}` becomes `{"a/b": 1}` for "/" as `sep`."""
     named: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Turn text into token ids and back."""
 
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.load import load_tokenizer, train_tokenizer

@@ -1,8 +1,8 @@
 """Encode conversations to token ids with the chat template of a tokenizer.
 
-The template comes with the model, from anywhere, so it runs in jinja's sandbox. The special tokens of the
-template become ids. The same characters in a message stay text, so that no message can end its own turn,
-unless the tokenizer is told to parse them.
+The template comes with the model, from anywhere, so it runs in jinja's sandbox. The special tokens of the template
+become ids. The same characters in a message stay text, unless the tokenizer is told to parse them. So no message
+can end its own turn.
 """
 
 import json
@@ -30,7 +30,7 @@ def encode_chat(
     *,
     render: Render | None = None,
 ) -> list[int]:
-    """Return the ids of a conversation up to the assistant's turn; a message has a role and content.
+    """Return the ids of a conversation up to the assistant's turn. A message has a role and content.
 
     `render` may put limits on the template. Raises `UserError` if there is no template, or the template refuses.
     """
@@ -53,7 +53,7 @@ def encode_chat(
 
 
 def render_chat(template: str, messages: Turns, names: dict[str, str]) -> str:
-    """Return the text of a conversation up to the assistant's turn; raises `UserError` if the template refuses."""
+    """Return the text of a conversation up to the assistant's turn. Raises `UserError` if the template refuses."""
     try:
         return (
             _environment()
@@ -72,7 +72,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for training; here it shows them."""
+        """Support `{% generation %}`, which marks the assistant's words for training. Here it shows them."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja's own way
 

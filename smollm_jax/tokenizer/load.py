@@ -1,4 +1,4 @@
-"""Get a tokenizer by its name: from a folder, from the Hugging Face Hub, or trained on the documents of a run."""
+"""Load a tokenizer by name: from a folder, the Hub, or by training on documents."""
 
 import json
 import tempfile
@@ -17,7 +17,7 @@ LONGEST_WORD = 4_096  # bytes: the trainer's time grows with the square of a wor
 def load_tokenizer(
     name: str, *, documents: Iterable[str] | None = None, special_tokens: SpecialTokens = "text"
 ) -> Tokenizer:
-    """Load the tokenizer of a folder or Hub id, or train one on `documents` for `train:VOCAB`.
+    """Load the tokenizer of a folder or Hub id. For `train:VOCAB`, train one on `documents`.
 
     Raises `UserError` if there is none, or the Hub does not answer.
     """
@@ -54,7 +54,7 @@ def _download(repo: str) -> Path:
 def train_tokenizer(
     documents: Iterable[str], vocab_size: int, *, special_tokens: SpecialTokens = "text"
 ) -> Tokenizer:
-    """Train a byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of `vocab_size` entries, eos first."""
+    """Train a byte-level BPE of `vocab_size` entries, eos first. See Sennrich et al. 2016, Radford et al. 2019."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Fast
 

@@ -1,7 +1,7 @@
-"""Render chat templates in a child process: a template is a program that comes with a model, and may not end.
+"""Render chat templates in a child process. A template comes with a model, and may not end.
 
-The child ends itself when a template takes too long, also inside a single call, and cannot take more memory than
-it may. The next conversation starts another child.
+The child ends itself when a template takes too long, also inside a single call. The child cannot take more memory
+than allowed. The next conversation starts another child.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ class RenderingLimit(UserError):
 
 
 class Renderer:
-    """A child process that renders one conversation at a time; started for the first one."""
+    """A child process that renders one conversation at a time. The first conversation starts it."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def render(self, template: str, messages: Turns, names: dict[str, str]) -> str:
-        """Return what `render_chat` returns; raises `UserError` as it does, and `RenderingLimit`."""
+        """Return what `render_chat` returns. Raises `UserError` as `render_chat` does, and `RenderingLimit`."""
         with self._lock:
             child = self._child = self._child or _start()
             answer = ""

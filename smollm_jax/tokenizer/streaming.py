@@ -1,4 +1,4 @@
-"""Turn ids into text while they are generated; the pieces add up to the decoded text of all ids."""
+"""Turn ids into text while they are generated. The pieces add up to the decoded text of all ids."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -9,7 +9,7 @@ CONTEXT_IDS = 4  # decoded with new ids: some tokenizers decode the start of a t
 
 
 class TextOfIds:
-    """An incremental decoder of the ids that follow `prompt`, which holds back text that may still change."""
+    """An incremental decoder of the ids after `prompt`. Holds back text that may still change."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
@@ -27,7 +27,7 @@ class TextOfIds:
         return new
 
     def rest(self) -> str:
-        """Return the text left after the last id: the mark of an unfinished character, or an empty text."""
+        """Return the text after the last id: the mark of an unfinished character, or nothing."""
         return self._after_shown(self._tokenizer.decode(self._window))
 
     def _shorten(self, ids: list[int]) -> None:

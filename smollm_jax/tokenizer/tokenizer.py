@@ -1,7 +1,7 @@
-"""Encode text to ids and decode ids to text, with a loaded tokenizer or one trained on the data.
+"""Encode text to ids and decode ids to text, with a loaded or trained tokenizer.
 
-A thin layer over the `tokenizers` library, without transformers. The files of a tokenizer are kept unchanged,
-so that the export of a run holds the same files. Nothing here knows of documents, rows or models.
+A thin layer over the `tokenizers` library, without transformers. The files of a tokenizer are kept unchanged, so
+that the export of a run holds the same files. Nothing here knows of documents, rows or models.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path, *, special_tokens: SpecialTokens = "text"):
-        """Read a folder; raises `UserError` if it holds no usable tokenizer."""
+        """Read a folder. Raises `UserError` if it holds no usable tokenizer."""
         folder = Path(folder)
         require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
         self.files = {name: read_whole(folder / name) for name in FILES if (folder / name).is_file()}
@@ -90,7 +90,7 @@ class Tokenizer:
         return self._open(spelled_out="parse")  # a second one: threads share the first
 
     def _json(self, name: str, folder: Path) -> dict[str, Any]:
-        """Parse a JSON file without its nulls; empty if there is none."""
+        """Parse a JSON file without its nulls. Empty if there is none."""
         try:
             value = json.loads(self.files.get(name, b"{}"))
         except (ValueError, RecursionError) as error:
@@ -107,24 +107,24 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The id of the token that begins a text; None if the tokenizer names none."""
+        """Return the id of the token that begins a text. None if the tokenizer names none."""
         return self._fast.token_to_id(token_text(self.settings.get("bos_token")))
 
     @property
     @_no_panic()
     def fingerprint(self) -> str:
-        """A hash of tokenizer.json, and of the ids that `encode` adds to a text if there are any."""
+        """Hash tokenizer.json, and any ids that `encode` adds to a text."""
         bare, added = (self._fast.encode("", add_special_tokens=on).ids for on in (False, self.template))
         more = b"" if added == bare else repr(added).encode()
         return hashlib.sha256(self.files["tokenizer.json"] + more).hexdigest()
 
     def encode_as_of(self, fingerprint: str) -> None:
-        """Encode as the run with this `fingerprint` did: early runs left out what the post-processor adds."""
+        """Encode as the run with this `fingerprint` did. Early runs left out what the post-processor adds."""
         self.template = self.fingerprint.startswith(fingerprint)
 
     @_no_panic()
     def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
-        """Return the ids of each text, int32 (n,); `special_tokens` goes before the tokenizer's own mode."""
+        """Return the ids of each text, int32 (n,). `special_tokens` overrides the tokenizer's own mode."""
         self.texts += len(texts)
         self.texts_with_special += sum(any(token in text for token in self.special_tokens) for text in texts)
         fast = self._parsing if (special_tokens or self.mode) == "parse" else self._fast
@@ -174,24 +174,24 @@ class Tokenizer:
 
     @cached_property
     def unsettled(self) -> set[int]:
-        """The ids that do not end a run of bytes; special tokens are left out of a text."""
+        """Return the ids that do not end a run of bytes. Special tokens are not part of a text."""
         return self._byte_ids | set(self.special_tokens.values())
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """The id of each special token."""
+        """Return the id of each special token."""
         added = self._fast.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
     def describe_special(self) -> str:
-        """Return a sentence on special tokens that texts spell out, and how many texts did so far."""
+        """Return a sentence on special tokens in texts, and how many texts had any."""
         what, other = ("become ids", "text") if self.mode == "parse" else ("stay text", "parse")
         count = f"; {self.texts_with_special:,} of {self.texts:,} texts so far spell one out" if self.texts else ""
         return f"special tokens in a text {what} (other: --special-tokens {other}){count}"
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text per id inside of a text: int32 (V,), 0 for special tokens.
+        """Return the UTF-8 bytes of each id inside a text: int32 (V,), 0 if special.
 
         A byte-level token spells each byte as one character, so its length is the count.
         """
@@ -209,10 +209,10 @@ class Tokenizer:
 
     @_no_panic()
     def byte_counts(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """Return the UTF-8 bytes of `text` that each of its `ids` stands for: together all of them.
+        """Return the UTF-8 bytes of `text` that each of its `ids` stands for: together all.
 
-        `ids` may end with an eos that the tokenizer did not add. A tokenizer that changes the text (lower case, a
-        space before the first word, unknown words) has no right count per id, so offsets in the text count.
+        `ids` may end with an eos that the tokenizer did not add. A tokenizer may change the text: lower case,
+        added space, unknown words. No count per id is right in this case, so offsets in the text count.
         """
         counts, total = self.token_bytes[ids], len(text.encode())
         if counts.sum() == total or not ids.size:
@@ -225,7 +225,7 @@ class Tokenizer:
         return np.diff(ends, prepend=0).astype(np.int32)
 
     def save(self, folder: str | Path) -> None:
-        """Write the files that were read; raises `UserError` if one was a link out of its folder."""
+        """Write the files that were read. Raises `UserError` if one was a link out of its folder."""
         require(self.outside is None, f"{self.outside} is a link out of its folder, not copied; put a file there")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,13 +235,13 @@ class Tokenizer:
 
 
 def token_text(token: Any) -> str:
-    """Return the text of a token in a settings file: a string, an object with its content, or null."""
+    """Return a token's text in a settings file: a string, an object or null."""
     text = str((token.get("content") if isinstance(token, dict) else token) or "")
     return text.encode(errors="backslashreplace").decode()  # no tokenizer takes half a character
 
 
 def _default_template(given: Any) -> str | None:
-    """Return a chat template as it is, or the entry named default of a list, as older files hold."""
+    """Return a chat template as it is, or the entry "default" of a list. Older files hold lists."""
     if isinstance(given, list):
         entries = [entry for entry in given if isinstance(entry, dict) and entry.get("name") == "default"]
         given = entries[-1].get("template") if entries else None

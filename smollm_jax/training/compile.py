@@ -1,4 +1,4 @@
-"""Compile the train step for every batch size of a run, within the memory of a device."""
+"""Compile the train step for every batch size of a run, within device memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +41,7 @@ def compile_step(
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:
-    """Return the bytes of device memory that the program needs at once, arguments included; 0 if unknown."""
+    """Return the bytes of device memory that a program needs, arguments included. 0 if unknown."""
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
@@ -54,12 +54,12 @@ def compile_steps(
     *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool, ops: Ops | None = None,
     before: Policy = "none", tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[int, jax.stages.Compiled], Policy]:  # fmt: skip
-    """Return a compiled step for each batch size of the run, and the remat policy of all steps.
+    """Return a compiled step for each batch size, and the remat policy of all.
 
-    `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`.
-    Raises `UserError` if the compiler finds that nothing fits. `agree` makes one answer out of the answers of
-    several processes to whether a step fits: their programs have to be the same. `ops` as in `make_step`. A run
-    that resumes begins with the policy it had `before`: another may change the last bits.
+    `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`. Raises
+    `UserError` if the compiler finds that nothing fits. `agree` decides for several processes whether a step fits:
+    their programs have to be the same. `ops` as in `make_step`. A run that resumes begins with its policy
+    `before`: another policy may change the last bits.
     """
     sizes, asked = sorted({phase.batch_size for phase in config.phases}, reverse=True), config.compute.remat
     policies: tuple[Policy, ...] = POLICIES[POLICIES.index(before) :] if asked == "auto" else (asked,)
@@ -88,7 +88,7 @@ def compile_steps(
 
 
 def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Processes) -> tuple[Ops, list[str]]:
-    """Return functions whose kernels have passed their check in all processes, and notes for the user."""
+    """Return functions whose kernels passed their check in all processes, and notes for the user."""
     axes: dict[str, Any] = {"rows": BATCH_AXES, "heads": HEAD_AXIS}
     with processes.all_or_none():
         ops, notes = select_checked_ops(config.compute.attention, mesh, dtype, config.model, **axes)
@@ -101,9 +101,9 @@ def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Process
 def compile_within(
     config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops, *, before: Policy
 ) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
-    """Return the steps, the remat policy that fits the memory, and a note if the memory may not suffice.
+    """Return the steps, the remat policy that fits, and a note if memory is scarce.
 
-    Raises `UserError` if the free memory does not hold the step: the system would end the run without a word.
+    Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
     """
     gather, here, parameters = checkpoints.processes.gather, mesh.local_mesh.devices, config.model.num_parameters
     memory = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size)))
@@ -112,7 +112,7 @@ def compile_within(
         before=before, tell=say if checkpoints.processes.first else lambda _: None,
     )  # fmt: skip
     needed = max(gather(compiled_bytes(steps[max(steps)])))
-    # on a CPU the memory of a save is not part of the memory of a step
+    # on a CPU, the memory of a step leaves out the memory of a save
     copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
     checkpoints.beside_the_step = needed + copied <= memory
     less = "--grad-accum 2 or more, or a smaller --batch-size, needs less"

@@ -1,7 +1,7 @@
-"""Held-out loss and bits per byte, of a run in progress and of any model on any text.
+"""Compute held-out loss and bits per byte, of a run or any model.
 
-Bits per byte are the nats of the targets over the UTF-8 bytes of the same targets, so they compare across
-tokenizers. Sums are kept to the end because a mean of means would weigh short batches more.
+Bits per byte are the nats of the targets over the UTF-8 bytes of the same targets. So they compare across
+tokenizers. Sums are kept to the end because a mean of means would give short batches more weight.
 """
 
 import math
@@ -33,13 +33,13 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll
 
-# a greedy base model repeats itself; this shows what it learned and is still nearly deterministic
+# a greedy base model repeats itself. Samples at these settings show what it learned, and hardly vary
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
 
 
 @dataclass(frozen=True)
 class HeldOutScore:
-    """Sums over the held-out targets: nats, targets, and the bytes of text they stand for."""
+    """The sums over the held-out targets: nats, targets, and the bytes of their text."""
 
     nats: float
     tokens: int
@@ -47,7 +47,7 @@ class HeldOutScore:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Return nats per token."""
         return self.nats / max(self.tokens, 1)
 
     @property
@@ -77,10 +77,10 @@ def evaluate_model(
     *, batch_size: int, dtype: str, seq_len: int | None = None, max_batches: int | None = None,
     special_tokens: SpecialTokens | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score a run, exported folder or Hub id on all of `data.data`, in order; returns plain JSON values.
+    """Score a run, exported folder or Hub id on all of `data.data`, in order. Returns plain JSON values.
 
-    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `UserError` for
-    a path that cannot be read, or data without a target.
+    Rows have `seq_len` tokens, by default as in training, at most the model's context. Raises `UserError` for a
+    path that cannot be read, or data without a target.
     """
     require(batch_size > 0, f"--batch-size {batch_size} must be at least 1")
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
@@ -88,7 +88,7 @@ def evaluate_model(
     check_vocab(tokenizer, model.vocab_size)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
-    # plain: kernels are only used after a check, and only a run makes one
+    # plain: kernels need a check before use, and only a run checks them
     config = Config(model=model, data=settings, compute=ComputeConfig(attention="plain"))
     use_precision_of(jnp.dtype(dtype))
     mesh = make_mesh(config, jax.devices()[:1])
@@ -140,7 +140,7 @@ def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def sample(run: Run) -> list[tuple[str, str]]:
-    """Return the sample prompts with their continuations; fewer if a stop is requested meanwhile."""
+    """Return the sample prompts with their continuations. Fewer if a stop is requested meanwhile."""
     settings = run.config.run
     if not settings.sample_tokens or run.interrupted:
         return []

@@ -1,4 +1,4 @@
-"""Train a run to its end: take its folder, set it up, run the loop, export the result.
+"""Train a run to its end: take its folder, set it up, train, export.
 
 The functions stand in the order of execution. Each of several processes runs all of them.
 """
@@ -30,7 +30,7 @@ from smollm_jax.training.step import Vote
 
 
 def fit(config: Config, stop: StopRequest) -> int:
-    """Train as `config` says, from the newest good checkpoint if there is one; returns the exit code.
+    """Train as `config` says, from the newest good checkpoint if there is one. Returns the exit code.
 
     Raises `UserError` for a mistake in settings or input.
     """
@@ -52,7 +52,7 @@ def fit(config: Config, stop: StopRequest) -> int:
 
 @contextmanager
 def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
-    """Hold the run folder and its lock; with several processes the first one holds the lock for all.
+    """Hold the run folder and its lock. The first of several processes holds the lock for all.
 
     --new-run first renames an old folder to RUN.oldN. Raises `UserError` in all processes if the folder is in use,
     or if they were started with different settings.
@@ -78,7 +78,7 @@ def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
 
 
 def finish(run: Run, verdict: Vote) -> int:
-    """Wait for the last checkpoint, export a finished run, print the result; returns the exit code."""
+    """Wait for the last checkpoint, export a finished run, print the result. Returns the exit code."""
     if not run.checkpoints.wait():
         run.report.say(f"the last checkpoint could not be saved: {run.checkpoints.failed}")
         return EXIT_FAILED

@@ -1,9 +1,9 @@
-"""The training loop, the same for one process and for many.
+"""Run the training loop, the same for one process and for many.
 
 A process cannot leave a step that others have begun. Therefore each sends a `Vote` with its rows of a batch. The
-summed votes come back with the metrics, equal in all processes, while the next step runs. A step that one process
-votes `VOID` changes nothing, and all return to the state before it. A process alone needs no votes: it sends no
-step without rows, and its verdict is whether it was asked to stop.
+summed votes come back with the metrics, equal in all processes, while the next step runs. If one process votes
+`VOID`, the step changes nothing, and all return to the state before it. A process alone needs no votes and sends
+no step without rows. The verdict of such a process is a stop request or none.
 """
 
 import time
@@ -29,7 +29,7 @@ STUCK_SECONDS = 600.0  # added to --data-timeout, so that a source's own error c
 
 @dataclass
 class Ballot:
-    """What a process contributes to a step: its vote, and rows with the cursor after them if it has any."""
+    """A process's part in a step: its vote, and any rows with their next cursor."""
 
     vote: Vote
     item: tuple[Batch, dict[str, Any] | None] | None = None
@@ -37,10 +37,10 @@ class Ballot:
 
 
 def train(run: Run) -> Vote:
-    """Train until the last step (`GO`), a stop request (`STOP`) or the end of the data (`ENDED`).
+    """Train until the last step (`GO`), a stop request (`STOP`) or data's end (`ENDED`).
 
-    One step is on the device while the metrics of the one before are read, so the device never waits for the host.
-    Raises `TooManyBadSteps`, or in all processes `UserError` if one cannot read its data.
+    One step is on the device while the loop reads the metrics of the step before. So the device never waits for
+    the host. Raises `TooManyBadSteps`. Raises `UserError` in all processes if one cannot read its data.
     """
     if run.evaluated < run.progress.step and evaluation_due(run):
         with run.interval.paused():
@@ -49,7 +49,7 @@ def train(run: Run) -> Vote:
     while run.progress.step < run.last_step:
         ballot = next_ballot(run, ballot)
         sent = dispatch(run, ballot)
-        verdict = settle(run, pending)  # of the step before, while this one runs
+        verdict = settle(run, pending)  # of the step before, while the current step runs
         if sent is not None and verdict == Vote.GO and not (evaluation_due(run) or save_step(run)):
             pending = sent
             continue
@@ -73,9 +73,9 @@ def train(run: Run) -> Vote:
 
 
 def next_ballot(run: Run, before: Ballot | None) -> Ballot:
-    """Return the next rows, or the reason why there are none, with the vote that follows from it."""
+    """Return the next rows, or the reason why there are none, with the resulting vote."""
     if before is not None and before.vote == Vote.VOID:
-        return before  # late rows do not change it: the step already in flight must be void as well
+        return before  # late rows do not change the ballot: the step already in flight must be void as well
     if run.interrupted:
         return Ballot(Vote.STOP)  # a process alone takes no further step for the sake of others
     began = time.monotonic()
@@ -83,7 +83,7 @@ def next_ballot(run: Run, before: Ballot | None) -> Ballot:
         item = _wait_for_rows(run)
     except StopIteration:
         return Ballot(Vote.STOP if run.stop.requested and run.job.several else Vote.ENDED)
-    except (SourceTimeout, ValueError) as error:  # it costs nothing of the steps before it: the loop saves first
+    except (SourceTimeout, ValueError) as error:  # no earlier step is lost: the loop saves first
         return Ballot(Vote.VOID, fault=error)
     finally:
         run.interval.data_wait_seconds += time.monotonic() - began
@@ -94,7 +94,7 @@ def next_ballot(run: Run, before: Ballot | None) -> Ballot:
 
 
 def _wait_for_rows(run: Run) -> tuple[Batch, dict[str, Any]] | None:
-    """Return the loader's next batch and cursor; None if a stop is requested while there is none."""
+    """Return the loader's next batch and cursor. None if a stop is requested while there is none."""
     patience = run.config.data.data_timeout + STUCK_SECONDS
     deadline = time.monotonic() + patience
     with run.job.watchdog.patient("a batch of the data", patience + STUCK_SECONDS):
@@ -106,7 +106,7 @@ def _wait_for_rows(run: Run) -> tuple[Batch, dict[str, Any]] | None:
 
 
 def dispatch(run: Run, ballot: Ballot) -> Pending | None:
-    """Send a step to the device without waiting for it; None if a process alone has no rows."""
+    """Send a step to the device without waiting for it. None if a process alone has no rows."""
     sent, progress = time.monotonic(), run.progress
     if ballot.item is None and not run.job.several:
         return None
@@ -127,7 +127,7 @@ def dispatch(run: Run, ballot: Ballot) -> Pending | None:
 
 
 def settle(run: Run, pending: Pending | None) -> Vote:
-    """Wait for a step and return the verdict on it: `GO` or `STOP` if it counts, else `ENDED` or `VOID`.
+    """Wait for a step. Returns `GO` or `STOP` if it counts, else `ENDED` or `VOID`.
 
     A step that does not count is undone: progress returns to the step before it.
     """
@@ -151,7 +151,7 @@ def settle(run: Run, pending: Pending | None) -> Vote:
 
 
 def outcome_of(run: Run, verdict: Vote, ballot: Ballot | None) -> Vote:
-    """Return why all processes end, `ENDED` or `STOP`; raises `UserError` in all if one cannot read its data."""
+    """Return why all processes end, `ENDED` or `STOP`. Raises `UserError` in all if one cannot read its data."""
     try:
         with run.job.all_or_none():
             if ballot is not None and ballot.fault is not None:

@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate schedule: add another here, and its name to `OptimizerConfig`."""
+"""Define the optimizer and the learning rate schedule. Add others here, and their names to `OptimizerConfig`."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from smollm_jax.config.settings import Config, OptimizerConfig
 def learning_rate_schedule(config: Config) -> optax.Schedule:
     """Return the learning rate of the update after `count` updates.
 
-    Update n of W warm-up updates has n/W of the peak. From W on the rate decays and would reach its end at update
-    N+1, so that none of the N updates is wasted at zero.
+    Update n of W warm-up updates has n/W of the peak. From W on the rate decays. The rate would reach its end at
+    update N+1, so that none of the N updates is wasted at zero.
     """
     peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
     warmup, decay = config.warmup_steps, config.decay_steps
@@ -29,10 +29,10 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Return AdamW without the learning rate (Loshchilov & Hutter 2019), after a clip by global norm.
+    """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, after a global-norm clip.
 
-    `update` takes gradients summed over the targets, and by name the `scale` that makes the sum a mean and the
-    `norm` of the mean.
+    `update` takes gradients summed over the targets, and two named arguments. `scale` makes the sum a mean. `norm`
+    is the norm of the mean.
     """
 
     def decays(params: Any) -> Any:
@@ -46,9 +46,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
 
 
 def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Turn sums into a mean and clip it by global norm (Pascanu et al. 2012), in the pass that uses the gradients.
+    """Average sums and clip by global norm (Pascanu et al. 2012), in one pass.
 
-    optax's clip would read all gradients once more for a norm that is known here. The state is optax's: none.
+    A clip by optax would read all gradients again for a known norm. The state is empty, as in optax.
     """
 
     def update(grads: Any, state: Any, params: Any = None, *, scale: Any, norm: Any, **_: Any) -> tuple[Any, Any]:

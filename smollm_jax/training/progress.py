@@ -1,6 +1,6 @@
-"""Metrics of the steps: the lines of metrics.jsonl, and the count of steps without finite gradients.
+"""Write metrics.jsonl, and count the steps without finite gradients.
 
-The lines of a step are on disk before a checkpoint of it can be, so a resume misses none.
+The lines of a step are on disk before its checkpoint can be, so a resume misses none.
 """
 
 import json
@@ -19,11 +19,11 @@ from smollm_jax.training.run import Interval, Pending, Run, count_seconds
 
 
 class TooManyBadSteps(RuntimeError):
-    """Gradients were not finite for --max-bad-steps steps in a row."""
+    """An error for gradients that were not finite for --max-bad-steps steps in a row."""
 
 
 def report_step(run: Run, pending: Pending) -> None:
-    """Wait for a step's metrics, check and count them, and write a line every --log-every steps."""
+    """Wait for a step's metrics, check and count them. Writes a line every --log-every steps."""
     values, interval = jax.device_get(pending.metrics), run.interval
     run.progress.tokens += int(values["targets"])
     run.progress.ledger = extend(run.progress.ledger, values["batch_hash"])
@@ -45,7 +45,7 @@ def report_step(run: Run, pending: Pending) -> None:
 
 
 def write_line(run: Run) -> None:
-    """Write a metrics line unless there is one: means and rates since the line before, else of the last step."""
+    """Write the step's metrics line once. Means and rates are since the last line, other values of the step."""
     interval = run.interval
     if interval.latest is None:
         return
@@ -80,7 +80,7 @@ def write_line(run: Run) -> None:
 
 
 def skipped_documents(run: Run, pending: Pending) -> int:
-    """Return the rows and files that --on-bad-data skip has passed over so far, in all processes."""
+    """Return the rows and files that all processes have skipped so far (--on-bad-data skip)."""
     if run.job.several and run.config.data.on_bad_data == "skip":
         cursors = run.job.gather(pending.cursor)
         return 0 if None in cursors else int(merge_cursors(cursors)["skipped"])
@@ -88,7 +88,7 @@ def skipped_documents(run: Run, pending: Pending) -> int:
 
 
 def count_bad_step(run: Run, pending: Pending) -> None:
-    """Count a step without finite gradients; after --max-bad-steps in a row raise `TooManyBadSteps`."""
+    """Count a step without finite gradients. Raises `TooManyBadSteps` after --max-bad-steps in a row."""
     run.progress.bad_steps += 1
     run.progress.bad_steps_in_a_row += 1
     run.report.say(f"step {pending.step}: loss or gradient not finite; the update is skipped")
@@ -100,14 +100,14 @@ def count_bad_step(run: Run, pending: Pending) -> None:
 
 
 def write_documents(run: Run, pending: Pending) -> str:
-    """Write the documents of a step to the run folder; returns where they are, or why there are none."""
+    """Write the documents of a step to the run folder. Returns where they are, or why there are none."""
     part = f".{run.job.index}" if run.job.several else ""
     path = run.run_dir / f"bad_step_{pending.step}{part}.jsonl"
     patience = LONGEST_SECONDS + run.config.data.data_timeout
     try:
         with run.job.watchdog.patient("reading documents again", patience):
             documents = run.stream.documents_of(pending.cursor_before)
-            with written_aside(path) as aside:  # whatever has this name is replaced, and no link followed
+            with written_aside(path) as aside:  # replaces anything of this name, and follows no link
                 aside.write_text("".join(json.dumps(document) + "\n" for document in documents))
     except (OSError, ValueError, SourceTimeout, StopIteration) as error:
         return f"the documents of the last could not be written ({error})"

@@ -1,7 +1,7 @@
 """Decide what a run starts from, and whether it may resume under changed settings.
 
-Weights bring their architecture and tokenizer along if the command line leaves these at the recipe's defaults;
-settings it names must fit the weights.
+Weights bring their architecture and tokenizer if the command line leaves these at the recipe's defaults. Settings
+on the command line must fit the weights.
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,7 +36,7 @@ SHOWN = 3  # changes in a line
 
 @dataclass(frozen=True)
 class StartState:
-    """What a run starts from: a checkpoint, weights, or neither; `config` is completed by it."""
+    """The start of a run: a checkpoint, weights, or neither. The start completes `config`."""
 
     config: Config
     checkpoint: VerifiedCheckpoint | None = None
@@ -53,8 +53,8 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     3. the weights of --init-from,
     4. fresh weights.
 
-    Raises `UserError` if the run cannot resume under `config`, if what it trained is lost or damaged, or if the
-    weights have another architecture.
+    Raises `UserError` if the run cannot resume under `config`, or if its checkpoint is lost or damaged. Raises
+    `UserError` too if the weights have another architecture.
     """
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
     if found is not None and "progress" in found.meta:
@@ -70,14 +70,14 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
 
 
 def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: VerifiedCheckpoint | None) -> None:
-    """Raise `UserError` if the run has trained and no checkpoint of it is left: a start would cut its records."""
+    """Raise `UserError` if the run has trained and its checkpoints are gone. A start would cut its records."""
     hint = "see python -m smollm_jax checkpoints, or start afresh with --new-run"
     none = "no good checkpoint after the import" if imported else "no good checkpoint"
     damaged = ", ".join(sorted({path.name for path in folder.glob("[0-9]*")} - {str(imported and imported.step)}))
     require(not damaged, f"{folder} holds {none}, only {damaged}; {hint}")
     trained = max((line["step"] - (line.get("bad_steps") or 0) for line in read_metrics(run_dir)), default=0)
     before = read_run(run_dir) if trained and (run_dir / "config.json").exists() else config
-    # the first save ends before the second begins; a run killed earlier has nothing to go on from
+    # the first save ends before the second begins. A run killed earlier has nothing to continue from
     lost = 0 < 2 * before.run.checkpoint_every < trained or (trained and (run_dir / "export").exists())
     none = f"{trained:,} steps are trained, but {folder} holds {none}"
     require(not lost, f"{none}; bring it back, or start afresh with --new-run")
@@ -92,7 +92,7 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     saved = from_dict(found.meta["config"])
     if vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=saved.model.vocab_size))
-    began = saved.run.scale_residual_init  # before there was this setting: False, whatever the recipe says now
+    began = saved.run.scale_residual_init  # older runs have no such setting: False, whatever the recipe says now
     config = replace(config, run=replace(config.run, scale_residual_init=began))
     if saved.run.init_from is not None:
         source = config.run.init_from or saved.run.init_from
@@ -115,13 +115,13 @@ def _is_tokenizer(name: str, cursor: Any) -> bool:
 
 
 def vocabulary_follows(config: Config) -> bool:
-    """Whether the model gets as many entries as the tokenizer: it is not the recipe's, and no number was given."""
+    """Return whether the vocabulary follows the tokenizer. True if not the recipe's and no size is given."""
     default = RECIPES[config.recipe].data.tokenizer
     return config.data.tokenizer != default and config.model.vocab_size == MODELS[config.preset].vocab_size
 
 
 def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
-    """Return `config` with the architecture and tokenizer of the weights if it leaves them at the defaults."""
+    """Return `config` with the architecture and tokenizer of the weights, unless settings name their own."""
     default = RECIPES[config.recipe]
     if config.data.tokenizer == default.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))

@@ -1,4 +1,4 @@
-"""A training run: the state the loop advances, and the rules for saving and evaluating it."""
+"""Hold the state of a training run, and the rules for saving and evaluating it."""
 
 import dataclasses
 import time
@@ -32,7 +32,7 @@ class Progress:
     bad_steps_in_a_row: int = 0
     ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
-    elapsed_seconds: float = 0.0  # from the first step on, over all starts, without what a kill took back
+    elapsed_seconds: float = 0.0  # from the first step on, over all starts, without time lost to a kill
     # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets
     nats: float = 0.0
     targets: int = 0
@@ -40,7 +40,7 @@ class Progress:
 
 @dataclass
 class Pending:
-    """A step on the device; its metrics are read after the next step was dispatched."""
+    """A step on the device. Its metrics are read after the next step was dispatched."""
 
     step: int
     metrics: dict[str, jax.Array]
@@ -51,7 +51,7 @@ class Pending:
 
 @dataclass
 class Interval:
-    """Sums of this process since the last metrics line, without the time of evaluations and saves."""
+    """The sums of this process since the last metrics line, without evaluations and saves."""
 
     began: float = field(default_factory=time.monotonic)
     steps: int = 0
@@ -70,7 +70,7 @@ class Interval:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress; `steps` maps a batch size to its compiled train step."""
+    """A run in progress. `steps` maps a batch size to its compiled train step."""
 
     config: Config
     run_dir: Path
@@ -94,11 +94,11 @@ class Run:
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
     kernels: bool | None  # False if samples must not use kernels because the steps do not
     clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
-    generator: Generator | None = None  # decodes the samples; None before the first evaluation
+    generator: Generator | None = None  # decodes the samples, None before the first evaluation
 
     @property
     def interrupted(self) -> bool:
-        """Whether to drop the current work; one of several processes goes on until all agree to stop."""
+        """Return whether to drop the current work. One of several processes goes on until all agree to stop."""
         return self.stop.requested and not self.job.several
 
     @property
@@ -138,13 +138,13 @@ def count_seconds(run: Run) -> None:
 
 
 def evaluation_due(run: Run) -> bool:
-    """Whether the current step is followed by an evaluation: every --eval-every steps, and the last."""
+    """Return whether the current step is evaluated: every --eval-every steps, and the last."""
     every, step = run.config.run.eval_every, run.progress.step
     return every > 0 and (step % every == 0 or step == run.config.total_steps)
 
 
 def save_step(run: Run) -> bool:
-    """Whether the number of the current step is due for a checkpoint: each --checkpoint-every, and the last.
+    """Return whether a checkpoint is due at the current step: each --checkpoint-every, and the last.
 
     A checkpoint that a bad step left out is due until it is made.
     """
@@ -153,7 +153,7 @@ def save_step(run: Run) -> bool:
 
 
 def save_due(run: Run) -> bool:
-    """Whether the current step, whose metrics are read, is followed by a checkpoint."""
+    """Return whether a checkpoint follows the current step, whose metrics are read."""
     # in a row of bad steps there is nothing new to keep, and retention must not delete an older good state
     last = run.progress.step == run.config.total_steps
     return last or (save_step(run) and not run.progress.bad_steps_in_a_row)

@@ -1,4 +1,4 @@
-"""Set up a run and log what it will do: everything before the first step, what finds a mistake cheapest first."""
+"""Set up a run before its first step, and log what it will do. The cheapest checks come first."""
 
 import contextlib
 import logging
@@ -44,9 +44,9 @@ from smollm_jax.training.step import abstract_state, init_state
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
-# of the speed of a large matmul, what a step of the replica reached on an H200 and on two CPU cores
+# share of a large matmul's speed that a step of the replica reached, on an H200 and on two CPU cores
 MATMUL_SHARE = 0.6
-LONG_SECONDS = 2 * 86_400  # of a run, from which on the quickstart is named
+LONG_SECONDS = 2 * 86_400  # for a run longer than this, the summary names the quickstart
 
 
 def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> Run:
@@ -112,13 +112,13 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
 
 
 def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
-    """Remove the files that dead processes left half written; only for the holder of the lock."""
+    """Remove the files that dead processes left half written. Only the holder of the lock may call."""
     checkpoints.clean()
     clean_left_overs(run_dir, WRITTEN, is_locked=True)
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
-    """Return notes on other devices than the checkpoint's; raises `UserError` for another dtype."""
+    """Return notes on other devices than the checkpoint's. Raises `UserError` for another dtype."""
     before = computed | (found.meta.get("computed", {}) if found else {})
     was, now = before["dtype"], computed["dtype"]
     remedy = f"give --dtype {was}, or start afresh with --new-run"
@@ -131,7 +131,7 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
 
 
 def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` for a sample prompt that fills the context, now rather than at an evaluation."""
+    """Raise `UserError` for a sample prompt that fills the context, before an evaluation would."""
     for prompt in config.run.sample_prompts if config.run.sample_tokens else ():
         length, most = len(tokenizer.encode(prompt)), config.model.max_seq_len - 1
         require(0 < length <= most, f"--sample-prompts {prompt[:40]!r} has {length} tokens; 1 to {most} fit")
@@ -148,7 +148,7 @@ def keep_config(config: Config, run_dir: Path) -> None:
 
 
 def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> Tokenizer:
-    """Load the run's own tokenizer if it resumes or `is_saved` by another process; else make it and save it.
+    """Load the run's own tokenizer if it resumes or `is_saved` by another process. Else make and save it.
 
     Raises `UserError` if it is missing.
     """
@@ -180,7 +180,7 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
 
 
 def fit_to_tokenizer(start: StartState, tokenizer: Tokenizer) -> Config:
-    """Return the settings with the tokenizer's ids in the model, and its size unless that was given."""
+    """Return the settings with the tokenizer's ids, and its size unless one was given."""
     config = start.config
     if start.checkpoint is None and start.params is None and vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -234,7 +234,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
 
 
 def _time(run: Run) -> str:
-    """Estimate how long the rest of the run takes, before a step of it was made."""
+    """Estimate how long the rest of the run takes, before its first step."""
     config, T = run.config, run.config.data.seq_len
     positions = sum(config.batch_size_at(step) for step in range(run.progress.step + 1, run.last_step + 1)) * T
     rate = matmul_rate(run.mesh.local_mesh.devices.flat[0], run.dtype) * run.mesh.size * MATMUL_SHARE

@@ -1,7 +1,7 @@
-"""The train step: a pure function of the train state and the rows of a batch.
+"""Make the train step: a pure function of the train state and a batch's rows.
 
-The state is a plain dict of arrays (`params`, `opt_state`, `step`). training/compile.py compiles the step once per
-batch size, with the state donated and its layout pinned.
+The state is a plain dict of arrays (`params`, `opt_state`, `step`). For each batch size, training/compile.py
+compiles the step once, with the state donated and its layout pinned.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,12 @@ HEAD_AXIS = "tensor"  # the mesh axis that divides heads
 
 
 class Vote(IntEnum):
-    """What a process declares about its part of a batch, and the verdict of all processes on a step or the run."""
+    """A process's declaration about its part of a batch. Also the verdict of all on a step or run."""
 
     GO = 0
     STOP = 1  # stop after this step
-    ENDED = 2  # the data has ended; these rows are padding
-    VOID = 3  # the process has no part; the step is void
+    ENDED = 2  # the data has ended, and these rows are padding
+    VOID = 3  # the process has no part, so the step is void
 
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
@@ -56,7 +56,7 @@ def create(config: Config, params: Any | None) -> State:
 
 
 def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
-    """Select the functions of a step on `mesh`; raises `UserError` for kernels that cannot run there."""
+    """Select the functions of a step on `mesh`. Raises `UserError` for kernels that cannot run there."""
     return select_ops(config.compute.attention, mesh, dtype, rows=BATCH_AXES, heads=HEAD_AXIS)
 
 
@@ -65,7 +65,7 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats summed over the targets of the rows.
 
-    `ops` are the functions for the devices of `mesh`; by default `select_step_ops`.
+    `ops` are the functions for the devices of `mesh`, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
@@ -81,9 +81,9 @@ def make_nll(
 
 
 def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[..., jax.Array]:
-    """Return `summed_nll` over the tokens of all devices, as a function of (x, head, targets, valid).
+    """Return `summed_nll`, a function of (x, head, targets, valid), over all devices' tokens.
 
-    Each device goes through its own tokens with the whole head, and one sum at the end adds the losses and, in the
+    Each device goes through its own tokens with the whole head. One sum at the end adds the losses and, in the
     backward pass, the f32 gradients of the head. The partitioner would add up the gradients after every chunk.
     Devices along `tensor` hold the same rows, so each takes a part of every row.
     """
@@ -109,8 +109,8 @@ def make_step(
 
     The rows after the first `batch_size` are padding. `ops` as in `make_nll`. With several processes a fourth
     argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The step counts for
-    nothing if a vote is `VOID`, or if no vote is `GO` and no row has a target, because the data has ended.
-    A step without finite gradients leaves parameters and moments as they were.
+    nothing if a vote is `VOID`. A step after the end of the data counts for nothing: no vote is `GO`, no row has a
+    target. A step without finite gradients leaves parameters and moments as they were.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)

@@ -1,7 +1,7 @@
-"""Prove on a user's own recipe that a killed run resumes exactly: `python -m smollm_jax verify-resume`.
+"""Prove on a user's recipe that a killed run resumes exactly (`verify-resume`).
 
-The recipe runs for a few steps twice, each time as a process: once straight through, once killed at random steps
-and started again. Ledger, losses and every bit of parameters and optimizer state must agree.
+The recipe runs twice for a few steps, each time as a process. One run goes straight through. The other is killed
+at random steps and started again. Ledger, losses and every bit of parameters and optimizer state must agree.
 """
 
 import json
@@ -34,7 +34,7 @@ TIMES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, each with its first difference or None."""
+    """The result of a comparison: what was compared, each with its first difference or None."""
 
     steps: int
     compared: dict[str, str | None]
@@ -100,7 +100,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def compare_runs(one: Path, other: Path) -> dict[str, str | None]:
-    """Compare the records of two runs, and every bit of their newest checkpoints; returns as in `Comparison`."""
+    """Compare the records of two runs, and every bit of their newest checkpoints. Returns as in `Comparison`."""
     from smollm_jax.checkpoint.manager import read_params
 
     compared: dict[str, str | None] = {"ledger, losses and norms": None, "samples": None}
@@ -125,7 +125,7 @@ def compare_runs(one: Path, other: Path) -> dict[str, str | None]:
 
 
 def _same(x: Any, y: Any) -> bool:
-    """Return whether two arrays agree bit for bit; a NaN equals itself."""
+    """Return whether two arrays agree bit for bit. A NaN equals itself."""
     return (x.shape, x.dtype, x.tobytes()) == (y.shape, y.dtype, y.tobytes())
 
 
