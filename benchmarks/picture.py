@@ -68,7 +68,15 @@ def draw(
             textcoords="offset points", va="center", fontsize=9, color=GREY, annotation_clip=False,
         )  # fmt: skip
     axes.plot(*zip(*training, strict=True), color=BLUE, linewidth=1.2, alpha=0.6, label="training")
-    axes.plot(*zip(*points, strict=True), "o-", color=ORANGE, linewidth=1.6, markersize=5, label="held out")
+    axes.plot(
+        *zip(*points, strict=True),
+        "o-",
+        color=ORANGE,
+        linewidth=1.6,
+        markersize=5,
+        clip_on=False,
+        label="held out",
+    )
     axes.annotate(
         f"this model {points[-1][1]:.2f}", points[-1], xytext=(6, 0), textcoords="offset points", va="center",
         fontsize=9, fontweight="bold", color=ORANGE, annotation_clip=False,
