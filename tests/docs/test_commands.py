@@ -26,8 +26,11 @@ SHAPE = (
     "--hidden-size 32 --num-layers 1 --num-heads 2 --num-kv-heads 1 --head-dim 16 --intermediate-size 32 "
     "--vocab-size 300 --seq-len 32"
 ).split()
-SHORT = "--steps 4 --batch-size 2 --eval-batches 1 --sample-tokens 2 --shuffle-window 16 --warmup-steps 1".split()
+SHORT = (
+    "--steps 4 --batch-size 2 --eval-every 0 --sample-tokens 0 --shuffle-window 16 --warmup-steps 1 --no-export"
+).split()
 NEW = [*SHAPE, "--tokenizer", "train:300", *SHORT]
+SCORED = [*NEW, "--eval-every", "4", "--eval-batches", "1"]  # what a picture needs
 
 
 class Rule(NamedTuple):
@@ -55,7 +58,7 @@ RULES = [
     Rule(r"python train_jax\.py --config ", ["--steps", "4"]),
     Rule(r"python train_jax\.py --init-from ", ["--seq-len", "32", *SHORT]),
     Rule(r"python train_jax\.py --recipe smollm2", ["--data", "texts/*.jsonl", *NEW, "--batch-size", "16"]),
-    Rule(r"(\w+=\S+ )?python train_jax\.py --recipe quickstart", NEW, swap=("--stop-after 800", "--stop-after 2")),
+    Rule(r"(\w+=\S+ )?python train_jax\.py --recipe quickstart", SCORED, swap=("--stop-after 800", "--stop-after 2")),
     Rule(r"python train_jax\.py$", ["--data", "texts/*.jsonl", *NEW]),
     Rule(r"python train_jax\.py --data ", NEW),
     Rule(r"smollm verify-resume ", [*NEW, "--checkpoint-every", "2"]),
