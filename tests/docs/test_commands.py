@@ -58,7 +58,7 @@ RULES = [
     Rule(r"python train_jax\.py --config ", ["--steps", "4"]),
     Rule(r"python train_jax\.py --init-from ", ["--seq-len", "32", *SHORT]),
     Rule(r"python train_jax\.py --recipe smollm2", ["--data", "texts/*.jsonl", *NEW, "--batch-size", "16"]),
-    Rule(r"(\w+=\S+ )?python train_jax\.py --recipe quickstart", SCORED, swap=("--stop-after 800", "--stop-after 2")),
+    Rule(r"(\w+=\S+ )?python train_jax\.py --recipe quickstart", SCORED, swap=("-after 800", "-after 2")),
     Rule(r"python train_jax\.py$", ["--data", "texts/*.jsonl", *NEW]),
     Rule(r"python train_jax\.py --data ", NEW),
     Rule(r"smollm verify-resume ", [*NEW, "--checkpoint-every", "2"]),
