@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from benchmarks.harness.tables import as_command, finish
+from benchmarks.harness.tables import Row, as_command, finish
 from smollm_jax.config.recipes import RECIPES
+from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.tokenizer.load import load_tokenizer
+from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 
 class NGram:
@@ -55,21 +57,14 @@ class NGram:
         )
 
 
-def ngram(*, recipe: str = "quickstart", orders: tuple[int, ...] = (1, 2, 3, 4)) -> int:
-    """Score n-grams on the held-out text of a recipe.
-
-    Args:
-        recipe: Recipe that names the data and the tokenizer.
-        orders: Lengths of n-grams.
-    """
-    config = RECIPES[recipe].data
-    tokenizer = load_tokenizer(config.tokenizer, documents=head_texts(config))
+def score(config: DataConfig, tokenizer: Tokenizer, orders: tuple[int, ...]) -> tuple[list[Row], int]:
+    """Score an n-gram model of each order on the held-out text of `config`; also returns the tokens trained on."""
     held = [ids.tolist() for _, ids in held_out(config, tokenizer)]
     eos = tokenizer.eos_id
     training = [[*ids.tolist(), eos] for ids in tokenizer.encode_batch(list(head_texts(config)))]
     targets = sum(len(ids) - 1 for ids in held)
     text_bytes = sum(int(tokenizer.token_bytes[np.array(ids[1:])].sum()) for ids in held)
-    rows = []
+    rows: list[Row] = []
     for order in orders:
         model = NGram(training, tokenizer.vocab_size, order)
         nats = sum(model.nats(ids) for ids in held)
@@ -81,7 +76,19 @@ def ngram(*, recipe: str = "quickstart", orders: tuple[int, ...] = (1, 2, 3, 4))
                 "tokens": targets,
             }
         )
-    finish(f"n-grams on the held-out text of {recipe}", rows, training_tokens=sum(map(len, training)))
+    return rows, sum(map(len, training))
+
+
+def ngram(*, recipe: str = "quickstart", orders: tuple[int, ...] = (1, 2, 3, 4)) -> int:
+    """Score n-grams on the held-out text of a recipe.
+
+    Args:
+        recipe: Recipe that names the data and the tokenizer.
+        orders: Lengths of n-grams.
+    """
+    config = RECIPES[recipe].data
+    rows, training_tokens = score(config, load_tokenizer(config.tokenizer, documents=head_texts(config)), orders)
+    finish(f"n-grams on the held-out text of {recipe}", rows, training_tokens=training_tokens)
     return 0
 
 

@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ import pytest
 from benchmarks.harness.sides import Outcome
 from smollm_jax.cli.arguments import parse_command
 from tests.support.paths import ROOT
+from tests.support.server import export_model
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="the peer is PyTorch")
 ALONE = ("--preset", "quickstart", "--seq-len", "32", "--documents", "2", "--rounds", "1")
@@ -310,6 +313,42 @@ def test_ngram_beats_a_guess(ran):
     found, _ = ran("ngram", "--orders", "1", "2")
     unigram, bigram = found["rows"]
     assert bigram["nats a token"] < unigram["nats a token"] < 8.3
+
+
+def test_picture_draws_a_run_beside_ngrams(ran, tmp_path, corpus, tokenizer):
+    from benchmarks.picture import picture
+    from smollm_jax.config.serialization import to_dict
+    from smollm_jax.config.settings import Config, DataConfig
+    from smollm_jax.runtime.errors import UserError
+
+    run, out = tmp_path / "run", tmp_path / "pictures/loss.png"
+    shutil.copytree(tokenizer, run / "tokenizer")
+    data = DataConfig(data=f"{corpus}/*.jsonl", tokenizer=str(tokenizer), eval_documents=20)
+    (run / "config.json").write_text(json.dumps(to_dict(Config(data=data))))
+    lines = [{"step": step, "loss": 6.0 - step / 10} for step in (1, 5, 10)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="no evaluation; train with --eval-every"):
+        picture(str(run), out=out)
+    lines.append({"step": 10, "eval_loss": 5.0, "eval_bits_per_byte": 2.5, "eval_tokens": 100})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _ = ran("picture", str(run), "--out", str(out), "--orders", "1", "2")
+    rows = {row["model"]: row["bits per byte"] for row in found["rows"]}
+    assert rows["step 10"] == 2.5
+    assert 0 < rows["2-gram"] < rows["1-gram"]
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="no Chromium here")
+def test_screenshot_photographs_a_finished_text(ran, tmp_path):
+    pytest.importorskip("gradio")
+    out = tmp_path / "page.png"
+    found, _ = ran(
+        "screenshot", str(export_model(tmp_path)), "--out", str(out), "--width", "900", "--height", "700"
+    )
+    assert found == {"picture": str(out)}
+    size = struct.unpack(">II", out.read_bytes()[16:24])
+    assert size == (900, 700)
 
 
 def test_gpu_files_the_results_of_its_parts_and_names_parts_without_time(ran, tmp_path):
