@@ -1,6 +1,7 @@
 """The wheel holds everything: in an environment of its own it trains and serves without the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -42,7 +43,13 @@ def test_a_hint_to_install_works_where_it_is_given(monkeypatch, tmp_path):
 def installed(tmp_path_factory):
     """The bin folder of a new environment that holds the wheel, and the dependencies of this one."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    shutil.copytree(
+        ROOT / "smollm_jax", folder / "source/smollm_jax", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, folder / "source")  # a build in the checkout would leave files there
+    source = str(folder / "source")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), source]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
