@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.checkpoint.listing import find_checkpoint
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
@@ -35,6 +36,11 @@ def read_run(path: str | Path) -> Config:
     layers = config.model.num_layers  # a damaged number must not ask for a list of a billion names
     require(layers <= MOST_LAYERS, f"{path}: config.json says {layers:,} layers; at most {MOST_LAYERS:,} are read")
     return config
+
+
+def newest_step(path: str | Path) -> int:
+    """Return the step of the checkpoint that `load_model` opens; raises `UserError` if there is none."""
+    return find_checkpoint(expand_home(path) / "checkpoints", None, group="params").step
 
 
 def load_model(
