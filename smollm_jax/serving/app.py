@@ -117,7 +117,7 @@ def build_app(
     page = build_page(scheduler, name, with_key=api_key is not None, facts=facts or Facts())
     keep_little(page)
     gr.mount_gradio_app(
-        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
+        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=[],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     app.add_middleware(Guard, hosts=hosts or Hosts())  # last, so before what Gradio adds

@@ -34,8 +34,9 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts)
     handlers, has_chat = Handlers(scheduler), scheduler.has_chat
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
-            about = f"{scheduler.completer.about} · context {scheduler.completer.context:,} tokens"
-            gr.Markdown(f"# {name}\n{about}", elem_id="title")
+            about = [scheduler.completer.about, f"context {scheduler.completer.context:,} tokens"]
+            about = [f"{facts.parameters:,} parameters", *about] if facts.parameters else about
+            gr.Markdown(f"# {name}\n{' · '.join(about)}", elem_id="title")
             dark = gr.Button("Light / dark", size="sm", elem_id="dark", scale=0)
             dark.click(None, js="() => window.toggleDark()", **PRIVATE)
         with gr.Accordion("About this model", open=False, elem_id="about"):
@@ -146,8 +147,9 @@ def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
     talk = gr.JSON([], visible=False)
     # Gradio's own buttons would copy the escaped text
     view = gr.Chatbot(
-        height="clamp(15rem, 100vh - 30rem, 60rem)", render_markdown=False, buttons=[], label="Conversation",
-        feedback_options=None, elem_id="chat-view", placeholder="Write a message below.",
+        height="clamp(15rem, 100vh - 30rem, 60rem)", render_markdown=False, buttons=[],
+        label="Conversation", show_label=False, feedback_options=None, elem_id="chat-view",
+        placeholder="Write a message below.",
     )  # fmt: skip
     with gr.Row(elem_id="chat-line"):
         line = gr.Markdown("", elem_id="chat-status")
