@@ -116,27 +116,27 @@ class Handlers:
         require(before is not None, "there is nothing to regenerate; press Continue first")
         return self.continue_text(before or "", None)
 
-    def answer(self, message: str, talk: Any) -> Prompt:
+    def answer(self, message: str, talk: Any, unsent: str = "") -> Prompt:
         require(bool(message.strip()), "the message is empty; write something first")
         turns = [*checked_talk(talk), {"role": "user", "content": message}]
 
         def show(grown: str, line: str) -> Values:
             answered = [*turns, {"role": "assistant", "content": grown}]
-            return escaped(answered), line, answered, ""  # clears the message box
+            return escaped(answered), line, answered, unsent
 
         return self.scheduler.encode_chat(turns), show
 
-    def answer_again(self, _: str, talk: Any) -> Prompt:
+    def answer_again(self, unsent: str, talk: Any) -> Prompt:
         talk = checked_talk(talk)
         require(bool(talk), "there is nothing to regenerate; send a message first")
-        return self.answer(talk[-2]["content"], talk[:-2])
+        return self.answer(talk[-2]["content"], talk[:-2], unsent)
 
     def undo_answer(self, message: str, talk: Any) -> Values:
         with shown_errors():
             talk = checked_talk(talk)
         if not talk:
             return [], "nothing to undo", [], message
-        return escaped(talk[:-2]), "", talk[:-2], talk[-2]["content"]
+        return escaped(talk[:-2]), "", talk[:-2], message or talk[-2]["content"]
 
     async def count(self, text: str) -> str:
         """Say how much of the context a text takes."""

@@ -3,6 +3,7 @@
   const KEY = 'smollm-jax', MOST_ENTRIES = 200, MOST_CHARACTERS = 1_000_000, TYPING_PAUSE = 800;
   const element = (id) => document.getElementById(id);
   const sheet = () => document.querySelector('#sheet textarea');
+  const message = () => document.querySelector('#message textarea');
   const visible = (id) => element(id)?.offsetParent ? element(id) : null;
 
   // ---- what is kept in this browser: the text's history, the settings, the conversation
@@ -55,7 +56,7 @@
     before: () => from,
     end(text) { busy(false); record(text, from); return []; },
     beginChat() { busy(true); return []; },
-    endChat(talk) { busy(false); keep({ talk }); return []; },
+    endChat(typed, talk) { busy(false); keep({ talk, message: typed }); return []; },
     undo: () => step(-1, 'nothing to undo'),
     redo: () => step(1, 'nothing to redo'),
     open(text) { record(sheet()?.value); record(text); follow = false; return [text, '']; },
@@ -85,7 +86,12 @@
       document.body.classList.toggle('plain-answers', !on);
       return on;
     },
-    restoreTalk: (talk) => [Array.isArray(kept.talk) ? kept.talk : talk],  // Gradio spreads an array of one
+    restoreTalk(typed, talk) {
+      const turns = kept.talk, roles = ['user', 'assistant'];
+      const whole = Array.isArray(turns) && turns.length % 2 === 0 &&
+        turns.every((turn, i) => turn?.role === roles[i % 2] && typeof turn.content === 'string');
+      return [kept.message ?? typed, whole ? turns : talk];
+    },
     link(values) {
       const [text, ...settings] = values, link = new URLSearchParams({ prompt: text });
       settings.forEach((value, i) => value !== null && value !== '' && link.set(`s${i}`, value));
@@ -99,11 +105,12 @@
   const LENGTH = 5;  // where the length stands among the settings, after the preset and four sliders
 
   document.addEventListener('input', (event) => {
-    if (event.target !== sheet() || writing) return;
+    if (event.target === message()) kept.message = event.target.value;  // until its answer is there
+    else if (event.target !== sheet() || writing) return;
     clearTimeout(typing);
-    typing = setTimeout(() => record(sheet()?.value), TYPING_PAUSE);
+    typing = setTimeout(leave, TYPING_PAUSE);
   });
-  const leave = () => record(sheet()?.value, writing ? from : null);
+  const leave = () => { record(sheet()?.value, writing ? from : null); keep(); };
   window.addEventListener('pagehide', leave);
   document.addEventListener('visibilitychange', () => document.hidden && leave());
 

@@ -159,16 +159,16 @@ def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
     shown.change(None, shown, None, js="(on) => window.notebook.markdown(on)", **BROWSER)
     page.load(None, shown, shown, js="(on) => window.notebook.restoreMarkdown(on)", **BROWSER)
     box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Press Enter to send")
-    save = "(talk) => window.notebook.endChat(talk)"
-    view.clear(lambda: ([], ""), None, [talk, line], **QUICK).then(None, talk, None, js=save, **BROWSER)
+    held, save = [box, talk], "(...v) => window.notebook.endChat(...v)"
+    view.clear(lambda: ([], ""), None, [talk, line], **QUICK).then(None, held, None, js=save, **BROWSER)
     outputs = [view, line, talk, box]
     undo, _ = controls(
         "Send", handlers.answer, handlers.answer_again, handlers,
-        inputs=[box, talk], numbers=numbers, outputs=outputs, enter=[box],
+        inputs=held, numbers=numbers, outputs=outputs, enter=[box],
         scripts=("beginChat", "beginChat", "endChat"),
     )  # fmt: skip
-    undo.click(handlers.undo_answer, [box, talk], outputs, **QUICK).then(None, talk, None, js=save, **BROWSER)
-    restored = page.load(None, talk, talk, js="(talk) => window.notebook.restoreTalk(talk)", **BROWSER)
+    undo.click(handlers.undo_answer, held, outputs, **QUICK).then(None, held, None, js=save, **BROWSER)
+    restored = page.load(None, held, held, js="(...v) => window.notebook.restoreTalk(...v)", **BROWSER)
     restored.then(handlers.show_talk, talk, view, **QUICK)
 
 
@@ -196,18 +196,17 @@ def controls(
         return [gr.update(visible=not working), gr.update(visible=working), *others]
 
     presses = (([go.click, *(box.submit for box in enter)], write), ([again.click], write_again))
-    held = inputs[1] if scripts[2] == "endChat" else inputs[0]  # what the browser keeps
     for (triggers, prepare), begins in zip(presses, scripts, strict=False):
         start = f"() => window.notebook.{begins}()"
         event = gr.on(triggers, lambda: buttons(True), None, switched, js=start, **QUICK).then(
             handlers.writer(prepare), [*inputs, *numbers], outputs, js=sent,
             show_progress="hidden", concurrency_limit=None, **PRIVATE,
         )  # fmt: skip
-        end = f"(held) => window.notebook.{scripts[2]}(held)"
+        end = f"(...v) => window.notebook.{scripts[2]}(...v)"
         event.success(lambda: buttons(False), None, switched, **QUICK)
         # .then does not run after a failure
         event.failure(lambda: [*buttons(False), ""], None, [*switched, outputs[1]], **QUICK)
         for ended in (event.success, event.failure):
-            ended(None, held, None, js=end, **BROWSER)
+            ended(None, inputs, None, js=end, **BROWSER)
     stop.click(handlers.stop, None, None, **QUICK)
     return undo, forward

@@ -93,6 +93,7 @@ def test_a_restart_of_the_server_keeps_text_and_conversation(browser, folder_of_
         page.press("send")
         page.wait(lambda: "reached" in page.page.inner_text("#chat-status"))
         answer = page.page.locator(".bot.message").last.inner_text()
+        page.set(message="Not sent yet.")
         page.page.get_by_role("tab", name="Notebook").click()
         page.set("My own words.")
         page.page.wait_for_timeout(1_000)
@@ -103,9 +104,11 @@ def test_a_restart_of_the_server_keeps_text_and_conversation(browser, folder_of_
         page.page.get_by_role("tab", name="Chat").click()
         page.wait(lambda: page.page.locator(".bot.message").count() == 1)
         assert page.page.locator(".bot.message").last.inner_text() == answer
+        assert page.page.input_value("#message textarea") == "Not sent yet."
         page.press("again-send")
         page.wait(lambda: "reached" in page.page.inner_text("#chat-status"))
         assert page.page.locator(".bot.message").count() == 1
+        assert page.page.input_value("#message textarea") == "Not sent yet."
         page.context.close()
 
 
