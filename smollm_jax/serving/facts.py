@@ -54,9 +54,9 @@ class Facts:
         rows = [("Kind", kind)]
         if self.parameters is not None:
             rows.append(("Parameters", f"{self.parameters:,}"))
-        if self.config is None:
+        if self.config is None or not lines:  # an import has not trained on the data that its settings name
             return rows
-        total, last = self.config.run.steps, lines[-1] if lines else {}
+        total, last = self.config.run.steps, lines[-1]
         if self.step is not None:
             rows.append(("Checkpoint", f"step {self.step:,} of {total:,}"))
         if self.step is not None and last.get("step", 0) > self.step:

@@ -122,9 +122,9 @@ def test_a_run_shows_its_facts_its_openings_and_a_curve_that_grows(browser, fold
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["run"]["sample_prompts"] = ["An opening of the run"]
     (tmp_path / "run/config.json").write_text(json.dumps(config))
-    lines = [{"step": 1, "loss": 5.5}, {"step": 2, "loss": 5.0}, {"step": 2, "eval_loss": 4.9}]
-    lines[2]["eval_bits_per_byte"] = 2.125
-    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    held_out = {"step": 0, "eval_loss": 5.9, "eval_bits_per_byte": 2.125}
+    lines = [held_out, {"step": 1, "loss": 5.5}, {"step": 2, "loss": 5.0}]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Server(tmp_path / "run") as running:
         page = Page(browser, running.url)
         page.page.click("#openings button")
@@ -133,6 +133,7 @@ def test_a_run_shows_its_facts_its_openings_and_a_curve_that_grows(browser, fold
         facts = page.page.locator("#facts")
         page.wait(lambda: "parameters" in facts.inner_text().lower())
         assert "step 0 of" in facts.inner_text()
+        assert "2.125 bits per byte" in facts.inner_text()
         assert "over 2 steps" in facts.locator("svg").get_attribute("aria-label")
         with (tmp_path / "run/metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 9, "loss": 4.0}) + "\n")
