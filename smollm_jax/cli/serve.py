@@ -75,8 +75,12 @@ def serve(
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
     login = (user, password) if auth else None
-    app = build_app(scheduler, name, auth=login, api_key=api_key, hosts=hosts, facts=facts)
-    run(app, listening, host, on_space=ON_A_SPACE)
+    run(
+        build_app(scheduler, name, auth=login, api_key=api_key, hosts=hosts, facts=facts),
+        listening,
+        host,
+        on_space=ON_A_SPACE,
+    )
     scheduler.close()
     return 0
 

@@ -86,7 +86,7 @@ class TorchEngine:
             try:
                 new_BT = next_ids(rules)
                 if made < sampling.min_new_tokens and int(new_BT[0, -1]) in sampling.stop_ids:
-                    cache.crop(ids_BT.shape[1] - 1)  # the last token is read once more
+                    cache.crop(-1)  # the last token is read once more
                     banned = SuppressTokensLogitsProcessor(list(sampling.stop_ids), device=str(ids_BT.device))
                     new_BT = next_ids(LogitsProcessorList([banned, *rules]))
                 ids_BT = new_BT
