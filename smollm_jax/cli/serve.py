@@ -74,13 +74,8 @@ def serve(
         special_tokens=special_tokens,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    login = (user, password) if auth else None
-    run(
-        build_app(scheduler, name, auth=login, api_key=api_key, hosts=hosts, facts=facts),
-        listening,
-        host,
-        on_space=ON_A_SPACE,
-    )
+    app = build_app(scheduler, name, facts, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
+    run(app, listening, host, on_space=ON_A_SPACE)
     scheduler.close()
     return 0
 

@@ -84,11 +84,11 @@ def hosts_of(listening: socket.socket, host: str, allowed: str, *, on_space: boo
 def build_app(
     scheduler: Scheduler,
     name: str,
+    facts: Facts | None = None,
     *,
     auth: tuple[str, str] | None,
     api_key: str | None,
     hosts: Hosts | None = None,
-    facts: Facts | None = None,
 ) -> FastAPI:
     """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1."""
     # Gradio reads these when it is imported, and would report to its makers and keep statistics of each request
