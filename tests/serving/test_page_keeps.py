@@ -114,14 +114,17 @@ def test_a_restart_of_the_server_keeps_text_and_conversation(browser, folder_of_
 
 def test_every_continue_adds_a_token_and_what_changed_nothing_is_not_history(browser, short_texts):  # noqa: F811
     page = Page(browser, short_texts.url)
-    page.set("Once upon a time", length=50, seed=1)
+    page.set("Once upon a time", length=50)
     texts = ["Once upon a time"]
-    for _ in range(10):
+    for seed in range(10):
+        page.set(seed=seed)
         page.press("continue")
-        page.wait(lambda: page.text != texts[-1] and "the model ended" in page.status)
+        page.wait(lambda seed=seed: f"seed {seed} · the model ended" in page.status)
         page.page.wait_for_selector("#continue", state="visible")
-        texts.append(page.text)
-        assert texts[-1].startswith(texts[-2])
+        assert page.status.startswith("1 token ·")
+        assert page.text.startswith(texts[-1])
+        texts += [page.text] * (page.text != texts[-1])  # a page shows no NUL
+    assert len(texts) > 5
     for text in texts[-2::-1]:
         page.press("undo-continue")
         page.wait(lambda text=text: page.text == text)
