@@ -69,12 +69,12 @@ def serve(
     if auth and api_key is None:
         api_key = secrets.token_urlsafe(24)
         say(f"API key for /v1: {api_key}")
-    scheduler, name = open_scheduler(
+    scheduler, name, facts = open_scheduler(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
         special_tokens=special_tokens,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    app = build_app(scheduler, name, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
+    app = build_app(scheduler, name, facts, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
     run(app, listening, host, on_space=ON_A_SPACE)
     scheduler.close()
     return 0

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from smollm_jax.generation.decoder import Decoder
-from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_token
+from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_first, choose_token
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
@@ -37,6 +37,7 @@ class Generator:
 
     def __init__(self, model: SmolLM, *, kernels: bool | None = None):
         self._kernels = kernels
+        self.num_parameters = model.config.num_parameters
         self.vocab_size, self.context = model.config.vocab_size, model.config.max_seq_len
         self.load(model)
         precise = precision_of(model.dtype)  # as in training, whatever the process has set
@@ -119,7 +120,7 @@ class Generator:
         in_prompt_BT = positions_BT < lengths_B[:, None]
         seen_BV = jnp.zeros((B, self.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(in_prompt_BT)
-        token_B = choose_token(decoder.logits(last_BD), seen_BV, lengths_B, arrays, greedy)
+        token_B = choose_first(decoder.logits(last_BD), seen_BV, lengths_B, arrays, greedy)
         return DecodeState(token_B, lengths_B, seen_BV.at[jnp.arange(B), token_B].set(True), cache)
 
     def _decode_rows(self, weights, rows: DecodeState, arrays, *, greedy: bool) -> tuple[jax.Array, DecodeState]:

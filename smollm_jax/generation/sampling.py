@@ -19,6 +19,7 @@ from smollm_jax.model.attention import MASKED
 from smollm_jax.runtime.errors import require
 
 SMALLEST_TEMPERATURE = 1e-30  # below this a float32 quotient is no longer finite
+BANNED_BLOCK, NO_ID = 8, 2**31 - 1
 DRAW_BLOCK = 128  # probabilities are summed in blocks of tokens first, so that the draw needs no long cumsum
 
 
@@ -27,6 +28,7 @@ class Sampling:
     """Settings that choose the next token. Raises `UserError` naming a setting out of range."""
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0  # 1: a first token that is a stop id is drawn again without them, so a text goes on
     temperature: float = 0.0  # 0 takes the likeliest token (greedy)
     top_k: int = 0  # keep the k likeliest tokens (0: all)
     top_p: float = 1.0  # keep the likeliest tokens that make up this probability (Holtzman et al. 2020)
@@ -38,6 +40,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        least = self.min_new_tokens
+        require(least in (0, 1), f"min_new_tokens={least} must be 0 or 1")
         require(0 <= self.temperature < np.inf, f"temperature={self.temperature} must be 0 or more")
         require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (all) or more")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
@@ -56,13 +60,18 @@ class SamplingArrays(NamedTuple):
     min_p: Any
     repetition_penalty: Any
     seed: Any
+    banned: Any  # ids that the first token may not be; padded, so that their number compiles nothing
 
     @classmethod
     def from_sampling(cls, sampling: Sampling) -> SamplingArrays:
+        size = -len(sampling.stop_ids) % BANNED_BLOCK + len(sampling.stop_ids)
+        banned = np.full(max(size, BANNED_BLOCK), NO_ID, np.int32)
+        if sampling.min_new_tokens:
+            banned[: len(sampling.stop_ids)] = sampling.stop_ids
         return cls(
             np.float32(sampling.temperature or 1.0), np.int32(min(sampling.top_k, 2**31 - 1)),
             np.float32(sampling.top_p), np.float32(sampling.min_p), np.float32(sampling.repetition_penalty),
-            np.uint32(sampling.seed),
+            np.uint32(sampling.seed), banned,
         )  # fmt: skip
 
 
@@ -76,6 +85,23 @@ def choose_token(
     # the key depends on seed and position alone: chunks and other rows of the batch do not change a text
     keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(arrays.seed)))(position_B)
     return draw(filtered(logits_BV, arrays), jax.vmap(jax.random.uniform)(keys_B))
+
+
+def choose_first(
+    logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, arrays: SamplingArrays, greedy: bool
+) -> jax.Array:
+    """Choose as `choose_token`, and once more without the banned ids if one of them was chosen.
+
+    A token that is not banned stays as drawn, so a text that is continued reads on as if it had never stopped.
+    """
+
+    def again(_: jax.Array) -> jax.Array:
+        others_BV = logits_BV.at[:, arrays.banned].set(MASKED, mode="drop")
+        return choose_token(others_BV, seen_BV, position_B, arrays, greedy)
+
+    token_B = choose_token(logits_BV, seen_BV, position_B, arrays, greedy)
+    banned_B = jnp.isin(token_B, arrays.banned)
+    return jnp.where(banned_B, jax.lax.cond(banned_B.any(), again, lambda token_B: token_B, token_B), token_B)
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:

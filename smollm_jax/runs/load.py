@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.checkpoint.listing import VerifiedCheckpoint
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
@@ -50,6 +50,11 @@ def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, An
     require(all(type(progress[name]) in kind for name, kind in kinds.items()), lacks)
     require(isinstance(cursor.get("tokenizer"), str) and type(cursor.get("step")) is int, lacks)
     return progress, cursor
+
+
+def newest_step(path: str | Path) -> int:
+    """Return the step of the checkpoint that `load_model` opens; raises `UserError` if there is none."""
+    return find_checkpoint(expand_home(path) / "checkpoints", None, group="params").step
 
 
 def load_model(

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from smollm_jax.runs.load import is_run
 from smollm_jax.runtime.errors import UserError, say
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
+from smollm_jax.serving.facts import Facts, read_facts
 from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
 from smollm_jax.serving.openai_api import add_routes
 from smollm_jax.serving.scheduler import Scheduler
@@ -23,6 +24,16 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 # whatever a model writes, the browser fetches nothing from elsewhere
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
+# contrast of at least 4.5 to 1 (WCAG AA), where Gradio's own colours have less
+COLOURS = {
+    "body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300",
+    "input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400",
+    "block_label_text_color": "*neutral_700", "block_title_text_color": "*neutral_700",
+    "button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_800",
+    "button_cancel_background_fill": "#b91c1c", "button_cancel_background_fill_hover": "#991b1b",
+}  # fmt: skip
 PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, who append the client's address
 # half a minute of silence and three probes for a client that is gone; a minute for one that no longer reads
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
@@ -31,8 +42,8 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_US
 def open_scheduler(
     path: str, *, backend: Backend | None, dtype: Dtype, max_waiting: int, max_new_tokens: int,
     special_tokens: SpecialTokens | None = None,
-) -> tuple[Scheduler, str]:  # fmt: skip
-    """Load the model at `path`: its scheduler and its public name; raises `UserError`."""
+) -> tuple[Scheduler, str, Facts]:  # fmt: skip
+    """Load the model at `path`: its scheduler, its public name and what is known of it; raises `UserError`."""
     if backend is None:
         has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
         backend = "torch" if has_torch and not is_run(path) else "jax"
@@ -44,7 +55,7 @@ def open_scheduler(
     scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens)
     say(completer.tokenizer.describe_special())
     scheduler.try_chat()
-    return scheduler, name
+    return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -73,6 +84,7 @@ def hosts_of(listening: socket.socket, host: str, allowed: str, *, on_space: boo
 def build_app(
     scheduler: Scheduler,
     name: str,
+    facts: Facts | None = None,
     *,
     auth: tuple[str, str] | None,
     api_key: str | None,
@@ -101,10 +113,11 @@ def build_app(
     add_routes(app, scheduler, model=name, api_key=api_key)
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     theme = gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "Consolas", "monospace"))
-    page = build_page(scheduler, name, with_key=api_key is not None)
+    theme.set(**COLOURS)
+    page = build_page(scheduler, name, with_key=api_key is not None, facts=facts or Facts())
     keep_little(page)
     gr.mount_gradio_app(
-        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
+        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=[],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     refuse_clearly(app.routes[-1].app)  # type: ignore[attr-defined]

@@ -55,6 +55,7 @@ class Completer:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, about: str = "", stop_ids: Sequence[int] = ()):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
         self.stop_ids = tuple({tokenizer.eos_id, *stop_ids})  # `stop_ids` are the model's own
+        self.num_parameters: int | None = getattr(engine, "num_parameters", None)
         self.context = engine.context  # the most tokens of prompt and text together
 
     def encode(self, prompt: str, special_tokens: SpecialTokens | None = None) -> list[int]:

@@ -1,9 +1,11 @@
 """Gradio handlers over a `Scheduler`: a growing text and a status line for the page and for /generate.
 
 Gradio calls handlers with positional arguments and closes them when a visitor leaves. They check nothing, since
-a request can bypass the page: the scheduler checks, and its errors are shown. This file knows no layout.
+a request can bypass the page: the scheduler checks, and its errors are shown. The browser keeps the history of the
+text and the conversation, so a restart of the server loses neither. This file knows no layout.
 """
 
+import asyncio
 import contextlib
 import html
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -11,11 +13,12 @@ from typing import Any
 
 import gradio as gr
 
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
-from smollm_jax.serving.scheduler import QueueFull, Scheduler
+from smollm_jax.serving.markdown import answer_html
+from smollm_jax.serving.scheduler import LONGEST_PROMPT, QueueFull, Scheduler
 
-UNDO_DEPTH = 20
+SILENCE_SECONDS = 1.0  # after which the page says what it waits for
 REASONS = {
     "eos": "the model ended the text",
     "length": "length reached",
@@ -23,7 +26,9 @@ REASONS = {
     "stop string": "stop string reached",
     "cancelled": "stopped by you",
 }
-NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")  # as on the page
+# as on the page
+NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "min_p", "stop")
+END = object()
 Turn = dict[str, str]  # role and content
 Values = tuple[Any, ...]  # for the components that a handler changes
 Growth = AsyncGenerator[Values, None]
@@ -45,15 +50,19 @@ def status_line(chunk: TextChunk, seed: int) -> str:
     spent = chunk.seconds - first
     speed = [f"{rest / spent:,.1f} tokens/s"] if rest and spent > 0 else []
     reason = REASONS[chunk.reason] if chunk.reason else "writing…"
-    parts = f"**{chunk.tokens:,} tokens**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason
+    parts = f"**{counted(chunk.tokens)}**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason
     return " · ".join(parts)
+
+
+def counted(tokens: int) -> str:
+    return f"{tokens:,} token{'' if tokens == 1 else 's'}"
 
 
 class Handlers:
     """The handlers of the page and of /generate.
 
-    Notebook and chat each have a text box and a past: the texts before each continuation, or the turns so far,
-    which alternate between user and assistant.
+    Notebook and chat each have a text box and a past: the text before the last continuation, or the turns so far,
+    which alternate between user and assistant. Both come from the browser.
     """
 
     def __init__(self, scheduler: Scheduler):
@@ -67,16 +76,24 @@ class Handlers:
 
         chat = prepare in {self.answer, self.answer_again}
 
-        async def write(typed: str, past: list[Any], request: gr.Request, *numbers: Any) -> Growth:
+        async def write(typed: str, past: Any, request: gr.Request, *numbers: Any) -> Growth:
             with shown_errors():
                 ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
                 named = dict(zip(NUMBERS, numbers, strict=True))
-                sampling = self.scheduler.sampling(**named | {"seed": _seed(named["seed"])})
+                stops = self.scheduler.stop_strings(_stops(named.pop("stop")))
+                # whoever presses Continue wants more, also after an end
+                least = {"min_new_tokens": 0 if chat else 1}
+                sampling = self.scheduler.sampling(**named | least | {"seed": _seed(named["seed"])})
                 text, waiting = "", self.scheduler.waiting
                 yield show(text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…")
-                stream = self.scheduler.stream(ids, sampling, **_of(request))
-                async with contextlib.aclosing(stream) as chunks:
+                owner = _of(request)
+                stream = self.scheduler.stream(ids, sampling, stops, **owner)
+                async with contextlib.aclosing(with_silences(stream, SILENCE_SECONDS)) as chunks:
                     async for chunk in chunks:
+                        if chunk is None:
+                            if not text:
+                                yield show(text, self.waiting_line(owner["owner"]))
+                            continue
                         # no page can show a NUL, and no prompt may hold one
                         text += chunk.text.replace("\0", "")
                         yield show(text, status_line(chunk, sampling.seed))
@@ -87,35 +104,57 @@ class Handlers:
         """End the requests of this visitor's page."""
         self.scheduler.cancel(str(request.session_hash))
 
-    def continue_text(self, text: str, past: list[str]) -> Prompt:
-        ids, past = self.scheduler.encode(text), [*past, text][-UNDO_DEPTH:]
-        return ids, lambda grown, line: (text + grown, line, past)
+    def waiting_line(self, owner: str) -> str:
+        """Say what a request without a token waits for."""
+        before = self.scheduler.before(owner)
+        return f"waiting, {before} before you…" if before else "reading the prompt; a new length compiles once…"
 
-    def rewrite_text(self, _: str, past: list[str]) -> Prompt:
-        require(bool(past), "there is nothing to write again; press Continue first")
-        return self.continue_text(past[-1], past[:-1])
+    def continue_text(self, text: str, _: str | None) -> Prompt:
+        return self.scheduler.encode(text), lambda grown, line: (text + grown, line)
 
-    def undo_text(self, text: str, past: list[str]) -> Values:
-        return (past[-1], "", past[:-1]) if past else (text, "nothing to undo", [])
+    def rewrite_text(self, _: str, before: str | None) -> Prompt:
+        require(before is not None, "there is nothing to regenerate; press Continue first")
+        return self.continue_text(before or "", None)
 
-    def answer(self, message: str, talk: list[Turn]) -> Prompt:
+    def answer(self, message: str, talk: Any, unsent: str = "") -> Prompt:
         require(bool(message.strip()), "the message is empty; write something first")
-        turns = [*talk, {"role": "user", "content": message}]
+        turns = [*checked_talk(talk), {"role": "user", "content": message}]
 
         def show(grown: str, line: str) -> Values:
             answered = [*turns, {"role": "assistant", "content": grown}]
-            return escaped(answered), line, answered, ""  # clears the message box
+            return escaped(answered), line, answered, unsent
 
         return self.scheduler.encode_chat(turns), show
 
-    def answer_again(self, _: str, talk: list[Turn]) -> Prompt:
-        require(bool(talk), "there is nothing to answer again; send a message first")
-        return self.answer(talk[-2]["content"], talk[:-2])
+    def answer_again(self, unsent: str, talk: Any) -> Prompt:
+        talk = checked_talk(talk)
+        require(bool(talk), "there is nothing to regenerate; send a message first")
+        return self.answer(talk[-2]["content"], talk[:-2], unsent)
 
-    def undo_answer(self, message: str, talk: list[Turn]) -> Values:
+    def undo_answer(self, message: str, talk: Any) -> Values:
+        with shown_errors():
+            talk = checked_talk(talk)
         if not talk:
             return [], "nothing to undo", [], message
-        return escaped(talk[:-2]), "", talk[:-2], talk[-2]["content"]
+        return escaped(talk[:-2]), "", talk[:-2], message or talk[-2]["content"]
+
+    async def count(self, text: str) -> str:
+        """Say how much of the context a text takes."""
+        with shown_errors():
+            context = self.scheduler.completer.context
+            try:
+                ids = await self.scheduler.in_turn(
+                    self.scheduler.completer.tokenizer.encode, (text or "")[:LONGEST_PROMPT]
+                )
+            except UserError:
+                return ""
+            full = "; too long to continue" if len(ids) >= context else ""
+            return f"{counted(len(ids))} of {context:,}{full}"
+
+    def show_talk(self, talk: Any) -> list[Turn]:
+        """Return a conversation that the browser has kept, as the chatbot shows it."""
+        with shown_errors():
+            return escaped(checked_talk(talk))
 
     async def generate(  # noqa: PLR0917 - Gradio passes positional arguments
         self,
@@ -128,12 +167,13 @@ class Handlers:
         repetition_penalty: float = 1.1,
         seed: int | None = None,
         stop: list[str] | None = None,
+        min_p: float = 0.0,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Continue `prompt`; yields text, seed, tokens, seconds and stop reason so far."""
         with shown_errors():
             sampling = self.scheduler.sampling(
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                repetition_penalty=repetition_penalty, seed=seed,
+                repetition_penalty=repetition_penalty, seed=seed, min_p=min_p,
             )  # fmt: skip
             stops = self.scheduler.stop_strings(stop)
             ids, text = await self.scheduler.in_turn(self.scheduler.encode, prompt), ""
@@ -163,6 +203,43 @@ def _seed(typed: str | None) -> Any:
     return int(typed) if typed.isdecimal() and len(typed) < 20 else typed or None
 
 
+def _stops(typed: str | None) -> list[str]:
+    r"""Parse the field of stop strings: one per line, in which \n is a line break."""
+    return [line.replace("\\n", "\n") for line in (typed or "").splitlines() if line]
+
+
+async def with_silences(chunks: AsyncGenerator[TextChunk, None], seconds: float) -> AsyncGenerator[Any, None]:
+    """Yield the chunks, and None for each `seconds` without one; closing it closes `chunks`."""
+    async with contextlib.aclosing(chunks):
+        while True:
+            following = asyncio.ensure_future(anext(chunks, END))
+            try:
+                while not (await asyncio.wait({following}, timeout=seconds))[0]:
+                    yield None
+            finally:
+                if not following.done():
+                    following.cancel()
+                    await asyncio.wait({following})
+            if (chunk := following.result()) is END:
+                return
+            yield chunk
+
+
+def checked_talk(talk: Any) -> list[Turn]:
+    """Return the turns that a browser has sent; raises `UserError` unless user and assistant alternate."""
+    turns = [] if talk is None else talk
+    good = isinstance(turns, list) and len(turns) % 2 == 0
+    for i, turn in enumerate(turns if good else ()):
+        good = good and isinstance(turn, dict) and set(turn) == {"role", "content"}
+        good = good and turn["role"] == ("user", "assistant")[i % 2] and isinstance(turn["content"], str)
+    require(good, "the conversation is damaged; clear it and begin anew")
+    return turns
+
+
 def escaped(talk: list[Turn]) -> list[Turn]:
-    """Escape a conversation, because the chatbot renders HTML and would fetch images in it."""
-    return [{"role": turn["role"], "content": html.escape(turn["content"], quote=False)} for turn in talk]
+    """Return a conversation as HTML that fetches nothing, because the chatbot renders HTML."""
+    shown = {
+        "user": lambda text: html.escape(text, quote=False),
+        "assistant": lambda text: answer_html(text or "…"),
+    }
+    return [turn | {"content": shown[turn["role"]](turn["content"])} for turn in talk]

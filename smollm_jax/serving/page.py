@@ -1,59 +1,71 @@
 """Layout of the page: a notebook whose text grows in place, and a chat if the model has a template.
 
-A base model completes text, so the page is one text that the model continues: Continue, Stop, Undo, Write again.
-handlers.py has what the buttons do; page.css, page.js and page.md are the style, the scripts and the API's help.
+A base model completes text, so the page is one text that the model continues: Continue, Stop, Undo, Regenerate.
+handlers.py has what the server does; page.js keeps the history of the text, the settings and the conversation in
+the browser. page.css is the style, page.md the API's help.
 """
 
 import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from smollm_jax.serving.facts import Facts
 from smollm_jax.serving.handlers import Handlers
 from smollm_jax.serving.scheduler import RANGES, Scheduler
 
 GRADIO_QUEUE = 64
-STATE_SECONDS = 3_600
 STYLE, SCRIPT, HELP = (Path(__file__).with_suffix(suffix).read_text("utf-8") for suffix in (".css", ".js", ".md"))
-OPENINGS = (
-    "Photosynthesis is the process by which",
-    "Once upon a time, in a small village by the sea,",
-    "Chapter 3: The Water Cycle\n\nWater is always on the move.",
-    "A step-by-step guide to growing tomatoes at home\n\nStep 1:",
-    "The reason why the sky looks blue is",
-)
+SECONDS_TO_LOOK = 10  # between two looks at a run that may be training
 # temperature, top-p, top-k, repetition penalty
-PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Likeliest": (0.0, 1.0, 0, 1.0)}
+PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
 START = "Textbook"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # /generate is the only documented endpoint
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
+BROWSER = PRIVATE | {"show_progress": "hidden"}  # an event of the browser alone: fn is None
+Inputs = list[gr.components.Component]
 
 
-def build_page(scheduler: Scheduler, name: str, *, with_key: bool) -> gr.Blocks:
+def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts) -> gr.Blocks:
     """Build the page. Requests wait in the scheduler's queue; Gradio's own queue only forwards them."""
     handlers, has_chat = Handlers(scheduler), scheduler.has_chat
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
-            about = f"{scheduler.completer.about} · context {scheduler.completer.context:,} tokens"
-            gr.Markdown(f"# {name}\n{about}", elem_id="title")
+            about = [scheduler.completer.about, f"context {scheduler.completer.context:,} tokens"]
+            about = [f"{facts.parameters:,} parameters", *about] if facts.parameters else about
+            gr.Markdown(f"# {name}\n{' · '.join(about)}", elem_id="title")
             dark = gr.Button("Light / dark", size="sm", elem_id="dark", scale=0)
             dark.click(None, js="() => window.toggleDark()", **PRIVATE)
+        with gr.Accordion("About this model", open=False, elem_id="about"):
+            known = gr.HTML(facts.html(), elem_id="facts")
+            if facts.run:
+                gr.Timer(SECONDS_TO_LOOK).tick(facts.html, None, known, **QUICK)
         with gr.Row():
             side = gr.Column(scale=1, min_width=280, render=False)
             with gr.Column(scale=3, min_width=320):
                 with side:
-                    numbers = settings(scheduler)
+                    accordion = gr.Accordion("Settings", open=True, elem_id="settings")
+                with side, accordion:
+                    preset, numbers = settings(scheduler)
                 with gr.Tab("Notebook") if has_chat else contextlib.nullcontext():
-                    notebook(handlers, numbers)
+                    sheet = notebook(handlers, [preset, *numbers], facts.openings)
                 if has_chat:
                     with gr.Tab("Chat"):
-                        chat(handlers, numbers)
+                        chat(page, handlers, numbers)
             side.render()
-        with gr.Accordion("API", open=False):
+        kept = [sheet, preset, *numbers]
+        restore = f"(...v) => window.notebook.restore(v, {scheduler.max_new_tokens})"
+        page.load(None, kept, kept, js=restore, **BROWSER)
+        for one in kept[1:]:
+            one.change(None, kept[1:], None, js="(...v) => window.notebook.settings(v)", **BROWSER)
+        with gr.Accordion("Use it from a program", open=False):
             key = " -H 'Authorization: Bearer KEY'" if with_key else ""
-            gr.Markdown(HELP.format(chat=", `/v1/chat/completions`" if has_chat else "", key=key))
+            text = HELP.format(chat=", `/v1/chat/completions`" if has_chat else "", key=key)
+            program = gr.Markdown(text, elem_id="program")
+            page.load(None, None, program, js=f"() => window.notebook.address({json.dumps(text)})", **BROWSER)
         gr.api(handlers.generate, api_name="generate", concurrency_limit=None)
     for block in page.blocks.values():
         # a mounted Gradio app would copy any file of this machine, or any URL, that a request names
@@ -65,86 +77,136 @@ async def no_files(*_: Any) -> str:
     raise gr.Error("this page accepts no files", print_exception=False)
 
 
-def settings(scheduler: Scheduler) -> list[gr.components.Component]:
-    """Add presets and inputs for the numbers; returns the inputs in the order of `NUMBERS`."""
+def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
+    """Add presets and inputs for the numbers; returns the presets, and the inputs in the order of `NUMBERS`."""
     longest, (temperature, top_p, top_k, penalty) = scheduler.max_new_tokens, PRESETS[START]
-    preset = gr.Radio(list(PRESETS), value=START, label="Preset")
+    preset = gr.Radio(list(PRESETS), value=START, label="Preset", elem_id="preset")
     sliders = [
-        gr.Slider(*RANGES["temperature"], temperature, step=0.05, label="Temperature", info="0: greedy"),
+        gr.Slider(
+            *RANGES["temperature"],
+            temperature,
+            step=0.05,
+            label="Temperature",
+            info="0: greedy",
+            elem_id="temperature",
+        ),
         gr.Slider(*RANGES["top_p"], top_p, step=0.01, label="Top-p"),
         gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all tokens"),
         gr.Slider(*RANGES["repetition_penalty"], penalty, step=0.05, label="Repetition penalty", info="1: none"),
     ]
     # Gradio's slider needs two values
     length = gr.Slider(
-        min(1, longest - 1), longest, min(200, longest), step=1, label="Length", info="in tokens", elem_id="length"
+        min(1, longest - 1), longest, min(200, longest), step=1, label="Max new tokens", elem_id="length"
     )
     # a text field, because an empty number field of Gradio's reads 0
     seed = gr.Textbox(label="Seed", placeholder="empty: a new seed every time", max_lines=1, elem_id="seed")
-    # .input, not .change: only a person's choice may move the sliders
-    preset.input(lambda name: PRESETS[name], preset, sliders, queue=False, **PRIVATE)
-    return [*sliders, length, seed]
+    min_p = gr.Slider(*RANGES["min_p"], 0, step=0.01, label="Min-p", info="0: off", elem_id="min-p")
+    stop = gr.Textbox(
+        label="Stop strings", placeholder="one per line; \\n is a line break", lines=1, max_lines=4,
+        elem_id="stop-strings",
+    )  # fmt: skip
+    # .input, not .change: only a person's choice may move the sliders, and only theirs the preset
+    table = json.dumps(PRESETS)
+    preset.input(None, preset, sliders, js=f"(name) => ({table})[name]", **BROWSER)
+    for slider in sliders:
+        slider.input(None, sliders, preset, js=f"(...v) => window.notebook.preset(v, {table})", **BROWSER)
+    return preset, [*sliders, length, seed, min_p, stop]
 
 
-def notebook(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
-    """Add the text and its buttons."""
-    past = gr.State([], time_to_live=STATE_SECONDS)
+def notebook(handlers: Handlers, given: Inputs, openings: Sequence[str]) -> gr.Textbox:
+    """Add the text and its buttons; returns the text."""
+    before = gr.Textbox(visible=False)  # page.js gives it: the text before the last continuation
     sheet = gr.Textbox(
         lines=14, max_lines=20, label="Text", elem_id="sheet", buttons=["copy"], interactive=True,
         placeholder="Write how a text begins, then press Continue.",
     )  # fmt: skip
-    line = gr.Markdown("", elem_id="status")
-    controls(
-        "Continue", handlers.continue_text, handlers.rewrite_text, handlers.undo_text, handlers,
-        inputs=[sheet, past], numbers=numbers, outputs=[sheet, line, past],
+    with gr.Row(elem_id="line"):
+        line = gr.Markdown("", elem_id="status")
+        count = gr.Markdown("", elem_id="count")
+        link = gr.Button("Copy link", size="sm", elem_id="link", scale=0, min_width=110)
+    link.click(None, [sheet, *given], line, js="(...v) => window.notebook.link(v)", **BROWSER)
+    sheet.change(handlers.count, sheet, count, trigger_mode="always_last", **QUICK)
+    undo, redo = controls(
+        "Continue", handlers.continue_text, handlers.rewrite_text, handlers, redo=True,
+        inputs=[sheet, before], numbers=given[1:], outputs=[sheet, line],
+        scripts=("begin", "beginAgain", "end"), sent="(sheet, _, ...v) => [sheet, window.notebook.before(), ...v]",
     )  # fmt: skip
-    gr.Examples(
-        [[opening] for opening in OPENINGS], sheet, label="Openings", cache_examples=False,
-        example_labels=[opening.split("\n")[0] for opening in OPENINGS], api_visibility="private",
-    )  # fmt: skip
+    for button, script in ((undo, "undo"), (redo, "redo")):
+        button.click(None, None, [sheet, line], js=f"() => window.notebook.{script}()", **BROWSER)
+    with gr.Row(elem_id="openings"):
+        gr.Markdown("Openings", elem_id="openings-title")
+        for opening in openings:
+            chip = gr.Button(opening.split("\n")[0], size="sm")
+            js = f"() => window.notebook.open({json.dumps(opening)})"
+            chip.click(None, None, [sheet, line], js=js, **BROWSER)
+    return sheet
 
 
-def chat(handlers: Handlers, numbers: list[gr.components.Component]) -> None:
+def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
     """Add a conversation under the model's chat template."""
-    talk = gr.State([], time_to_live=STATE_SECONDS)
+    talk = gr.JSON([], visible=False)
     # Gradio's own buttons would copy the escaped text
-    view = gr.Chatbot(height=400, render_markdown=False, buttons=[], label="Conversation", feedback_options=None)
-    with gr.Row():
+    view = gr.Chatbot(
+        height="clamp(15rem, 100vh - 30rem, 60rem)", render_markdown=False, buttons=[],
+        label="Conversation", show_label=False, feedback_options=None, elem_id="chat-view",
+        placeholder="Write a message below.",
+    )  # fmt: skip
+    with gr.Row(elem_id="chat-line"):
         line = gr.Markdown("", elem_id="chat-status")
+        shown = gr.Checkbox(True, label="Markdown", elem_id="markdown", container=False, scale=0, min_width=110)
         copy = gr.Button("Copy answer", size="sm", elem_id="copy", scale=0, min_width=110)
     copy.click(None, js="() => window.copyAnswer()", **PRIVATE)
+    shown.change(None, shown, None, js="(on) => window.notebook.markdown(on)", **BROWSER)
+    page.load(None, shown, shown, js="(on) => window.notebook.restoreMarkdown(on)", **BROWSER)
     box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Press Enter to send")
-    view.clear(lambda: ([], ""), None, [talk, line], queue=False, **PRIVATE)
-    controls(
-        "Send", handlers.answer, handlers.answer_again, handlers.undo_answer, handlers,
-        inputs=[box, talk], numbers=numbers, outputs=[view, line, talk, box], enter=[box],
+    held, save = [box, talk], "(...v) => window.notebook.endChat(...v)"
+    view.clear(lambda: ([], ""), None, [talk, line], **QUICK).then(None, held, None, js=save, **BROWSER)
+    outputs = [view, line, talk, box]
+    undo, _ = controls(
+        "Send", handlers.answer, handlers.answer_again, handlers,
+        inputs=held, numbers=numbers, outputs=outputs, enter=[box],
+        scripts=("beginChat", "beginChat", "endChat"),
     )  # fmt: skip
+    undo.click(handlers.undo_answer, held, outputs, **QUICK).then(None, held, None, js=save, **BROWSER)
+    restored = page.load(None, held, held, js="(...v) => window.notebook.restoreTalk(...v)", **BROWSER)
+    restored.then(handlers.show_talk, talk, view, **QUICK)
 
 
 def controls(
-    verb: str, write: Any, write_again: Any, undo_last: Any, handlers: Handlers, *,
-    inputs: list[Any], numbers: list[Any], outputs: list[Any], enter: Sequence[gr.Textbox] = (),
-) -> None:  # fmt: skip
-    """Add the buttons that write, stop, undo and write again; pressing Enter in a box of `enter` writes too."""
+    verb: str, write: Any, write_again: Any, handlers: Handlers, *, inputs: list[Any], numbers: Inputs,
+    outputs: list[Any], scripts: tuple[str, str, str], sent: str | None = None,
+    enter: Sequence[gr.Textbox] = (), redo: bool = False,
+) -> tuple[gr.Button, gr.Button | None]:  # fmt: skip
+    """Add the buttons that write, stop, undo and regenerate; pressing Enter in a box of `enter` writes too.
+
+    `scripts` of page.js run when a press of either button begins and when it ends, the last with what `inputs`
+    then hold; `sent` changes what the server gets. Returns Undo and Redo.
+    """
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(verb, variant="primary", elem_id=verb.lower())
         stop = gr.Button("Stop", variant="stop", visible=False, elem_id=f"stop-{verb.lower()}")
         undo = gr.Button("Undo", elem_id=f"undo-{verb.lower()}")
-        again = gr.Button("Write again", elem_id=f"again-{verb.lower()}")
+        forward = gr.Button("Redo", elem_id=f"redo-{verb.lower()}") if redo else None
+        again = gr.Button("Regenerate", elem_id=f"again-{verb.lower()}")
 
-    switched = [go, stop, undo, again, *enter]
+    switched = [go, stop, undo, again, *([forward] if forward else []), *enter]
 
     def buttons(working: bool) -> list[Any]:
         others = [gr.update(interactive=not working) for _ in switched[2:]]
         return [gr.update(visible=not working), gr.update(visible=working), *others]
 
-    for triggers, prepare in (([go.click, *(box.submit for box in enter)], write), ([again.click], write_again)):
-        event = gr.on(triggers, lambda: buttons(True), None, switched, **QUICK).then(
-            handlers.writer(prepare), [*inputs, *numbers], outputs,
+    presses = (([go.click, *(box.submit for box in enter)], write), ([again.click], write_again))
+    for (triggers, prepare), begins in zip(presses, scripts, strict=False):
+        start = f"() => window.notebook.{begins}()"
+        event = gr.on(triggers, lambda: buttons(True), None, switched, js=start, **QUICK).then(
+            handlers.writer(prepare), [*inputs, *numbers], outputs, js=sent,
             show_progress="hidden", concurrency_limit=None, **PRIVATE,
         )  # fmt: skip
+        end = f"(...v) => window.notebook.{scripts[2]}(...v)"
         event.success(lambda: buttons(False), None, switched, **QUICK)
         # .then does not run after a failure
         event.failure(lambda: [*buttons(False), ""], None, [*switched, outputs[1]], **QUICK)
+        for ended in (event.success, event.failure):
+            ended(None, inputs, None, js=end, **BROWSER)
     stop.click(handlers.stop, None, None, **QUICK)
-    undo.click(undo_last, inputs, outputs, **QUICK)
+    return undo, forward

@@ -34,10 +34,11 @@ RANGES = {
     "repetition_penalty": (0.5, 2.0),
     "top_k": (0, 1_000),
     "seed": (0, 2**32 - 1),
+    "min_new_tokens": (0, 1),
 }
 ENCODING = 2  # threads at most, so that other work finds one
 T = TypeVar("T")
-WHOLE = ("top_k", "seed", "max_new_tokens")
+WHOLE = ("top_k", "seed", "max_new_tokens", "min_new_tokens")
 
 
 class QueueFull(Exception):
@@ -90,6 +91,12 @@ class Scheduler:
     def waiting(self) -> int:
         """Count the requests before a new one."""
         return len(self._queue) + (self._now is not None)
+
+    def before(self, owner: str) -> int:
+        """Count the requests that are served before the one of `owner` that waits; 0 if none of it waits."""
+        with self._changed:
+            waiting = [job.owner for job in self._queue]
+            return waiting.index(owner) + (self._now is not None) if owner in waiting else 0
 
     async def in_turn(self, encode: Callable[..., T], *arguments: Any, chat: bool = False) -> T:
         """Call `encode` in a thread; a few requests do so at a time, and one of them renders a chat."""

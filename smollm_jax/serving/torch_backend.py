@@ -20,6 +20,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
@@ -51,6 +52,7 @@ class TorchEngine:
     def __init__(self, model: Any, config: ModelConfig):
         self._model = model.eval()
         self._model.generation_config = GenerationConfig()  # a folder's own defaults would fill in our settings
+        self.num_parameters = config.num_parameters
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
@@ -71,14 +73,23 @@ class TorchEngine:
             settings.update(do_sample=True, top_k=0)
         rules = sampling_rules(sampling)
         ids_BT = torch.tensor([list(prompt)], device=self._model.device)
-        for _ in range(room):
+
+        def next_ids(rules: LogitsProcessorList) -> torch.Tensor:
             state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
             torch.manual_seed(int(state[0]))
+            return self._model.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache,
+                generation_config=settings, logits_processor=rules,
+            )  # fmt: skip
+
+        for made in range(room):
             try:
-                ids_BT = self._model.generate(
-                    ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache,
-                    generation_config=settings, logits_processor=rules,
-                )  # fmt: skip
+                new_BT = next_ids(rules)
+                if made < sampling.min_new_tokens and int(new_BT[0, -1]) in sampling.stop_ids:
+                    cache.crop(-1)  # the last token is read once more
+                    banned = SuppressTokensLogitsProcessor(list(sampling.stop_ids), device=str(ids_BT.device))
+                    new_BT = next_ids(LogitsProcessorList([banned, *rules]))
+                ids_BT = new_BT
             except _Cancelled:
                 return
             token = int(ids_BT[0, -1])

@@ -191,6 +191,24 @@ def test_a_text_continued_with_its_seed_reads_on_as_if_never_stopped(completers,
     assert half + rest == whole
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_text_that_has_ended_goes_on_if_it_must(completers, backend, temperature):
+    engine, prompt = completers[backend].engine, [5, 6, 7]
+
+    def ids(prompt, **changes):
+        sampling = Sampling(max_new_tokens=6, temperature=temperature, seed=7)
+        return [i for ids in engine.stream(prompt, replace(sampling, **changes)) for i in ids]
+
+    whole = ids(prompt)
+    assert ids(prompt, min_new_tokens=1, stop_ids=(301,)) == whole  # no stop id was drawn: nothing changes
+    ending = {"stop_ids": (whole[0], 301)}
+    assert ids(prompt, **ending) == []
+    onward = ids(prompt, min_new_tokens=1, **ending)
+    assert onward[0] not in ending["stop_ids"]
+    assert onward[1:] == ids([*prompt, onward[0]], max_new_tokens=5, **ending)  # the cache is as it should be
+
+
 def test_both_back_ends_leave_the_same_tokens_to_the_draw(completers):
     wanted = Sampling(max_new_tokens=1, temperature=1.1, top_k=9, top_p=0.85, min_p=0.05, repetition_penalty=1.4)
     prompt = completers["jax"].encode("Once upon")

@@ -523,7 +523,7 @@ def test_a_request_that_names_a_file_is_refused(server, tmp_path_factory, path):
         file = {"path": named, "meta": {"_type": "gradio.FileData"}}
         for target in ("continue", "send"):
             event = page_event(server, target)
-            reply = ask_page(server, event, [file, None, 0.6, 0.9, 50, 1.1, 5, ""])
+            reply = ask_page(server, event, [file, None, 0.6, 0.9, 50, 1.1, 5, "", 0, ""])
             assert reply["output"]["error"] == "this page accepts no files"
     assert not list(server.cache.rglob("secret.txt")) + list(server.cache.rglob("passwd"))
 
@@ -531,18 +531,20 @@ def test_a_request_that_names_a_file_is_refused(server, tmp_path_factory, path):
 @pytest.mark.parametrize(
     ("target", "data", "words"),
     [
-        ("continue", ["x\0", None, 0.6, 0.9, 50, 1.1, 10, ""], "NUL"),
-        ("continue", ["\ud800", None, 0.6, 0.9, 50, 1.1, 10, ""], "half a character"),
-        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10**9, ""], "greater than maximum"),
-        ("continue", ["x", None, -1, 0.9, 50, 1.1, 10, ""], "less than minimum"),
-        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "9" * 5_000], "seed="),
-        ("send", ["\ud800", None, 0.6, 0.9, 50, 1.1, 10, ""], "half a character"),
-        ("send", ["x" * 10**6, None, 0.6, 0.9, 50, 1.1, 10, ""], "1,000,000 characters"),
-        ("send", [" ", None, 0.6, 0.9, 50, 1.1, 10, ""], "message is empty"),
-        ("again-continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, ""], "nothing to write again"),
-        ("again-send", ["x", None, 0.6, 0.9, 50, 1.1, 10, ""], "nothing to answer again"),
+        ("continue", ["x\0", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "NUL"),
+        ("continue", ["\ud800", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "half a character"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10**9, "", 0, ""], "greater than maximum"),
+        ("continue", ["x", None, -1, 0.9, 50, 1.1, 10, "", 0, ""], "less than minimum"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "9" * 5_000, 0, ""], "seed="),
+        ("send", ["\ud800", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "half a character"),
+        ("send", ["x" * 10**6, None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "1,000,000 characters"),
+        ("send", [" ", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "message is empty"),
+        ("send", ["x", [{"role": "system"}], 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "conversation is damaged"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, "a\nb\nc\nd\ne"], "stop takes up to 4"),
+        ("again-continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "nothing to regenerate"),
+        ("again-send", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "nothing to regenerate"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_the_page_is_checked_on_the_server_too(server, target, data, words):
     reply = ask_page(server, page_event(server, target), data)

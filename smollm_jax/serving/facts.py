@@ -1,0 +1,113 @@
+"""What the page says of its model: size, step, loss curve, data and openings, read from the run if there is one.
+
+A run that is still training is read again each time, so its curve grows on the page. This file knows no layout.
+"""
+
+import base64
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.config.settings import Config
+from smollm_jax.runs.load import is_run, newest_step, read_run
+from smollm_jax.runs.records import evaluations, read_metrics
+from smollm_jax.runtime.errors import UserError
+
+OPENINGS = (
+    "Photosynthesis is the process by which",
+    "Once upon a time, in a small village by the sea,",
+    "Chapter 3: The Water Cycle\n\nWater is always on the move.",
+    "A step-by-step guide to growing tomatoes at home\n\nStep 1:",
+    "The reason why the sky looks blue is",
+)
+MOST_POINTS, WIDTH, HEIGHT = 400, 600, 180
+LARGEST_PICTURE = 4_000_000  # bytes of loss.png
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model; `step` is the checkpoint that is served, `run` its run folder."""
+
+    parameters: int | None = None
+    has_chat: bool = False
+    run: Path | None = None
+    config: Config | None = None
+    step: int | None = None
+    picture: Path | None = None
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        """Return the run's own prompts, or those for a model of textbooks."""
+        return self.config.run.sample_prompts if self.config else OPENINGS
+
+    def html(self) -> str:
+        """Return table and loss curve; reads the run's metrics again."""
+        lines = read_metrics(self.run) if self.run else []
+        rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in self._rows(lines))
+        return f"<dl>{rows}</dl>{curve(lines) or self._picture()}"
+
+    def _rows(self, lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        kind = (
+            "answers in a conversation, and completes text" if self.has_chat else "completes text; does not chat"
+        )
+        rows = [("Kind", kind)]
+        if self.parameters is not None:
+            rows.append(("Parameters", f"{self.parameters:,}"))
+        if self.config is None or not lines:  # an import has not trained on the data that its settings name
+            return rows
+        total, last = self.config.run.steps, lines[-1]
+        if self.step is not None:
+            rows.append(("Checkpoint", f"step {self.step:,} of {total:,}"))
+        if self.step is not None and last.get("step", 0) > self.step:
+            rows.append(("Run", f"is at step {last['step']:,}; a restart serves its newest checkpoint"))
+        known = [line for line in evaluations(lines) if self.step is None or line["step"] <= self.step]
+        if known:
+            found = known[-1]
+            value = f"{found['eval_bits_per_byte']:.3f} bits per byte, loss {found['eval_loss']:.3f}"
+            rows.append(("Held-out", f"{value} (step {found['step']:,})"))
+        return [*rows, ("Data", self.config.data.data)]
+
+    def _picture(self) -> str:
+        if self.picture is None or self.picture.stat().st_size > LARGEST_PICTURE:
+            return ""
+        data = base64.b64encode(self.picture.read_bytes()).decode()
+        return f'<img alt="Loss over the steps of the run" src="data:image/png;base64,{data}">'
+
+
+def read_facts(path: str, parameters: int | None, *, has_chat: bool) -> Facts:
+    """Return what is known of the model at `path`: a run, the export of one, another folder, or a Hub id."""
+    folder = Path(path).expanduser()
+    picture = folder / "loss.png" if (folder / "loss.png").is_file() else None
+    # an export lies in its run
+    run = next((one for one in (folder, folder.absolute().parent) if is_run(one)), None)
+    if run is None or (run != folder and folder.name != "export"):
+        return Facts(parameters, has_chat, picture=picture)
+    try:
+        return Facts(parameters, has_chat, run, read_run(run), newest_step(run), picture)
+    except UserError:  # the model was opened all the same
+        return Facts(parameters, has_chat, picture=picture)
+
+
+def curve(lines: list[dict[str, Any]]) -> str:
+    """Return the losses as an SVG in the page's own colours; empty with fewer than two points."""
+    train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
+    held_out = [(x["step"], x["eval_loss"]) for x in evaluations(lines)]
+    if len(train) < 2:
+        return ""
+    train = train[:: -(-len(train) // MOST_POINTS)] + train[-1:]
+    losses = [loss for _, loss in train + held_out]
+    low, high, end = min(losses), max(losses), train[-1][0]
+
+    def line(points: list[tuple[int, float]], name: str) -> str:
+        scale = HEIGHT / ((high - low) or 1.0)
+        spots = " ".join(f"{x / end * WIDTH:.1f},{(high - y) * scale:.1f}" for x, y in points)
+        return f'<polyline class="{name}" points="{spots}" vector-effect="non-scaling-stroke"/>'
+
+    lines_drawn = line(train, "train") + line(held_out, "held-out")
+    legend = '<span class="train">training</span> <span class="held-out">held out</span>'
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" preserveAspectRatio="none" '
+        f'aria-label="Loss from {train[0][1]:.2f} to {train[-1][1]:.2f} over {end:,} steps">{lines_drawn}</svg>'
+        f"<figcaption>{legend} <span>loss {high:.2f} to {low:.2f}, step 0 to {end:,}</span></figcaption></figure>"
+    )
