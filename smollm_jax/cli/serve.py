@@ -33,6 +33,7 @@ def serve(
     max_new_tokens: int = 2_048,
     max_waiting: int = 16,
     special_tokens: Literal["text", "parse"] | None = None,
+    share: bool = False,
 ) -> int:
     """Serve a model as a page and an API, to this machine only unless --host says otherwise.
 
@@ -53,19 +54,27 @@ def serve(
         max_waiting: Most requests in the queue; further requests are refused.
         special_tokens: Special tokens that a prompt or message spells out: stay text, or parse them to ids, as
             transformers does; default: as the run was trained, else text.
+        share: Open the page to the internet by a tunnel of Gradio's; without a password it gets one.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
     auth = secret("auth", auth, auth_file)
     user, _, password = (auth or "").partition(":")
     require(auth is None or bool(user and password), "--auth must read USER:PASSWORD")
+    require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
     folder = path or str(Path(sys.argv[0]).parent / "export")
     require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
     require(find_spec("gradio") is not None, f"the page needs gradio: {install('serve')}")
     # only now, so that --help and mistakes answer at once
     from smollm_jax.serving.app import build_app, hosts_of, listen, open_scheduler, run
+    from smollm_jax.serving.share import USER, Share
+    from smollm_jax.serving.share import password as new_password
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes
+    if share and not auth:
+        user, password = USER, new_password()
+        auth = f"{user}:{password}"
+        say(f"--share: log in as {user} with the password {password}")
     if auth and api_key is None:
         api_key = secrets.token_urlsafe(24)
         say(f"API key for /v1: {api_key}")
@@ -75,7 +84,13 @@ def serve(
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
     app = build_app(scheduler, name, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
-    run(app, listening, host, on_space=ON_A_SPACE)
+    address, number = listening.getsockname()[:2]
+    tunnel = Share("127.0.0.1" if address == "0.0.0.0" else address, number, hosts) if share else None
+    try:
+        run(app, listening, host, on_space=ON_A_SPACE)
+    finally:
+        if tunnel is not None:
+            tunnel.close()
     scheduler.close()
     return 0
 

@@ -77,8 +77,12 @@ def build_app(
     auth: tuple[str, str] | None,
     api_key: str | None,
     hosts: Hosts | None = None,
+    root: str | None = None,
 ) -> FastAPI:
-    """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1."""
+    """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1.
+
+    `root` is the address of the page where a proxy does not tell it.
+    """
     # Gradio reads these when it is imported, and would report to its makers and keep statistics of each request
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**60)}
@@ -104,7 +108,7 @@ def build_app(
     page = build_page(scheduler, name, with_key=api_key is not None)
     keep_little(page)
     gr.mount_gradio_app(
-        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
+        app, page, path="/", auth=auth, root_path=root, theme=theme, css=STYLE, js=SCRIPT, footer_links=["api"],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     app.add_middleware(Guard, hosts=hosts or Hosts())  # last, so before what Gradio adds
@@ -115,12 +119,20 @@ def run(app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = F
     """Print the address and serve until SIGINT or SIGTERM."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
-    # a Space is shown inside a page of Hugging Face, whose proxy names the client
-    policy = POLICY if on_space else f"{POLICY}; frame-ancestors 'self'"
-    config = uvicorn.Config(
-        app, headers=[("content-security-policy", policy)], log_level="error", timeout_graceful_shutdown=3,
-        limit_concurrency=512, http=Impatient, ws="none", proxy_headers=on_space, forwarded_allow_ips=PROXIES,
-    )  # fmt: skip
+    server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
     gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
+
+
+def server_of(app: FastAPI, *, frames: str, proxied: bool = False) -> uvicorn.Server:
+    """Return a server of the app, whose page may be shown inside the pages `frames`, by default any.
+
+    `proxied`: a Space is shown inside a page of Hugging Face, whose proxy names the client.
+    """
+    policy = f"{POLICY}; frame-ancestors {frames}" if frames else POLICY
+    config = uvicorn.Config(
+        app, headers=[("content-security-policy", policy)], log_level="error", timeout_graceful_shutdown=3,
+        limit_concurrency=512, http=Impatient, ws="none", proxy_headers=proxied, forwarded_allow_ips=PROXIES,
+    )  # fmt: skip
+    return uvicorn.Server(config)
