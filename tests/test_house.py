@@ -32,6 +32,7 @@ HOUSE = {
     "serving": ("runs generation hf model tokenizer config runtime", 1_595),
     "planning": ("training kernels distributed model config runtime", 465),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 775),
+    "api": ("training serving runs generation distributed tokenizer config runtime", 460),
 }
 CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_141, 12_898
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60

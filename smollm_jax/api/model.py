@@ -6,9 +6,10 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from smollm_jax.api.process import as_found
+from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import require
 from smollm_jax.serving.completion import Completer, Dtype, StopStrings, check_text, open_completer
@@ -47,14 +48,15 @@ class Model:
     """A model with its tokenizer, as `smollm_jax.load` opens it."""
 
     def __init__(self, completer: Completer, name: str):
-        self.completer, self.name = completer, name
+        assert isinstance(completer.engine, Generator)
+        self.completer, self.name, self._generator = completer, name, completer.engine
 
     @property
     def context(self) -> int:
         """The most tokens of prompt and continuation together."""
         return self.completer.context
 
-    @overload
+    @overload  # type: ignore[overload-overlap]  # a str is a sequence of str, and matches first
     def generate(self, prompt: str, **options: Unpack[Options]) -> str: ...
     @overload
     def generate(self, prompt: Sequence[str], **options: Unpack[Options]) -> list[str]: ...
@@ -71,7 +73,7 @@ class Model:
         with as_found():
             for start in range(0, len(encoded), ROWS):
                 rows = encoded[start : start + ROWS]
-                made = self.completer.engine.generate(rows, sampling)
+                made = self._generator.generate(rows, sampling)
                 texts += [self._text(ids, new, stop) for ids, new in zip(rows, made, strict=True)]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -91,7 +93,7 @@ class Model:
                 if chunk.text:
                     yield chunk.text
 
-    @overload
+    @overload  # type: ignore[overload-overlap]
     def logprobs(self, text: str) -> list[TokenLogprob]: ...
     @overload
     def logprobs(self, text: Sequence[str]) -> list[list[TokenLogprob]]: ...
@@ -109,7 +111,7 @@ class Model:
         check_text(text, "the text")
         tokenizer = self.completer.tokenizer
         ids = tokenizer.encode(text).tolist()
-        logprobs, likeliest = self.completer.engine.logprobs(ids)
+        logprobs, likeliest = self._generator.logprobs(ids)
         decoder = TextOfIds(tokenizer, [])
         pieces = [decoder.feed([token]) for token in ids]
         pieces[-1] += decoder.rest()
@@ -179,7 +181,6 @@ def load(
         f"load takes a run, a path or a Hub id; {path!r:.60} came",
     )
     place = path if isinstance(path, str) else path.__fspath__()
-    kind: Literal["jax"] = "jax"
     with as_found():
-        completer = open_completer(place, backend=kind, dtype=dtype, special_tokens=special_tokens, step=step)
+        completer = open_completer(place, dtype=dtype, special_tokens=special_tokens, step=step)
     return Model(completer, Path(place).name or place)

@@ -33,17 +33,15 @@ class Server:
     ):  # fmt: skip
         from smollm_jax.serving.app import build_app, hosts_of, server_of
         from smollm_jax.serving.completion import Completer
-        from smollm_jax.serving.guard import Hosts
         from smollm_jax.serving.scheduler import Scheduler
         from smollm_jax.serving.share import Share
 
         address, port = listening.getsockname()[:2]
         self.url = url or f"http://{f'[{address}]' if ':' in address else address}:{port}"
         self.auth, self.api_key = auth, api_key
+        self._share: Share | None = None
         # Colab's proxy, which alone reaches its machine, names other hosts
-        hosts = (
-            hosts_of(listening, host, "", on_space=False) if url is None else Hosts(any_host=True, any_origin=True)
-        )
+        hosts = hosts_of(listening, host, "", on_space=url is not None)
         own = model.completer  # the scheduler's thread must be the only user of what it decodes with
         completer = Completer(copy.copy(own.engine), own.tokenizer, own.about, own.stop_ids)
         self._scheduler = Scheduler(completer, max_waiting=WAITING, max_new_tokens=NEW_TOKENS)
@@ -63,7 +61,8 @@ class Server:
             self.close()
             raise RuntimeError(f"the server did not start within {START_SECONDS:.0f} s")
         local = "127.0.0.1" if address == "0.0.0.0" else address
-        self._share = Share(local, port, hosts) if share else None
+        if share:
+            self._share = Share(local, port, hosts)
 
     @property
     def share_url(self) -> str | None:
@@ -82,7 +81,7 @@ class Server:
 
     def close(self) -> None:
         """End the server and its tunnel; a second call does nothing."""
-        if getattr(self, "_share", None) is not None:
+        if self._share is not None:
             self._share.close()
         self._server.should_exit = True
         self._thread.join(END_SECONDS)
@@ -109,9 +108,7 @@ def serve(
     The server ends with `close()` or with this process; a script waits for it by `wait()`. Raises `UserError`.
     """
     require(find_spec("gradio") is not None, f"the page needs gradio: {install('serve')}")
-    require(
-        not inline or in_notebook(), "inline=True shows the page in a notebook, and this is none; leave it out"
-    )
+    require(not inline or in_notebook(), "inline=True shows the page in a notebook, and there is none")
     good = auth is None or (isinstance(auth, list | tuple) and len(auth) == 2 and all(map(_is_text, auth)))
     require(good, "auth must be (user, password), two texts that are not empty")
     require(api_key is None or _is_text(api_key), "api_key must be a text that is not empty")

@@ -69,6 +69,6 @@ def _fit(config: Config) -> int:
     from smollm_jax.training.fit import fit
 
     wide = "JAX computes with 64 bits here (jax_enable_x64), which would change the results; switch it off"
-    require(not jax.config.jax_enable_x64, wide)
+    require(not jax.config.read("jax_enable_x64"), wide)
     with Interrupt() as stop:
         return fit(config, stop, Processes())

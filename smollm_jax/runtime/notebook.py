@@ -1,4 +1,4 @@
-"""Find out whether this process is the kernel of a notebook, and which progress bar can be seen where it writes."""
+"""Find out whether this process is the kernel of a notebook, and which progress bar can be seen there."""
 
 import sys
 from importlib.util import find_spec

@@ -29,12 +29,13 @@ from smollm_jax.training.setup import setup
 from smollm_jax.training.step import Vote
 
 
-def fit(config: Config, stop: StopRequest, job: Processes | None = None) -> int:
+def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> int:
     """Train as `config` says, from the newest good checkpoint if there is one; returns the exit code.
 
-    `job` keeps this process from looking for others. Raises `UserError` for a mistake in settings or input.
+    `alone` keeps this process from looking for others of a job. Raises `UserError` for a mistake in settings or
+    input.
     """
-    joined = join_job(config.compute) if job is None else nullcontext(job)
+    joined = join_job(config.compute) if alone is None else nullcontext(alone)
     with joined as job, acquire_run_dir(config, job) as run_dir:
         try:
             with closing(setup(config, run_dir, stop, job)) as run:
