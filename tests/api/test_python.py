@@ -26,12 +26,15 @@ SMALL = {
     "eval_documents": 5, "sample_tokens": 0, "max_seq_len": 640, "log_every": 1,
 }  # fmt: skip
 
+OF_LIBRARIES = ("CRC32C_SW_MODE", "TORCHINDUCTOR_CACHE_DIR")  # set by tensorstore and torch, once
+
 
 def surroundings():
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     settings = {name: getattr(jax.config, f"jax_{name}") for name in OF_JAX}
     root = logging.getLogger()
-    return handlers, settings, root.level, list(root.handlers), dict(os.environ)
+    ours = {name: value for name, value in os.environ.items() if name not in OF_LIBRARIES}
+    return handlers, settings, root.level, list(root.handlers), ours
 
 
 @pytest.fixture(scope="module")
