@@ -17,24 +17,24 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 886),
-    "config": ("runtime", 589),
+    "runtime": ("", 940),
+    "config": ("runtime", 624),
     "tokenizer": ("runtime", 581),
     "model": ("config runtime", 519),
     "data": ("tokenizer config runtime", 1_352),
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 753),
+    "hf": ("model tokenizer config runtime", 755),
     "checkpoint": ("distributed runtime", 695),
-    "generation": ("kernels model config runtime", 564),
-    "runs": ("hf checkpoint data tokenizer config runtime", 655),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_681),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_595),
+    "generation": ("kernels model config runtime", 599),
+    "runs": ("hf checkpoint data tokenizer config runtime", 658),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_683),
+    "serving": ("runs generation hf model tokenizer config runtime", 1_696),
     "planning": ("training kernels distributed model config runtime", 465),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 775),
-    "api": ("training serving runs generation distributed tokenizer config runtime", 460),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 762),
+    "api": ("training serving runs generation distributed tokenizer config runtime", 554),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_141, 12_898
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_178, 13_691
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

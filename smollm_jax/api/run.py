@@ -5,7 +5,7 @@ from typing import Any
 
 from smollm_jax.api.model import Model, load
 from smollm_jax.config.settings import Config
-from smollm_jax.runs.load import is_run, read_run
+from smollm_jax.runs.load import read_run
 from smollm_jax.runs.plot import plot
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import UserError, one_line, require
@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, folder: str | Path, *, stopped: bool = False):
         self.folder, self.stopped = expand_home(folder), stopped
-        require(is_run(self.folder), f"{folder} is not the folder of a run: it lacks checkpoints or config.json")
+        read_run(self.folder)  # raises; a run that was stopped early has no checkpoint yet
 
     @property
     def config(self) -> Config:

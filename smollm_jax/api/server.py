@@ -115,14 +115,12 @@ def serve(
     require(isinstance(port, int) and 0 <= port < 2**16, f"port={port!r} must lie in 0 to 65535")
     with as_found():
         from smollm_jax.serving.app import listen
-        from smollm_jax.serving.share import USER, password
+        from smollm_jax.serving.share import for_all
 
         listening = listen(host, port)  # before the model is loaded, which may take minutes
         try:
             opened = model if isinstance(model, Model) else load(model)
-            if share and auth is None:
-                auth = (USER, password())
-                say(f"share: log in as {auth[0]} with the password {auth[1]}")
+            auth = for_all(*(auth or ("", ""))) if share else auth
             if auth and api_key is None:
                 api_key = secrets.token_urlsafe(24)
                 say(f"API key for /v1: {api_key}")

@@ -42,7 +42,7 @@ def train(
 
 
 def settings_of(default: Config, settings: dict[str, Any]) -> Config:
-    """Return `default` with `settings`, whose names are those of fields in any group; raises `UserError`."""
+    """Return `default` with `settings`, whose names are fields of any group; raises `UserError`."""
     group_of = {field.name: group for group in GROUPS for field in dataclasses.fields(getattr(default, group))}
     values: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():

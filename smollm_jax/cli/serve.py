@@ -67,15 +67,11 @@ def serve(
     require(find_spec("gradio") is not None, f"the page needs gradio: {install('serve')}")
     # only now, so that --help and mistakes answer at once
     from smollm_jax.serving.app import build_app, hosts_of, listen, open_scheduler, run
-    from smollm_jax.serving.share import USER, Share
-    from smollm_jax.serving.share import password as new_password
+    from smollm_jax.serving.share import for_all
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes
-    if share and not auth:
-        user, password = USER, new_password()
-        auth = f"{user}:{password}"
-        say(f"--share: log in as {user} with the password {password}")
-    if auth and api_key is None:
+    user, password = for_all(user, password) if share else (user, password)
+    if user and api_key is None:
         api_key = secrets.token_urlsafe(24)
         say(f"API key for /v1: {api_key}")
     scheduler, name = open_scheduler(
@@ -83,14 +79,8 @@ def serve(
         special_tokens=special_tokens,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    app = build_app(scheduler, name, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
-    address, number = listening.getsockname()[:2]
-    tunnel = Share("127.0.0.1" if address == "0.0.0.0" else address, number, hosts) if share else None
-    try:
-        run(app, listening, host, on_space=ON_A_SPACE)
-    finally:
-        if tunnel is not None:
-            tunnel.close()
+    app = build_app(scheduler, name, auth=(user, password) if user else None, api_key=api_key, hosts=hosts)
+    run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0
 

@@ -13,7 +13,7 @@ from smollm_jax.runtime.errors import require
 def default_settings(
     *, recipe: str | None = None, preset: str | None = None, file: str | None = None, resume: str | None = None
 ) -> Config:
-    """Return the settings of a recipe and a preset, over them those of a `file`, or those of a run to `resume`.
+    """Return the settings of a recipe and a preset, over them a `file`, or of a run to `resume`.
 
     Raises `UserError`.
     """

@@ -19,6 +19,7 @@ from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
 from smollm_jax.serving.openai_api import add_routes
 from smollm_jax.serving.scheduler import Scheduler
+from smollm_jax.serving.share import Share
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 # whatever a model writes, the browser fetches nothing from elsewhere
@@ -115,13 +116,19 @@ def build_app(
     return app
 
 
-def run(app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = False) -> None:
-    """Print the address and serve until SIGINT or SIGTERM."""
+def run(
+    app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = False, share: Hosts | None = None
+) -> None:
+    """Print the address and serve until SIGINT or SIGTERM; `share` opens a tunnel, whose name it gets."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
     gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
-    with contextlib.suppress(KeyboardInterrupt):
+    address, port = listening.getsockname()[:2]
+    local = "127.0.0.1" if address == "0.0.0.0" else address
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ending:
+        if share is not None:
+            ending.callback(Share(local, port, share).close)
         server.run(sockets=[listening])
 
 

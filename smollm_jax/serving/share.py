@@ -16,9 +16,12 @@ SECONDS = 90.0  # for the share server, a download of 13 MB, and the connection
 USER = "smollm"
 
 
-def password() -> str:
-    """Return a new password for a page that anybody may find."""
-    return secrets.token_urlsafe(12)
+def for_all(user: str, password: str) -> tuple[str, str]:
+    """Return a user and a password for a page that anybody may find: new ones, printed, unless they are given."""
+    if not user:
+        user, password = USER, secrets.token_urlsafe(12)
+        say(f"share: log in as {user} with the password {password}")
+    return user, password
 
 
 class Share:
