@@ -57,9 +57,7 @@ def serve(
         share: Open the page to the internet by a tunnel of Gradio's; without a password it gets one.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
-    auth = secret("auth", auth, auth_file)
-    user, _, password = (auth or "").partition(":")
-    require(auth is None or bool(user and password), "--auth must read USER:PASSWORD")
+    user, password = login(secret("auth", auth, auth_file))
     require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
     folder = path or str(Path(sys.argv[0]).parent / "export")
@@ -71,9 +69,7 @@ def serve(
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes
     user, password = for_all(user, password) if share else (user, password)
-    if user and api_key is None:
-        api_key = secrets.token_urlsafe(24)
-        say(f"API key for /v1: {api_key}")
+    api_key = key_for(user, api_key)
     scheduler, name = open_scheduler(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
         special_tokens=special_tokens,
@@ -83,6 +79,21 @@ def serve(
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0
+
+
+def login(auth: str | None) -> tuple[str, str]:
+    """Return user and password, both empty if there are none; raises `UserError`."""
+    user, _, password = (auth or "").partition(":")
+    require(auth is None or bool(user and password), "--auth must read USER:PASSWORD")
+    return user, password
+
+
+def key_for(user: str, api_key: str | None) -> str | None:
+    """Return the key of /v1: beside a password a new one, printed, unless it is given."""
+    if user and api_key is None:
+        api_key = secrets.token_urlsafe(24)
+        say(f"API key for /v1: {api_key}")
+    return api_key
 
 
 def secret(name: str, given: str | None, file: Path | None) -> str | None:
