@@ -56,8 +56,8 @@ class Model:
         """The most tokens of prompt and continuation together."""
         return self.completer.context
 
-    @overload  # type: ignore[overload-overlap]  # a str is a sequence of str, and matches first
-    def generate(self, prompt: str, **options: Unpack[Options]) -> str: ...
+    @overload
+    def generate(self, prompt: str, **options: Unpack[Options]) -> str: ...  # type: ignore[overload-overlap]
     @overload
     def generate(self, prompt: Sequence[str], **options: Unpack[Options]) -> list[str]: ...
     def generate(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> str | list[str]:
@@ -93,8 +93,8 @@ class Model:
                 if chunk.text:
                     yield chunk.text
 
-    @overload  # type: ignore[overload-overlap]
-    def logprobs(self, text: str) -> list[TokenLogprob]: ...
+    @overload
+    def logprobs(self, text: str) -> list[TokenLogprob]: ...  # type: ignore[overload-overlap]
     @overload
     def logprobs(self, text: Sequence[str]) -> list[list[TokenLogprob]]: ...
     def logprobs(self, text: str | Sequence[str]) -> list[TokenLogprob] | list[list[TokenLogprob]]:

@@ -69,13 +69,14 @@ def serve(
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes
     user, password = for_all(user, password) if share else (user, password)
-    api_key = key_for(user, api_key)
     scheduler, name = open_scheduler(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
         special_tokens=special_tokens,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    app = build_app(scheduler, name, auth=(user, password) if user else None, api_key=api_key, hosts=hosts)
+    app = build_app(
+        scheduler, name, auth=(user, password) if user else None, api_key=key_for(user, api_key), hosts=hosts
+    )
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0

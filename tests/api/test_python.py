@@ -177,8 +177,8 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(tmp_path, small):
     assert "stopped at step" in repr(stopped)
     assert surroundings() == before
     assert stopped.load().generate("the cat", max_new_tokens=2) is not None
-    asked["stop_after"] = stopped.step + 2
-    assert s.train("quickstart", 4_000, **asked).step == stopped.step + 2
+    asked["stop_after"] = last = stopped.step + 2
+    assert s.train("quickstart", 4_000, **asked).step == last
 
 
 def test_a_second_interrupt_gets_through_and_a_hasty_one_does_not():
