@@ -64,8 +64,7 @@ def serve(
     require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
     require(find_spec("gradio") is not None, f"the page needs gradio: {install('serve')}")
     # only now, so that --help and mistakes answer at once
-    from smollm_jax.serving.app import build_app, hosts_of, listen, open_scheduler, run
-    from smollm_jax.serving.share import for_all
+    from smollm_jax.serving.app import build_app, for_all, hosts_of, listen, open_scheduler, run
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes
     user, password = for_all(user, password) if share else (user, password)
@@ -74,9 +73,8 @@ def serve(
         special_tokens=special_tokens,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    app = build_app(
-        scheduler, name, auth=(user, password) if user else None, api_key=key_for(user, api_key), hosts=hosts
-    )
+    key, pair = key_for(user, api_key), (user, password) if user else None
+    app = build_app(scheduler, name, auth=pair, api_key=key, hosts=hosts)
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0

@@ -19,9 +19,10 @@ from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
 from smollm_jax.serving.openai_api import add_routes
 from smollm_jax.serving.scheduler import Scheduler
-from smollm_jax.serving.share import Share
+from smollm_jax.serving.share import Share, for_all
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
+__all__ = ["build_app", "for_all", "hosts_of", "listen", "open_scheduler", "run", "server_of"]
 # whatever a model writes, the browser fetches nothing from elsewhere
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, who append the client's address
