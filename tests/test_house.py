@@ -17,23 +17,24 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 897),
-    "config": ("runtime", 590),
+    "runtime": ("", 951),
+    "config": ("runtime", 625),
     "tokenizer": ("runtime", 593),
     "model": ("config runtime", 519),
     "data": ("tokenizer config runtime", 1_373),
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
-    "hf": ("model tokenizer config runtime", 791),
+    "hf": ("model tokenizer config runtime", 793),
     "checkpoint": ("distributed runtime", 700),
-    "generation": ("kernels model config runtime", 564),
-    "runs": ("hf checkpoint data tokenizer config runtime", 721),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_682),
-    "serving": ("runs generation hf model tokenizer config runtime", 1_619),
+    "generation": ("kernels model config runtime", 626),
+    "runs": ("hf checkpoint data tokenizer config runtime", 729),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_684),
+    "serving": ("runs generation hf model tokenizer config runtime", 2_027),
     "planning": ("training kernels distributed model config runtime", 465),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 774),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 771),
+    "api": ("training serving runs generation distributed tokenizer config runtime", 554),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_164, 13_076
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_201, 14_218
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

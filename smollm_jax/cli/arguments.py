@@ -11,16 +11,13 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import tyro
 
-from smollm_jax.config.architecture import MODELS
-from smollm_jax.config.recipes import RECIPES
-from smollm_jax.config.serialization import from_dict, read_file
+from smollm_jax.config.defaults import default_settings
 from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import UserError, require, say
 
@@ -96,22 +93,7 @@ def parse(argv: list[str], *, prog: str = "train_jax.py", about: str = ABOUT, ow
 
 
 def _default(start: argparse.Namespace) -> Config:
-    """Return the settings that flags change: a recipe and preset, file or run."""
-    if start.resume is not None:
-        others = [f"--{name}" for name in ("recipe", "preset", "config") if getattr(start, name) is not None]
-        require(not others, f"--resume takes the settings of the run; leave out {' and '.join(others)}")
-        config = from_dict(read_file(Path(start.resume, "config.json")))
-        return replace(config, run=replace(config.run, run_dir=start.resume, new_run=False, stop_after=None))
-    values = {} if start.config is None else read_file(Path(start.config))
-    recipe = start.recipe or str(values.get("recipe", "replica"))
-    require(recipe in RECIPES, f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
-    default, preset = RECIPES[recipe], str(start.preset or values.get("preset", ""))
-    if preset:
-        require(preset in MODELS, f"--preset {preset}: expected one of {', '.join(MODELS)}")
-        model = MODELS[preset]
-        data = replace(default.data, seq_len=min(default.data.seq_len, model.max_seq_len))
-        default = replace(default, preset=preset, model=model, data=data)
-    return from_dict(values | {"recipe": recipe}, default, where=start.config or "")
+    return default_settings(recipe=start.recipe, preset=start.preset, file=start.config, resume=start.resume)
 
 
 def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:

@@ -33,6 +33,7 @@ def serve(
     max_new_tokens: int = 2_048,
     max_waiting: int = 16,
     special_tokens: Literal["text", "parse"] | None = None,
+    share: bool = False,
 ) -> int:
     """Serve a model as a page and an API, by default to this machine only.
 
@@ -53,31 +54,45 @@ def serve(
         max_waiting: Most requests in the queue. Further requests are refused.
         special_tokens: Special tokens that a prompt or message spells out. text: they stay text; parse: they
             become ids, as in transformers. Default: as the run was trained, else text.
+        share: Open the page to the internet by a tunnel of Gradio's. Without a password it gets one.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
-    auth = secret("auth", auth, auth_file)
-    user, _, password = (auth or "").partition(":")
-    require(auth is None or bool(user and password), "--auth must read USER:PASSWORD")
+    user, password = login(secret("auth", auth, auth_file))
+    require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
     folder = path or str(Path(sys.argv[0]).parent / "export")
     require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
     require(find_spec("gradio") is not None, f"the page needs gradio: {install('serve')}")
     # only now, so that --help and mistakes answer at once
-    from smollm_jax.serving.app import build_app, hosts_of, listen, open_scheduler, run
+    from smollm_jax.serving.app import build_app, for_all, hosts_of, listen, open_scheduler, run
 
     listening = listen(host, port)  # before the model is loaded, which may take minutes
-    if auth and api_key is None:
-        api_key = secrets.token_urlsafe(24)
-        say(f"API key for /v1: {api_key}")
+    user, password = for_all(user, password) if share else (user, password)
     scheduler, name, facts = open_scheduler(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
         special_tokens=special_tokens,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    app = build_app(scheduler, name, facts, auth=(user, password) if auth else None, api_key=api_key, hosts=hosts)
-    run(app, listening, host, on_space=ON_A_SPACE)
+    key, pair = key_for(user, api_key), (user, password) if user else None
+    app = build_app(scheduler, name, facts, auth=pair, api_key=key, hosts=hosts)
+    run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0
+
+
+def login(auth: str | None) -> tuple[str, str]:
+    """Return user and password, both empty if there are none; raises `UserError`."""
+    user, _, password = (auth or "").partition(":")
+    require(auth is None or bool(user and password), "--auth must read USER:PASSWORD")
+    return user, password
+
+
+def key_for(user: str, api_key: str | None) -> str | None:
+    """Return the key of /v1: beside a password a new one, printed, unless it is given."""
+    if user and api_key is None:
+        api_key = secrets.token_urlsafe(24)
+        say(f"API key for /v1: {api_key}")
+    return api_key
 
 
 def secret(name: str, given: str | None, file: Path | None) -> str | None:

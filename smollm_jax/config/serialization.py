@@ -58,7 +58,7 @@ def from_dict(values: Any, default: Config | None = None, *, where: str = "confi
         values = values | {"optimizer": {k: v for k, v in optimizer.items() if k != "decay_steps"}}
     if isinstance(compute, dict) and compute.get("attention") == "cudnn":  # a kernel of earlier versions
         values = values | {"compute": compute | {"attention": "auto"}}
-    return _built(default or Config(), values, where)
+    return built(default or Config(), values, where)
 
 
 def _an_object(values: Any, where: str) -> dict[str, Any]:
@@ -66,14 +66,14 @@ def _an_object(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def _built(default: Any, values: Any, where: str) -> Any:
-    """Return the dataclass `default` with `values` in it."""
+def built(default: Any, values: Any, where: str) -> Any:
+    """Return the dataclass `default` with `values` in it; raises `UserError` naming the field of `where`."""
     require(isinstance(values, dict), f"{where} must be an object, {values!r} came")
     hints, known = typing.get_type_hints(type(default)), {item.name for item in dataclasses.fields(default)}
     unknown = sorted(map(str, set(values) - known))
     require(not unknown, f"{where} has unknown fields: {', '.join(map(repr, unknown))}")
     new = {
-        name: _built(getattr(default, name), value, f"{where}: {name}")
+        name: built(getattr(default, name), value, f"{where}: {name}")
         if dataclasses.is_dataclass(hints[name])
         else _value(hints[name], value, f"{where}: {name}")
         for name, value in values.items()

@@ -20,6 +20,7 @@ from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
 SMALLEST_BUCKET = 32
+SCORED = 256  # tokens of a text whose logits exist at once
 CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. One loop is compiled
 
 
@@ -43,6 +44,7 @@ class Generator:
         precise = precision_of(model.dtype)  # as in training, whatever the process has set
         self._prefill = jax.jit(precise(self._prefill_rows), static_argnames=("length", "greedy"))
         self._decode = jax.jit(precise(self._decode_rows), static_argnames="greedy", donate_argnames="rows")
+        self._score = jax.jit(precise(self._score_chunk), donate_argnames="cache")
         self.stop_reason: str | None = None
 
     def load(self, model: SmolLM) -> None:
@@ -78,6 +80,32 @@ class Generator:
             self.stop_reason = "length"
         else:
             self.stop_reason = "context" if made == self.context - len(prompt) else "eos"
+
+    def logprobs(self, ids: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Return the log-probability of each id but the first after those before it, and the likeliest id there.
+
+        A text is read in chunks with the cache, and the logits of one chunk exist at a time. Raises `UserError`.
+        """
+        check_prompt(ids, context=self.context + 1, vocab_size=self.vocab_size)
+        length = _bucket(len(ids))
+        size = min(length, SCORED)
+        padded = np.zeros(length + 1, np.int32)
+        padded[: len(ids)] = ids
+        cache, found, likeliest = self._decoder(self._weights).init_cache(1, length), [], []
+        for start in range(0, len(ids) - 1, size):
+            tokens_1T, targets_T = padded[None, start : start + size], padded[start + 1 : start + 1 + size]
+            logprob_T, best_T, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
+            found += np.asarray(logprob_T).tolist()
+            likeliest += np.asarray(best_T).tolist()
+        return found[: len(ids) - 1], likeliest[: len(ids) - 1]
+
+    def _score_chunk(self, weights, tokens_1T, targets_T, start, cache):
+        decoder = self._decoder(weights)
+        positions_1T = start + jnp.arange(tokens_1T.shape[1])[None]
+        x_1TD, cache = decoder.features(tokens_1T, positions_1T, cache)
+        logits_TV = decoder.logits(x_1TD[0])
+        logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
+        return logit_T - jax.nn.logsumexp(logits_TV, axis=1), jnp.argmax(logits_TV, axis=1), cache
 
     def _chunks(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[list[int]]]:
         """Yield the new ids of every row, chunk by chunk, until all rows have ended.
@@ -145,14 +173,21 @@ def generate(model: SmolLM, prompts: Sequence[Sequence[int]], **sampling: Any) -
     """Return each prompt's new ids, up to an eos of the model. Keywords go to `Sampling`.
 
     A prompt that comes several times gets the same text each time: seed and position alone decide a draw. To call
-    it more than once keep a `Generator`.
+    it more than once keep a `Generator`. Raises `UserError` for text, which `smollm_jax.load` takes.
     """
+    require(isinstance(model, SmolLM), f"generate takes a SmolLM, as of load_hf; {type(model).__name__} came")
+    texts = isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts)
+    require(not texts, "generate takes lists of token ids; smollm_jax.load(PATH).generate(TEXT) takes text")
+    flat = any(np.ndim(prompt) == 0 for prompt in prompts)
+    require(not flat, "generate takes a list of prompts, each a list of token ids; give [ids] for a single prompt")
     return Generator(model).generate(prompts, Sampling(**{"stop_ids": model.config.stop_ids} | sampling))
 
 
 def check_prompt(prompt: Sequence[int], *, context: int, vocab_size: int) -> None:
     """Raise `UserError` unless the ids fit the vocabulary and leave room in the context."""
     length = len(prompt)
+    odd = next((token for token in prompt if not isinstance(token, int | np.integer)), 0)
+    require(isinstance(odd, int | np.integer), f"token ids are whole numbers; {odd!r:.40} came")
     require(0 < length < context, f"the prompt has {length:,} tokens; the model reads 1 to {context - 1:,}")
     for token in (min(prompt), max(prompt)):
         require(0 <= token < vocab_size, f"token id {token} is outside the vocabulary, 0 to {vocab_size - 1:,}")

@@ -22,7 +22,7 @@ from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, refuse_foreign, write_card
 from smollm_jax.hf.reader import INDEX, read_folder
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import moved_aside, named_failure, written_aside
+from smollm_jax.runtime.files import expand_home, moved_aside, named_failure, written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -143,6 +143,8 @@ def load_hf(path: str | Path) -> Any:
 
     from smollm_jax.model.transformer import SmolLM
 
+    is_run = (expand_home(path) / "checkpoints").is_dir()
+    require(not is_run, f"{path} is a run; smollm_jax.load({str(path)!r}) opens it, as load_hf does {path}/export")
     config, params = read_folder(path)
     return SmolLM.from_params(config, jax.tree.map(jnp.asarray, params))
 

@@ -21,6 +21,7 @@ from tqdm.contrib.logging import tqdm_logging_redirect
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import BETWEEN, SAMPLES_OF
 from smollm_jax.runtime.errors import one_line, printable, say
+from smollm_jax.runtime.notebook import progress_bar
 
 # the groups in which TensorBoard shows the fields of a line. Other fields are left out
 TAGS = {
@@ -45,8 +46,10 @@ class RunMetrics:
         self._board = Board(run_dir / "tensorboard", start)
         self._bar: Any = None
         self._shown = contextlib.ExitStack()
-        if sys.stderr.isatty():
-            bar = tqdm_logging_redirect(total=total, initial=start, unit="step", dynamic_ncols=True)
+        if (bar_class := progress_bar()) is not None:
+            bar = tqdm_logging_redirect(
+                total=total, initial=start, unit="step", dynamic_ncols=True, tqdm_class=bar_class
+            )
             self._bar = self._shown.enter_context(bar)
         self._began, self._start, self._first = time.monotonic(), start, 0.0
 

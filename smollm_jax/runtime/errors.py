@@ -44,6 +44,9 @@ ESCAPED = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) no
 class UserError(ValueError):
     """A mistake in arguments, settings or input. Its message is the one line that the user reads."""
 
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it, and shows nothing else
+        return [f"UserError: {one_line(self)}"]
+
 
 class SourceTimeout(RuntimeError):
     """A data source has not answered for --data-timeout seconds."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Self
 
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, open_streams
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, open_streams, say
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)  # a second one leaves at once
 # warnings before the end: SLURM and submitit send SIGUSR1 or 2, `ulimit -t` SIGXCPU, a closed terminal SIGHUP
@@ -102,6 +102,31 @@ class StopRequest:
                     if self.nothing_to_lose():
                         end_with("stopped, saved; run the same command to go on", EXIT_STOPPED)
             time.sleep(LOOK_SECONDS)
+
+
+class Interrupt(StopRequest):
+    """A stop request of a program that goes on: Ctrl-C alone sets it, and it ends no process.
+
+    A second Ctrl-C raises `KeyboardInterrupt`. Outside the main thread, which has the signals, none is handled.
+    """
+
+    def __enter__(self) -> Self:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, self._handle)} if is_main else {}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: of another language
+
+    def _handle(self, *_: object) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self.requested = now, True
+            with contextlib.suppress(RuntimeError):  # the signal came inside a print
+                say("interrupted: saving and stopping; again, a second later, leaves at once")
+        elif now - self._first >= AGAIN_SECONDS:
+            raise KeyboardInterrupt
 
 
 def _say(message: str) -> None:

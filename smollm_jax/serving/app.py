@@ -20,8 +20,10 @@ from smollm_jax.serving.facts import Facts, read_facts
 from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
 from smollm_jax.serving.openai_api import add_routes
 from smollm_jax.serving.scheduler import Scheduler
+from smollm_jax.serving.share import Share, for_all
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
+__all__ = ["build_app", "for_all", "hosts_of", "listen", "open_scheduler", "run", "server_of"]
 # whatever a model writes, the browser fetches nothing from elsewhere
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 # contrast of at least 4.5 to 1 (WCAG AA), where Gradio's own colours have less
@@ -89,8 +91,12 @@ def build_app(
     auth: tuple[str, str] | None,
     api_key: str | None,
     hosts: Hosts | None = None,
+    root: str | None = None,
 ) -> FastAPI:
-    """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1."""
+    """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1.
+
+    `root` is the address of the page where a proxy does not tell it.
+    """
     # Gradio reads these when it is imported, and would report to its makers and keep statistics of each request
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**60)}
@@ -117,7 +123,7 @@ def build_app(
     page = build_page(scheduler, name, with_key=api_key is not None, facts=facts or Facts())
     keep_little(page)
     gr.mount_gradio_app(
-        app, page, path="/", auth=auth, theme=theme, css=STYLE, js=SCRIPT, footer_links=[],
+        app, page, path="/", auth=auth, root_path=root, theme=theme, css=STYLE, js=SCRIPT, footer_links=[],
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     refuse_clearly(app.routes[-1].app)  # type: ignore[attr-defined]
@@ -125,16 +131,30 @@ def build_app(
     return app
 
 
-def run(app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = False) -> None:
-    """Print the address and serve until SIGINT or SIGTERM."""
+def run(
+    app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = False, share: Hosts | None = None
+) -> None:
+    """Print the address and serve until SIGINT or SIGTERM; `share` opens a tunnel, whose name it gets."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
-    # a Space is shown inside a page of Hugging Face, whose proxy names the client
-    policy = POLICY if on_space else f"{POLICY}; frame-ancestors 'self'"
+    server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
+    gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
+    address, port = listening.getsockname()[:2]
+    local = "127.0.0.1" if address == "0.0.0.0" else address
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ending:
+        if share is not None:
+            ending.callback(Share(local, port, share).close)
+        server.run(sockets=[listening])
+
+
+def server_of(app: FastAPI, *, frames: str, proxied: bool = False) -> uvicorn.Server:
+    """Return a server of the app, whose page may be shown inside the pages `frames`, by default any.
+
+    `proxied`: a Space is shown inside a page of Hugging Face, whose proxy names the client.
+    """
+    policy = f"{POLICY}; frame-ancestors {frames}" if frames else POLICY
     config = uvicorn.Config(
         app, headers=[("content-security-policy", policy)], log_level="error", timeout_graceful_shutdown=3,
-        limit_concurrency=512, http=Impatient, ws="none", proxy_headers=on_space, forwarded_allow_ips=PROXIES,
+        limit_concurrency=512, http=Impatient, ws="none", proxy_headers=proxied, forwarded_allow_ips=PROXIES,
     )  # fmt: skip
-    gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)

@@ -149,20 +149,23 @@ def open_completer(
     backend: Backend = "jax",
     dtype: Dtype = "auto",
     special_tokens: SpecialTokens | None = None,
+    step: int | None = None,
 ) -> Completer:  # fmt: skip
     """Load the model of an exported folder, a Hub id or a run; raises `UserError`.
 
     dtype auto: float32 on a CPU, bfloat16 on an accelerator. `special_tokens` that a prompt spells out stay text,
-    or become ids if "parse"; default: as the run was trained, else "text".
+    or become ids if "parse"; default: as the run was trained, else "text". `step` is a checkpoint of a run,
+    by default the newest good one; only JAX reads one.
     """
     if backend == "torch":
+        require(step is None, f"step {step}: PyTorch reads no checkpoints; JAX does")
         try:
             from smollm_jax.serving.torch_backend import open_torch
         except ImportError as error:  # not installed, or an installation that is broken
             needs = f"--backend torch needs torch and transformers: {install('torch')}"
             raise UserError(f"{needs} ({one_line(error)})") from None
         return Completer(*open_torch(path, dtype, special_tokens))
-    config, params, tokenizer = load_model(path, special_tokens=special_tokens)
+    config, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model runs the same few programs every time it is opened
         use_compilation_cache(ComputeConfig().compilation_cache_dir)

@@ -9,7 +9,7 @@ import contextlib
 import re
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,16 +48,18 @@ class Hosts:
     names: frozenset[str] = LOCAL
     any_host: bool = False
     any_origin: bool = False
+    shared: set[str] = field(default_factory=set, compare=False)  # names of a tunnel, which are known late
 
     def check(self, headers: dict[bytes, bytes]) -> None:
         """Raise `Refused` unless a request comes from a page of this server, or from no page."""
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
         asked = _name(f"//{host}")
-        if host and not self.any_host and asked not in self.names:
+        names = self.names | self.shared
+        if host and not self.any_host and asked not in names:
             raise Refused(
                 403, f"Host {host!r:.80} is not served here; start serve.py with --allow-hosts to add it"
             )
-        if origin and not self.any_origin and _name(origin) not in {asked, *self.names}:
+        if origin and not self.any_origin and _name(origin) not in {asked, *names}:
             raise Refused(403, f"Origin {origin!r:.80} may not use this server; --allow-hosts of serve.py adds it")
 
 

@@ -60,7 +60,7 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts)
         restore = f"(...v) => window.notebook.restore(v, {scheduler.max_new_tokens})"
         page.load(None, kept, kept, js=restore, **BROWSER)
         for one in kept[1:]:
-            one.change(None, kept[1:], None, js="(...v) => window.notebook.settings(v)", **BROWSER)
+            one.change(None, kept[1:], None, js="(...v) => window.notebook.settings(v)", **BROWSER)  # type: ignore[attr-defined]
         with gr.Accordion("Use it from a program", open=False):
             key = " -H 'Authorization: Bearer KEY'" if with_key else ""
             text = HELP.format(chat=", `/v1/chat/completions`" if has_chat else "", key=key)
@@ -132,7 +132,7 @@ def notebook(handlers: Handlers, given: Inputs, openings: Sequence[str]) -> gr.T
         scripts=("begin", "beginAgain", "end"), sent="(sheet, _, ...v) => [sheet, window.notebook.before(), ...v]",
     )  # fmt: skip
     for button, script in ((undo, "undo"), (redo, "redo")):
-        button.click(None, None, [sheet, line], js=f"() => window.notebook.{script}()", **BROWSER)
+        button.click(None, None, [sheet, line], js=f"() => window.notebook.{script}()", **BROWSER)  # type: ignore[union-attr]
     with gr.Row(elem_id="openings"):
         gr.Markdown("Openings", elem_id="openings-title")
         for opening in openings:

@@ -6,7 +6,7 @@ The functions stand in the order of execution. Each of several processes runs al
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 from smollm_jax.config.serialization import to_dict
@@ -29,12 +29,14 @@ from smollm_jax.training.setup import setup
 from smollm_jax.training.step import Vote
 
 
-def fit(config: Config, stop: StopRequest) -> int:
+def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> int:
     """Train as `config` says, from the newest good checkpoint if there is one. Returns the exit code.
 
-    Raises `UserError` for a mistake in settings or input.
+    `alone` keeps this process from looking for others of a job. Raises `UserError` for a mistake in settings or
+    input.
     """
-    with join_job(config.compute) as job, acquire_run_dir(config, job) as run_dir:
+    joined = join_job(config.compute) if alone is None else nullcontext(alone)
+    with joined as job, acquire_run_dir(config, job) as run_dir:
         try:
             with closing(setup(config, run_dir, stop, job)) as run:
                 try:

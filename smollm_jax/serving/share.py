@@ -1,0 +1,77 @@
+"""Give a server on this machine a public address for as long as it runs, by Gradio's tunnel.
+
+Gradio's share server names the address and passes its requests on. The program frpc, which Gradio downloads from
+Hugging Face and checks by its hash, connects to it. The page may be any app: the tunnel knows only a port.
+"""
+
+import secrets
+from typing import Any
+from urllib.parse import urlsplit
+
+from smollm_jax.runtime.background import BackgroundTask
+from smollm_jax.runtime.errors import one_line, say
+from smollm_jax.serving.guard import Hosts
+
+SECONDS = 90.0  # for the share server, a download of 13 MB, and the connection
+USER = "smollm"
+
+
+def for_all(user: str, password: str) -> tuple[str, str]:
+    """Return a user and a password for a page that anybody may find: new ones, printed, unless they are given."""
+    if not user:
+        user, password = USER, secrets.token_urlsafe(12)
+        say(f"share: log in as {user} with the password {password}")
+    return user, password
+
+
+class Share:
+    """A tunnel to `host`:`port` that opens in the background, or a line that says why there is none.
+
+    The server answers under the tunnel's name once `hosts` has it.
+    """
+
+    def __init__(self, host: str, port: int, hosts: Hosts):
+        self.url: str | None = None
+        self._host, self._port, self._hosts = host, port, hosts
+        self._tunnel: Any = None
+        self._closed = False
+        self._task = BackgroundTask(self._open)
+
+    def wait(self) -> str | None:
+        """Wait until the tunnel is open; None if it could not be opened."""
+        self._task.wait(SECONDS)
+        return self.url
+
+    def close(self) -> None:
+        self._closed = True
+        process = getattr(self._tunnel, "proc", None)
+        if process is not None:
+            self._tunnel.proc = None  # Gradio would end it again at exit, and print so
+            process.terminate()
+            process.wait()
+
+    def _open(self) -> None:
+        attempt = BackgroundTask(self._connect)  # it waits without an end for a program that says nothing
+        try:
+            address = attempt.result(SECONDS)
+        except BaseException as error:  # of a network, a download, a certificate, a program: any
+            self.close()
+            reason = one_line(error.__cause__ or error)
+            say(f"no public address: {reason}; the page stays open to this machine")
+            return
+        if self._closed:
+            return self.close()
+        self._hosts.shared.add(str(urlsplit(address).hostname))
+        self.url = address
+        print(f"{address} (public, until the server ends)", flush=True)
+
+    def _connect(self) -> str:
+        from gradio import networking, tunneling
+
+        # by default below the current folder
+        networking.CERTIFICATE_PATH = str(tunneling.BINARY_FOLDER / "certificate.pem")
+        before = list(tunneling.CURRENT_TUNNELS)
+        try:
+            return networking.setup_tunnel(self._host, self._port, secrets.token_urlsafe(32), None, None)
+        finally:
+            self._tunnel = next((one for one in tunneling.CURRENT_TUNNELS if one not in before), None)
