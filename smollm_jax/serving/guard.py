@@ -26,7 +26,8 @@ HEAD_SECONDS, BODY_SECONDS = 10, 20  # for a client to send them
 MOST_FAILURES, FAILURE_SECONDS = 10, 60  # wrong passwords or keys of one client in that time
 MOST_CLIENTS = 10_000  # whose failures are remembered
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# a string without an end reaches to the end: else each of its quotes would be tried, each to the end
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 # all that the page and gradio_client need; Gradio also has uploads, files, proxies, recordings and a code editor
 OPEN = re.compile(
     r"/gradio_api/(info|openapi\.json|user|login_check|token|app_id|startup-events|theme\.css|reset|cancel"
