@@ -47,6 +47,15 @@ def test_a_text_of_many_quotes_is_counted_in_milliseconds(end):
     assert time.perf_counter() - started < 0.2
 
 
+@pytest.mark.parametrize("start", ['{"stop":"', '{"stop":'])
+def test_quotes_without_an_end_are_read_once(start):
+    started = time.perf_counter()
+    check_json("/v1/completions", JSON, (start + '"\\' * 20_000).encode())  # for the parser to refuse
+    assert time.perf_counter() - started < 0.2
+    with pytest.raises(Refused):
+        check_json("/v1/completions", JSON, ("[" * 5_000 + '"\\' * 9).encode())
+
+
 def test_a_text_may_hold_any_signs_and_a_prompt_many_ids():
     check_json("/v1/completions", JSON, json.dumps({"prompt": '[{,:"\\' * 10_000}).encode())
     check_json("/v1/completions", JSON, json.dumps({"prompt": [1] * 90_000}).encode())
