@@ -29,9 +29,9 @@ BROWSER = PRIVATE | {"show_progress": "hidden"}  # an event of the browser alone
 Inputs = list[Any]  # components, whose events mypy does not know
 
 
-def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts) -> gr.Blocks:
+def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts | None = None) -> gr.Blocks:
     """Build the page. Requests wait in the scheduler's queue; Gradio's own queue only forwards them."""
-    handlers, has_chat = Handlers(scheduler), scheduler.has_chat
+    handlers, has_chat, facts = Handlers(scheduler), scheduler.has_chat, facts or Facts()
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             about = [scheduler.completer.about, f"context {scheduler.completer.context:,} tokens"]
