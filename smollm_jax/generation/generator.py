@@ -138,7 +138,7 @@ class Generator:
             return
         pending = rows.token_B[:, None]
         while any(room):
-            ahead = None
+            ahead: Any = None
             if max(room) > pending.shape[1]:
                 # the device computes the next chunk while the caller reads this one
                 ahead, rows = self._decode(self._weights, rows, arrays, greedy=greedy)

@@ -120,7 +120,7 @@ def build_app(
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     theme = gr.themes.Default(primary_hue="teal", font=fonts, font_mono=("ui-monospace", "Consolas", "monospace"))
     theme.set(**COLOURS)
-    page = build_page(scheduler, name, with_key=api_key is not None, facts=facts or Facts())
+    page = build_page(scheduler, name, with_key=api_key is not None, facts=facts)
     keep_little(page)
     gr.mount_gradio_app(
         app, page, path="/", auth=auth, root_path=root, theme=theme, css=STYLE, js=SCRIPT, footer_links=[],

@@ -167,13 +167,12 @@ class Handlers:
         repetition_penalty: float = 1.1,
         seed: int | None = None,
         stop: list[str] | None = None,
-        min_p: float = 0.0,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Continue `prompt`; yields text, seed, tokens, seconds and stop reason so far."""
         with shown_errors():
             sampling = self.scheduler.sampling(
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                repetition_penalty=repetition_penalty, seed=seed, min_p=min_p,
+                repetition_penalty=repetition_penalty, seed=seed,
             )  # fmt: skip
             stops = self.scheduler.stop_strings(stop)
             ids, text = await self.scheduler.in_turn(self.scheduler.encode, prompt), ""

@@ -21,7 +21,9 @@
   };
   const record = (text, began) => {
     clearTimeout(typing);
-    if (typeof text !== 'string' || past[at].text === text) return;  // what changed nothing is not history
+    if (typeof text !== 'string') return;
+    text = text.replaceAll(/\r\n?/g, '\n');  // as a text box gives it back
+    if (past[at].text === text) return;  // what changed nothing is not history
     if (at < past.length - 1) past.push(past[at]);  // what was undone stays in the log
     past.push(began == null ? { text } : { text, from: began });
     let size = past.reduce((sum, one) => sum + one.text.length, 0);

@@ -26,12 +26,12 @@ START = "Textbook"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # /generate is the only documented endpoint
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 BROWSER = PRIVATE | {"show_progress": "hidden"}  # an event of the browser alone: fn is None
-Inputs = list[gr.components.Component]
+Inputs = list[Any]  # components, whose events mypy does not know
 
 
-def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts) -> gr.Blocks:
+def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts | None = None) -> gr.Blocks:
     """Build the page. Requests wait in the scheduler's queue; Gradio's own queue only forwards them."""
-    handlers, has_chat = Handlers(scheduler), scheduler.has_chat
+    handlers, has_chat, facts = Handlers(scheduler), scheduler.has_chat, facts or Facts()
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             about = [scheduler.completer.about, f"context {scheduler.completer.context:,} tokens"]
@@ -162,7 +162,7 @@ def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
     held, save = [box, talk], "(...v) => window.notebook.endChat(...v)"
     view.clear(lambda: ([], ""), None, [talk, line], **QUICK).then(None, held, None, js=save, **BROWSER)
     outputs = [view, line, talk, box]
-    undo, _ = controls(
+    (undo,) = controls(
         "Send", handlers.answer, handlers.answer_again, handlers,
         inputs=held, numbers=numbers, outputs=outputs, enter=[box],
         scripts=("beginChat", "beginChat", "endChat"),
@@ -176,20 +176,20 @@ def controls(
     verb: str, write: Any, write_again: Any, handlers: Handlers, *, inputs: list[Any], numbers: Inputs,
     outputs: list[Any], scripts: tuple[str, str, str], sent: str | None = None,
     enter: Sequence[gr.Textbox] = (), redo: bool = False,
-) -> tuple[gr.Button, gr.Button | None]:  # fmt: skip
+) -> tuple[gr.Button, ...]:  # fmt: skip
     """Add the buttons that write, stop, undo and regenerate; pressing Enter in a box of `enter` writes too.
 
     `scripts` of page.js run when a press of either button begins and when it ends, the last with what `inputs`
-    then hold; `sent` changes what the server gets. Returns Undo and Redo.
+    then hold; `sent` changes what the server gets. Returns Undo and, if asked for, Redo.
     """
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(verb, variant="primary", elem_id=verb.lower())
         stop = gr.Button("Stop", variant="stop", visible=False, elem_id=f"stop-{verb.lower()}")
         undo = gr.Button("Undo", elem_id=f"undo-{verb.lower()}")
-        forward = gr.Button("Redo", elem_id=f"redo-{verb.lower()}") if redo else None
+        back = [undo, *([gr.Button("Redo", elem_id=f"redo-{verb.lower()}")] if redo else [])]
         again = gr.Button("Regenerate", elem_id=f"again-{verb.lower()}")
 
-    switched = [go, stop, undo, again, *([forward] if forward else []), *enter]
+    switched = [go, stop, *back, again, *enter]
 
     def buttons(working: bool) -> list[Any]:
         others = [gr.update(interactive=not working) for _ in switched[2:]]
@@ -209,4 +209,4 @@ def controls(
         for ended in (event.success, event.failure):
             ended(None, inputs, None, js=end, **BROWSER)
     stop.click(handlers.stop, None, None, **QUICK)
-    return undo, forward
+    return tuple(back)
