@@ -11,8 +11,9 @@ import pytest
 from smollm_jax.runtime.signals import AGAIN_SECONDS
 
 BUSY = """
-import sys, time
+import signal, sys, time
 from smollm_jax.runtime.signals import StopRequest, leave
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it
 saved = []
 with StopRequest() as stop:
     stop.nothing_to_lose = lambda: bool(saved)
