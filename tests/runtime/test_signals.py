@@ -13,7 +13,7 @@ from smollm_jax.runtime.signals import AGAIN_SECONDS
 BUSY = """
 import signal, sys, time
 from smollm_jax.runtime.signals import StopRequest, leave
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may ignore it
+{before}
 saved = []
 with StopRequest() as stop:
     stop.nothing_to_lose = lambda: bool(saved)
@@ -23,10 +23,16 @@ with StopRequest() as stop:
 """
 
 
+HEARD = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whoever started the tests may ignore it
+
+
 def started(body):
     """A process in `body`, with its handlers standing."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", BUSY.format(before=HEARD, body=body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -80,7 +86,7 @@ def test_a_warning_of_the_end_saves_as_sigterm_does_and_never_leaves_at_once(nam
 
 def test_nohup_keeps_sighup_ignored():
     hup = "signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
-    program = BUSY.format(body=f"leave(9 if {hup} else 1)").replace("import sys,", "import signal, sys,")
+    program = BUSY.format(before="", body=f"leave(9 if {hup} else 1)")
     done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 9
 
@@ -89,7 +95,10 @@ def test_a_run_whose_terminal_is_gone_still_saves(tmp_path):
     ours, theirs = os.openpty()
     body = f'with stop.away(lambda: open("{tmp_path}/saved", "w") and saved.append(1)): time.sleep(60)'
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY.format(body=body)], stdout=subprocess.PIPE, stderr=theirs, text=True
+        [sys.executable, "-c", BUSY.format(before=HEARD, body=body)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     os.close(theirs)
