@@ -150,6 +150,15 @@ def fuzz(target: str, numbers: Iterable[int], seed: int, seconds: float = float(
                 worker.close()
 
 
+def check(target: str, count: int, seed: int) -> None:
+    """Assert that no case of a target fails, and that its changes are neither all harmless nor all too much."""
+    results = list(fuzz(target, range(1, count + 1), seed))
+    failures = [str(result) for result in results if result.kind == "failed"]
+    assert not failures, "\n".join(failures)
+    assert len(results) == count
+    assert {result.kind for result in results} == {"accepted", "refused"}
+
+
 def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
     """Markdown: a row for each target."""
     lines = [
