@@ -54,11 +54,10 @@ def encode_chat(
 def render_chat(template: str, messages: Turns, names: dict[str, str]) -> str:
     """Return the text of a conversation up to the assistant's turn; raises `UserError` if the template refuses."""
     try:
-        return (
-            _environment()
-            .from_string(template)
-            .render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
-        )
+        program = _environment().from_string(template)
+        text = program.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
+        text.encode()  # raises for half of a UTF-16 pair, which no tokenizer takes
+        return text
     except Exception as error:  # a template is a program: it can fail in any way
         raise UserError(f"the chat template refuses this conversation: {one_line(error)}") from None
 
