@@ -1,10 +1,11 @@
 """Generate token ids: prefill, then decode with a key/value cache on the device.
 
 Prompts are padded to buckets and the cache to a power of two, so that a new prompt length compiles nothing
-new. Tokens are decoded in chunks, one device loop per chunk with a known trip count. This file knows no tokenizer.
+new. A long prompt is read in parts, between which `cancelled` is asked. Tokens are decoded in chunks, one device
+loop per chunk with a known trip count. This file knows no tokenizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
 SMALLEST_BUCKET = 32
+PART = 512  # tokens of a prompt per program; a CPU takes seconds for each at 135M parameters and 8,192 positions
 CHUNK = 8  # tokens per round trip: few enough to read a text while it grows; one loop is compiled
 
 
@@ -33,7 +35,10 @@ class DecodeState(NamedTuple):
 
 
 class Generator:
-    """A model prepared to generate in its compute dtype; `kernels` is passed to `Decoder`."""
+    """A model prepared to generate in its compute dtype; `kernels` is passed to `Decoder`.
+
+    `cancelled` is asked while a long prompt is read: nobody may be waiting for it any more.
+    """
 
     def __init__(self, model: SmolLM, *, kernels: bool | None = None):
         self._kernels = kernels
@@ -41,8 +46,11 @@ class Generator:
         self.load(model)
         precise = precision_of(model.dtype)  # as in training, whatever the process has set
         self._prefill = jax.jit(precise(self._prefill_rows), static_argnames=("length", "greedy"))
+        self._read = jax.jit(precise(self._read_part), donate_argnames="read")
+        self._first = jax.jit(precise(self._first_token), static_argnames="greedy")
         self._decode = jax.jit(precise(self._decode_rows), static_argnames="greedy", donate_argnames="rows")
         self.stop_reason: str | None = None
+        self.cancelled: Callable[[], bool] = lambda: False
 
     def load(self, model: SmolLM) -> None:
         """Take the weights of `model`; its architecture must be the same, so that nothing compiles again."""
@@ -73,6 +81,8 @@ class Generator:
             made += len(ids)
             if ids:
                 yield ids
+        if self.cancelled():
+            return  # while the prompt was read, or with its last word
         if made == sampling.max_new_tokens:
             self.stop_reason = "length"
         else:
@@ -91,11 +101,13 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         arrays, greedy = SamplingArrays.from_sampling(sampling), sampling.temperature == 0
-        rows = self._prefill(
-            self._weights, tokens_BT, np.asarray(lengths, np.int32), arrays, greedy=greedy,
+        rows = self._read_prompts(
+            tokens_BT, np.asarray(lengths, np.int32), arrays, greedy=greedy,
             length=min(_bucket(max(lengths) + max(room)), self.context),
         )  # fmt: skip
-        pending = rows.token_B[:, None]
+        if rows is None:
+            return
+        pending: Any = rows.token_B[:, None]
         while any(room):
             ahead = None
             if max(room) > pending.shape[1]:
@@ -110,17 +122,49 @@ class Generator:
             yield texts
             pending = ahead
 
+    def _read_prompts(self, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool) -> DecodeState | None:
+        """Return the state after the prompts; None if cancelled."""
+        T = tokens_BT.shape[1]
+        if T <= PART:
+            return self._prefill(self._weights, tokens_BT, lengths_B, arrays, length=length, greedy=greedy)
+        read = self._nothing_read(self._weights, len(tokens_BT), length)
+        for start in range(0, int(lengths_B.max()), PART):
+            first = min(start, T - PART)  # a part that begins earlier makes the same keys and values again
+            part_BT = tokens_BT[:, first : first + PART]
+            read = self._read(self._weights, part_BT, np.int32(first), lengths_B, read)
+            read[0].block_until_ready()  # not to send the device all parts at once
+            if self.cancelled():
+                return None
+        token_B, seen_BV = self._first(self._weights, tokens_BT, lengths_B, read[0], arrays, greedy=greedy)
+        return DecodeState(token_B, jnp.asarray(lengths_B), seen_BV, read[1])
+
     def _prefill_rows(self, weights, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool) -> DecodeState:
+        read = self._nothing_read(weights, len(tokens_BT), length)
+        last_BD, cache = self._read_part(weights, tokens_BT, 0, lengths_B, read)
+        token_B, seen_BV = self._first_token(weights, tokens_BT, lengths_B, last_BD, arrays, greedy=greedy)
+        return DecodeState(token_B, lengths_B, seen_BV, cache)
+
+    def _nothing_read(self, weights, batch_size: int, length: int) -> tuple[jax.Array, Any]:
         decoder = self._decoder(weights)
+        last_BD = jnp.zeros((batch_size, decoder.config.hidden_size), decoder.dtype)
+        return last_BD, decoder.init_cache(batch_size, length)
+
+    def _read_part(self, weights, tokens_BT, start, lengths_B, read) -> tuple[jax.Array, Any]:
+        """Return the features of each row's last token, once it is read, and the cache with all tokens so far."""
+        (B, T), (last_BD, cache) = tokens_BT.shape, read
+        positions_BT = start + jnp.broadcast_to(jnp.arange(T), (B, T))
+        x_BTD, cache = self._decoder(weights).features(tokens_BT, positions_BT, cache)
+        at_B1 = lengths_B[:, None] - 1 - start
+        here_BD = jnp.take_along_axis(x_BTD, jnp.clip(at_B1, 0, T - 1)[:, None], axis=1)[:, 0]
+        return jnp.where((at_B1 >= 0) & (at_B1 < T), here_BD, last_BD), cache
+
+    def _first_token(self, weights, tokens_BT, lengths_B, last_BD, arrays, *, greedy: bool):
         B, T = tokens_BT.shape
-        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        x_BTD, cache = decoder.features(tokens_BT, positions_BT, decoder.init_cache(B, length))
-        last_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-        in_prompt_BT = positions_BT < lengths_B[:, None]
+        in_prompt_BT = jnp.arange(T)[None] < lengths_B[:, None]
         seen_BV = jnp.zeros((B, self.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(in_prompt_BT)
-        token_B = choose_token(decoder.logits(last_BD), seen_BV, lengths_B, arrays, greedy)
-        return DecodeState(token_B, lengths_B, seen_BV.at[jnp.arange(B), token_B].set(True), cache)
+        token_B = choose_token(self._decoder(weights).logits(last_BD), seen_BV, lengths_B, arrays, greedy)
+        return token_B, seen_BV.at[jnp.arange(B), token_B].set(True)
 
     def _decode_rows(self, weights, rows: DecodeState, arrays, *, greedy: bool) -> tuple[jax.Array, DecodeState]:
         decoder = self._decoder(weights)

@@ -152,6 +152,24 @@ def test_the_size_of_chunks_does_not_show(model, generator, chunk, monkeypatch):
     assert Generator(model).generate([PROMPT], SAMPLINGS["all rules"]) == expected
 
 
+@pytest.mark.parametrize("context", [160, 41])  # 41: the last part begins inside the one before it
+def test_a_prompt_in_parts_is_the_prompt_at_once(model, context, monkeypatch):
+    model = SmolLM.from_params(replace(CONFIG, max_seq_len=context), params_of(model))
+    ragged = [[7] * 35, PROMPT, list(range(1, 40)), [9] * 17]
+    expected = Generator(model).generate(ragged, SAMPLINGS["all rules"])
+    monkeypatch.setattr(generation, "PART", 16)
+    assert Generator(model).generate(ragged, SAMPLINGS["all rules"]) == expected
+    assert [Generator(model).generate([one], SAMPLINGS["all rules"])[0] for one in ragged] == expected
+
+
+def test_a_long_prompt_that_nobody_waits_for_is_not_read_to_its_end(model, monkeypatch):
+    monkeypatch.setattr(generation, "PART", 16)
+    generator, asked = Generator(model), []
+    generator.cancelled = lambda: asked.append(1) or len(asked) >= 2
+    assert list(generator.stream([5] * 100, Sampling(max_new_tokens=9))) == []
+    assert (generator.stop_reason, len(asked)) == ("cancelled", 3)  # the stream asks once more
+
+
 def test_a_stream_is_the_text_in_pieces(generator):
     for sampling in SAMPLINGS.values():
         pieces = list(generator.stream(PROMPT, sampling))
