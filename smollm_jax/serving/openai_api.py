@@ -137,7 +137,8 @@ class Routes:
         """Continue a prompt: a text or token ids."""
         match asked.prompt:
             case str(text) | [str(text)]:
-                ids = await self.scheduler.in_turn(self.scheduler.encode, text, asked.special_tokens)
+                work = self.scheduler.in_turn(self.scheduler.encode, text, asked.special_tokens)
+                ids = await unless_disconnected(request, work)
             case list(prompt):
                 # a bool is an int to isinstance
                 require({*map(type, prompt)} <= {int}, "send one prompt per request, a text or its token ids")
@@ -149,7 +150,8 @@ class Routes:
     async def chat_completions(self, asked: ChatRequest, request: Request) -> Any:
         """Write the assistant's next turn under the model's chat template."""
         messages = [message.as_turn() for message in asked.messages]
-        ids = await self.scheduler.in_turn(self.scheduler.encode_chat, messages, asked.special_tokens, chat=True)
+        work = self.scheduler.in_turn(self.scheduler.encode_chat, messages, asked.special_tokens, chat=True)
+        ids = await unless_disconnected(request, work)
         longest = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         return await self._answer(ids, asked, longest, request, chat=True)
 

@@ -99,9 +99,15 @@ class Scheduler:
             return waiting.index(owner) + (self._now is not None) if owner in waiting else 0
 
     async def in_turn(self, encode: Callable[..., T], *arguments: Any, chat: bool = False) -> T:
-        """Call `encode` in a thread; a few requests do so at a time, and one of them renders a chat."""
-        async with self._rendering if chat else self._encoding:
-            return await asyncio.to_thread(encode, *arguments)
+        """Call `encode` in a thread; a few requests do so at a time, and one of them renders a chat.
+
+        If cancelled, it no longer waits for its turn. A thread cannot be ended, so the turn ends with the thread.
+        """
+        turn = self._rendering if chat else self._encoding
+        await turn.acquire()
+        working = asyncio.ensure_future(asyncio.to_thread(encode, *arguments))
+        working.add_done_callback(lambda _: turn.release())
+        return await asyncio.shield(working)
 
     def encode(self, text: Any, special_tokens: SpecialTokens | None = None) -> list[int]:
         """Encode a prompt; raises `UserError` if it is no text, empty or too long."""

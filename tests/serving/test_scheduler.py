@@ -69,6 +69,28 @@ def test_clients_are_served_in_turn_and_the_one_with_most_gives_way(tokenizer):
     assert engine.prompts == [1, 10, 2, 3, 4]
 
 
+def test_who_leaves_before_the_prompt_is_encoded_gives_up_the_turn_but_not_a_running_thread(tokenizer):
+    _, scheduler = scheduler_of(tokenizer)
+    gate, begun = threading.Event(), []
+
+    def encode(name):
+        begun.append(name)
+        gate.wait(9)
+
+    async def go():
+        running, waiting = [await started(scheduler.in_turn(encode, name, chat=True)) for name in "ab"]
+        running.cancel()
+        waiting.cancel()
+        last = await started(scheduler.in_turn(encode, "c", chat=True))
+        assert begun == ["a"]  # its thread still has the turn
+        gate.set()
+        await last
+
+    asyncio.run(go())
+    scheduler.close()
+    assert begun == ["a", "c"]
+
+
 def test_a_full_queue_of_single_requests_refuses_one_more(tokenizer):
     engine, scheduler = scheduler_of(tokenizer, max_waiting=2)
 
