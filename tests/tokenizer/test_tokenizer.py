@@ -162,7 +162,8 @@ def test_half_a_character_in_the_settings_is_no_token_and_in_a_template_no_trace
     file.write_text(json.dumps(settings | {"bos_token": "\ud800", "chat_template": "{{ '\ud800' }}a"}))
     hostile = Tokenizer(tmp_path)
     assert hostile.bos_id is None
-    assert hostile.decode(encode_chat(hostile, [{"role": "user", "content": "Hi"}])) == "?a"
+    with pytest.raises(UserError, match="the chat template refuses this conversation"):
+        encode_chat(hostile, [{"role": "user", "content": "Hi"}])
 
 
 def damaged(family, folder, change):
