@@ -55,6 +55,7 @@ class Page:
         for label, value in numbers.items():
             self.page.locator(f"#{label} input, #{label} textarea").first.fill(str(value))
             self.page.keyboard.press("Tab")
+        self.page.wait_for_timeout(300)  # Gradio takes a value a moment after its field was left
 
     def press(self, name):
         self.page.click(f"#{name}")
