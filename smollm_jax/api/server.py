@@ -14,9 +14,9 @@ from smollm_jax.api.model import Model, load
 from smollm_jax.api.process import as_found
 from smollm_jax.runtime.errors import install, require, say
 from smollm_jax.runtime.notebook import in_notebook
+from smollm_jax.serving import NEW_TOKENS, WAITING
 
 START_SECONDS, END_SECONDS = 60.0, 10.0
-NEW_TOKENS, WAITING = 2_048, 16  # as of `smollm serve`
 # pages that may show ours inside them: notebooks of this machine, Colab's outputs, VS Code
 NOTEBOOKS = (
     "'self' http://localhost:* http://127.0.0.1:* https://colab.research.google.com "

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from smollm_jax.cli.sampling import SamplingFlags
 from smollm_jax.runtime.errors import UserError, one_line, printable, require, say
 
 if TYPE_CHECKING:
     from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import Completer
+    from smollm_jax.tokenizer.chat_template import Render
 
+LIVELY = SamplingFlags(max_new_tokens=512, temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=None)
 HELP = "/new begins again, /undo takes the last turn back, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
@@ -20,13 +23,7 @@ def chat(
     path: Annotated[str, tyro.conf.Positional],
     *,
     system: str = "",
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.1,
-    seed: int | None = None,
+    sampling: SamplingFlags = LIVELY,
     backend: Literal["jax", "torch"] = "jax",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> int:
@@ -37,36 +34,25 @@ def chat(
     Args:
         path: Run, exported folder or Hub id.
         system: Instruction before the conversation.
-        max_new_tokens: Maximum number of new tokens per answer.
-        temperature: Sampling temperature (0: always the most likely token).
-        top_p: Sample from the most likely tokens whose probabilities add up to this.
-        top_k: Sample from the k most likely tokens (0: all).
-        min_p: Sample from tokens at least this likely, relative to the most likely token.
-        repetition_penalty: Above 1, tokens that occurred before become less likely.
-        seed: Seed of the sampling. Default: another in every conversation.
         backend: Library that computes.
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
     """
-    import secrets
-
-    from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import open_completer
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=secrets.randbits(32) if seed is None else seed,
-    )  # fmt: skip
+    chosen = sampling.sampling()
     completer = open_completer(path, backend=backend, dtype=dtype)
     no_chat = f"{path} has no chat template, so it completes text; use generate, or serve"
     require(bool(completer.tokenizer.chat_template), no_chat)
     say(f"{completer.about}; context {completer.context:,} tokens. {HELP}")
-    _converse(completer, sampling, [{"role": "system", "content": system}] if system else [])
+    _converse(completer, chosen, [{"role": "system", "content": system}] if system else [])
     return 0
 
 
 def _converse(completer: "Completer", sampling: "Sampling", first: list[dict[str, str]]) -> None:
     """Read lines and answer them until the end. Every conversation begins with `first`."""
-    turns = list(first)
+    from smollm_jax.tokenizer.renderer import Renderer
+
+    turns, renderer = list(first), Renderer()  # a template is a program, and may not end
     while (line := _read()) not in (None, "/exit", "/quit"):
         if line == "/new":
             turns = list(first)
@@ -77,19 +63,23 @@ def _converse(completer: "Completer", sampling: "Sampling", first: list[dict[str
         elif line:
             asked = [*turns, {"role": "user", "content": line}]
             try:
-                turns = [*asked, {"role": "assistant", "content": _answer(completer, sampling, asked)}]
+                turns = [
+                    *asked,
+                    {"role": "assistant", "content": _answer(completer, sampling, asked, renderer.render)},
+                ]
             except UserError as error:  # such as a conversation that no longer fits
                 say(f"{one_line(error)}; /new begins again, /undo takes the last turn back")
 
 
-def _answer(completer: "Completer", sampling: "Sampling", turns: list[dict[str, str]]) -> str:
+def _answer(completer: "Completer", sampling: "Sampling", turns: list[dict[str, str]], render: "Render") -> str:
     """Print an answer while it is generated, and return it. Ctrl-C ends it."""
     from smollm_jax.tokenizer.chat_template import encode_chat
 
     shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
     answer = ""
     with contextlib.suppress(KeyboardInterrupt):
-        for piece in completer.stream(encode_chat(completer.tokenizer, turns), sampling):
+        ids = encode_chat(completer.tokenizer, turns, render=render)
+        for piece in completer.stream(ids, sampling):
             answer += piece.text
             print(shown(piece.text), end="", flush=True)
     print()

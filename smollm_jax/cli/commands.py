@@ -15,12 +15,14 @@ from typing import Annotated, Literal
 import tyro
 
 from smollm_jax.cli.arguments import parse
+from smollm_jax.cli.sampling import SamplingFlags
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
 from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
+GREEDY = SamplingFlags()
 
 
 def export(
@@ -70,13 +72,7 @@ def generate(
     path: Positional,
     *,
     prompt: str,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
+    sampling: SamplingFlags = GREEDY,
     stop: tuple[str, ...] = (),
     backend: Literal["jax", "torch"] = "jax",
     dtype: Dtype = "float32",
@@ -89,30 +85,17 @@ def generate(
     Args:
         path: Run, exported folder or Hub id.
         prompt: Text to continue.
-        max_new_tokens: Maximum number of new tokens.
-        temperature: Sampling temperature (0: always the most likely token).
-        top_p: Sample from the most likely tokens whose probabilities add up to this.
-        top_k: Sample from the k most likely tokens (0: all).
-        min_p: Sample from tokens at least this likely, relative to the most likely token.
-        repetition_penalty: Above 1, tokens that occurred before become less likely.
-        seed: Seed of the sampling.
         stop: Stop before any of these texts.
         backend: Library that computes.
         dtype: Compute dtype.
         special_tokens: Special tokens that the prompt spells out. text: they stay text; parse: they become ids, as
             in transformers. Default: as the run was trained, else text.
     """
-    from smollm_jax.generation.sampling import Sampling
     from smollm_jax.serving.completion import open_completer
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed,
-    )  # fmt: skip
-    if temperature == 0 and (top_p, top_k, min_p) != (1.0, 0, 0.0):
-        say("--top-p, --top-k and --min-p choose nothing at --temperature 0: always the most likely token")
+    chosen = sampling.sampling()
     completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
-    pieces = completer.stream(prompt, sampling, stop)
+    pieces = completer.stream(prompt, chosen, stop)
     first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
     if completer.tokenizer.texts_with_special:
         say(completer.tokenizer.describe_special())

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from smollm_jax.runtime.errors import UserError, install, one_line, require, say
+from smollm_jax.serving import NEW_TOKENS, WAITING
 
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy is in front of the port
 
@@ -30,8 +31,8 @@ def serve(
     api_key: str | None = None,
     api_key_file: Path | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    max_new_tokens: int = 2_048,
-    max_waiting: int = 16,
+    max_new_tokens: int = NEW_TOKENS,
+    max_waiting: int = WAITING,
     special_tokens: Literal["text", "parse"] | None = None,
     share: bool = False,
 ) -> int:

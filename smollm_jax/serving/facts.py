@@ -5,6 +5,7 @@ A run that is still training is read again each time, so its curve grows on the 
 
 import base64
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Facts:
 
     def html(self) -> str:
         """Return table and loss curve; reads the run's metrics again."""
-        lines = read_metrics(self.run) if self.run else []
+        lines = _lines_of(self.run, _stamp(self.run)) if self.run else []
         rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in self._rows(lines))
         return f"<dl>{rows}</dl>{curve(lines) or self._picture()}"
 
@@ -73,6 +74,20 @@ class Facts:
             return ""
         data = base64.b64encode(self.picture.read_bytes()).decode()
         return f'<img alt="Loss over the steps of the run" src="data:image/png;base64,{data}">'
+
+
+def _stamp(run: Path) -> tuple[int, int]:
+    """Return what changes if the records of a run do."""
+    try:
+        about = (run / "metrics.jsonl").stat()
+    except OSError:
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
+
+
+@lru_cache(maxsize=1)  # every open page asks again and again
+def _lines_of(run: Path, stamp: tuple[int, int]) -> list[dict[str, Any]]:  # noqa: ARG001 - of the cache
+    return read_metrics(run)
 
 
 def read_facts(path: str, parameters: int | None, *, has_chat: bool) -> Facts:

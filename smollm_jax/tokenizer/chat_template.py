@@ -41,7 +41,6 @@ def encode_chat(
     names = {name: text for name, text in found.items() if text}
     turns = messages if (special_tokens or tokenizer.mode) == "parse" else marked
     text = (render or render_chat)(str(tokenizer.chat_template), turns, names)
-    text = text.encode(errors="replace").decode()  # a template may write half a character
     if MARK not in text:  # in one piece, because some tokenizers encode the start of a text differently
         return tokenizer.encode_part(text, "parse")
     # the longest first, for special tokens that begin at the same place

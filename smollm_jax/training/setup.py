@@ -44,7 +44,7 @@ from smollm_jax.training.step import abstract_state, init_state
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
-# share of a large matmul's speed that a step of the replica reached, on an H200 and on two CPU cores
+# an assumption: the share of a large matmul's speed that a step reaches
 MATMUL_SHARE = 0.6
 LONG_SECONDS = 2 * 86_400  # for a run longer than this, the summary names the quickstart
 

@@ -77,7 +77,7 @@ def test_of_any_other_flag_the_last_counts_and_a_line_says_so(capsys):
 def test_a_value_that_looks_like_a_flag_is_no_flag(capsys):
     argv = ["x", "--prompt=--seed=1 --seed", "--seed", "3"]
     call = parse_command(generate, argv, "smollm generate")
-    assert (call.keywords["prompt"], call.keywords["seed"]) == ("--seed=1 --seed", 3)
+    assert (call.keywords["prompt"], call.keywords["sampling"].seed) == ("--seed=1 --seed", 3)
     assert not capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ def talk(monkeypatch, capsys, folder, *lines, flags=()):
 def test_lines_are_answered_and_remembered(monkeypatch, capsys, folder):
     asked = []
 
-    def spy(tokenizer, turns):
+    def spy(tokenizer, turns, **_):
         asked.append([turn["role"] for turn in turns])
         return tokenizer.encode("Once").tolist()
 
