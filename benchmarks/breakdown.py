@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.harness.tables import Row, as_command, finish, spread
-from benchmarks.harness.workload import COMPUTE, Dtype, OurStep, Preset, StepWork, config_of, our_step
+from benchmarks.harness.workload import COMPUTE, OurStep, Preset, StepWork, config_of, dtype_of, our_step
 from smollm_jax.config.settings import ComputeConfig, Config
 
 Program = Callable[[], Any]
@@ -28,7 +28,6 @@ def breakdown(
     batch_size: int = 2,
     seq_len: int = 256,
     documents: int = 1,
-    dtype: Dtype = "float32",
     rounds: int = 5,
     compute: ComputeConfig = COMPUTE,
     seed: int = 0,
@@ -40,14 +39,14 @@ def breakdown(
         batch_size: Rows per step.
         seq_len: Tokens per row.
         documents: Documents packed into a row.
-        dtype: Compute dtype over float32 parameters.
         rounds: Rounds counted.
-        compute: Settings of the whole step, except its dtype; the parts recompute nothing.
+        compute: Settings of the whole step; the parts recompute nothing.
         seed: Seed of tokens, documents and weights.
     """
     import jax
 
     config = config_of(preset, batch_size, seq_len, compute)
+    dtype = dtype_of(compute)
     work = StepWork(config, dtype, documents, steps=1, seed=seed)
     whole = our_step(work)
     programs = {"whole step": whole.run, **parts(work, whole)}

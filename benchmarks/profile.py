@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.tables import Row, as_command, finish
-from benchmarks.harness.workload import COMPUTE, Dtype, Preset, StepWork, config_of, our_step
+from benchmarks.harness.workload import COMPUTE, Preset, StepWork, config_of, dtype_of, our_step
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.runtime.devices import has_accelerator
 from smollm_jax.runtime.errors import require
@@ -46,7 +46,6 @@ def profile(
     batch_size: int = 2,
     seq_len: int = 256,
     documents: int = 1,
-    dtype: Dtype = "float32",
     steps: int = 5,
     compute: ComputeConfig = COMPUTE,
     top: int = 15,
@@ -60,9 +59,8 @@ def profile(
         batch_size: Rows per step.
         seq_len: Tokens per row.
         documents: Documents packed into a row.
-        dtype: Compute dtype over float32 parameters.
         steps: Steps in the profile.
-        compute: Settings of the step, except its dtype.
+        compute: Settings of the step.
         top: Longest operations shown.
         out: Folder to keep the profile in, for TensorBoard or Perfetto.
         seed: Seed of the tokens and documents.
@@ -70,6 +68,7 @@ def profile(
     if has_accelerator():  # kernels of one graph do not name their operation
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     config = config_of(preset, batch_size, seq_len, compute)
+    dtype = dtype_of(compute)
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="profile-benchmark-")))
         text, note = _profiled(StepWork(config, dtype, documents, steps, seed), folder)

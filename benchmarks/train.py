@@ -20,6 +20,7 @@ from benchmarks.harness.tables import Row, as_command, finish, gib, show, spread
 from benchmarks.harness.workload import COMPUTE, Dtype, Preset, StepWork, config_of, our_step, write_model
 from smollm_jax.config.settings import ComputeConfig
 from smollm_jax.runtime import huge_pages
+from smollm_jax.runtime.errors import require
 
 
 def ours(work: StepWork) -> Ready:
@@ -139,9 +140,10 @@ def train(
         steps: Steps per round.
         rounds: Rounds counted; with `alone` twice as many.
         alone: Time each side while no other is alive, as on an accelerator.
-        compute: Settings of our side, except its dtype.
+        compute: Settings of our side. Its dtype stands in `dtypes`.
         seed: Seed of the tokens and documents.
     """
+    require(compute.dtype == "auto", "the dtypes to compare are given by --dtypes, not --dtype")
     rows: list[Row] = []
     for dtype in dtypes:
         for size in batch_sizes:

@@ -100,6 +100,15 @@ def config_of(preset: Preset, batch_size: int, seq_len: int, compute: ComputeCon
     )
 
 
+def dtype_of(compute: ComputeConfig) -> Any:
+    """Return the name of the compute dtype that a run on this machine would use."""
+    import jax
+
+    from smollm_jax.runtime.devices import compute_dtype
+
+    return compute_dtype(compute.dtype, jax.default_backend()).name
+
+
 def write_model(model: ModelConfig, seed: int, folder: Path) -> Any:
     """Write the initial weights of a run with `seed` as a Hugging Face folder; return them as numpy arrays.
 

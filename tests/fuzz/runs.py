@@ -17,7 +17,8 @@ from smollm_jax.config.serialization import from_dict
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run, import_run
 from smollm_jax.runs.load import load_model, read_run
-from smollm_jax.runs.metrics import draw, evaluations, read_metrics
+from smollm_jax.runs.plot import draw
+from smollm_jax.runs.records import evaluations, read_metrics
 from smollm_jax.runs.replay import replay_step
 from smollm_jax.runtime.files import read_json
 from smollm_jax.runtime.signals import StopRequest
