@@ -1,4 +1,4 @@
-"""The web app: the page, OpenAI's routes and the middleware that guards them, on one port."""
+"""The web app on one port: page, OpenAI's routes and the middleware that guards them."""
 
 import asyncio
 import contextlib
@@ -24,9 +24,9 @@ from smollm_jax.serving.share import Share, for_all
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 __all__ = ["build_app", "for_all", "hosts_of", "listen", "open_scheduler", "run", "server_of"]
-# whatever a model writes, the browser fetches nothing from elsewhere
+# the browser fetches nothing from other sites, whatever text a model writes
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
-# contrast of at least 4.5 to 1 (WCAG AA), where Gradio's own colours have less
+# contrast of at least 4.5 to 1 (WCAG AA), because Gradio's own colours have less
 COLOURS = {
     "body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300",
     "input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400",
@@ -36,8 +36,8 @@ COLOURS = {
     "button_primary_background_fill_hover_dark": "*primary_800",
     "button_cancel_background_fill": "#b91c1c", "button_cancel_background_fill_hover": "#991b1b",
 }  # fmt: skip
-PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, who append the client's address
-# half a minute of silence and three probes for a client that is gone; a minute for one that no longer reads
+PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, which append the client's address
+# a lost client: three probes after half a minute of silence. A client that no longer reads: one minute
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 
@@ -45,13 +45,13 @@ def open_scheduler(
     path: str, *, backend: Backend | None, dtype: Dtype, max_waiting: int, max_new_tokens: int,
     special_tokens: SpecialTokens | None = None,
 ) -> tuple[Scheduler, str, Facts]:  # fmt: skip
-    """Load the model at `path`: its scheduler, its public name and what is known of it; raises `UserError`."""
+    """Load the model at `path` and return its scheduler, public name and facts. Raises `UserError`."""
     if backend is None:
         has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
         backend = "torch" if has_torch and not is_run(path) else "jax"
     completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
     name = Path(path).resolve().name if Path(path).exists() else path
-    if name == "export":  # the Space or the folder around it has a better name
+    if name == "export":  # the Space or the parent folder has a better name
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     say(f"{name}: {completer.about}; context {completer.context:,} tokens")
     scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens)
@@ -61,20 +61,20 @@ def open_scheduler(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket; raises `UserError` if the address is taken or unknown."""
+    """Open a listening socket. Raises `UserError` if the address is taken or unknown."""
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen on {host}:{port} ({error}); give another --host or --port") from None
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections inherit these
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections inherit the options
     for name, value in KEEP_ALIVE.items():
-        if hasattr(socket, name):  # not everywhere
+        if hasattr(socket, name):  # not on every system
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return listening
 
 
 def hosts_of(listening: socket.socket, host: str, allowed: str, *, on_space: bool) -> Hosts:
-    """Return the names under which the server may be asked; `allowed` are more of them, or * for any."""
+    """Return the host names that the server accepts. `allowed` adds names, or * for any name."""
     more = {name.strip().lower().strip("[]") for name in allowed.split(",")} - {""}
     if on_space or "*" in more:
         return Hosts(any_host=True, any_origin=True)
@@ -93,14 +93,14 @@ def build_app(
     hosts: Hosts | None = None,
     root: str | None = None,
 ) -> FastAPI:
-    """Build the FastAPI app: the page at /, its API at /generate, and OpenAI's routes at /v1.
+    """Build the FastAPI app: page at /, its API at /generate, OpenAI's routes at /v1.
 
-    `root` is the address of the page where a proxy does not tell it.
+    `root` is the address of the page, needed if a proxy does not send it.
     """
-    # Gradio reads these when it is imported, and would report to its makers and keep statistics of each request
+    # Gradio reads these on import. By default it sends telemetry and keeps statistics of each request
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(2**60)}
-    # Gradio opens a client on import, which fails for a proxy or certificate that httpx cannot use; none is needed
+    # on import Gradio opens a client, which fails if httpx cannot use a proxy or certificate. Neither is needed
     for variable in [key for key in os.environ if key.lower().endswith("_proxy") or key.startswith("SSL_CERT_")]:
         del os.environ[variable]
     import gradio as gr
@@ -114,7 +114,7 @@ def build_app(
         yield
         task.cancel()
 
-    # FastAPI's documentation pages would load scripts from elsewhere
+    # FastAPI's documentation pages would load scripts from other sites
     app = FastAPI(title=name, docs_url=None, redoc_url=None, lifespan=ending_unread)
     add_routes(app, scheduler, model=name, api_key=api_key)
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -127,18 +127,18 @@ def build_app(
         run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     refuse_clearly(app.routes[-1].app)  # type: ignore[attr-defined]
-    app.add_middleware(Guard, hosts=hosts or Hosts())  # last, so before what Gradio adds
+    app.add_middleware(Guard, hosts=hosts or Hosts())  # added last, so it runs before Gradio's middleware
     return app
 
 
 def run(
     app: FastAPI, listening: socket.socket, host: str, *, on_space: bool = False, share: Hosts | None = None
 ) -> None:
-    """Print the address and serve until SIGINT or SIGTERM; `share` opens a tunnel, whose name it gets."""
+    """Print the address and serve until SIGINT or SIGTERM. `share` opens a tunnel and receives its name."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
-    gc.freeze()  # a request of many lists would collect garbage among all the libraries: a second for everyone
+    gc.freeze()  # else a request of many lists makes the collector scan all libraries: everyone waits a second
     address, port = listening.getsockname()[:2]
     local = "127.0.0.1" if address == "0.0.0.0" else address
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ending:
@@ -148,9 +148,9 @@ def run(
 
 
 def server_of(app: FastAPI, *, frames: str, proxied: bool = False) -> uvicorn.Server:
-    """Return a server of the app, whose page may be shown inside the pages `frames`, by default any.
+    """Return a server of the app. `frames` are the pages that may embed its page, any if empty.
 
-    `proxied`: a Space is shown inside a page of Hugging Face, whose proxy names the client.
+    `proxied` is for a Space, which a page of Hugging Face embeds. Hugging Face's proxy names the client.
     """
     policy = f"{POLICY}; frame-ancestors {frames}" if frames else POLICY
     config = uvicorn.Config(

@@ -1,8 +1,8 @@
-"""Text in, text out: the layer between an engine over token ids and everything that shows text.
+"""Text completion, the layer between an engine over token ids and everything that shows text.
 
-A `Completer` encodes prompts, decodes ids to text that never ends inside a character, finds stop strings, and
-reports why a text ended. Both engines draw a token from the seed and its position alone, so a text continued
-with the same seed reads on as if it had never stopped. This file knows no page, request or command line.
+A `Completer` encodes prompts, decodes ids to text, finds stop strings, and reports why a text ended. The decoded
+text never ends inside a character. Both engines draw a token from the seed and its position alone. A text
+continued with its seed thus reads as if it had never stopped. This file knows no page, request or command line.
 """
 
 import time
@@ -39,18 +39,18 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextChunk:
-    """New text and the progress so far; the last chunk of a text has a `reason`."""
+    """New text and the progress so far. The last chunk of a text has a `reason`."""
 
     text: str
-    tokens: int = 0  # new ones so far, without the stop token
+    tokens: int = 0  # new tokens so far, without the stop token
     prompt_tokens: int
     seconds: float = 0.0  # since the request started
-    seconds_to_first: float | None = None  # until the first token; None before it or without one
+    seconds_to_first: float | None = None  # until the first token; None before or without a token
     reason: str | None = None  # why the text ended: eos, length, context, stop string or cancelled
 
 
 class Completer:
-    """An engine with its tokenizer; `about` describes the back end to people."""
+    """An engine with its tokenizer. `about` describes the back end to users."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, about: str = "", stop_ids: Sequence[int] = ()):
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
@@ -59,16 +59,16 @@ class Completer:
         self.context = engine.context  # the most tokens of prompt and text together
 
     def encode(self, prompt: str, special_tokens: SpecialTokens | None = None) -> list[int]:
-        """Encode a prompt, by default as the model was opened.
+        """Encode a prompt. `special_tokens` defaults to the value with which the model was opened.
 
-        Raises `UserError` if it is empty, no text, or too long for the context.
+        Raises `UserError` if the prompt is empty, no text, or too long for the context.
         """
         require(prompt != "", "the prompt is empty; write how the text begins")
         check_text(prompt, "the prompt")
         return self.checked(self.tokenizer.encode(prompt, special_tokens).tolist())
 
     def checked(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids of a prompt; raises `UserError` unless model and tokenizer can read them."""
+        """Return the ids of a prompt. Raises `UserError` unless model and tokenizer can read the ids."""
         vocab_size = min(self.engine.vocab_size, self.tokenizer.vocab_size)
         check_prompt(ids, context=self.context, vocab_size=vocab_size)
         return list(ids)
@@ -80,11 +80,11 @@ class Completer:
         stop: tuple[str, ...] = (),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[TextChunk]:
-        """Yield the continuation of `prompt` (text or ids) in chunks; the last chunk has the reason of the end.
+        """Yield the continuation of `prompt` (text or ids) in chunks. The last chunk has a `reason`.
 
-        A stop string ends the text and is not part of it. `cancelled` is called after every step of the engine, or
-        inside one by an engine that can end there.
-        Closing the iterator ends the work. Raises `UserError` as `encode` does.
+        A stop string ends the text and is not part of the text. `cancelled` is called after every step of the
+        engine. An engine that can end inside a step calls `cancelled` there too. Closing the iterator ends the
+        work. Raises `UserError` as `encode` does.
         """
         require(all(stop), "a stop string is empty")
         ids = self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
@@ -117,7 +117,7 @@ class Completer:
 
 
 class StopStrings:
-    """A filter that ends a text at the first stop string; `held` may be the beginning of one."""
+    """A filter that ends a text at the first stop string. `held` may be the beginning of a stop string."""
 
     def __init__(self, stop: Sequence[str]):
         self._stop, self.held, self.stopped = tuple(stop), "", False
@@ -135,10 +135,10 @@ class StopStrings:
 
 
 def check_text(text: Any, name: str) -> None:
-    """Raise `UserError` with the `name` of the text unless it is a str that UTF-8 and the page can hold."""
+    """Raise `UserError` unless `text` is a str that UTF-8 and the page can hold. `name` names it in the error."""
     require(isinstance(text, str), f"{name} must be text")
     require("\0" not in text, f"{name} holds a NUL character at position {text.find(chr(0))}; take it out")
-    # JSON and browsers can send halves of UTF-16 pairs, which UTF-8 cannot hold
+    # JSON and browsers can send lone UTF-16 surrogates, which UTF-8 cannot encode
     half = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
     require(half is None, f"{name} holds half a character at position {half}")
 
@@ -151,17 +151,17 @@ def open_completer(
     special_tokens: SpecialTokens | None = None,
     step: int | None = None,
 ) -> Completer:  # fmt: skip
-    """Load the model of an exported folder, a Hub id or a run; raises `UserError`.
+    """Load the model of an exported folder, a Hub id or a run. Raises `UserError`.
 
-    dtype auto: float32 on a CPU, bfloat16 on an accelerator. `special_tokens` that a prompt spells out stay text,
-    or become ids if "parse"; default: as the run was trained, else "text". `step` is a checkpoint of a run,
-    by default the newest good one; only JAX reads one.
+    Dtype "auto" is float32 on a CPU, bfloat16 on an accelerator. `special_tokens` that a prompt spells out stay
+    text, or become ids if "parse". The default is as the run was trained, else "text". `step` is a checkpoint of a
+    run, by default the newest good one. Only JAX reads checkpoints.
     """
     if backend == "torch":
         require(step is None, f"step {step}: PyTorch reads no checkpoints; JAX does")
         try:
             from smollm_jax.serving.torch_backend import open_torch
-        except ImportError as error:  # not installed, or an installation that is broken
+        except ImportError as error:  # not installed, or a broken installation
             needs = f"--backend torch needs torch and transformers: {install('torch')}"
             raise UserError(f"{needs} ({one_line(error)})") from None
         return Completer(*open_torch(path, dtype, special_tokens))

@@ -1,4 +1,4 @@
-"""What the page says of its model: size, step, loss curve, data and openings, read from the run if there is one.
+"""Facts about a model for its page: size, step, loss curve, data and openings. The run, if any, is the source.
 
 A run that is still training is read again each time, so its curve grows on the page. This file knows no layout.
 """
@@ -28,7 +28,7 @@ LARGEST_PICTURE = 4_000_000  # bytes of loss.png
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model; `step` is the checkpoint that is served, `run` its run folder."""
+    """Facts about a model. `step` is the checkpoint that is served, `run` is the model's run folder."""
 
     parameters: int | None = None
     has_chat: bool = False
@@ -39,11 +39,11 @@ class Facts:
 
     @property
     def openings(self) -> tuple[str, ...]:
-        """Return the run's own prompts, or those for a model of textbooks."""
+        """Return the run's own prompts, or else prompts for a model of textbooks."""
         return self.config.run.sample_prompts if self.config else OPENINGS
 
     def html(self) -> str:
-        """Return table and loss curve; reads the run's metrics again."""
+        """Return table and loss curve as HTML. Reads the run's metrics again if they changed."""
         lines = _lines_of(self.run, _stamp(self.run)) if self.run else []
         rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in self._rows(lines))
         return f"<dl>{rows}</dl>{curve(lines) or self._picture()}"
@@ -55,7 +55,7 @@ class Facts:
         rows = [("Kind", kind)]
         if self.parameters is not None:
             rows.append(("Parameters", f"{self.parameters:,}"))
-        if self.config is None or not lines:  # an import has not trained on the data that its settings name
+        if self.config is None or not lines:  # an imported model has not seen the data in its settings
             return rows
         total, last = self.config.run.steps, lines[-1]
         if self.step is not None:
@@ -77,7 +77,7 @@ class Facts:
 
 
 def _stamp(run: Path) -> tuple[int, int]:
-    """Return what changes if the records of a run do."""
+    """Return size and modification time of a run's records, which change if the records do."""
     try:
         about = (run / "metrics.jsonl").stat()
     except OSError:
@@ -85,27 +85,27 @@ def _stamp(run: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-@lru_cache(maxsize=1)  # every open page asks again and again
-def _lines_of(run: Path, stamp: tuple[int, int]) -> list[dict[str, Any]]:  # noqa: ARG001 - of the cache
+@lru_cache(maxsize=1)  # every open page polls
+def _lines_of(run: Path, stamp: tuple[int, int]) -> list[dict[str, Any]]:  # noqa: ARG001 - a key of the cache
     return read_metrics(run)
 
 
 def read_facts(path: str, parameters: int | None, *, has_chat: bool) -> Facts:
-    """Return what is known of the model at `path`: a run, the export of one, another folder, or a Hub id."""
+    """Return the facts about the run, export, other folder or Hub id `path`."""
     folder = Path(path).expanduser()
     picture = folder / "loss.png" if (folder / "loss.png").is_file() else None
-    # an export lies in its run
+    # an export is a folder inside its run
     run = next((one for one in (folder, folder.absolute().parent) if is_run(one)), None)
     if run is None or (run != folder and folder.name != "export"):
         return Facts(parameters, has_chat, picture=picture)
     try:
         return Facts(parameters, has_chat, run, read_run(run), newest_step(run), picture)
-    except UserError:  # the model was opened all the same
+    except UserError:  # the model could be opened without these facts
         return Facts(parameters, has_chat, picture=picture)
 
 
 def curve(lines: list[dict[str, Any]]) -> str:
-    """Return the losses as an SVG in the page's own colours; empty with fewer than two points."""
+    """Return the losses as an SVG in the page's own colours. The SVG is empty for fewer than two points."""
     train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
     held_out = [(x["step"], x["eval_loss"]) for x in evaluations(lines)]
     if len(train) < 2:

@@ -1,7 +1,7 @@
-"""Refuse a request before any route reads it: foreign web sites, bodies too large or too slow, passwords guessed.
+"""Refuse foreign web sites, oversized or slow bodies, and password guesses before any route runs.
 
-A server on this machine answers this machine's pages alone. Whatever a body holds is counted before it is parsed,
-because a parser builds an object for every item, and an error for every wrong item.
+A server on this machine answers only this machine's pages. Items of a body are counted before it is parsed,
+because a parser builds an object for every item. The parser also builds an error for every wrong item.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from smollm_jax.runtime.errors import say
 from smollm_jax.serving.openai_api import error_response
 from smollm_jax.serving.scheduler import LONGEST_PROMPT
 
-LARGEST_BODY = 13 * LONGEST_PROMPT  # bytes: JSON may spend 12 on a character
-LARGEST_FORM = 10_000  # bytes; a login
-MOST_OBJECTS = 3_000  # lists, objects and keys in a body; the items of /v1's lists may be as many as a prompt
-HEAD_SECONDS, BODY_SECONDS = 10, 20  # for a client to send them
-MOST_FAILURES, FAILURE_SECONDS = 10, 60  # wrong passwords or keys of one client in that time
-MOST_CLIENTS = 10_000  # whose failures are remembered
+LARGEST_BODY = 13 * LONGEST_PROMPT  # bytes: a character may take 12 in JSON
+LARGEST_FORM = 10_000  # bytes, for a login
+MOST_OBJECTS = 3_000  # lists, objects and keys in a body. A list of /v1 may have `LONGEST_PROMPT` items
+HEAD_SECONDS, BODY_SECONDS = 10, 20  # for a client to send head and body
+MOST_FAILURES, FAILURE_SECONDS = 10, 60  # wrong passwords or keys of a client within these seconds
+MOST_CLIENTS = 10_000  # with recorded failures
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-# an unclosed string ends with the body: to try each of its quotes again would take the square of its length
+# an unclosed string ends with the body, because trying each of its quotes again takes quadratic time
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-# all that the page and gradio_client need; Gradio also has uploads, files, proxies, recordings and a code editor
+# all that the page and gradio_client need. Gradio also has uploads, files, proxies, recordings, a code editor
 OPEN = re.compile(
     r"/gradio_api/(info|openapi\.json|user|login_check|token|app_id|startup-events|theme\.css|reset|cancel"
     r"|heartbeat/[^/]+|queue/(join|data|status)|run/predict|call/.+)/?"
@@ -43,15 +43,15 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Hosts:
-    """The names under which the server may be asked: all `names` as Host, if checked, and as Origin."""
+    """Names that the server accepts as Host and Origin. `any_host` and `any_origin` accept every name."""
 
     names: frozenset[str] = LOCAL
     any_host: bool = False
     any_origin: bool = False
-    shared: set[str] = field(default_factory=set, compare=False)  # names of a tunnel, which are known late
+    shared: set[str] = field(default_factory=set, compare=False)  # names of a tunnel, known after it opens
 
     def check(self, headers: dict[bytes, bytes]) -> None:
-        """Raise `Refused` unless a request comes from a page of this server, or from no page."""
+        """Raise `Refused` unless a request comes from this server's page or from no page."""
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
         asked = _name(f"//{host}")
         names = self.names | self.shared
@@ -71,7 +71,7 @@ def _name(address: str) -> str | None:
 
 
 class Guard:
-    """ASGI middleware, in front of all others."""
+    """ASGI middleware that runs before all others."""
 
     def __init__(self, app: Any, hosts: Hosts):
         self.app, self.hosts = app, hosts
@@ -87,7 +87,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 if message["status"] == 500 and scope["path"].startswith("/gradio_api/"):
-                    message = message | {"status": 400}  # Gradio's answer to whatever a client sends wrong
+                    message = message | {"status": 400}  # Gradio answers 500 to wrong requests
                 if guess and message["status"] == (400 if guess[1] else 401):
                     self._failed(guess)
             await send(message)
@@ -100,10 +100,10 @@ class Guard:
                 status, reason, *headers = refused.args
                 await error_response(status, reason, *headers)(scope, receive, watched)
         except Exception as error:
-            # whatever Gradio or a parser fails with may quote the request, so a line names the place alone
+            # an error of Gradio or a parser may quote the request, so the log has only its type and place
             say(f"{scope['method']} {scope['path'][:80]!r} failed: {place_of(error)}")
             if not started:
-                with contextlib.suppress(Exception):  # the connection may not take an answer
+                with contextlib.suppress(Exception):  # the connection may take no answer
                     await error_response(500, "the server failed; its log says where")(scope, receive, send)
 
     def _check(self, scope: Scope, guess: tuple[str, bool] | None) -> None:
@@ -120,7 +120,7 @@ class Guard:
             raise Refused(429, f"{MOST_FAILURES} wrong tries came from here; wait {FAILURE_SECONDS} s", wait)
 
     def _guess(self, scope: Scope) -> tuple[str, bool] | None:
-        """Return the client, and whether at the page's password, of a request that could guess a secret."""
+        """Return the client and whether the request is a login. None if no secret can be guessed."""
         is_login = scope["path"].rstrip("/") == "/login"
         client = (scope.get("client") or [""])[0]
         return (client, is_login) if is_login or scope["path"].startswith("/v1/") else None
@@ -132,7 +132,7 @@ class Guard:
 
 
 async def _whole_body(scope: Scope, receive: Any) -> Any:
-    """Read the body within its limits; returns a `receive` that gives it again. Raises `Refused`."""
+    """Read the body within its limits, and return a `receive` that repeats it. Raises `Refused`."""
     body, more, headers = bytearray(), True, dict(scope["headers"])
     is_json = scope["path"].startswith(("/v1/", "/gradio_api/"))
     largest = LARGEST_BODY if is_json else LARGEST_FORM
@@ -167,7 +167,7 @@ async def _whole_body(scope: Scope, receive: Any) -> Any:
 
 
 def check_json(path: str, content_type: bytes, body: bytes | bytearray) -> None:
-    """Raise `Refused` unless a body says that it is JSON and holds few enough things to be parsed at once."""
+    """Raise `Refused` unless a body declares JSON with few enough items to parse at once."""
     if path.startswith("/v1/") and not re.match(rb"application/([\w.]+\+)?json\b", content_type.lower()):
         came = content_type.decode("latin-1")[:80] or "none"
         raise Refused(400, f"the body must be JSON: send Content-Type: application/json ({came!r} came)")
@@ -181,7 +181,7 @@ def check_json(path: str, content_type: bytes, body: bytes | bytearray) -> None:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the type of an error and the line that raised it, and nothing that a client sent."""
+    """Return type and line of an error, without anything that a client sent."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -190,7 +190,7 @@ def place_of(error: BaseException) -> str:
 
 
 class Impatient(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-    """uvicorn's protocol, which closes a connection that takes too long to send the head of a request."""
+    """A uvicorn protocol that closes a connection if a request's head takes too long."""
 
     def connection_made(self, transport: Any) -> None:
         self._timer: asyncio.TimerHandle | None = None

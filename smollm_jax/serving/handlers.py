@@ -1,8 +1,8 @@
-"""Gradio handlers over a `Scheduler`: a growing text and a status line for the page and for /generate.
+"""Gradio handlers of the page and /generate: a growing text and a status line.
 
-Gradio calls handlers with positional arguments and closes them when a visitor leaves. They check nothing, since
-a request can bypass the page: the scheduler checks, and its errors are shown. The browser keeps the history of the
-text and the conversation, so a restart of the server loses neither. This file knows no layout.
+Gradio calls handlers with positional arguments and closes them when a visitor leaves. Handlers check nothing,
+because a request can bypass the page. The `Scheduler` checks a request, and its errors are shown. The browser
+keeps the text's history and the conversation, so a restart of the server loses neither. This file knows no layout.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from smollm_jax.serving.completion import TextChunk
 from smollm_jax.serving.markdown import answer_html
 from smollm_jax.serving.scheduler import LONGEST_PROMPT, QueueFull, Scheduler
 
-SILENCE_SECONDS = 1.0  # after which the page says what it waits for
+SILENCE_SECONDS = 1.0  # after this the page shows what a request waits for
 REASONS = {
     "eos": "the model ended the text",
     "length": "length reached",
@@ -26,13 +26,13 @@ REASONS = {
     "stop string": "stop string reached",
     "cancelled": "stopped by you",
 }
-# as on the page
+# in the order of the page's inputs
 NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "min_p", "stop")
 END = object()
 Turn = dict[str, str]  # role and content
-Values = tuple[Any, ...]  # for the components that a handler changes
+Values = tuple[Any, ...]  # new values of the components that a handler changes
 Growth = AsyncGenerator[Values, None]
-Prompt = tuple[list[int], Callable[[str, str], Values]]  # its ids, and how new text and status line are shown
+Prompt = tuple[list[int], Callable[[str, str], Values]]  # ids, and a function that shows new text and status
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def shown_errors() -> Iterator[None]:
 
 
 def status_line(chunk: TextChunk, seed: int) -> str:
-    """Format tokens, speed, seed and the reason of the end."""
+    """Format tokens, speed, seed and the reason why the text ended."""
     first, rest = chunk.seconds_to_first or 0.0, max(chunk.tokens - 1, 0)
     spent = chunk.seconds - first
     speed = [f"{rest / spent:,.1f} tokens/s"] if rest and spent > 0 else []
@@ -61,8 +61,8 @@ def counted(tokens: int) -> str:
 class Handlers:
     """The handlers of the page and of /generate.
 
-    Notebook and chat each have a text box and a past: the text before the last continuation, or the turns so far,
-    which alternate between user and assistant. Both come from the browser.
+    Notebook and chat each get a text box and a past from the browser. The notebook's past is the text before the
+    last continuation. The chat's past is the turns so far, which alternate between user and assistant.
     """
 
     def __init__(self, scheduler: Scheduler):
@@ -71,7 +71,7 @@ class Handlers:
     def writer(self, prepare: Callable[[str, list[Any]], Prompt]) -> Callable[..., Growth]:
         """Return a handler that shows a growing text until it ends or `stop` is called.
 
-        `prepare` makes the prompt of the text box and the past.
+        `prepare` makes the prompt from the text box and the past.
         """
 
         chat = prepare in {self.answer, self.answer_again}
@@ -81,7 +81,7 @@ class Handlers:
                 ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
                 named = dict(zip(NUMBERS, numbers, strict=True))
                 stops = self.scheduler.stop_strings(_stops(named.pop("stop")))
-                # whoever presses Continue wants more, also after an end
+                # Continue asks for at least one more token, even if the model has ended the text
                 least = {"min_new_tokens": 0 if chat else 1}
                 sampling = self.scheduler.sampling(**named | least | {"seed": _seed(named["seed"])})
                 text, waiting = "", self.scheduler.waiting
@@ -105,7 +105,7 @@ class Handlers:
         self.scheduler.cancel(str(request.session_hash))
 
     def waiting_line(self, owner: str) -> str:
-        """Say what a request without a token waits for."""
+        """Return what a request waits for before its first token."""
         before = self.scheduler.before(owner)
         return f"waiting, {before} before you…" if before else "reading the prompt; a new length compiles once…"
 
@@ -139,7 +139,7 @@ class Handlers:
         return escaped(talk[:-2]), "", talk[:-2], message or talk[-2]["content"]
 
     async def count(self, text: str) -> str:
-        """Say how much of the context a text takes."""
+        """Return how much of the context a text takes."""
         with shown_errors():
             context = self.scheduler.completer.context
             try:
@@ -168,7 +168,7 @@ class Handlers:
         seed: int | None = None,
         stop: list[str] | None = None,
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Continue `prompt`; yields text, seed, tokens, seconds and stop reason so far."""
+        """Continue `prompt` and yield text, seed, tokens, seconds and stop reason so far."""
         with shown_errors():
             sampling = self.scheduler.sampling(
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
@@ -192,23 +192,23 @@ class Handlers:
 
 
 def _of(request: gr.Request) -> dict[str, Any]:
-    """Return whose request it is: the session, which can cancel it, and the client's address."""
+    """Return a request's session, which can cancel the request, and the client's address."""
     return {"owner": str(request.session_hash), "client": request.client.host if request.client else ""}
 
 
 def _seed(typed: str | None) -> Any:
-    """Parse the seed field: None if empty, an int if possible; else unchanged for the scheduler to refuse."""
+    """Parse the seed field: None if empty, an int if possible. The scheduler refuses any other text."""
     typed = (typed or "").strip()
     return int(typed) if typed.isdecimal() and len(typed) < 20 else typed or None
 
 
 def _stops(typed: str | None) -> list[str]:
-    r"""Parse the field of stop strings: one per line, in which \n is a line break."""
+    r"""Parse the field of stop strings, one per line. In a line, \n is a line break."""
     return [line.replace("\\n", "\n") for line in (typed or "").splitlines() if line]
 
 
 async def with_silences(chunks: AsyncGenerator[TextChunk, None], seconds: float) -> AsyncGenerator[Any, None]:
-    """Yield the chunks, and None for each `seconds` without one; closing it closes `chunks`."""
+    """Yield the chunks, and None for each `seconds` without a chunk. Closing the iterator closes `chunks`."""
     async with contextlib.aclosing(chunks):
         while True:
             following = asyncio.ensure_future(anext(chunks, END))
@@ -225,7 +225,7 @@ async def with_silences(chunks: AsyncGenerator[TextChunk, None], seconds: float)
 
 
 def checked_talk(talk: Any) -> list[Turn]:
-    """Return the turns that a browser has sent; raises `UserError` unless user and assistant alternate."""
+    """Return the turns that a browser has sent. Raises `UserError` unless user and assistant alternate."""
     turns = [] if talk is None else talk
     good = isinstance(turns, list) and len(turns) % 2 == 0
     for i, turn in enumerate(turns if good else ()):

@@ -2,7 +2,7 @@
 
 Clients written for OpenAI's API work unchanged. Features that this server lacks (several choices, log
 probabilities, tools) are refused in OpenAI's error format, never ignored. A client that disconnects cancels its
-request. Only this file knows OpenAI's field names; it knows nothing of the page.
+request. Only this file knows OpenAI's field names. The file knows nothing of the page.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class TextFormat(Strict):
 class BaseRequest(Strict):
     """The fields of both kinds of request.
 
-    pydantic makes an error for each wrong item of each member of a union, so lists are Any and checked by hand.
+    Lists are `Any` and checked by hand, because pydantic makes an error per wrong item and member of a union.
     """
 
     model: str | None = None
@@ -98,7 +98,7 @@ class Message(Lenient):
     content: Any
 
     def as_turn(self) -> dict[str, str]:
-        """Return the turn of a text, or of a list of texts; raises `UserError`."""
+        """Return the turn of a text, or of a list of texts. Raises `UserError` for other content."""
         parts = [{"text": self.content}] if isinstance(self.content, str) else self.content
         require(isinstance(parts, list), "the content of a message must be a text or a list of texts")
         for part in parts:
@@ -114,7 +114,7 @@ class ChatRequest(BaseRequest):
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None  # without tools both are none
+    tool_choice: Literal["none", "auto"] | None = None  # without tools both mean none
     parallel_tool_calls: bool | None = None
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
@@ -134,7 +134,7 @@ class Routes:
         return {"object": "list", "data": [card | {"context_length": self.scheduler.completer.context}]}
 
     async def completions(self, asked: CompletionRequest, request: Request) -> Any:
-        """Continue a prompt: a text or token ids."""
+        """Continue a prompt, which is a text or token ids."""
         match asked.prompt:
             case str(text) | [str(text)]:
                 work = self.scheduler.in_turn(self.scheduler.encode, text, asked.special_tokens)
@@ -245,12 +245,12 @@ def _error(status: int, message: str) -> Body:
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """Build an error in OpenAI's format."""
-    printable = message.encode(errors="backslashreplace").decode()  # it may quote a lone surrogate
+    printable = message.encode(errors="backslashreplace").decode()  # the message may quote a lone surrogate
     return JSONResponse(_error(status, printable), status_code=status, headers=headers)
 
 
 def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str | None) -> None:
-    """Add the routes and OpenAI's error format to `app`; with a key, every route requires it."""
+    """Add the routes and OpenAI's error format to `app`. With a key, every route requires the key."""
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()

@@ -9,7 +9,7 @@
   // ---- what is kept in this browser: the text's history, the settings, the conversation
   let kept = {};
   try { kept = JSON.parse(localStorage.getItem(KEY)) ?? {}; } catch { /* damaged: begin anew */ }
-  // a history is a log: nothing leaves it until it is too long; `from` is the text that a continuation began with
+  // the history is a log, which loses entries only if it is too long. `from` is the text before a continuation
   let past = Array.isArray(kept.past) && kept.past.every((one) => typeof one?.text === 'string') ? kept.past : [];
   if (!past.length) past = [{ text: '' }];
   let at = Math.min(Math.max(Number(kept.at) || 0, 0), past.length - 1);
@@ -23,8 +23,8 @@
     clearTimeout(typing);
     if (typeof text !== 'string') return;
     text = text.replaceAll(/\r\n?/g, '\n');  // as a text box gives it back
-    if (past[at].text === text) return;  // what changed nothing is not history
-    if (at < past.length - 1) past.push(past[at]);  // what was undone stays in the log
+    if (past[at].text === text) return;  // an unchanged text is no entry
+    if (at < past.length - 1) past.push(past[at]);  // an undone text stays in the log
     past.push(began == null ? { text } : { text, from: began });
     let size = past.reduce((sum, one) => sum + one.text.length, 0);
     while (past.length > 1 && (past.length > MOST_ENTRIES || size > MOST_CHARACTERS)) size -= past.shift().text.length;
@@ -41,7 +41,7 @@
   const busy = (on) => {
     writing = on;
     for (const id of ['status', 'chat-status']) element(id)?.setAttribute('aria-busy', on);
-    if (sheet()) sheet().readOnly = on;  // the next piece of text would replace what is typed meanwhile
+    if (sheet()) sheet().readOnly = on;  // the next chunk would replace any text typed meanwhile
   };
 
   window.notebook = {
@@ -63,7 +63,7 @@
     redo: () => step(1, 'nothing to redo'),
     open(text) { record(sheet()?.value); record(text); follow = false; return [text, '']; },
     settings(values) { keep({ settings: values }); return []; },
-    // the values of a fresh page, or those that this browser has kept, or those of a link
+    // return the values of a link, else the values kept by this browser, else the values of a fresh page
     restore(values, longest) {
       const [, ...fresh] = values;
       let settings = kept.settings?.length === fresh.length ? kept.settings : fresh, text = past[at].text;
@@ -104,10 +104,10 @@
       Object.keys(presets).find((name) => presets[name].every((value, i) => value === values[i])) ?? null,
     address: (text) => text.replaceAll('ADDRESS', location.origin + location.pathname.replace(/\/$/, '')),
   };
-  const LENGTH = 5;  // where the length stands among the settings, after the preset and four sliders
+  const LENGTH = 5;  // index of the length in the settings, after the preset and four sliders
 
   document.addEventListener('input', (event) => {
-    if (event.target === message()) kept.message = event.target.value;  // until its answer is there
+    if (event.target === message()) kept.message = event.target.value;  // until its answer has come
     else if (event.target !== sheet() || writing) return;
     clearTimeout(typing);
     typing = setTimeout(leave, TYPING_PAUSE);

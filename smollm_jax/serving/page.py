@@ -1,8 +1,8 @@
-"""Layout of the page: a notebook whose text grows in place, and a chat if the model has a template.
+"""Layout of the page: a notebook, and a chat if the model has a template.
 
-A base model completes text, so the page is one text that the model continues: Continue, Stop, Undo, Regenerate.
-handlers.py has what the server does; page.js keeps the history of the text, the settings and the conversation in
-the browser. page.css is the style, page.md the API's help.
+A base model completes text, so the notebook is one text that the model continues in place. Its buttons are
+Continue, Stop, Undo and Regenerate. The server's part is in handlers.py. In the browser, page.js keeps the history
+of the text, the settings and the conversation. The style is page.css, the API's help is page.md.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from smollm_jax.serving.scheduler import RANGES, Scheduler
 
 GRADIO_QUEUE = 64
 STYLE, SCRIPT, HELP = (Path(__file__).with_suffix(suffix).read_text("utf-8") for suffix in (".css", ".js", ".md"))
-SECONDS_TO_LOOK = 10  # between two looks at a run that may be training
+SECONDS_TO_LOOK = 10  # between two reads of a run that may be training
 # temperature, top-p, top-k, repetition penalty
 PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
 START = "Textbook"
@@ -30,7 +30,7 @@ Inputs = list[Any]  # components, whose events mypy does not know
 
 
 def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts | None = None) -> gr.Blocks:
-    """Build the page. Requests wait in the scheduler's queue; Gradio's own queue only forwards them."""
+    """Build the page. The scheduler queues requests, and Gradio's own queue only forwards them."""
     handlers, has_chat, facts = Handlers(scheduler), scheduler.has_chat, facts or Facts()
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
@@ -78,7 +78,7 @@ async def no_files(*_: Any) -> str:
 
 
 def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
-    """Add presets and inputs for the numbers; returns the presets, and the inputs in the order of `NUMBERS`."""
+    """Add presets and inputs for the numbers. Returns both, the inputs in the order of `NUMBERS`."""
     longest, (temperature, top_p, top_k, penalty) = scheduler.max_new_tokens, PRESETS[START]
     preset = gr.Radio(list(PRESETS), value=START, label="Preset", elem_id="preset")
     sliders = [
@@ -94,18 +94,18 @@ def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
         gr.Slider(0, 200, top_k, step=1, label="Top-k", info="0: all tokens"),
         gr.Slider(*RANGES["repetition_penalty"], penalty, step=0.05, label="Repetition penalty", info="1: none"),
     ]
-    # Gradio's slider needs two values
+    # Gradio's slider needs two distinct values
     length = gr.Slider(
         min(1, longest - 1), longest, min(200, longest), step=1, label="Max new tokens", elem_id="length"
     )
-    # a text field, because an empty number field of Gradio's reads 0
+    # a text field, because Gradio reads an empty number field as 0
     seed = gr.Textbox(label="Seed", placeholder="empty: a new seed every time", max_lines=1, elem_id="seed")
     min_p = gr.Slider(*RANGES["min_p"], 0, step=0.01, label="Min-p", info="0: off", elem_id="min-p")
     stop = gr.Textbox(
         label="Stop strings", placeholder="one per line; \\n is a line break", lines=1, max_lines=4,
         elem_id="stop-strings",
     )  # fmt: skip
-    # .input, not .change: only a person's choice may move the sliders, and only theirs the preset
+    # .input, not .change: presets and sliders set each other only if a person changes them
     table = json.dumps(PRESETS)
     preset.input(None, preset, sliders, js=f"(name) => ({table})[name]", **BROWSER)
     for slider in sliders:
@@ -114,8 +114,8 @@ def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
 
 
 def notebook(handlers: Handlers, given: Inputs, openings: Sequence[str]) -> gr.Textbox:
-    """Add the text and its buttons; returns the text."""
-    before = gr.Textbox(visible=False)  # page.js gives it: the text before the last continuation
+    """Add the text box and its buttons, and return the text box."""
+    before = gr.Textbox(visible=False)  # the text before the last continuation, from page.js
     sheet = gr.Textbox(
         lines=14, max_lines=20, label="Text", elem_id="sheet", buttons=["copy"], interactive=True,
         placeholder="Write how a text begins, then press Continue.",
@@ -177,10 +177,10 @@ def controls(
     outputs: list[Any], scripts: tuple[str, str, str], sent: str | None = None,
     enter: Sequence[gr.Textbox] = (), redo: bool = False,
 ) -> tuple[gr.Button, ...]:  # fmt: skip
-    """Add the buttons that write, stop, undo and regenerate; pressing Enter in a box of `enter` writes too.
+    """Add the buttons that write, stop, undo and regenerate. Enter in a box of `enter` writes too.
 
-    `scripts` of page.js run when a press of either button begins and when it ends, the last with what `inputs`
-    then hold; `sent` changes what the server gets. Returns Undo and, if asked for, Redo.
+    `scripts` of page.js run when writing begins, when regenerating begins, and when either ends. The last script
+    gets the values of `inputs`. `sent` changes what the server gets. Returns Undo and, if `redo`, Redo.
     """
     with gr.Row(elem_classes="buttons"):
         go = gr.Button(verb, variant="primary", elem_id=verb.lower())

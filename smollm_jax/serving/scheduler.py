@@ -1,7 +1,7 @@
 """A bounded queue of requests served by one thread, which alone uses the model.
 
-If a reader goes away, its request leaves the queue at once or ends at the next chunk. The limits of a server are
-here, so that no route can forget them: longest prompt, numbers, stop strings. Knows neither Gradio nor HTTP.
+If a reader leaves, its request leaves the queue at once or ends at the next chunk. Longest prompt, numbers and
+stop strings are checked here, so that no route can omit a limit. No Gradio or HTTP here.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.renderer import Renderer, RenderingLimit
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
-LONGEST_PROMPT = 100_000  # characters; a context of 8,192 tokens holds about 35,000 of English
+LONGEST_PROMPT = 100_000  # characters. A context of 8,192 tokens holds about 35,000 characters of English
 MOST_STOPS, LONGEST_STOP = 4, 100
 SECONDS_TO_CLOSE = 15
 GONE = "the model has stopped; start the server again"
 WARM_UP_TOKENS = 200  # the page's default length
-# what a request may ask for; `Sampling` itself allows more
+# the ranges of a request, because `Sampling` itself allows more
 RANGES = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
@@ -36,17 +36,17 @@ RANGES = {
     "seed": (0, 2**32 - 1),
     "min_new_tokens": (0, 1),
 }
-ENCODING = 2  # threads at most, so that other work finds one
+ENCODING = 2  # threads at most, so that other work finds a free thread
 T = TypeVar("T")
 WHOLE = ("top_k", "seed", "max_new_tokens", "min_new_tokens")
 
 
 class QueueFull(Exception):
-    """The queue is full; try again later."""
+    """The error of a full queue. A client can try again later."""
 
 
 class ModelGone(RuntimeError):
-    """The thread of the model has ended; the server must be started again."""
+    """The error after the model's thread has ended. The server must be started again."""
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class _Job:
 
 
 class Scheduler:
-    """The only user of a `Completer`; serves requests in order of arrival."""
+    """The only user of a `Completer`. It serves clients in turn, and a client's requests in order of arrival."""
 
     def __init__(self, completer: Completer, *, max_waiting: int, max_new_tokens: int):
         require(max_waiting > 0, f"max_waiting={max_waiting} must be at least 1")
@@ -81,7 +81,7 @@ class Scheduler:
         self._now: _Job | None = None
         self.has_chat = bool(completer.tokenizer.chat_template)
         self._renderer = Renderer()
-        self._served: dict[str, int] = {}  # when the last request of each client was, by count
+        self._served: dict[str, int] = {}  # per client the number of its last served request
         self._encoding, self._rendering = asyncio.Semaphore(ENCODING), asyncio.Semaphore(1)
         self._closed = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="model")
@@ -89,19 +89,19 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Count the requests before a new one."""
+        """Count the requests before a new request."""
         return len(self._queue) + (self._now is not None)
 
     def before(self, owner: str) -> int:
-        """Count the requests that are served before the one of `owner` that waits; 0 if none of it waits."""
+        """Count the requests before the waiting request of `owner`. Returns 0 without a waiting request."""
         with self._changed:
             waiting = [job.owner for job in self._queue]
             return waiting.index(owner) + (self._now is not None) if owner in waiting else 0
 
     async def in_turn(self, encode: Callable[..., T], *arguments: Any, chat: bool = False) -> T:
-        """Call `encode` in a thread; a few requests do so at a time, and one of them renders a chat.
+        """Call `encode` in a thread. At most `ENCODING` calls run at a time, besides one that renders a chat.
 
-        If cancelled, it no longer waits for its turn. A thread cannot be ended, so the turn ends with the thread.
+        A cancelled call no longer waits for its turn. A thread cannot be ended, so the turn ends with the thread.
         """
         turn = self._rendering if chat else self._encoding
         await turn.acquire()
@@ -110,14 +110,14 @@ class Scheduler:
         return await asyncio.shield(working)
 
     def encode(self, text: Any, special_tokens: SpecialTokens | None = None) -> list[int]:
-        """Encode a prompt; raises `UserError` if it is no text, empty or too long."""
+        """Encode a prompt. Raises `UserError` if the prompt is no text, empty or too long."""
         _check_length(text if isinstance(text, str) else "", "the prompt has")
         return self.completer.encode(text, special_tokens)
 
     def encode_chat(
         self, messages: list[dict[str, str]], special_tokens: SpecialTokens | None = None
     ) -> list[int]:
-        """Encode a conversation under the chat template; raises `UserError` as `encode` does."""
+        """Encode a conversation under the chat template. Raises `UserError` as `encode` does."""
         _check_length("".join(message["content"] for message in messages), "the messages have")
         for message in messages:
             check_text(message["content"], "a message")
@@ -125,7 +125,7 @@ class Scheduler:
         return self.completer.checked(encode_chat(tokenizer, messages, special_tokens, render=render))
 
     def try_chat(self) -> None:
-        """Render the chat template once; a template that goes beyond its limits has no chat."""
+        """Render the chat template once. The server has no chat if the template goes beyond its limits."""
         if self.has_chat:
             try:
                 encode_chat(
@@ -134,11 +134,11 @@ class Scheduler:
             except RenderingLimit as error:
                 say(f"no chat: {error}")
                 self.has_chat = False
-            except UserError:  # it may want other turns
+            except UserError:  # the template may require other turns
                 pass
 
     def sampling(self, **numbers: Any) -> Sampling:
-        """Check the numbers of a request and draw a seed if it is None; raises `UserError` naming the number."""
+        """Check the numbers of a request. Draws `seed` if it is None. Raises `UserError` naming the number."""
         if numbers.get("seed") is None:
             numbers["seed"] = secrets.randbelow(2**32)
         for name, value in numbers.items():
@@ -152,7 +152,7 @@ class Scheduler:
         return Sampling(**numbers)
 
     def stop_strings(self, stop: Any) -> tuple[str, ...]:
-        """Check the stop strings; raises `UserError`."""
+        """Check the stop strings. Raises `UserError` for a wrong type, number or length."""
         strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
         good = isinstance(strings, list | tuple) and len(strings) <= MOST_STOPS
         good = good and all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in strings)
@@ -163,10 +163,10 @@ class Scheduler:
         self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *,
         owner: str | None = None, client: str = "",
     ) -> AsyncGenerator[TextChunk, None]:  # fmt: skip
-        """Queue a request and yield its chunks; closing the iterator ends the work. Raises `QueueFull`.
+        """Queue a request and yield its chunks. Closing the iterator ends the work. Raises `QueueFull`.
 
-        `cancel(owner)` ends the work too; the last chunk then has the reason "cancelled". Clients are served
-        in turn, and the requests of one client in order.
+        `cancel(owner)` ends the work too. The last chunk then has the reason "cancelled". Clients are served in
+        turn, and the requests of one client in order. Raises `ModelGone` after the end of the thread.
         """
         job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner, client)
         with self._changed:
@@ -194,7 +194,7 @@ class Scheduler:
                     self._queue.remove(job)
 
     def _make_room(self, client: str) -> None:
-        """Refuse the newest request of the client with the most, if `client` has fewer; else raise `QueueFull`."""
+        """Refuse the newest request of the busiest client. Raises `QueueFull` unless `client` has fewer."""
         full = QueueFull(f"the model is busy and {self.max_waiting} requests are waiting; try again soon")
         waiting = Counter(job.client for job in self._queue)
         other, most = waiting.most_common(1)[0]
@@ -211,10 +211,10 @@ class Scheduler:
                 self._queue.remove(job)
                 job.put(TextChunk(text="", prompt_tokens=len(job.ids), reason="cancelled"))
             if self._now is not None and self._now.owner == owner:
-                self._now.left.set()  # its stream yields the last chunk
+                self._now.left.set()  # the completer's stream yields the last chunk
 
     def close(self) -> None:
-        """End the running request and the thread: Python must not exit inside native code of a model."""
+        """End the running request and the thread, because Python must not exit inside native code."""
         with self._changed:
             self._closed = True
             if self._now is not None:
@@ -224,7 +224,7 @@ class Scheduler:
         self._thread.join(SECONDS_TO_CLOSE)
 
     def _warm_up(self) -> None:
-        """Compile the programs of a first request; a failure is left for that request to report."""
+        """Compile the programs of a first request. A failure is left for that request to report."""
         with contextlib.suppress(BaseException):
             ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
             sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
@@ -243,7 +243,7 @@ class Scheduler:
                     job.put(ModelGone(GONE))
 
     def _next(self) -> _Job | None:
-        """Wait for a request: the first one of the client that was served longest ago. None: close."""
+        """Wait for the first request of the client that was served longest ago. None after `close`."""
         with self._changed:
             self._now = None
             self._changed.wait_for(lambda: self._queue or self._closed)
@@ -252,7 +252,7 @@ class Scheduler:
             self._now = job = min(self._queue, key=lambda job: self._served.get(job.client, 0))
             self._queue.remove(job)
             count = max(self._served.values(), default=0) + 1
-            here = {job.client for job in self._queue}  # those who went away are forgotten
+            here = {job.client for job in self._queue}  # clients that do not wait are forgotten
             self._served = {name: at for name, at in self._served.items() if name in here} | {job.client: count}
             return job
 
@@ -273,7 +273,7 @@ def _check_length(text: str, subject: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Shorten a value, however large it came, for a message of one line."""
-    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print it
+    """Shorten a value of any size for a message of one line."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print such an int
         return "a number of thousands of digits"
     return text if len(text := repr(value)) <= 40 else f"{text[:40]}…"

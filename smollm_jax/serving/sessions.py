@@ -1,7 +1,7 @@
-"""Bound what Gradio keeps and computes: few sessions, no event that nobody reads, no request in the log.
+"""Limit Gradio to few sessions, no unread events, and no request in the log.
 
-Gradio runs an event to its end whether or not its messages are fetched, keeps 10,000 sessions, and prints what a
-failed request held. This file alone knows the insides of its queue.
+By default, Gradio keeps 10,000 sessions and prints the inputs of a failed request. It runs an event to its end
+even if nobody fetches its messages. Only this file knows the internals of Gradio's queue.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from smollm_jax.serving.guard import place_of
 from smollm_jax.serving.openai_api import error_response
 from smollm_jax.serving.scheduler import Scheduler
 
-MOST_SESSIONS = 200  # of visitors, with what they typed last
+MOST_SESSIONS = 200  # of visitors, with their last inputs
 UNREAD_SECONDS = 5  # for a client to fetch the next message of its event
 
 
 def keep_little(page: gr.Blocks) -> None:
-    """Limit sessions, and let a failed event print one line without its inputs; to be called before mounting."""
+    """Limit sessions, and log a failed event in one line without its inputs. Call this before mounting."""
     page.state_session_capacity = MOST_SESSIONS
     process, queue, send = page.process_api, page._queue, page._queue.send_message
 
@@ -37,7 +37,7 @@ def keep_little(page: gr.Blocks) -> None:
     def send_message(event: Any, message: Any) -> None:
         if event.session_hash in queue.pending_messages_per_session:
             send(event, message)
-        else:  # ended by `end_unread`, or the oldest of too many
+        else:  # a session ended by `end_unread`, or the oldest of too many
             event.alive = False
 
     page.process_api = process_api  # type: ignore[method-assign]
@@ -45,7 +45,7 @@ def keep_little(page: gr.Blocks) -> None:
 
 
 def refuse_clearly(mounted: Any) -> None:
-    """Let Gradio's app say that it does not take a request if it fails on one, as for an unknown function."""
+    """Let Gradio's app refuse a request that it fails on, such as an unknown function."""
 
     async def refuse(_: Any, __: Exception) -> Any:
         return error_response(400, "the page does not take this request")
@@ -54,8 +54,8 @@ def refuse_clearly(mounted: Any) -> None:
 
 
 async def end_unread(page: gr.Blocks, scheduler: Scheduler) -> None:
-    """End the events of each session whose next message has waited for `UNREAD_SECONDS`; runs until cancelled."""
-    waiting: dict[str, tuple[Any, float]] = {}  # the next message of each session, and since when
+    """End a session's events if its next message has waited for `UNREAD_SECONDS`. Runs until cancelled."""
+    waiting: dict[str, tuple[Any, float]] = {}  # a session's next message, and since when it waits
     while True:
         await asyncio.sleep(UNREAD_SECONDS / 5)
         now, pending = time.monotonic(), page._queue.pending_messages_per_session
@@ -68,7 +68,7 @@ async def end_unread(page: gr.Blocks, scheduler: Scheduler) -> None:
             await _end(
                 page, scheduler, [name for name, (_, since) in waiting.items() if now - since > UNREAD_SECONDS]
             )
-        except Exception as error:  # of Gradio's insides; the next round may work
+        except Exception as error:  # an error of Gradio's internals. The next round may work
             say(f"events that nobody reads could not be ended: {one_line(error)}")
 
 
@@ -80,7 +80,7 @@ async def _end(page: gr.Blocks, scheduler: Scheduler, names: list[str]) -> None:
         scheduler.cancel(name)
         await queue.clean_events(session_hash=name)
         pending.pop(name, None)
-        if name in queue.pending_event_ids_session.pop(name, ()):  # a call without a session has its own
+        if name in queue.pending_event_ids_session.pop(name, ()):  # a call without session has its event id
             page.state_holder.session_data.pop(name, None)
     for name in [name for name, ids in queue.pending_event_ids_session.items() if not ids]:
         if name not in pending:

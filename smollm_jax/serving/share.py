@@ -1,7 +1,7 @@
-"""Give a server on this machine a public address for as long as it runs, by Gradio's tunnel.
+"""Give a local server a public address through Gradio's tunnel while the server runs.
 
-Gradio's share server names the address and passes its requests on. The program frpc, which Gradio downloads from
-Hugging Face and checks by its hash, connects to it. The page may be any app: the tunnel knows only a port.
+Gradio's share server names the address and forwards requests. The program frpc connects to the share server.
+Gradio downloads frpc from Hugging Face and checks its hash. The page may be any app: the tunnel knows only a port.
 """
 
 import secrets
@@ -17,7 +17,7 @@ USER = "smollm"
 
 
 def for_all(user: str, password: str) -> tuple[str, str]:
-    """Return a user and a password for a page that anybody may find: new ones, printed, unless they are given."""
+    """Return user and password for a public page. Without `user`, makes new ones and prints them."""
     if not user:
         user, password = USER, secrets.token_urlsafe(12)
         say(f"share: log in as {user} with the password {password}")
@@ -25,9 +25,9 @@ def for_all(user: str, password: str) -> tuple[str, str]:
 
 
 class Share:
-    """A tunnel to `host`:`port` that opens in the background, or a line that says why there is none.
+    """A tunnel to `host`:`port` that opens in the background. If it cannot open, a line reports the reason.
 
-    The server answers under the tunnel's name once `hosts` has it.
+    The server answers under the tunnel's name as soon as `hosts` has the name.
     """
 
     def __init__(self, host: str, port: int, hosts: Hosts):
@@ -38,7 +38,7 @@ class Share:
         self._task = BackgroundTask(self._open)
 
     def wait(self) -> str | None:
-        """Wait until the tunnel is open; None if it could not be opened."""
+        """Wait until the tunnel is open and return its URL. None if it could not be opened."""
         self._task.wait(SECONDS)
         return self.url
 
@@ -46,15 +46,15 @@ class Share:
         self._closed = True
         process = getattr(self._tunnel, "proc", None)
         if process is not None:
-            self._tunnel.proc = None  # Gradio would end it again at exit, and print so
+            self._tunnel.proc = None  # else Gradio ends it again at exit, and prints a line
             process.terminate()
             process.wait()
 
     def _open(self) -> None:
-        attempt = BackgroundTask(self._connect)  # it waits without an end for a program that says nothing
+        attempt = BackgroundTask(self._connect)  # it waits forever for a program that prints nothing
         try:
             address = attempt.result(SECONDS)
-        except BaseException as error:  # of a network, a download, a certificate, a program: any
+        except BaseException as error:  # any error: network, download, certificate, program
             self.close()
             reason = one_line(error.__cause__ or error)
             say(f"no public address: {reason}; the page stays open to this machine")
@@ -68,7 +68,7 @@ class Share:
     def _connect(self) -> str:
         from gradio import networking, tunneling
 
-        # by default below the current folder
+        # the default is below the current folder
         networking.CERTIFICATE_PATH = str(tunneling.BINARY_FOLDER / "certificate.pem")
         before = list(tunneling.CURRENT_TUNNELS)
         try:

@@ -1,8 +1,8 @@
-"""The PyTorch back end: a converted folder through transformers' `generate`, one call per token, with one cache.
+"""The PyTorch back end for a converted folder: transformers' `generate` per token, with one cache.
 
-torch is seeded before every draw with a hash of the seed and the token's position. A text continued with the
-same seed therefore reads on as if it had never stopped. Greedy texts equal the JAX back end's; drawn texts
-differ, because the random numbers do. torch is an extra and is imported when a model is opened.
+Before every draw, torch is seeded with a hash of the seed and the token's position. A text continued with the same
+seed therefore reads as if it had never stopped. Greedy texts equal the JAX back end's. Drawn texts differ, because
+the random numbers do. PyTorch is an extra, imported when a model is opened.
 """
 
 import warnings
@@ -40,18 +40,18 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarni
 
 
 class _Cancelled(Exception):
-    """The reader has gone while the prompt is being read."""
+    """The signal that the reader left while the model read the prompt."""
 
 
 class TorchEngine:
-    """A transformers model that streams ids as `Generator` does; prompts are checked by the caller.
+    """A transformers model that streams ids as `Generator` does. The caller checks prompts.
 
-    `cancelled` is asked before each layer: a long prompt takes seconds, which nobody may be waiting for any more.
+    `cancelled` is called before each layer, because a long prompt takes seconds and its reader may have left.
     """
 
     def __init__(self, model: Any, config: ModelConfig):
         self._model = model.eval()
-        self._model.generation_config = GenerationConfig()  # a folder's own defaults would fill in our settings
+        self._model.generation_config = GenerationConfig()  # else a folder's defaults complete our settings
         self.num_parameters = config.num_parameters
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
@@ -64,7 +64,7 @@ class TorchEngine:
             raise _Cancelled
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
-        """Yield new ids one by one, without the stop id; closing the iterator ends the work."""
+        """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
         self.stop_reason, cache = "cancelled", DynamicCache(config=self._model.config)
         room = min(sampling.max_new_tokens, self.context - len(prompt))
         penalty = float(sampling.repetition_penalty)  # transformers takes no int for a float
@@ -86,7 +86,7 @@ class TorchEngine:
             try:
                 new_BT = next_ids(rules)
                 if made < sampling.min_new_tokens and int(new_BT[0, -1]) in sampling.stop_ids:
-                    cache.crop(-1)  # the last token is read once more
+                    cache.crop(-1)  # the last token is computed again
                     banned = SuppressTokensLogitsProcessor(list(sampling.stop_ids), device=str(ids_BT.device))
                     new_BT = next_ids(LogitsProcessorList([banned, *rules]))
                 ids_BT = new_BT
@@ -101,16 +101,16 @@ class TorchEngine:
 
 
 class StableTopP(LogitsProcessor):
-    """Top-p as transformers has it, but of tokens that tie the highest ids stay, as in the JAX back end.
+    """Top-p as in transformers, except that the highest ids among tied tokens stay. The JAX back end does so too.
 
-    transformers sorts by a sort that is not stable: which of them stay depends on the machine.
+    The sort of transformers is not stable, so its choice among tied tokens depends on the machine.
     """
 
     def __init__(self, top_p: float):
         self.top_p = top_p
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - theirs
-        """Mask the tokens that add up to at most 1 - top_p, from the least likely on."""
+        """Mask the least likely tokens whose probabilities sum to at most 1 - top_p."""
         rising_BV, ids_BV = torch.sort(scores, stable=True)
         enough_BV = rising_BV.softmax(dim=-1).cumsum(dim=-1) > 1 - self.top_p
         enough_BV[:, -1] = True
@@ -119,7 +119,7 @@ class StableTopP(LogitsProcessor):
 
 
 def sampling_rules(sampling: Sampling) -> LogitsProcessorList:
-    """Return the rules after the penalty, in transformers' order; none for a greedy text."""
+    """Return the rules after the penalty, in transformers' order. A greedy text has none."""
     rules = LogitsProcessorList()
     if sampling.temperature > 0:
         rules.append(TemperatureLogitsWarper(max(float(sampling.temperature), SMALLEST_TEMPERATURE)))
@@ -132,10 +132,10 @@ def sampling_rules(sampling: Sampling) -> LogitsProcessorList:
 def open_torch(
     path: str | Path, dtype: str, special_tokens: SpecialTokens | None
 ) -> tuple[TorchEngine, Tokenizer, str, tuple[int, ...]]:
-    """Load the model at `path`: engine, tokenizer, a description and its stop ids; raises `UserError`.
+    """Load the model at `path`: engine, tokenizer, description and stop ids. Raises `UserError`.
 
-    Our own reader reads and checks a folder. transformers gets an architecture and weights, and opens no file: it
-    would follow a folder to other files and to code on the Hub.
+    Our own reader reads and checks a folder. It gives architecture and weights to transformers, which opens no
+    file. On its own, transformers would follow a folder to other files and to code on the Hub.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(dtype, device).name
@@ -145,7 +145,7 @@ def open_torch(
 
 
 def _transformers_model(config: ModelConfig, params: Params, dtype: str) -> Any:
-    """Make a transformers model of our parameters; raises `UserError` unless it takes every one of them."""
+    """Build a transformers model of our parameters. Raises `UserError` unless it takes every parameter."""
     logging.disable_progress_bar()
     weights = {one.name: torch.from_numpy(np.ascontiguousarray(to_hf(params, one))) for one in tensors(config)}
     try:
