@@ -59,10 +59,11 @@ def job(tmp_path, cache, corpus, tokenizer):
     """Starts a job of `processes` with `devices` each on a run folder."""
     started = []
 
-    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, cwd=None, program=()):
-        port = free_port()
+    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, **other):
+        port, cwd, program = free_port(), other.get("cwd"), other.get("program", ())
         command = [
-            sys.executable, *program, str(ROOT / "train_jax.py"), "--data", f"{corpus}/*.jsonl", *TINY, *settings,
+            sys.executable, *program, str(ROOT / "train_jax.py"), *TINY, *settings,
+            "--data", other.get("data", f"{corpus}/*.jsonl"),
             "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache), "--run-dir", str(tmp_path / run),
         ]  # fmt: skip
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -185,7 +186,7 @@ def test_what_one_process_cannot_read_ends_all_with_its_words(job, tmp_path, cor
     lines = (data / "part-1.jsonl").read_text().splitlines()
     lines[55] = "no json"
     (data / "part-1.jsonl").write_text("\n".join(lines) + "\n")
-    processes = job(2, "--data", f"{data}/*.jsonl", "--shards", "2", "--phases", "60x8")
+    processes = job(2, "--shards", "2", "--phases", "60x8", data=f"{data}/*.jsonl")
     assert codes(processes) == [2, 2], words_of(tmp_path)
     assert words_of(tmp_path).count("part-1.jsonl, row 55, cannot be read") == 2
 
@@ -227,15 +228,15 @@ def test_a_run_folder_that_is_not_shared_is_refused(job, tmp_path):
 
 STANDS_STILL = """
 import sys, time
-from smollm_jax.training import progress
-count_bad_step = progress.count_bad_step
+from smollm_jax.training import loop
+report_step = loop.report_step
 
-def still(run, pending, **found):
+def still(run, pending):
     if pending.step == 12:
         time.sleep(600)
-    count_bad_step(run, pending, **found)
+    report_step(run, pending)
 
-progress.count_bad_step = still
+loop.report_step = still
 sys.argv = sys.argv[1:]
 exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
 """
