@@ -1,5 +1,7 @@
 """The model against Hugging Face's Llama, and against each fault that other replicas have had."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,11 @@ def scattered(config, seed=0):
     )
 
 
+@partial(jax.jit, static_argnums=0)
+def logits_of(config, params, tokens, segment_ids=None):
+    return SmolLM.from_params(config, params)(tokens, segment_ids=segment_ids)
+
+
 def tokens_of(config, *shape, seed=1):
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
 
@@ -127,8 +134,8 @@ def test_an_untied_head_is_counted_and_used():
     params = init_params(config, 0)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.num_parameters
     tokens = tokens_of(config, 1, 5)
-    before = SmolLM.from_params(config, params)(tokens)
-    after = SmolLM.from_params(config, params | {"head": 2 * params["head"]})(tokens)
+    before = logits_of(config, params, tokens)
+    after = logits_of(config, params | {"head": 2 * params["head"]}, tokens)
     np.testing.assert_allclose(after, 2 * before, rtol=1e-5)
 
 
@@ -142,7 +149,7 @@ def test_future_tokens_cannot_change_the_past():
         model = SmolLM.from_params(config, params, ops=Ops(embed=lambda *_: embedded))
         return model.features(jnp.asarray(tokens))
 
-    jacobian = jax.jacobian(features_from)(params["embedding"][tokens])  # (1, T, D, 1, T, D)
+    jacobian = jax.jit(jax.jacobian(features_from))(params["embedding"][tokens])  # (1, T, D, 1, T, D)
     reach_TT = np.abs(np.asarray(jacobian)).sum(axis=(0, 2, 3, 5))
     assert (np.triu(reach_TT, 1) == 0).all()
     assert (reach_TT[np.tril_indices(length)] > 0).all()
@@ -182,18 +189,18 @@ def test_heads_share_positions_and_differ_only_by_their_weights():
     o = params["blocks"]["attention"]["o"]
     tokens = tokens_of(TINY, 1, 7)
     swapped = o.at[:, 0].set(o[:, 1]).at[:, 1].set(o[:, 0])
-    straight = SmolLM.from_params(TINY, params)(tokens)
+    straight = logits_of(TINY, params, tokens)
     params["blocks"]["attention"]["o"] = swapped
-    np.testing.assert_allclose(SmolLM.from_params(TINY, params)(tokens), straight, atol=1e-5)
+    np.testing.assert_allclose(logits_of(TINY, params, tokens), straight, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [(3, 1, 8), (5, 7), (SMALLEST_BLOCK - 2, 9, 60)])
 def test_a_packed_row_equals_its_documents_run_alone(lengths):
-    model = SmolLM.from_params(TINY, scattered(TINY))
+    params = scattered(TINY)
     documents = [tokens_of(TINY, 1, n, seed=n) for n in lengths]
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
-    packed = model(np.concatenate(documents, axis=1), segment_ids=segment_ids)
-    alone = jnp.concatenate([model(document) for document in documents], axis=1)
+    packed = logits_of(TINY, params, np.concatenate(documents, axis=1), segment_ids)
+    alone = np.concatenate([logits_of(TINY, params, document) for document in documents], axis=1)
     np.testing.assert_allclose(packed, alone, atol=2e-5, rtol=0)
 
 
@@ -243,8 +250,8 @@ def test_remat_saves_memory():
 def test_bf16_computes_in_bf16_and_gives_f32_logits_near_those_of_f32():
     params, tokens = init_params(TINY, 0), tokens_of(TINY, 2, 16)
     model = SmolLM.from_params(TINY, params, dtype=jnp.bfloat16)
-    assert model.features(jnp.asarray(tokens)).dtype == jnp.bfloat16
-    logits, expected = model(tokens), SmolLM.from_params(TINY, params)(tokens)
+    assert jax.eval_shape(model.features, tokens).dtype == jnp.bfloat16
+    logits, expected = jax.jit(model)(tokens), logits_of(TINY, params, tokens)
     assert logits.dtype == jnp.float32
     assert 0 < float(jnp.abs(logits - expected).max()) < 0.05
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params_of(model)))
@@ -252,17 +259,18 @@ def test_bf16_computes_in_bf16_and_gives_f32_logits_near_those_of_f32():
 
 def test_decoding_with_a_cache_equals_the_full_forward():
     """Two rows of different lengths, the shorter padded on its right, then five steps each at its own place."""
-    model = SmolLM.from_params(TINY, scattered(TINY))
-    decoder, lengths, steps = Decoder(model), np.array([6, 3]), 5
+    params = scattered(TINY)
+    decoder, lengths, steps = Decoder(SmolLM.from_params(TINY, params)), np.array([6, 3]), 5
+    decode = jax.jit(decoder.features)
     rows = tokens_of(TINY, 2, 16)
     prompt = np.where(np.arange(6) < lengths[:, None], rows[:, :6], 0)
     positions = np.broadcast_to(np.arange(6), (2, 6))
-    _, cache = decoder.features(prompt, positions, decoder.init_cache(2, 16))
+    _, cache = decode(prompt, positions, decoder.init_cache(2, 16))
     for i in range(steps):
         at = (lengths + i)[:, None]
-        features, cache = decoder.features(np.take_along_axis(rows, at, axis=1), at, cache)
+        features, cache = decode(np.take_along_axis(rows, at, axis=1), at, cache)
         for row in range(2):
-            full = model(rows[row : row + 1, : at[row, 0] + 1])[0, -1]
+            full = logits_of(TINY, params, rows[row : row + 1, : at[row, 0] + 1])[0, -1]
             np.testing.assert_allclose(decoder.logits(features)[row, 0], full, atol=2e-5)
 
 

@@ -19,7 +19,8 @@ TINY = ModelConfig(
 @pytest.mark.parametrize("length", [0.0, 0.3, 7.0])
 def test_the_optimizer_given_sums_and_their_norm_is_that_of_optax_given_means(length):
     params, clip_norm, targets = init_params(TINY, 0), 0.5, 20
-    means = jax.tree.map(lambda p: p * (length / optax.tree.norm(params)), params)
+    whole = jax.jit(optax.tree.norm)(params)
+    means = jax.tree.map(lambda p: np.asarray(p) * np.float32(length / whole), params)
     sums = jax.tree.map(lambda g: g * targets, means)
     optax_adamw = optax.chain(
         optax.clip_by_global_norm(clip_norm),
@@ -28,8 +29,8 @@ def test_the_optimizer_given_sums_and_their_norm_is_that_of_optax_given_means(le
     )
     ours = make_optimizer(OptimizerConfig(clip_norm=clip_norm, weight_decay=0.1))
     given = {"scale": jnp.float32(1 / targets), "norm": jnp.float32(length)}
-    _, state = ours.update(sums, ours.init(params), params, **given)
-    _, expected = optax_adamw.update(means, optax_adamw.init(params), params)
+    _, state = jax.jit(lambda sums: ours.update(sums, ours.init(params), params, **given))(sums)
+    _, expected = jax.jit(lambda means: optax_adamw.update(means, optax_adamw.init(params), params))(means)
     assert jax.tree.structure(state) == jax.tree.structure(expected)  # checkpoints hold it
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-12)
@@ -38,8 +39,9 @@ def test_the_optimizer_given_sums_and_their_norm_is_that_of_optax_given_means(le
 def test_norms_do_not_decay():
     params = init_params(TINY, 0)
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.9))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params, scale=1.0, norm=jnp.float32(0))
+    zeros = jax.tree.map(np.zeros_like, params)
+    given = {"scale": 1.0, "norm": jnp.float32(0)}
+    updates, _ = jax.jit(lambda zeros: optimizer.update(zeros, optimizer.init(params), params, **given))(zeros)
     np.testing.assert_array_equal(updates["final_norm"]["scale"], 0)
     np.testing.assert_array_equal(updates["blocks"]["mlp_norm"]["scale"], 0)
     np.testing.assert_allclose(updates["embedding"], 0.9 * params["embedding"], rtol=1e-6)
@@ -48,7 +50,7 @@ def test_norms_do_not_decay():
 def test_the_linear_schedule_warms_up_and_ends_at_zero_without_wasting_an_update():
     config = Config(run=RunConfig(phases="1000x2"))
     rate = learning_rate_schedule(config)
-    rates = np.array([float(rate(i)) for i in range(1_001)])
+    rates = np.asarray(jax.jit(jax.vmap(rate))(np.arange(1_001)))
     assert rates[:2] == pytest.approx([6e-6, 1.2e-5], rel=1e-4)  # optax counts down from the peak, in f32
     assert rates[99:101] == pytest.approx([6e-4, 6e-4])
     assert (rates[:1_000] > 0).all()

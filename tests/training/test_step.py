@@ -47,17 +47,20 @@ def batch_of(rows, length, *, vocab=TINY.vocab_size, seed=0):
     return tokens, segment_ids
 
 
-def whole_loss(params, tokens, segment_ids):
-    """The loss written in the plainest way: a Python loop over the tokens that have a successor of their own."""
+def is_target(segment_ids):
+    """The tokens that have a successor of their own, found in the plainest way: a Python loop."""
+    found = np.zeros(segment_ids[:, 1:].shape, bool)
+    for row in range(found.shape[0]):
+        for t in range(found.shape[1]):
+            found[row, t] = segment_ids[row, t] == segment_ids[row, t + 1] != 0
+    return found
+
+
+def whole_loss(params, tokens, segment_ids, counted):
+    """The sum of -log p over the next tokens that are `counted`."""
     logits = SmolLM.from_params(TINY, params)(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
-    log_p = jax.nn.log_softmax(logits)
-    total, count = 0.0, 0
-    for row in range(tokens.shape[0]):
-        for t in range(tokens.shape[1] - 1):
-            if segment_ids[row, t] == segment_ids[row, t + 1] != 0:
-                total -= log_p[row, t, tokens[row, t + 1]]
-                count += 1
-    return total, count
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    return -(picked * counted).sum()
 
 
 def run_steps(config, batches, params=None):
@@ -76,9 +79,10 @@ def test_the_loss_is_summed_nll_over_the_targets_of_the_whole_step():
     tokens, segment_ids = batch_of(4, 12)
     state, metrics = run_steps(config_of(), [(tokens, segment_ids)])
     del state
-    nll, count = whole_loss(init_params(TINY, 0), tokens, segment_ids)
-    assert metrics[0]["targets"] == count
-    assert metrics[0]["loss"] == pytest.approx(float(nll) / count, rel=1e-5)
+    counted = is_target(segment_ids)
+    nll = jax.jit(whole_loss)(init_params(TINY, 0), tokens, segment_ids, counted)
+    assert metrics[0]["targets"] == counted.sum()
+    assert metrics[0]["loss"] == pytest.approx(float(nll) / counted.sum(), rel=1e-5)
 
 
 def test_accumulation_equals_one_big_batch():
@@ -107,12 +111,13 @@ def test_adamw_updates_equal_those_of_torch():
         {"params": [t for name, t in tensors.items() if "scale" in name], "weight_decay": 0.0},
     ]
     torch_adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    gradients_of = jax.jit(jax.grad(whole_loss))
     for i, (tokens, segment_ids) in enumerate(batches):
         current = jax.tree.unflatten(jax.tree.structure(params), [t.detach().numpy() for t in tensors.values()])
-        count = whole_loss(current, tokens, segment_ids)[1]
-        gradients = jax.grad(lambda p, t=tokens, s=segment_ids: whole_loss(p, t, s)[0])(current)
+        counted = is_target(segment_ids)
+        gradients = gradients_of(current, tokens, segment_ids, counted)
         for tensor, gradient in zip(tensors.values(), jax.tree.leaves(gradients), strict=True):
-            tensor.grad = torch.tensor(np.array(gradient)) / count
+            tensor.grad = torch.tensor(np.array(gradient)) / counted.sum()
         torch.nn.utils.clip_grad_norm_(tensors.values(), 0.5)
         for group in torch_adamw.param_groups:
             group["lr"] = metrics[i]["learning_rate"]
