@@ -37,6 +37,9 @@ def chat(
         backend: Library that computes.
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
     """
+    from smollm_jax.hf.reader import check_place
+
+    check_place(path)  # a mistake answers at once
     from smollm_jax.serving.completion import open_completer
 
     chosen = sampling.sampling()

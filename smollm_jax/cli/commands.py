@@ -91,6 +91,9 @@ def generate(
         special_tokens: Special tokens that the prompt spells out. text: they stay text; parse: they become ids, as
             in transformers. Default: as the run was trained, else text.
     """
+    from smollm_jax.hf.reader import check_place
+
+    check_place(path)  # a mistake answers at once
     from smollm_jax.serving.completion import open_completer
 
     chosen = sampling.sampling()

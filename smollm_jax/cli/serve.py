@@ -61,8 +61,7 @@ def serve(
     user, password = login(secret("auth", auth, auth_file))
     require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
-    folder = path or str(Path(sys.argv[0]).parent / "export")
-    require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
+    folder = place_of(path)
     require(find_spec("gradio") is not None, f"the page needs gradio: {install('serve')}")
     # only now, so that --help and mistakes answer at once
     from smollm_jax.serving.app import build_app, for_all, hosts_of, listen, open_scheduler, run
@@ -79,6 +78,16 @@ def serve(
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0
+
+
+def place_of(path: str) -> str:
+    """Return the folder or Hub id to serve. Raises `UserError` if there is no such folder."""
+    from smollm_jax.hf.reader import check_place
+
+    folder = path or str(Path(sys.argv[0]).parent / "export")
+    require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
+    check_place(folder)
+    return folder
 
 
 def login(auth: str | None) -> tuple[str, str]:

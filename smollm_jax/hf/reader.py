@@ -69,18 +69,24 @@ def read_config(folder: Path) -> ModelConfig:
 
 def local_folder(path: str | Path) -> Path:
     """Return `path` if it is a folder, else that Hub id's snapshot. Raises `UserError`."""
-    folder = expand_home(path)
+    folder = check_place(path)
     if folder.is_dir():
         return folder
-    require(
-        str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")),
-        f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
-    )
     try:
         return download_snapshot(str(path), WANTED, patience=DOWNLOAD_SECONDS)
     except Exception as error:  # its kind differs between releases of three libraries
         reason = f"cannot be fetched from the Hub ({one_line(error)})"
         raise UserError(f"{path} is no folder here and {reason}") from None
+
+
+def check_place(path: str | Path) -> Path:
+    """Return `path` with ~ expanded. Raises `UserError` unless it is a folder or reads like a Hub id."""
+    folder = expand_home(path)
+    require(
+        folder.is_dir() or (str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))),
+        f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
+    )
+    return folder
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

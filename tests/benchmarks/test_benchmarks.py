@@ -245,6 +245,7 @@ def test_startup_times_help_imports_and_both_first_steps(ran):
     assert seconds["python itself"] < seconds["--help"]
 
 
+@pytest.mark.slow
 def test_data_sets_the_stream_against_the_tokenizer(ran):
     flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--rounds", "1")
     found, _ = ran("data", *flags, "--device-tokens-per-second", "1000")
@@ -255,6 +256,7 @@ def test_data_sets_the_stream_against_the_tokenizer(ran):
     assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
 
 
+@pytest.mark.slow
 def test_memory_samples_twelve_times_and_reads_at_the_pace(anew):
     flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--minutes", "0.05")
     found, _ = anew("memory", *flags, "--tokens-per-second", "5000")
@@ -264,6 +266,7 @@ def test_memory_samples_twelve_times_and_reads_at_the_pace(anew):
     assert 0 < rows[-1]["resident GiB"] <= rows[-1]["at most"] < 2
 
 
+@pytest.mark.slow
 def test_limits_bound_training_and_decoding(ran):
     found, _ = ran("limits", "--preset", "quickstart", "--tokens", "64", "--rounds", "1", "--dtypes", "float32")
     row = found["rows"][0]
@@ -280,6 +283,7 @@ def test_sides_on_different_devices_are_not_compared():
     assert ours.on(ours) is ours
 
 
+@pytest.mark.slow
 def test_checkpoint_times_the_save_and_the_work_in_the_background(ran):
     found, _ = ran("checkpoint", "--preset", "quickstart", "--rounds", "1")
     assert {"the loop stands still", "written behind it", "verified", "restored"} < {
@@ -351,6 +355,7 @@ def test_screenshot_photographs_a_finished_text(ran, tmp_path):
     assert size == (900, 700)
 
 
+@pytest.mark.slow
 def test_gpu_files_the_results_of_its_parts_and_names_parts_without_time(ran, tmp_path):
     flags = ("--small", "--out", str(tmp_path), "--parts", "data")
     found, _ = ran("gpu", *flags)

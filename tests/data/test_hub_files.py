@@ -137,7 +137,7 @@ def test_no_fault_changes_the_texts(hub, name, kind):
     assert hub.met[kind] > 2
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3])
+@pytest.mark.parametrize("share", [0.05, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_faults_of_every_kind_change_no_batch(hub, tokenizer, share):
     config = config_of(epochs=3)
     expected = take(config, tokenizer)

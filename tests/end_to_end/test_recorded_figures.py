@@ -85,6 +85,7 @@ def recorded_run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_fresh_run_gives_the_recorded_figures(recorded_run, cache):
     train(recorded_run, *TINY, "--compilation-cache-dir", str(cache), "--run-dir", "fresh")
     assert_as_recorded(recorded_run / "fresh", FIGURES["tiny"])

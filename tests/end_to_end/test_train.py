@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import random
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,9 +19,10 @@ from smollm_jax.runs.replay import replay_step
 from smollm_jax.runtime.errors import run_main
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.training.fit import fit
+from tests.support.paths import ROOT
 from tests.support.runs import TINY, assert_same_run, ended, leaves, records, wait_for_step
 
-SHORT = "--steps 6 --eval-every 3 --checkpoint-every 4".split()
+SHORT = "--steps 6 --eval-every 3 --checkpoint-every 4 --sample-tokens 4".split()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,15 +67,24 @@ def fitted(tmp_path, cache, corpus, tokenizer, capfd):
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, cache, corpus, tokenizer):
-    """The folder of a finished run of six steps; not to be changed."""
+def finished(tmp_path_factory, cache, corpus, tokenizer):
+    """The folder of a run of six steps by the command, and what the command wrote; not to be changed."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    assert fit(parse([*flags_of(run_dir, cache, corpus, tokenizer), *SHORT]), StopRequest()) == 0
-    return run_dir
+    command = [sys.executable, str(ROOT / "train_jax.py"), *flags_of(run_dir, cache, corpus, tokenizer), *SHORT]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout, done.stderr
 
 
-def test_the_command_prints_one_line_of_result(train):
-    out, err = ended(train(*SHORT))
+@pytest.fixture(scope="module")
+def finished_run(finished):
+    return finished[0]
+
+
+def test_the_command_prints_one_line_of_result(finished):
+    _, out, err = finished
     assert out.count("\n") == 1
     assert out.startswith("finished: step 6 of 6, ")
     assert "starts      from fresh weights" in err
@@ -98,7 +111,7 @@ def test_exactly_n_updates_are_made_for_n_steps(finished_run):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
     """Across phases and epochs: 120 documents last for about 15 steps."""
-    settings = ["--phases", "30x4,10x2", "--checkpoint-every", "7", "--eval-every", "10", "--no-export"]
+    settings = "--phases 30x4,10x2 --checkpoint-every 7 --eval-every 10 --sample-tokens 4 --no-export".split()
     ended(train(*settings, run="straight"))
     run, rng = tmp_path / "run", random.Random(1)
     for _ in range(3):

@@ -132,7 +132,7 @@ def test_a_matrix_of_bf16_is_multiplied_in_f32_whatever_its_layout(rows, inputs,
     np.testing.assert_allclose(product, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", ["greedy", "all rules", pytest.param("drawn", marks=pytest.mark.slow)])
 def test_rows_of_a_batch_do_not_change_each_other(generator, name):
     prompts = [PROMPT, [7], list(range(1, 40))]
     together = generator.generate(prompts, SAMPLINGS[name])
@@ -153,7 +153,9 @@ def test_the_size_of_chunks_does_not_show(model, generator, chunk, monkeypatch):
     assert Generator(model).generate([PROMPT], SAMPLINGS["all rules"]) == expected
 
 
-@pytest.mark.parametrize("context", [160, 41])  # 41: the last part begins inside the one before it
+@pytest.mark.parametrize(
+    "context", [pytest.param(160, marks=pytest.mark.slow), 41]
+)  # 41: the last part begins inside the one before it
 def test_a_prompt_in_parts_is_the_prompt_at_once(model, context, monkeypatch):
     model = SmolLM.from_params(replace(CONFIG, max_seq_len=context), params_of(model))
     ragged = [[7] * 35, PROMPT, list(range(1, 40)), [9] * 17]

@@ -107,6 +107,13 @@ def test_the_product_is_added_to_what_was_there(config, dtype, rows, part, monke
         assert_close(ours, x_BD + Matrix(weights_DI, streamed=False)(y_BI), dtype)
 
 
+@partial(jax.jit, static_argnums=0)
+def plain_attention(config, heads, rope, old, position_B1):
+    N, K = config.num_heads, config.num_kv_heads
+    new = decoder._write(old, rotate(heads[:, :, N : N + K], rope), heads[:, :, N + K :], position_B1)
+    return decoder._attend_cache(rotate(heads[:, :, :N], rope), *new, position_B1).reshape(len(heads), -1), new
+
+
 def attention_case(config, dtype, positions, length, seed=3):
     """Heads of a token a row, the angles of its place, a cache full of random numbers, and the plain outcome."""
     rng, B = np.random.default_rng(seed), len(positions)
@@ -115,8 +122,7 @@ def attention_case(config, dtype, positions, length, seed=3):
     position_B1 = jnp.asarray(positions, jnp.int32)[:, None]
     rope = rope_angles(position_B1, head_dim=H, theta=config.rope_theta)
     old = random(rng, B, K, length, H, dtype=dtype), random(rng, B, K, length, H, dtype=dtype)
-    new = decoder._write(old, rotate(heads[:, :, N : N + K], rope), heads[:, :, N + K :], position_B1)
-    seen = decoder._attend_cache(rotate(heads[:, :, :N], rope), *new, position_B1).reshape(B, -1)
+    seen, new = plain_attention(config, heads, rope, old, position_B1)
     angles = tuple(part.reshape(B, -1) for part in rope)
     return (heads.reshape(B, -1), angles, position_B1[:, 0], old), (seen, new)
 
@@ -124,7 +130,12 @@ def attention_case(config, dtype, positions, length, seed=3):
 @every_shape
 @pytest.mark.parametrize(
     ("dtype", "length", "rows"),
-    [("float32", 40, 1), ("float32", 200, 3), ("bfloat16", 256, 1), ("bfloat16", 200, 3)],
+    [
+        ("float32", 200, 3),
+        ("bfloat16", 256, 1),
+        pytest.param("float32", 40, 1, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 200, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_attention_is_the_plain_one_and_writes_the_token_into_the_cache(config, dtype, length, rows):
     attend = jax.jit(partial(triton_decode.attend, interpret=True))
@@ -179,8 +190,8 @@ SMOOTH = replace(TINY, initializer_range=1 / 6)  # a softmax of large scores mak
     [
         pytest.param(TWO_LAYERS, "float32", 1, 64, marks=pytest.mark.slow),
         pytest.param(TWO_LAYERS, "bfloat16", 1, 128, marks=pytest.mark.slow),
-        (SMOOTH, "float32", 1, 128),
-        (SMOOTH, "float32", 4, 64),
+        pytest.param(SMOOTH, "float32", 1, 128, marks=pytest.mark.slow),
+        pytest.param(SMOOTH, "float32", 4, 64, marks=pytest.mark.slow),
         (SMOOTH, "bfloat16", 4, 64),
     ],
     ids=["135M", "135M in bfloat16", "odd", "rows", "rows in bfloat16"],
@@ -209,7 +220,10 @@ def test_a_step_is_the_plain_one_and_changes_one_slot_of_the_cache(config, dtype
             assert_close_as_vectors(new[~others].reshape(rows, -1), expected[~others].reshape(rows, -1), dtype)
 
 
-@pytest.mark.parametrize("prompts", [[[3, 14, 15, 9, 2]], [[7], list(range(1, 40)), [5, 6]]])
+@pytest.mark.parametrize(
+    "prompts",
+    [pytest.param([[3, 14, 15, 9, 2]], marks=pytest.mark.slow), [[7], list(range(1, 40)), [5, 6]]],
+)
 def test_greedy_text_is_the_same_token_for_token(prompts, monkeypatch):
     model = SmolLM.from_params(TINY, init_params(TINY, 1))
     expected = Generator(model).generate(prompts, Sampling(max_new_tokens=60))
@@ -218,6 +232,7 @@ def test_greedy_text_is_the_same_token_for_token(prompts, monkeypatch):
     assert len(set(expected[0])) > 4
 
 
+@pytest.mark.slow
 def test_a_row_that_goes_on_past_the_end_of_the_cache_does_no_harm(monkeypatch):
     model = SmolLM.from_params(replace(TINY, max_seq_len=40), init_params(TINY, 1))
     prompts, sampling = [[5] * 38, [9, 2, 4]], Sampling(max_new_tokens=30)
@@ -228,7 +243,9 @@ def test_a_row_that_goes_on_past_the_end_of_the_cache_does_no_harm(monkeypatch):
     assert ours.generate(prompts[:1], sampling) == expected[:1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["135M", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(MODELS) - {"135M"}))]
+)
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
     config = replace(MODELS[name], num_layers=2)

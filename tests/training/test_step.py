@@ -75,6 +75,11 @@ def run_steps(config, batches, params=None):
     return state, metrics
 
 
+@pytest.fixture(scope="module")
+def jitted_step():
+    return jax.jit(make_step(config_of(), dtype=jnp.float32, remat="none"))
+
+
 def test_the_loss_is_summed_nll_over_the_targets_of_the_whole_step():
     tokens, segment_ids = batch_of(4, 12)
     state, metrics = run_steps(config_of(), [(tokens, segment_ids)])
@@ -138,24 +143,19 @@ def test_adamw_updates_equal_those_of_torch():
         ([VOID, STOP], True, False),
     ],
 )
-def test_a_step_is_void_when_a_process_has_no_part_or_the_data_has_ended(votes, targets, counts):
-    config = config_of()
-    step = jax.jit(make_step(config, dtype=jnp.float32, remat="none"))
-    state, (tokens, segment_ids) = init_state(config, mesh_of(config)), batch_of(4, 12)
-    after, metrics = step(state, tokens, segment_ids * targets, jnp.array(votes))
+def test_a_step_is_void_when_a_process_has_no_part_or_the_data_has_ended(jitted_step, votes, targets, counts):
+    state, (tokens, segment_ids) = init_state(config_of(), mesh_of(config_of())), batch_of(4, 12)
+    after, metrics = jitted_step(state, tokens, segment_ids * targets, np.array(votes))
     assert metrics["votes"].tolist() == [votes.count(kind) for kind in (GO, STOP, ENDED, VOID)]
     assert int(after["step"]) == metrics["counts"] == counts
     assert (after["params"]["embedding"] != state["params"]["embedding"]).any() == counts
 
 
-def test_the_step_hashes_the_batch_it_was_given():
+def test_the_step_hashes_the_batch_it_was_given(jitted_step):
     config, batches = config_of(), [batch_of(4, 12, seed=seed) for seed in range(3)]
-    step, state = (
-        jax.jit(make_step(config, dtype=jnp.float32, remat="none")),
-        init_state(config, mesh_of(config)),
-    )
+    state = init_state(config, mesh_of(config))
     for tokens, segment_ids in batches:
-        words = step(state, tokens, segment_ids)[1]["batch_hash"]
+        words = jitted_step(state, tokens, segment_ids, np.array([GO, GO]))[1]["batch_hash"]
         np.testing.assert_array_equal(words, batch_hash(tokens, segment_ids))
 
 
