@@ -64,7 +64,7 @@ def test_the_quickstart_notebook_runs_whole(monkeypatch, tmp_path):
     assert f"{tmp_path}/run/export" in text
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_tpu_notebook_runs_as_far_as_a_cpu_goes(monkeypatch, tmp_path, corpus):
     data = f"{corpus}/*.jsonl"
     text, pictures, html = ran(

@@ -77,7 +77,7 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size(ran):
 
 @pytest.mark.slow
 @needs_torch
-@pytest.mark.parametrize("more", [[], ["--alone"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--alone"], marks=pytest.mark.release)])
 def test_train_sets_the_peer_beside_ours(ran, more):
     found, _ = ran("train", *ALONE, "--documents", "1", "--dtypes", "float32", "--peers", "eager", *more)
     ours, peer = found["rows"]
@@ -89,7 +89,7 @@ def test_train_sets_the_peer_beside_ours(ran, more):
 
 
 @needs_torch
-@pytest.mark.slow
+@pytest.mark.release
 def test_train_runs_torch_compile_on_a_cpu(ran):
     found, _ = ran("train", *ALONE, "--dtypes", "float32", "--peers", "compile")
     assert positive(found["rows"][1]["tokens/s"])
@@ -226,7 +226,7 @@ def test_decoding_alone_is_all_tokens_but_the_first():
 
 
 @needs_torch
-@pytest.mark.slow
+@pytest.mark.release
 def test_all_sides_decode_the_same_tokens(ran):
     flags = ("--preset", "quickstart", "--prompt-tokens", "5", "--new-tokens", "9", "--rounds", "1")
     found, _ = ran("decode", *flags, "--batch-sizes", "1", "--dtypes", "float32", "--kinds", "f32")
@@ -236,7 +236,7 @@ def test_all_sides_decode_the_same_tokens(ran):
     assert len({row["begins"] for row in found["rows"]}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.usefixtures("optimized")
 def test_startup_times_help_imports_and_both_first_steps(ran):
     found, _ = ran("startup", "--preset", "quickstart", "--seq-len", "32", "--rounds", "1")
@@ -292,7 +292,7 @@ def test_checkpoint_times_the_save_and_the_work_in_the_background(ran):
     assert found["settings"]["bytes"] > 3 * 4 * 3_262_208
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_curve_compares_the_losses_of_two_dtypes_and_another_seed(ran):
     flags = ("--preset", "quickstart", "--steps", "4", "--batch-size", "2", "--seq-len", "32")
     found, _ = ran("curve", *flags)

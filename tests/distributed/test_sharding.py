@@ -105,7 +105,11 @@ def test_all_axes_are_left_to_the_partitioner():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "meshes"),
-    [("float32", ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4")), ("bfloat16", ("data=2,fsdp=2,tensor=2",))],
+    [
+        ("float32", ("data=2,fsdp=2,tensor=2", "fsdp=4")),
+        pytest.param("float32", ("data=8",), marks=pytest.mark.release),
+        pytest.param("bfloat16", ("data=2,fsdp=2,tensor=2",), marks=pytest.mark.release),
+    ],
 )
 def test_results_do_not_depend_on_the_mesh(train, tmp_path, monkeypatch, dtype, meshes):
     """Over 20 steps: the batches are the same, and losses agree to rounding."""

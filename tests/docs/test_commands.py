@@ -202,7 +202,7 @@ def runs_here(block: Block) -> bool:
     )
 
 
-@pytest.mark.commands
+@pytest.mark.release
 @pytest.mark.timeout(1_800)
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(map(runs_here, blocks(page)))], ids=lambda p: p.name

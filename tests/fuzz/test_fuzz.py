@@ -7,7 +7,8 @@ from tests.fuzz.faulty import KINDS
 from tests.fuzz.worker import case_rng
 
 SEED = 0
-CASES = {"requests": 1_000, "folders": 700, "data": 700}  # runs and commands: test_fuzz_runs.py
+CASES = [("requests", 300), ("folders", 300), ("data", 300)]  # runs and commands: test_fuzz_runs.py
+MORE = [("requests", 1_000), ("folders", 700), ("data", 700)]
 
 SAID = {  # of a fault, where it is not its name
     "raises": "KeyError", "ends": "ends the process (3)", "hangs natively": "hangs",
@@ -16,7 +17,9 @@ SAID = {  # of a fault, where it is not its name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "count"), CASES.items())
+@pytest.mark.parametrize(
+    ("target", "count"), [*CASES, *(pytest.param(*one, marks=pytest.mark.release) for one in MORE)]
+)
 def test_whatever_is_changed_is_accepted_or_refused_in_one_line(target, count):
     check(target, count, SEED)
 

@@ -6,6 +6,14 @@ from tests.fuzz.driver import check
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "count"), [("runs", 150), ("commands", 12)])
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("runs", 60),
+        ("commands", 6),
+        pytest.param("runs", 150, marks=pytest.mark.release),
+        pytest.param("commands", 12, marks=pytest.mark.release),
+    ],
+)
 def test_whatever_is_changed_in_a_run_is_accepted_or_refused_in_one_line(target, count):
     check(target, count, 0)

@@ -66,7 +66,7 @@ def test_import_then_export_gives_a_folder_of_transformers_back_bit_for_bit(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["135M", "360M", "1.7B"])
+@pytest.mark.parametrize("preset", ["135M", "360M", pytest.param("1.7B", marks=pytest.mark.release)])
 def test_published_widths_convert_and_agree_with_pytorch(tmp_path, preset):
     """Two layers of each, at full width; the number of layers changes no layout."""
     config = replace(MODELS[preset], num_layers=2)

@@ -99,7 +99,7 @@ def test_a_topology_of_several_hosts_is_planned_with_their_votes():
     assert make_plan(tiny(16, remat="none"), "v5e:4x4").step.mesh.size == 16
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_step_that_a_tpu_refuses_does_not_fit_and_the_remedy_does():
     pytest.importorskip("libtpu", reason="the compiler for TPU is not installed; pip install 'smollm-jax[plan]'")
     wide = replace(TINY_MODEL, hidden_size=1_024, intermediate_size=8_192, num_heads=8, num_kv_heads=8)
