@@ -91,6 +91,7 @@ def test_the_documents_of_a_step_are_those_it_was_trained_on(short_run, step):
         assert known[document["source"], document["file"], document["row"]] == document["text"]
 
 
+@pytest.mark.slow
 def test_a_step_that_never_was_is_refused(short_run):
     with pytest.raises(ValueError, match="the run has steps 1 to 30"):
         replay_step(short_run[0], 31)

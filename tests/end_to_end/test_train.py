@@ -174,6 +174,7 @@ def test_what_cannot_be_exported_is_not_trained(fitted, tmp_path, flags):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(fitted, tmp_path):
     settings = ["--steps", "4", "--checkpoint-every", "2", "--no-export", "--eval-every", "0"]
     fitted(*settings)
@@ -239,6 +240,7 @@ def test_a_folder_that_cannot_be_one_is_one_line(fitted, tmp_path):
     assert err == f"error: --run-dir {tmp_path}/run cannot be used as a folder: File exists\n"
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_refused_by_name_and_a_harmless_one_is_not(fitted, tmp_path):
     fitted("--steps", "4", "--schedule", "constant", "--no-export")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -258,6 +260,7 @@ def test_a_changed_setting_is_refused_by_name_and_a_harmless_one_is_not(fitted, 
     assert (tmp_path / "run.old1" / "checkpoints" / "8").is_dir()
 
 
+@pytest.mark.slow
 def test_data_that_ends_ends_the_run_with_everything_saved(fitted, tmp_path):
     out, _ = fitted("--steps", "500", "--epochs", "1", "--eval-every", "100")
     assert out.startswith("the data ended: step ")
@@ -289,6 +292,7 @@ def assert_same_params(one, other):
     return found
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_bring_architecture_and_tokenizer_along(finished_run, fitted, tmp_path):
     texts = [{"text": "the old cat saw one red bird near our house " * 3}] * 20
     (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, texts)))
@@ -312,6 +316,7 @@ def test_weights_to_start_from_bring_architecture_and_tokenizer_along(finished_r
     assert "the weights have vocab_size=300, this run asks for 49152" in err
 
 
+@pytest.mark.slow
 def test_an_imported_run_goes_on_from_its_weights(finished_run, fitted, tmp_path):
     imported = tmp_path / "imported"
     import_run(finished_run / "export", imported)

@@ -153,9 +153,8 @@ def test_the_size_of_chunks_does_not_show(model, generator, chunk, monkeypatch):
     assert Generator(model).generate([PROMPT], SAMPLINGS["all rules"]) == expected
 
 
-@pytest.mark.parametrize(
-    "context", [pytest.param(160, marks=pytest.mark.slow), 41]
-)  # 41: the last part begins inside the one before it
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [160, 41])  # 41: the last part begins inside the one before it
 def test_a_prompt_in_parts_is_the_prompt_at_once(model, context, monkeypatch):
     model = SmolLM.from_params(replace(CONFIG, max_seq_len=context), params_of(model))
     ragged = [[7] * 35, PROMPT, list(range(1, 40)), [9] * 17]

@@ -51,7 +51,7 @@ def test_a_wide_linear_and_its_gradients_are_rounded_once_at_most(letters):
 @pytest.mark.parametrize(
     ("linear", "remat"),
     [
-        (wide_linear, "none"),
+        pytest.param(wide_linear, "none", marks=pytest.mark.slow),
         pytest.param(reference_linear, "none", marks=pytest.mark.slow),
         pytest.param(wide_linear, "dots", marks=pytest.mark.slow),
         pytest.param(wide_linear, "full", marks=pytest.mark.slow),

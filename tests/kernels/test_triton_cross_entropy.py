@@ -83,7 +83,8 @@ def test_the_kernel_lowers_for_cuda(words):
     assert lowered_for_cuda(score, *arguments).count(KERNEL) == 1
 
 
-def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run(dtype):
     def one_percent_more(*given):
         nll, d = reference_cross_entropy(*given)
         return nll * 1.01, d
@@ -92,10 +93,9 @@ def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_no
         nll, _ = reference_cross_entropy(logits, targets, valid, dtype)
         return nll, (jax.nn.softmax(logits) * valid[..., None]).astype(dtype)
 
-    for dtype in (jnp.bfloat16, jnp.float32):
-        assert check_cross_entropy(interpreted, 5_000, dtype) == ""
-        wrong = check_cross_entropy(one_percent_more, 5_000, dtype)
-        assert wrong == "cross entropy: the loss differs from the reference by 1.00%"
-        wrong = check_cross_entropy(without_the_target, 5_000, dtype)
-        assert wrong.startswith("cross entropy: its gradient differs from the reference by")
-        assert "does not run here: ValueError" in check_cross_entropy(fused_cross_entropy, 5_000, dtype)
+    assert check_cross_entropy(interpreted, 5_000, dtype) == ""
+    wrong = check_cross_entropy(one_percent_more, 5_000, dtype)
+    assert wrong == "cross entropy: the loss differs from the reference by 1.00%"
+    wrong = check_cross_entropy(without_the_target, 5_000, dtype)
+    assert wrong.startswith("cross entropy: its gradient differs from the reference by")
+    assert "does not run here: ValueError" in check_cross_entropy(fused_cross_entropy, 5_000, dtype)

@@ -109,7 +109,8 @@ def _blocks(config):
     return jax.eval_shape(lambda: init_params(config, 0))["blocks"]
 
 
-def test_the_check_finds_wrong_layers_and_kernels_that_do_not_run():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+def test_the_check_finds_wrong_layers_and_kernels_that_do_not_run(dtype):
     project_heads, feed_forward = fused_layer(interpret=True)
 
     def not_rotated(x, q, k, v, rope, *, linear):
@@ -118,9 +119,8 @@ def test_the_check_finds_wrong_layers_and_kernels_that_do_not_run():
     def without_gradient_of_up(x, gate, up, down, *, linear):
         return feed_forward(x, gate, jax.lax.stop_gradient(up), down, linear=linear)
 
-    for dtype in (jnp.float32, jnp.bfloat16):
-        assert check_layer(project_heads, feed_forward, TINY, dtype) == ""
-        assert "a layer: queries differs from the reference" in check_layer(not_rotated, feed_forward, TINY, dtype)
-        wrong = check_layer(project_heads, without_gradient_of_up, TINY, dtype)
-        assert wrong == "a layer: dup differs from the reference by 100.00%"
-        assert "a layer: does not run here: ValueError" in check_layer(*fused_layer(), TINY, dtype)
+    assert check_layer(project_heads, feed_forward, TINY, dtype) == ""
+    assert "a layer: queries differs from the reference" in check_layer(not_rotated, feed_forward, TINY, dtype)
+    wrong = check_layer(project_heads, without_gradient_of_up, TINY, dtype)
+    assert wrong == "a layer: dup differs from the reference by 100.00%"
+    assert "a layer: does not run here: ValueError" in check_layer(*fused_layer(), TINY, dtype)

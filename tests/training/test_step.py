@@ -90,16 +90,16 @@ def test_the_loss_is_summed_nll_over_the_targets_of_the_whole_step():
     assert metrics[0]["loss"] == pytest.approx(float(nll) / counted.sum(), rel=1e-5)
 
 
-def test_accumulation_equals_one_big_batch():
+@pytest.mark.parametrize("parts", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_accumulation_equals_one_big_batch(parts):
     batch = batch_of(8, 12)
     whole, whole_metrics = run_steps(config_of(phases="20x8"), [batch])
-    for parts in (2, 4):
-        state, metrics = run_steps(config_of(phases="20x8", compute={"grad_accum": parts}), [batch])
-        assert metrics[0]["loss"] == pytest.approx(whole_metrics[0]["loss"], rel=1e-6)
-        assert metrics[0]["grad_norm"] == pytest.approx(whole_metrics[0]["grad_norm"], rel=1e-5)
-        moments = zip(jax.tree.leaves(state["opt_state"]), jax.tree.leaves(whole["opt_state"]), strict=True)
-        for a, b in moments:
-            np.testing.assert_allclose(a, b, atol=1e-7)
+    state, metrics = run_steps(config_of(phases="20x8", compute={"grad_accum": parts}), [batch])
+    assert metrics[0]["loss"] == pytest.approx(whole_metrics[0]["loss"], rel=1e-6)
+    assert metrics[0]["grad_norm"] == pytest.approx(whole_metrics[0]["grad_norm"], rel=1e-5)
+    moments = zip(jax.tree.leaves(state["opt_state"]), jax.tree.leaves(whole["opt_state"]), strict=True)
+    for a, b in moments:
+        np.testing.assert_allclose(a, b, atol=1e-7)
 
 
 def test_adamw_updates_equal_those_of_torch():
@@ -260,6 +260,7 @@ def test_smollm2_begins_with_the_published_spread_and_the_replica_with_its_own()
             assert float(weights.std()) == pytest.approx(1 / 24, rel=0.01)
 
 
+@pytest.mark.slow
 def test_remat_auto_takes_the_first_policy_that_fits():
     config = config_of(seq_len=64, phases="20x8")
     mesh = mesh_of(config)
