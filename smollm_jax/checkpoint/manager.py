@@ -99,6 +99,8 @@ class CheckpointManager:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            if self.failed and self.processes.first:
+                self.clean()  # the writers of a failed save may go on after the first error
 
     def clean(self) -> None:
         """Remove what dead processes left half written or half deleted. Only the run's lock holder may call."""

@@ -508,7 +508,8 @@ FULL_DISK = """
     import numpy as np
     from smollm_jax.checkpoint.manager import CheckpointManager
     checkpoints = CheckpointManager(sys.argv[1], keep_last=3, keep_every=0)
-    state = {"params": {"w": np.random.default_rng(0).random(100_000)}}
+    # of several arrays that fail, each is reported to an event loop that has ended with the first
+    state = {"params": {f"w{i}": np.random.default_rng(i).random(5_000) for i in range(20)}}
     def save(step):
         checkpoints.save(step, state, {})
         print(step, checkpoints.wait(), checkpoints.failed and checkpoints.failed.split(":")[0])

@@ -138,8 +138,7 @@ def test_a_full_disk_stops_no_training_and_only_a_save_that_never_came_ends_in_f
     code = process.wait()
     filling.join()
     assert "could not be saved (No space left on device); the newest is " in words
-    # tensorstore prints one from threads of its own, past every logger, when orbax's loop has gone: none is ours
-    assert f'File "{ROOT}' not in words
+    assert "Traceback" not in words
     infos = list_checkpoints(checkpoints)
     assert [info.verdict for info in infos] == ["good"]
     if relieved:
