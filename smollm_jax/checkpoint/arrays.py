@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.background import BackgroundTask
-from smollm_jax.runtime.errors import UserError, of_machine, one_line
+from smollm_jax.runtime.errors import UserError, of_machine, one_line, watch_unraisable
 from smollm_jax.runtime.files import Damaged
 from smollm_jax.runtime.trees import flatten, unflatten
 
@@ -127,7 +126,7 @@ def _checkpointer(processes: Processes, key: str) -> Any:
     # its event loop. The error is raised as well, and reported here in one line
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_late_callbacks
+    watch_unraisable()
     options: dict[str, Any] = {}
     if processes.several:
         options = {"active_processes": set(range(processes.count)), "barrier_sync_key_prefix": key}
@@ -138,15 +137,6 @@ def _checkpointer(processes: Processes, key: str) -> Any:
     # compression makes float32 weights 8 % smaller and takes eight times as long
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=together)
     return ocp.Checkpointer(handler, multiprocessing_options=together)
-
-
-def _without_late_callbacks(error: sys.UnraisableHookArgs) -> None:
-    """Print an error that no code can catch, unless it is of a callback after the end of orbax's event loop.
-
-    After a failed save, tensorstore's threads report each of their other arrays to that loop.
-    """
-    if not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(error)
 
 
 @contextmanager

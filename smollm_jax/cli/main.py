@@ -33,7 +33,7 @@ def console() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
             signal.signal(number, signal.default_int_handler)  # these signals clean up as Ctrl-C does
-    sys.exit(run_main(lambda: command(name, argv, prog)))
+    leave(run_main(lambda: command(name, argv, prog)))
 
 
 def train(argv: list[str], prog: str) -> None:

@@ -1,11 +1,13 @@
 """Handle errors of user, data source and machine, one line each, and exit codes."""
 
+import _thread
 import contextlib
 import errno
 import io
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +15,7 @@ from pathlib import Path
 
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
+AGAIN_SECONDS = 0.05  # until an interrupt that a callback has swallowed is raised again
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 
 OF_THE_MACHINE = {  # a disk, a file system, a permission or a limit
@@ -114,6 +117,7 @@ def open_streams() -> None:
 def run_main(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code. An exception is explained on stderr and becomes an exit code."""
     open_streams()
+    watch_unraisable()
     for name in filter(os.environ.__contains__, NOT_FOLLOWED):  # JAX, imported later, reads them
         say(f"{name}={os.environ.pop(name)} of the environment is not followed: it would change the results")
     try:
@@ -131,6 +135,24 @@ def run_main(main: Callable[[], int]) -> int:
         return EXIT_MISTAKE
     except Exception as error:
         return _explain(error)
+
+
+def watch_unraisable() -> None:
+    """Handle errors of callbacks, which no code can catch, instead of printing them.
+
+    A Ctrl-C or SIGTERM inside one, such as JAX's at a garbage collection, is raised again outside. After a failed
+    save, tensorstore's threads report each other array to orbax's event loop, which has ended: not shown.
+    """
+
+    def handle(error: "sys.UnraisableHookArgs") -> None:
+        if error.exc_type is KeyboardInterrupt:
+            again = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main)  # this function is such a callback too
+            again.daemon = True
+            again.start()
+        elif not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
+            sys.__unraisablehook__(error)
+
+    sys.unraisablehook = handle
 
 
 def _explain(error: Exception) -> int:

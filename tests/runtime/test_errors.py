@@ -11,8 +11,9 @@ import pytest
 
 from smollm_jax.runtime import errors
 from smollm_jax.runtime.devices import use_compilation_cache
-from smollm_jax.runtime.errors import UserError, run_main
+from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, run_main
 from smollm_jax.runtime.files import expand_home, written_aside
+from tests.support.paths import ROOT
 
 
 def lines_of(capsys, main, code):
@@ -219,3 +220,29 @@ def test_nobody_moves_the_cursor_of_a_terminal(capsys):
     ]
     errors.say("a\x1b[2J")
     assert capsys.readouterr().err == "a\\x1b[2J\n"
+
+
+SWALLOWED = """
+import gc, os, signal, sys, time
+from smollm_jax.runtime.errors import run_main
+
+def interrupts(phase, info):  # as JAX's own callback does; an exception inside one goes nowhere
+    if gc.callbacks.pop():
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main():
+    gc.callbacks.append(interrupts)
+    gc.collect()
+    time.sleep(20)
+    return 0
+
+sys.exit(run_main(main))
+"""
+
+
+def test_an_interrupt_that_a_callback_swallows_comes_again():
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (EXIT_STOPPED, "")
+    assert done.stderr == "interrupted\n"
