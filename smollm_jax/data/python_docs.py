@@ -4,6 +4,7 @@ About 2 MB, each text once, in an order fixed by a seed. The text is the same on
 """
 
 import ast
+import gc
 import random
 import sysconfig
 import warnings
@@ -21,10 +22,15 @@ def python_docs() -> tuple[str, ...]:
     from pydoc_data import topics
 
     texts = {text.strip() for text in topics.topics.values()}
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in library.rglob("*.py"):
-        if not NOT_THE_LIBRARY & set(path.relative_to(library).parts):
-            texts.update(_docstrings(path))
+    library, is_collecting = Path(sysconfig.get_paths()["stdlib"]), gc.isenabled()
+    gc.disable()  # trees have no cycles: with JAX in memory, half the time would go into looking for some
+    try:
+        for path in library.rglob("*.py"):
+            if not NOT_THE_LIBRARY & set(path.relative_to(library).parts):
+                texts.update(_docstrings(path))
+    finally:
+        if is_collecting:
+            gc.enable()
     ordered = sorted(text for text in texts if len(text) >= SHORTEST)
     random.Random(0).shuffle(ordered)
     return tuple(ordered)
@@ -36,6 +42,11 @@ def _docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    nodes: list[ast.AST] = [tree]
+    while nodes:  # through statements alone: expressions are most of a program, and hold no docstring
+        node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield (ast.get_docstring(node) or "").encode("utf-8", "ignore").decode()
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inner = getattr(node, name, ())
+            nodes += inner if isinstance(inner, list) else ()

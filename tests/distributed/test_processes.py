@@ -117,7 +117,11 @@ print("done")
         pytest.param("steps(0.5, 0.5, 0.5, 6)", None, marks=pytest.mark.slow),  # each many times what others took
         ("steps(*[0.01] * 5, 0.9, 0.01, 60)", "step 7 was not done after 1 s"),  # one long one is no measure
         # a peer that waits for its data is waited for, and no longer
-        ("threading.Thread(target=waits, args=(4.7,)).start(); steps(0.01, 0.01, 0.01, 5)", None),
+        pytest.param(
+            "threading.Thread(target=waits, args=(4.7,)).start(); steps(0.01, 0.01, 0.01, 5)",
+            None,
+            marks=pytest.mark.slow,
+        ),
         ("threading.Thread(target=waits, args=(4,)).start(); steps(0.01, 0.01, 0.01, 9)", "step 3 was not done"),
         ("time.sleep(60)", "the work between two steps was not done after 2 s"),
         pytest.param("for _ in range(9): time.sleep(0.4); steps(0.01)", None, marks=pytest.mark.slow),

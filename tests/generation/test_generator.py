@@ -80,7 +80,9 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize(
+    "name", ["greedy", "all rules", *(pytest.param(name, marks=pytest.mark.slow) for name in ("penalty", "drawn"))]
+)
 def test_with_and_without_a_cache_the_text_is_the_same(model, generator, name):
     expected = uncached(model, PROMPT, SAMPLINGS[name])
     assert generator.generate([PROMPT], SAMPLINGS[name]) == [expected]
@@ -132,13 +134,16 @@ def test_a_matrix_of_bf16_is_multiplied_in_f32_whatever_its_layout(rows, inputs,
     np.testing.assert_allclose(product, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["greedy", "all rules", pytest.param("drawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["all rules", *(pytest.param(name, marks=pytest.mark.slow) for name in ("greedy", "drawn"))]
+)
 def test_rows_of_a_batch_do_not_change_each_other(generator, name):
     prompts = [PROMPT, [7], list(range(1, 40))]
     together = generator.generate(prompts, SAMPLINGS[name])
     assert together == [generator.generate([prompt], SAMPLINGS[name])[0] for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_a_long_row_at_the_end_of_the_context_does_not_cut_a_short_one(generator):
     long = [5] * (CONFIG.max_seq_len - 3)
     texts = generator.generate([long, PROMPT], SAMPLINGS["greedy"])

@@ -55,7 +55,9 @@ def test_values_and_gradients_equal_the_reference(name, seed, shape, dtype):
 
 
 @pytest.mark.parametrize("name", ["plain", "splash", "pallas"])
-@pytest.mark.parametrize("scale", [1, 3])  # 3: over several blocks of the reference
+@pytest.mark.parametrize(
+    "scale", [3, pytest.param(1, marks=pytest.mark.slow)]
+)  # 3: over several blocks of the reference
 def test_documents_and_the_future_have_exactly_no_influence(name, scale):
     q, k, v, _, _ = random_rows(0, rows=1, length=128 * scale)
     lengths = scale * jnp.array([50, 60, 18])

@@ -83,6 +83,7 @@ def test_a_feed_forward_of_any_width(intermediate_size):
     assert_close(gradients(config, ops=fused(interpret=True)), gradients(config), 1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_divided_among_devices():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     found = gradients(TINY, rows=4, ops=fused(mesh, rows="data", interpret=True))
