@@ -123,7 +123,7 @@ def test_readme_has_the_two_lines_of_a_fresh_machine():
     start = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
     assert [line for line in lines if line.startswith(start)] == [
         f"{start}. && python train_jax.py --recipe quickstart",
-        f"{start}'.[dev]' && ruff check && ruff format --check && python -m pytest -n 2 --dist loadfile",
+        f"{start}'.[dev]' && ruff check && ruff format --check && mypy && python -m pytest -n 2 --dist loadfile",
     ]
     assert next(line for line in lines if "pytest" in line).startswith(start)
 
