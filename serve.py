@@ -6,8 +6,8 @@ Without PATH it serves the folder "export" beside this file, as on a Hugging Fac
 import sys
 
 from smollm_jax.cli.arguments import parse_command
+from smollm_jax.cli.main import run_and_leave
 from smollm_jax.cli.serve import serve
-from smollm_jax.runtime.errors import run_main
 
 
 def main() -> int:
@@ -15,4 +15,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_and_leave(main)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 973),
+    "runtime": ("", 986),
     "config": ("runtime", 625),
     "tokenizer": ("runtime", 591),
     "model": ("config runtime", 519),
@@ -25,16 +25,16 @@ HOUSE = {
     "distributed": ("config runtime", 536),
     "kernels": ("model config runtime", 1_181),
     "hf": ("model tokenizer config runtime", 799),
-    "checkpoint": ("distributed runtime", 703),
+    "checkpoint": ("distributed runtime", 712),
     "generation": ("kernels model config runtime", 670),
     "runs": ("hf checkpoint data tokenizer config runtime", 729),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_684),
-    "serving": ("runs generation hf model tokenizer config runtime", 2_051),
+    "serving": ("runs generation hf model tokenizer config runtime", 2_063),
     "planning": ("training kernels distributed model config runtime", 465),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 800),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 813),
     "api": ("training serving runs generation distributed tokenizer config runtime", 554),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_212, 14_355
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_212, 14_402
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -26,7 +26,7 @@ def as_found(*, cached: bool = True) -> Iterator[None]:
     keeps compiled programs in the usual folder unless JAX has one.
     """
     before, root = dict(os.environ), logging.getLogger()
-    level, handlers = root.level, root.handlers
+    level, handlers, hook = root.level, root.handlers, sys.unraisablehook
     shown = contextlib.redirect_stderr(sys.stdout) if in_notebook() else contextlib.nullcontext()
     if not has_accelerator():
         quiet_libtpu()
@@ -42,7 +42,7 @@ def as_found(*, cached: bool = True) -> Iterator[None]:
     except UserError as error:
         raise UserError(FLAG.sub(lambda flag: flag[1].replace("-", "_"), one_line(error))) from None
     finally:
-        root.handlers = handlers
+        root.handlers, sys.unraisablehook = handlers, hook
         root.setLevel(level)
         for name, value in found.items():
             jax.config.update(f"jax_{name}", value)

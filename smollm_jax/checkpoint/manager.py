@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from smollm_jax.runtime.files import Damaged, fsync, write_json
 from smollm_jax.runtime.trees import unflatten
 
 TEMPORARY, TRASH = ".tmp-", ".trash-"
+CLEAN_SECONDS = (0, 0.1, 0.4)  # before each try to remove folders that a thread may still be writing into
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ class CheckpointManager:
         if self._thread is not None:
             self.close()
             self.failed = next(filter(None, self.processes.gather(self.failed)), None)
+            if self.failed and self.processes.first:
+                self.clean()  # the writers of a failed save may go on after the first error
         return self.failed is None
 
     def close(self) -> None:
@@ -99,13 +103,16 @@ class CheckpointManager:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self.failed and self.processes.first:
-                self.clean()  # the writers of a failed save may go on after the first error
 
     def clean(self) -> None:
         """Remove what dead processes left half written or half deleted. Only the run's lock holder may call."""
-        for path in (*self.folder.glob(f"{TEMPORARY}*"), *self.folder.glob(f"{TRASH}*")):
-            shutil.rmtree(path, ignore_errors=True)
+        for seconds in CLEAN_SECONDS:
+            time.sleep(seconds)
+            left = [*self.folder.glob(f"{TEMPORARY}*"), *self.folder.glob(f"{TRASH}*")]
+            if not left:
+                return
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, step: int, target: Any) -> Any:
         """Return the state saved at `step` in the structure, layout and dtypes of `target`.
@@ -137,6 +144,8 @@ class CheckpointManager:
                     return None, None
                 except Damaged as damage:
                     quarantine(final, damage)
+            if self.failed:
+                self.clean()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as error:

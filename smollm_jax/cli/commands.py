@@ -142,6 +142,9 @@ def evaluate(
         special_tokens: Special tokens that a text spells out. text: they stay text; parse: they become ids, as in
             transformers. Default: as the run was trained, else text.
     """
+    from smollm_jax.hf.reader import check_place
+
+    check_place(path)  # a mistake answers at once
     from smollm_jax.training.evaluation import evaluate_model
 
     settings = DataConfig(data=data, text_column=text_column, split=split, on_bad_data=on_bad_data)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 from smollm_jax import __version__
 from smollm_jax.cli import commands
@@ -13,7 +14,7 @@ from smollm_jax.cli.arguments import ABOUT, Command, parse, parse_command
 from smollm_jax.cli.chat import chat
 from smollm_jax.cli.serve import serve
 from smollm_jax.runtime.devices import has_accelerator, quiet_libtpu
-from smollm_jax.runtime.errors import UserError, run_main, say
+from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, run_main, say
 from smollm_jax.runtime.signals import StopRequest, leave
 
 SIMPLE: tuple[Command, ...] = (
@@ -30,10 +31,19 @@ def console() -> None:
     name, *argv = sys.argv[1:] or ["--help"]
     if name == "train":
         train(argv, f"{prog} train")
+    run_and_leave(lambda: command(name, argv, prog))
+
+
+def run_and_leave(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and exit with its code. SIGTERM and SIGHUP clean up as Ctrl-C does."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
-            signal.signal(number, signal.default_int_handler)  # these signals clean up as Ctrl-C does
-    leave(run_main(lambda: command(name, argv, prog)))
+            signal.signal(number, signal.default_int_handler)
+    try:
+        code = run_main(main)
+    except KeyboardInterrupt:  # a second signal, while the first was reported
+        code = EXIT_STOPPED
+    leave(code)
 
 
 def train(argv: list[str], prog: str) -> None:

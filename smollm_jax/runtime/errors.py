@@ -1,11 +1,11 @@
 """Handle errors of user, data source and machine, one line each, and exit codes."""
 
-import _thread
 import contextlib
 import errno
 import io
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -138,21 +138,31 @@ def run_main(main: Callable[[], int]) -> int:
 
 
 def watch_unraisable() -> None:
-    """Handle errors of callbacks, which no code can catch, instead of printing them.
+    """Handle two errors of callbacks, which no code can catch. Other errors go to the hook of before.
 
-    A Ctrl-C or SIGTERM inside one, such as JAX's at a garbage collection, is raised again outside. After a failed
-    save, tensorstore's threads report each other array to orbax's event loop, which has ended: not shown.
+    A Ctrl-C or SIGTERM inside one, such as JAX's at a garbage collection, is sent again. After a failed save,
+    tensorstore's threads report each other array to orbax's event loop, which has ended: not shown.
     """
+    before = sys.unraisablehook
+    if before.__module__ == __name__:
+        return
 
     def handle(error: "sys.UnraisableHookArgs") -> None:
         if error.exc_type is KeyboardInterrupt:
-            again = threading.Timer(AGAIN_SECONDS, _thread.interrupt_main)  # this function is such a callback too
+            again = threading.Timer(AGAIN_SECONDS, _interrupt_main)  # this function is such a callback too
             again.daemon = True
             again.start()
         elif not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):
-            sys.__unraisablehook__(error)
+            before(error)
 
     sys.unraisablehook = handle
+
+
+def _interrupt_main() -> None:
+    """Send the main thread a signal that is handled: a shell's background commands ignore SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(signal.getsignal(number)):
+            return signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _explain(error: Exception) -> int:

@@ -22,7 +22,7 @@ from smollm_jax.serving.scheduler import LONGEST_PROMPT
 
 LARGEST_BODY = 13 * LONGEST_PROMPT  # bytes: a character may take 12 in JSON
 LARGEST_FORM = 10_000  # bytes, for a login
-MOST_OBJECTS = 3_000  # lists, objects and keys in a body. A list of /v1 may have `LONGEST_PROMPT` items
+MOST_OBJECTS = 3_000  # lists, objects and keys in a body. Lists of /v1 may have `LONGEST_PROMPT` items in all
 HEAD_SECONDS, BODY_SECONDS = 10, 20  # for a client to send head and body
 MOST_FAILURES, FAILURE_SECONDS = 10, 60  # wrong passwords or keys of a client within these seconds
 MOST_CLIENTS = 10_000  # with recorded failures

@@ -1,7 +1,7 @@
 """Gradio handlers of the page and /generate: a growing text and a status line.
 
-Gradio calls handlers with positional arguments and closes them when a visitor leaves. Handlers check nothing,
-because a request can bypass the page. The `Scheduler` checks a request, and its errors are shown. The browser
+Gradio calls handlers with positional arguments and closes them when a visitor leaves. Handlers check the text's
+and the conversation's past, and the `Scheduler` all else. The page may be bypassed. Errors are shown. The browser
 keeps the text's history and the conversation, so a restart of the server loses neither. This file knows no layout.
 """
 

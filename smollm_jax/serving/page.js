@@ -63,7 +63,7 @@
     redo: () => step(1, 'nothing to redo'),
     open(text) { record(sheet()?.value); record(text); follow = false; return [text, '']; },
     settings(values) { keep({ settings: values }); return []; },
-    // return the values of a link, else the values kept by this browser, else the values of a fresh page
+    // return the values of a link and, for what it lacks, a fresh page. Without a link: kept values, else fresh ones
     restore(values, longest) {
       const [, ...fresh] = values;
       let settings = kept.settings?.length === fresh.length ? kept.settings : fresh, text = past[at].text;

@@ -194,7 +194,7 @@ class Scheduler:
                     self._queue.remove(job)
 
     def _make_room(self, client: str) -> None:
-        """Refuse the newest request of the busiest client. Raises `QueueFull` unless `client` has fewer."""
+        """Refuse the newest request of the busiest client. Raises `QueueFull` unless `client` has two fewer."""
         full = QueueFull(f"the model is busy and {self.max_waiting} requests are waiting; try again soon")
         waiting = Counter(job.client for job in self._queue)
         other, most = waiting.most_common(1)[0]

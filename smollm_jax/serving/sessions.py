@@ -16,6 +16,7 @@ from smollm_jax.serving.openai_api import error_response
 from smollm_jax.serving.scheduler import Scheduler
 
 MOST_SESSIONS = 200  # of visitors, with their last inputs
+LOOK_SECONDS = 0.02  # between looks of Gradio's queue for events: 0.001 takes 3 % of a core for nobody
 UNREAD_SECONDS = 5  # for a client to fetch the next message of its event
 
 
@@ -40,6 +41,7 @@ def keep_little(page: gr.Blocks) -> None:
         else:  # a session ended by `end_unread`, or the oldest of too many
             event.alive = False
 
+    queue.sleep_when_free = queue.progress_update_sleep_when_free = LOOK_SECONDS
     page.process_api = process_api  # type: ignore[method-assign]
     queue.send_message = send_message  # type: ignore[assignment, method-assign]
 

@@ -34,6 +34,7 @@ class Share:
         self.url: str | None = None
         self._host, self._port, self._hosts = host, port, hosts
         self._tunnel: Any = None
+        self._before: list[Any] | None = None
         self._closed = False
         self._task = BackgroundTask(self._open)
 
@@ -44,6 +45,7 @@ class Share:
 
     def close(self) -> None:
         self._closed = True
+        self._tunnel = self._tunnel or self._newest()  # it may still be opening
         process = getattr(self._tunnel, "proc", None)
         if process is not None:
             self._tunnel.proc = None  # else Gradio ends it again at exit, and prints a line
@@ -70,8 +72,16 @@ class Share:
 
         # the default is below the current folder
         networking.CERTIFICATE_PATH = str(tunneling.BINARY_FOLDER / "certificate.pem")
-        before = list(tunneling.CURRENT_TUNNELS)
+        self._before = list(tunneling.CURRENT_TUNNELS)
         try:
             return networking.setup_tunnel(self._host, self._port, secrets.token_urlsafe(32), None, None)
         finally:
-            self._tunnel = next((one for one in tunneling.CURRENT_TUNNELS if one not in before), None)
+            self._tunnel = self._newest()
+
+    def _newest(self) -> Any:
+        """Return the tunnel that Gradio has opened for this server, or None."""
+        if self._before is None:
+            return None
+        from gradio.tunneling import CURRENT_TUNNELS
+
+        return next((one for one in CURRENT_TUNNELS if one not in self._before), None)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
@@ -35,7 +36,7 @@ def surroundings():
     settings = {name: getattr(jax.config, f"jax_{name}") for name in OF_JAX}
     root = logging.getLogger()
     ours = {name: value for name, value in os.environ.items() if name not in OF_LIBRARIES}
-    return handlers, settings, root.level, list(root.handlers), ours
+    return handlers, settings, root.level, list(root.handlers), ours, sys.unraisablehook
 
 
 @pytest.fixture(scope="module")

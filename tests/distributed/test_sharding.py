@@ -106,8 +106,7 @@ def test_all_axes_are_left_to_the_partitioner():
 @pytest.mark.parametrize(
     ("dtype", "meshes"),
     [
-        ("float32", ("data=2,fsdp=2,tensor=2", "fsdp=4")),
-        pytest.param("float32", ("data=8",), marks=pytest.mark.release),
+        ("float32", ("data=8", "data=2,fsdp=2,tensor=2", "fsdp=4")),
         pytest.param("bfloat16", ("data=2,fsdp=2,tensor=2",), marks=pytest.mark.release),
     ],
 )
@@ -124,6 +123,8 @@ def test_results_do_not_depend_on_the_mesh(train, tmp_path, monkeypatch, dtype, 
         "--eval-every",
         "10",
         "--no-export",
+        "--sample-tokens",
+        "4",
         "--dtype",
         dtype,
     ]

@@ -109,9 +109,11 @@ def assert_same_losses(one, other, rel=2e-4):
 
 @pytest.mark.parametrize("flags", [[], ["--mesh", "data=2,fsdp=2"]])
 def test_two_processes_train_like_one(job, tmp_path, flags):
-    assert codes(job(1, devices=1, run="one")) == [0]
+    flags = [*flags, "--sample-tokens", "4"]
+    assert codes(job(1, *flags[-2:], devices=1, run="one")) == [0]
     processes = job(2, *flags)
     assert codes(processes) == [0, 0], words_of(tmp_path)
+    assert (tmp_path / "run" / "samples.txt").read_text() == (tmp_path / "one" / "samples.txt").read_text() != ""
     out = [process.stdout.read() for process in processes]
     assert out[0].startswith("finished: step 10 of 10")
     assert out[0].count("\n") == 1

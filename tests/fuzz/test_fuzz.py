@@ -18,10 +18,11 @@ SAID = {  # of a fault, where it is not its name
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "count"), [*CASES, *(pytest.param(*one, marks=pytest.mark.release) for one in MORE)]
+    ("target", "count", "seed"),
+    [*((*one, SEED) for one in CASES), *(pytest.param(*one, SEED + 1, marks=pytest.mark.release) for one in MORE)],
 )
-def test_whatever_is_changed_is_accepted_or_refused_in_one_line(target, count):
-    check(target, count, SEED)
+def test_whatever_is_changed_is_accepted_or_refused_in_one_line(target, count, seed):
+    check(target, count, seed)
 
 
 def test_the_driver_notices_every_kind_of_fault():

@@ -7,13 +7,13 @@ from tests.fuzz.driver import check
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "count"),
+    ("target", "count", "seed"),
     [
-        ("runs", 60),
-        ("commands", 6),
-        pytest.param("runs", 150, marks=pytest.mark.release),
-        pytest.param("commands", 12, marks=pytest.mark.release),
+        ("runs", 60, 0),
+        ("commands", 6, 0),
+        pytest.param("runs", 150, 1, marks=pytest.mark.release),
+        pytest.param("commands", 12, 1, marks=pytest.mark.release),
     ],
 )
-def test_whatever_is_changed_in_a_run_is_accepted_or_refused_in_one_line(target, count):
-    check(target, count, 0)
+def test_whatever_is_changed_in_a_run_is_accepted_or_refused_in_one_line(target, count, seed):
+    check(target, count, seed)

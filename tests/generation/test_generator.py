@@ -81,7 +81,11 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["greedy", "all rules", *(pytest.param(name, marks=pytest.mark.slow) for name in ("penalty", "drawn"))]
+    "name",
+    [
+        name if name in {"greedy", "all rules"} else pytest.param(name, marks=pytest.mark.slow)
+        for name in SAMPLINGS
+    ],
 )
 def test_with_and_without_a_cache_the_text_is_the_same(model, generator, name):
     expected = uncached(model, PROMPT, SAMPLINGS[name])
@@ -135,7 +139,7 @@ def test_a_matrix_of_bf16_is_multiplied_in_f32_whatever_its_layout(rows, inputs,
 
 
 @pytest.mark.parametrize(
-    "name", ["all rules", *(pytest.param(name, marks=pytest.mark.slow) for name in ("greedy", "drawn"))]
+    "name", [name if name == "all rules" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLINGS]
 )
 def test_rows_of_a_batch_do_not_change_each_other(generator, name):
     prompts = [PROMPT, [7], list(range(1, 40))]

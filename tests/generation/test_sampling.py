@@ -178,7 +178,7 @@ def test_a_draw_is_where_the_number_falls_in_the_running_sum(vocab_size):
     assert (uniform >= ends[tokens] - p[tokens] / p.sum() - 2e-5).all()
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-6])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6, pytest.param(1e-30, marks=pytest.mark.slow)])
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = jnp.asarray(np.random.default_rng(4).normal(0, 3, (8, 200)).astype(np.float32))
     for rule in ({}, {"top_p": 0.5}, {"top_k": 3}):

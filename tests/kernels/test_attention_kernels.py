@@ -43,6 +43,10 @@ def interpreted(name):
         pytest.param(3, {"length": 129, "heads": (4, 2)}, "float32", marks=pytest.mark.slow),
         pytest.param(4, {"length": 128, "heads": (3, 3), "head_dim": 32}, "float32", marks=pytest.mark.slow),
         pytest.param(5, {"length": 700, "rows": 3}, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(1, {"length": 384}, "float32", marks=pytest.mark.release),
+        pytest.param(3, {"length": 129, "heads": (4, 2)}, "bfloat16", marks=pytest.mark.release),
+        pytest.param(4, {"length": 128, "heads": (3, 3), "head_dim": 32}, "bfloat16", marks=pytest.mark.release),
+        pytest.param(5, {"length": 700, "rows": 3}, "float32", marks=pytest.mark.release),
     ],
 )
 def test_values_and_gradients_equal_the_reference(name, seed, shape, dtype):

@@ -51,10 +51,12 @@ def test_a_wide_linear_and_its_gradients_are_rounded_once_at_most(letters):
 @pytest.mark.parametrize(
     ("linear", "remat"),
     [
-        pytest.param(wide_linear, "none", marks=pytest.mark.slow),
+        (wide_linear, "none"),
         pytest.param(reference_linear, "none", marks=pytest.mark.slow),
         pytest.param(wide_linear, "dots", marks=pytest.mark.slow),
         pytest.param(wide_linear, "full", marks=pytest.mark.slow),
+        pytest.param(reference_linear, "dots", marks=pytest.mark.release),
+        pytest.param(reference_linear, "full", marks=pytest.mark.release),
     ],
 )
 def test_residuals_kept_as_bits_give_the_same_gradients(remat, linear):

@@ -30,6 +30,9 @@ def some(words, *, spread=4.0, seed=0):
         (50_000, 30.0),
         pytest.param(49_152, 0.1, marks=pytest.mark.slow),
         pytest.param(49_152, 30.0, marks=pytest.mark.slow),
+        pytest.param(300, 30.0, marks=pytest.mark.release),
+        pytest.param(WORDS, 0.1, marks=pytest.mark.release),
+        pytest.param(50_000, 0.1, marks=pytest.mark.release),
     ],
 )
 def test_the_kernel_gives_the_loss_and_its_gradient(words, spread):

@@ -55,6 +55,8 @@ ODD = replace(TINY, hidden_size=96, num_heads=3, num_kv_heads=1, head_dim=32)
         pytest.param(TINY, "none", marks=pytest.mark.slow),
         pytest.param(TINY, "dots", marks=pytest.mark.slow),
         pytest.param(ODD, "full", marks=pytest.mark.slow),
+        pytest.param(ODD, "dots", marks=pytest.mark.release),
+        pytest.param(TINY, "full", marks=pytest.mark.release),
     ],
 )
 def test_gradients_are_those_of_each_matrix_alone(config, remat):

@@ -92,6 +92,10 @@ def tokens_of(config, *shape, seed=1):
         (6, 2, 100_000.0),
         pytest.param(6, 1, 10_000.0, marks=pytest.mark.slow),
         pytest.param(3, 3, 10_000.0, marks=pytest.mark.slow),
+        pytest.param(4, 2, 10_000.0, marks=pytest.mark.slow),
+        pytest.param(4, 2, 100_000.0, marks=pytest.mark.release),
+        pytest.param(6, 1, 100_000.0, marks=pytest.mark.release),
+        pytest.param(3, 3, 100_000.0, marks=pytest.mark.release),
     ],
 )
 def test_logits_equal_hugging_face_on_odd_shapes(heads, kv_heads, theta):

@@ -133,3 +133,12 @@ def test_an_event_whose_session_is_gone_ends_without_a_traceback(capfd):
         until(lambda: scheduler.waiting == 0)
         time.sleep(0.5)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_server_that_nobody_asks_computes_next_to_nothing():
+    with served(Gated()) as (_, _, client):
+        assert client.get("/config").status_code == 200  # which starts the loops of Gradio's queue
+        time.sleep(1)
+        began = time.process_time()
+        time.sleep(2)
+        assert time.process_time() - began < 0.04

@@ -30,8 +30,7 @@ def records(folder):
 
 def assert_same_run(one, other):
     assert records(one) == records(other)
-    first, second = ([path.read_text() for path in run.glob("samples.txt")] for run in (one, other))
-    assert first == second
+    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
     for group in ("params", "opt_state"):
         (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
         assert found_a.meta["cursor"] == found_b.meta["cursor"]
