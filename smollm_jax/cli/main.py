@@ -39,6 +39,8 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores one of them
             signal.signal(number, signal.default_int_handler)
+    if not has_accelerator():
+        quiet_libtpu()
     try:
         code = run_main(main)
     except KeyboardInterrupt:  # a second signal, while the first was reported
