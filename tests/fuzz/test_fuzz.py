@@ -7,7 +7,7 @@ from tests.fuzz.faulty import KINDS
 from tests.fuzz.worker import case_rng
 
 SEED = 0
-CASES = [("requests", 300), ("folders", 300), ("data", 300)]  # runs and commands: test_fuzz_runs.py
+CASES = [("requests", 600), ("folders", 500), ("data", 900)]  # runs and commands: test_fuzz_runs.py
 MORE = [("requests", 1_000), ("folders", 700), ("data", 700)]
 
 SAID = {  # of a fault, where it is not its name
