@@ -17,7 +17,7 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 986),
+    "runtime": ("", 985),
     "config": ("runtime", 625),
     "tokenizer": ("runtime", 591),
     "model": ("config runtime", 519),
@@ -31,10 +31,10 @@ HOUSE = {
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_684),
     "serving": ("runs generation hf model tokenizer config runtime", 2_063),
     "planning": ("training kernels distributed model config runtime", 465),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 815),
+    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 823),
     "api": ("training serving runs generation distributed tokenizer config runtime", 554),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_212, 14_404
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_212, 14_411
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -96,6 +96,13 @@ def _default(start: argparse.Namespace) -> Config:
     return default_settings(recipe=start.recipe, preset=start.preset, file=start.config, resume=start.resume)
 
 
+def check_model(path: str) -> None:
+    """Raise `UserError`, before anything heavy is imported, unless `path` is a folder or reads like a Hub id."""
+    from smollm_jax.hf.reader import check_place
+
+    check_place(path)
+
+
 def take_flags(argv: list[str], prog: str, **flags: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
     """Return the values of some flags, described as for argparse, and other arguments. Raises `UserError`."""
     _report_repeats(

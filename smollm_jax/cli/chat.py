@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from smollm_jax.cli.arguments import check_model
 from smollm_jax.cli.sampling import SamplingFlags
 from smollm_jax.runtime.errors import UserError, one_line, printable, require, say
 
@@ -37,12 +38,10 @@ def chat(
         backend: Library that computes.
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
     """
-    from smollm_jax.hf.reader import check_place
-
-    check_place(path)  # a mistake answers at once
+    check_model(path)
     from smollm_jax.serving.completion import open_completer
 
-    chosen = sampling.sampling()
+    chosen = sampling.sampling(LIVELY)
     completer = open_completer(path, backend=backend, dtype=dtype)
     no_chat = f"{path} has no chat template, so it completes text; use generate, or serve"
     require(bool(completer.tokenizer.chat_template), no_chat)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smollm_jax.cli.arguments import parse
+from smollm_jax.cli.arguments import check_model, parse
 from smollm_jax.cli.sampling import SamplingFlags
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
@@ -91,12 +91,10 @@ def generate(
         special_tokens: Special tokens that the prompt spells out. text: they stay text; parse: they become ids, as
             in transformers. Default: as the run was trained, else text.
     """
-    from smollm_jax.hf.reader import check_place
-
-    check_place(path)  # a mistake answers at once
+    check_model(path)
     from smollm_jax.serving.completion import open_completer
 
-    chosen = sampling.sampling()
+    chosen = sampling.sampling(GREEDY)
     completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
     pieces = completer.stream(prompt, chosen, stop)
     first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
@@ -142,9 +140,7 @@ def evaluate(
         special_tokens: Special tokens that a text spells out. text: they stay text; parse: they become ids, as in
             transformers. Default: as the run was trained, else text.
     """
-    from smollm_jax.hf.reader import check_place
-
-    check_place(path)  # a mistake answers at once
+    check_model(path)
     from smollm_jax.training.evaluation import evaluate_model
 
     settings = DataConfig(data=data, text_column=text_column, split=split, on_bad_data=on_bad_data)

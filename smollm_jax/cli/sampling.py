@@ -30,11 +30,18 @@ class SamplingFlags:
     seed: int | None = 0
     """Seed of the sampling. Default of a conversation: another each time."""
 
-    def sampling(self) -> "Sampling":
-        """Return the settings of the generator. Logs flags that choose nothing, raises `UserError`."""
+    def sampling(self, usual: "SamplingFlags") -> "Sampling":
+        """Return the settings of the generator. Raises `UserError`.
+
+        Logs flags that choose nothing, unless they are the `usual` ones of the command, which nobody gave.
+        """
         from smollm_jax.generation.sampling import Sampling
 
-        if self.temperature == 0 and (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0):
+        if self.temperature == 0 and self._chosen not in (SamplingFlags()._chosen, usual._chosen):
             say("--top-p, --top-k and --min-p choose nothing at --temperature 0: always the most likely token")
         seed = secrets.randbits(32) if self.seed is None else self.seed
         return Sampling(**dataclasses.asdict(self) | {"seed": seed})
+
+    @property
+    def _chosen(self) -> tuple[float, int, float]:
+        return self.top_p, self.top_k, self.min_p

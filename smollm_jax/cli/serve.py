@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from smollm_jax.cli.arguments import check_model
 from smollm_jax.runtime.errors import UserError, install, one_line, require, say
 from smollm_jax.serving import NEW_TOKENS, WAITING
 
@@ -82,11 +83,9 @@ def serve(
 
 def place_of(path: str) -> str:
     """Return the folder or Hub id to serve. Raises `UserError` if there is no such folder."""
-    from smollm_jax.hf.reader import check_place
-
     folder = path or str(Path(sys.argv[0]).parent / "export")
     require(bool(path) or Path(folder).is_dir(), "give the PATH of an exported folder, a Hub id or a run")
-    check_place(folder)
+    check_model(folder)
     return folder
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 EXIT_FAILED = 1
 EXIT_MISTAKE = 2
-AGAIN_SECONDS = 0.05  # until an interrupt that a callback has swallowed is raised again
 EXIT_STOPPED = 75  # stopped on request with everything saved: run me again (EX_TEMPFAIL of sysexits.h)
 
 OF_THE_MACHINE = {  # a disk, a file system, a permission or a limit
@@ -24,6 +23,7 @@ OF_THE_MACHINE = {  # a disk, a file system, a permission or a limit
     errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOLCK,
 }  # fmt: skip
 LONGEST_LINE = 200
+REPEAT_SECONDS = 0.05  # until a signal that a callback has swallowed is sent again
 RUST_ERRNO = re.compile(r"(?:os error |Os \{ code: )(\d+)")
 # files of libraries that fail on variables of the environment, and the variables that they read
 READS = {
@@ -149,7 +149,7 @@ def watch_unraisable() -> None:
 
     def handle(error: "sys.UnraisableHookArgs") -> None:
         if error.exc_type is KeyboardInterrupt:
-            again = threading.Timer(AGAIN_SECONDS, _interrupt_main)  # this function is such a callback too
+            again = threading.Timer(REPEAT_SECONDS, _interrupt_main)  # this function is such a callback too
             again.daemon = True
             again.start()
         elif not (error.exc_type is RuntimeError and str(error.exc_value) == "Event loop is closed"):

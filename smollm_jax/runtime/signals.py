@@ -32,13 +32,12 @@ def leave(code: int) -> NoReturn:
 
     The teardown has no handler, so a late signal would turn a finished run into a failed one.
     """
-    for number in (*INSISTENT, *WARNINGS):
-        with contextlib.suppress(ValueError):  # of another thread than the main one
-            signal.signal(number, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # `run_main` has reported it
-            stream.flush()
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # `run_main` has reported it
+                stream.flush()
+    finally:  # also if a signal ends the wait for a reader that no longer reads
+        os._exit(code)
 
 
 class StopRequest:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -56,3 +57,12 @@ def test_a_base_model_is_sent_to_generate(folder, tmp_path):
     (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="has no chat template, so it completes text; use generate"):
         command("chat", [str(tmp_path / "base")], "smollm")
+
+
+def test_only_flags_that_were_given_are_said_to_choose_nothing(capsys):
+    usual = module.LIVELY
+    assert replace(usual, temperature=0.0).sampling(usual).temperature == 0
+    assert replace(usual, top_k=3).sampling(usual).top_k == 3
+    assert not capsys.readouterr().err
+    replace(usual, temperature=0.0, top_k=3).sampling(usual)
+    assert "choose nothing at --temperature 0" in capsys.readouterr().err

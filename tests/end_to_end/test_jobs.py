@@ -59,11 +59,15 @@ def job(tmp_path, cache, corpus, tokenizer):
     """Starts a job of `processes` with `devices` each on a run folder."""
     started = []
 
-    def start(processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, **other):
-        port, cwd, program = free_port(), other.get("cwd"), other.get("program", ())
+    data_of_all = f"{corpus}/*.jsonl"
+
+    def start(
+        processes, *flags, devices=2, run="run", settings=SETTINGS, launcher=by_hand, cwd=None, program=(),
+        data=data_of_all,
+    ):  # fmt: skip
+        port = free_port()
         command = [
-            sys.executable, *program, str(ROOT / "train_jax.py"), *TINY, *settings,
-            "--data", other.get("data", f"{corpus}/*.jsonl"),
+            sys.executable, *program, str(ROOT / "train_jax.py"), *TINY, *settings, "--data", data,
             "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache), "--run-dir", str(tmp_path / run),
         ]  # fmt: skip
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}

@@ -113,3 +113,26 @@ def test_a_signal_after_the_end_changes_nothing():
     process = started("saved[:] = [1]; import atexit; atexit.register(time.sleep, 5)")
     process.communicate(timeout=4)
     assert process.returncode == 3
+
+
+FULL_PIPE = """
+import signal, sys
+from smollm_jax.runtime.signals import leave
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+print("leaving", file=sys.stderr, flush=True)
+sys.stdout = open(1, "w", buffering=2**20, closefd=False)
+print("x" * 2**19)  # more than a pipe holds, less than the buffer
+leave(3)
+"""
+
+
+def test_a_process_that_leaves_and_waits_for_its_reader_still_hears_a_signal():
+    command = [sys.executable, "-c", FULL_PIPE]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "leaving\n"
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(5) == 3
+    assert process.stderr.read() == ""
