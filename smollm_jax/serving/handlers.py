@@ -100,6 +100,10 @@ class Handlers:
 
         return write
 
+    def begin(self, request: gr.Request) -> None:
+        """Announce the request of a button that writes. Stop may be pressed before the request comes."""
+        self.scheduler.announce(str(request.session_hash))
+
     def stop(self, request: gr.Request) -> None:
         """End the requests of this visitor's page."""
         self.scheduler.cancel(str(request.session_hash))

@@ -195,10 +195,14 @@ def controls(
         others = [gr.update(interactive=not working) for _ in switched[2:]]
         return [gr.update(visible=not working), gr.update(visible=working), *others]
 
+    def pressed(request: gr.Request) -> list[Any]:
+        handlers.begin(request)
+        return buttons(True)
+
     presses = (([go.click, *(box.submit for box in enter)], write), ([again.click], write_again))
     for (triggers, prepare), begins in zip(presses, scripts, strict=False):
         start = f"() => window.notebook.{begins}()"
-        event = gr.on(triggers, lambda: buttons(True), None, switched, js=start, **QUICK).then(
+        event = gr.on(triggers, pressed, None, switched, js=start, **QUICK).then(
             handlers.writer(prepare), [*inputs, *numbers], outputs, js=sent,
             show_progress="hidden", concurrency_limit=None, **PRIVATE,
         )  # fmt: skip

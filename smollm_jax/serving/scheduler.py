@@ -23,6 +23,7 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 LONGEST_PROMPT = 100_000  # characters. A context of 8,192 tokens holds about 35,000 characters of English
 MOST_STOPS, LONGEST_STOP = 4, 100
+MOST_ANNOUNCED = 1_000  # requests on their way, of which Stop may be pressed already
 SECONDS_TO_CLOSE = 15
 GONE = "the model has stopped; start the server again"
 WARM_UP_TOKENS = 200  # the page's default length
@@ -81,6 +82,7 @@ class Scheduler:
         self._now: _Job | None = None
         self.has_chat = bool(completer.tokenizer.chat_template)
         self._renderer = Renderer()
+        self._announced: dict[str, bool] = {}  # owners of requests on their way, and whether they cancelled
         self._served: dict[str, int] = {}  # per client the number of its last served request
         self._encoding, self._rendering = asyncio.Semaphore(ENCODING), asyncio.Semaphore(1)
         self._closed = False
@@ -172,10 +174,15 @@ class Scheduler:
         with self._changed:
             if self._closed:
                 raise ModelGone(GONE)
-            if len(self._queue) >= self.max_waiting:
-                self._make_room(client)
-            self._queue.append(job)
-            self._changed.notify()
+            is_cancelled = owner is not None and self._announced.pop(owner, False)
+            if not is_cancelled:
+                if len(self._queue) >= self.max_waiting:
+                    self._make_room(client)
+                self._queue.append(job)
+                self._changed.notify()
+        if is_cancelled:
+            yield TextChunk(text="", prompt_tokens=len(ids), reason="cancelled")
+            return
         try:
             while True:
                 items = [await job.chunks.get()]
@@ -204,9 +211,19 @@ class Scheduler:
         self._queue.remove(newest)
         newest.put(full)
 
-    def cancel(self, owner: str) -> None:
-        """End the running and waiting requests of `owner`."""
+    def announce(self, owner: str) -> None:
+        """Expect a request of `owner`, which `cancel` then ends even if it comes later than the cancelling."""
         with self._changed:
+            self._announced.pop(owner, None)
+            self._announced[owner] = False
+            if len(self._announced) > MOST_ANNOUNCED:
+                del self._announced[next(iter(self._announced))]
+
+    def cancel(self, owner: str) -> None:
+        """End the running, waiting and announced requests of `owner`."""
+        with self._changed:
+            if owner in self._announced:
+                self._announced[owner] = True
             for job in [job for job in self._queue if job.owner == owner]:
                 self._queue.remove(job)
                 job.put(TextChunk(text="", prompt_tokens=len(job.ids), reason="cancelled"))

@@ -91,6 +91,40 @@ def test_who_leaves_before_the_prompt_is_encoded_gives_up_the_turn_but_not_a_run
     assert begun == ["a", "c"]
 
 
+def test_a_stop_that_overtakes_its_announced_request_ends_it_and_no_other(tokenizer):
+    engine, scheduler = scheduler_of(tokenizer)
+
+    async def reasons(number):
+        chunks = scheduler.stream([number], Sampling(max_new_tokens=1), owner="page")
+        return [chunk.reason async for chunk in chunks if chunk.reason]
+
+    async def go():
+        engine.gate.release(9)
+        scheduler.cancel("page")  # of nothing: the next request is not meant
+        assert await reasons(1) == ["length"]
+        scheduler.announce("page")
+        scheduler.cancel("page")
+        assert await reasons(2) == ["cancelled"]
+        assert await reasons(3) == ["length"]
+        scheduler.announce("page")
+        scheduler.cancel("page")
+        scheduler.announce("page")  # pressed anew: the request before never came
+        assert await reasons(4) == ["length"]
+
+    asyncio.run(go())
+    scheduler.close()
+    assert engine.prompts == [1, 3, 4]
+
+
+def test_announced_requests_that_never_come_are_forgotten(tokenizer, monkeypatch):
+    monkeypatch.setattr("smollm_jax.serving.scheduler.MOST_ANNOUNCED", 3)
+    _, scheduler = scheduler_of(tokenizer)
+    for number in range(9):
+        scheduler.announce(str(number))
+    assert list(scheduler._announced) == ["6", "7", "8"]
+    scheduler.close()
+
+
 def test_a_full_queue_of_single_requests_refuses_one_more(tokenizer):
     engine, scheduler = scheduler_of(tokenizer, max_waiting=2)
 
