@@ -25,7 +25,7 @@ from smollm_jax.model.ops import rotate, swiglu
 from smollm_jax.model.transformer import RMSNorm, SmolLM, params_of, rope_angles
 from smollm_jax.runtime.errors import one_line, say
 
-QUERY_BLOCK = 512  # of a long prompt
+KEY_BLOCK = 512  # keys of a long cache that a part of a prompt attends to at once
 
 
 class Matrix(nnx.Module):
@@ -167,20 +167,45 @@ def _kernels_agree(config: ModelConfig, dtype: Any, device: Any) -> bool:
 
 
 def _attend_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attend to the cache in blocks of queries. A long prompt's scores never exist whole."""
+    """Attend to the cache. A part of a prompt reads a long cache block by block, as far as it is filled.
+
+    The blocks' softmax is the online softmax of Milakov and Gimelshein (2018).
+    """
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
-    k_BSKH, v_BSKH = jnp.swapaxes(k_BKSH, 1, 2), jnp.swapaxes(v_BKSH, 1, 2)
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        block = slice(start, start + QUERY_BLOCK)
-        mask_BTS = jnp.arange(S)[None, None] <= positions_BT[:, block, None]
-        q_BTKGH = q_BTNH[:, block].reshape(B, -1, K, N // K, H)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+
+    def scores(k_BKSH: jax.Array, keys_11S: jax.Array, first: Any) -> jax.Array:
+        mask_BTS = (keys_11S >= first) & (keys_11S <= positions_BT[..., None])
         # scores and softmax in f32: differences of large scores decide
+        k_BSKH = jnp.swapaxes(k_BKSH, 1, 2)
         scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, MASKED)
-        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-        blocks.append(jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, -1, N, H))
-    return jnp.concatenate(blocks, axis=1)
+        return jnp.where(mask_BTS[:, None, None], scores_BKGTS * H**-0.5, MASKED)
+
+    def values(weights_BKGTS: jax.Array, v_BKSH: jax.Array, dtype: Any) -> jax.Array:
+        v_BSKH, weights_BKGTS = jnp.swapaxes(v_BKSH, 1, 2), weights_BKGTS.astype(v_BKSH.dtype)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, preferred_element_type=dtype)
+
+    if T == 1 or S <= KEY_BLOCK:
+        weights_BKGTS = jax.nn.softmax(scores(k_BKSH, jnp.arange(S)[None, None], 0), axis=-1)
+        return values(weights_BKGTS, v_BKSH, v_BKSH.dtype).reshape(B, T, N, H)
+
+    def block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out_BTKGH, total_BKGT, largest_BKGT = carry
+        start = jnp.minimum(i * KEY_BLOCK, S - KEY_BLOCK)  # the last block may overlap the one before it
+        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, start, KEY_BLOCK, 2) for x in (k_BKSH, v_BKSH))
+        scores_BKGTS = scores(k_block, start + jnp.arange(KEY_BLOCK)[None, None], i * KEY_BLOCK)
+        new_BKGT = jnp.maximum(largest_BKGT, scores_BKGTS.max(-1))
+        weights_BKGTS, kept_BKGT = jnp.exp(scores_BKGTS - new_BKGT[..., None]), jnp.exp(largest_BKGT - new_BKGT)
+        out_BTKGH *= jnp.transpose(kept_BKGT, (0, 3, 1, 2))[..., None]
+        out_BTKGH += values(weights_BKGTS, v_block, jnp.float32)
+        return out_BTKGH, total_BKGT * kept_BKGT + weights_BKGTS.sum(-1), new_BKGT
+
+    nothing_BKGT = jnp.zeros((B, K, N // K, T), jnp.float32)
+    carry = jnp.zeros(q_BTKGH.shape, jnp.float32), nothing_BKGT, nothing_BKGT + MASKED
+    filled = jnp.max(positions_BT) // KEY_BLOCK + 1
+    out_BTKGH, total_BKGT, _ = jax.lax.fori_loop(0, filled, block, carry)
+    out_BTKGH /= jnp.transpose(total_BKGT, (0, 3, 1, 2))[..., None]
+    return out_BTKGH.astype(v_BKSH.dtype).reshape(B, T, N, H)
 
 
 def _write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> LayerCache:

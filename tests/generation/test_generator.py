@@ -93,11 +93,34 @@ def test_with_and_without_a_cache_the_text_is_the_same(model, generator, name):
     assert len(set(expected)) > 4  # a text worth comparing
 
 
-def test_a_prompt_of_several_query_blocks_gives_the_uncached_text(model, monkeypatch):
-    monkeypatch.setattr("smollm_jax.generation.decoder.QUERY_BLOCK", 16)
-    prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 50).tolist()
-    sampling = Sampling(max_new_tokens=12)
-    assert Generator(model).generate([prompt], sampling) == [uncached(model, prompt, sampling)]
+@pytest.mark.parametrize("length", [64, 71])  # 71: the last block of keys overlaps the one before it
+def test_a_part_of_a_prompt_attends_to_a_long_cache_block_by_block(model, length, monkeypatch):
+    decoder, rng = Decoder(model), np.random.default_rng(0)
+    cache = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), decoder.init_cache(2, length)
+    )
+    tokens_BT = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (2, 8)))
+
+    def features(start):
+        positions_BT = start + jnp.broadcast_to(jnp.arange(8), (2, 8))
+        return jax.jit(lambda cache: decoder.features(tokens_BT, positions_BT, cache)[0])(cache)
+
+    starts = (0, 11, length - 8)
+    whole = [features(start) for start in starts]
+    monkeypatch.setattr("smollm_jax.generation.decoder.KEY_BLOCK", 16)
+    for start, expected in zip(starts, whole, strict=True):
+        np.testing.assert_allclose(features(start), expected, rtol=0, atol=2e-5)
+
+
+def test_a_part_of_a_prompt_reads_the_cache_as_far_as_it_is_filled(model, monkeypatch):
+    """What lies past the filled blocks is never read, not even a NaN."""
+    monkeypatch.setattr("smollm_jax.generation.decoder.KEY_BLOCK", 16)
+    decoder, tokens_1T = Decoder(model), jnp.asarray([list(PROMPT)[:8]])
+    positions_1T = jnp.arange(tokens_1T.shape[1])[None]
+    clean = decoder.init_cache(1, 64)
+    dirty = jax.tree.map(lambda x: x.at[:, :, 16:].set(jnp.nan), clean)
+    features = jax.jit(lambda cache: decoder.features(tokens_1T, positions_1T, cache)[0])
+    np.testing.assert_array_equal(features(dirty), features(clean))
 
 
 def test_a_tied_head_is_the_embedding():
@@ -168,13 +191,13 @@ def test_a_prompt_in_parts_is_the_prompt_at_once(model, context, monkeypatch):
     model = SmolLM.from_params(replace(CONFIG, max_seq_len=context), params_of(model))
     ragged = [[7] * 35, PROMPT, list(range(1, 40)), [9] * 17]
     expected = Generator(model).generate(ragged, SAMPLINGS["all rules"])
-    monkeypatch.setattr(generation, "PART", 16)
+    monkeypatch.setattr(generation, "PART_ON_CPU", 16)
     assert Generator(model).generate(ragged, SAMPLINGS["all rules"]) == expected
     assert [Generator(model).generate([one], SAMPLINGS["all rules"])[0] for one in ragged] == expected
 
 
 def test_a_long_prompt_that_nobody_waits_for_is_not_read_to_its_end(model, monkeypatch):
-    monkeypatch.setattr(generation, "PART", 16)
+    monkeypatch.setattr(generation, "PART_ON_CPU", 16)
     generator, asked = Generator(model), []
     generator.cancelled = lambda: asked.append(1) or len(asked) >= 2
     assert list(generator.stream([5] * 100, Sampling(max_new_tokens=9))) == []
