@@ -106,8 +106,8 @@ MUTANTS: tuple[Mutant, ...] = (
            "xp.uint32(0)", "tests/data/test_batch_hash.py"),
     Mutant("top-p one token short", "generation/sampling.py", ">= wanted_B", "> wanted_B + 0.2",
            "tests/generation/test_sampling.py"),
-    Mutant("seed ignored", "generation/sampling.py", "jax.random.key(arrays.seed)", "jax.random.key(0)",
-           "tests/generation"),
+    Mutant("seed ignored", "generation/sampling.py", "jax.random.key)(seed_B)",
+           "jax.random.key)(0 * seed_B)", "tests/generation"),
     Mutant("stop string shown in part", "serving/completion.py", "for n in range(len(stop)) if text.endswith",
            "for n in range(len(stop) - 1) if text.endswith", "tests/serving/test_completion.py"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Define the commands export, import, generate, evaluate, push, checkpoints, batch, plan and verify-resume.
+"""Define the commands export, import, evaluate, push, checkpoints, batch, plan and verify-resume.
 
 Results go to stdout, everything else to stderr. A command is a function: its signature gives the flags, its
 docstring the help. A command imports what it needs when it runs, so that `--help` answers at once.
@@ -8,21 +8,18 @@ import inspect
 import json
 import sys
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from smollm_jax.cli.arguments import check_model, parse
-from smollm_jax.cli.sampling import SamplingFlags
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
+from smollm_jax.runtime.errors import EXIT_FAILED, say
 from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
-GREEDY = SamplingFlags()
 
 
 def export(
@@ -65,48 +62,6 @@ def import_(path: Positional, *, out: str) -> int:
     model = import_run(path, out)
     say(f"{model.num_parameters:,} parameters; continue with: python train_jax.py --init-from {out} --data ...")
     print(out)
-    return 0
-
-
-def generate(
-    path: Positional,
-    *,
-    prompt: str,
-    sampling: SamplingFlags = GREEDY,
-    stop: tuple[str, ...] = (),
-    backend: Literal["jax", "torch"] = "jax",
-    dtype: Dtype = "float32",
-    special_tokens: Literal["text", "parse"] | None = None,
-) -> int:
-    """Continue a prompt. The text goes to stdout while it is generated.
-
-    For example: smollm generate runs/quickstart --prompt "Return the" --temperature 0.7
-
-    Args:
-        path: Run, exported folder or Hub id.
-        prompt: Text to continue.
-        stop: Stop before any of these texts.
-        backend: Library that computes.
-        dtype: Compute dtype.
-        special_tokens: Special tokens that the prompt spells out. text: they stay text; parse: they become ids, as
-            in transformers. Default: as the run was trained, else text.
-    """
-    check_model(path)
-    from smollm_jax.serving.completion import open_completer
-
-    chosen = sampling.sampling(GREEDY)
-    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
-    pieces = completer.stream(prompt, chosen, stop)
-    first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
-    if completer.tokenizer.texts_with_special:
-        say(completer.tokenizer.describe_special())
-    shown = printable if sys.stdout.isatty() else str  # a model may write what moves a terminal's cursor
-    sys.stdout.write(shown(prompt))
-    for piece in chain(first, pieces):
-        sys.stdout.write(shown(piece.text))
-        sys.stdout.flush()
-    print()
-    say(f"stopped: {piece.reason}")
     return 0
 
 

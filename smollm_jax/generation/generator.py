@@ -72,7 +72,7 @@ class Generator:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """Return each prompt's new ids, without the stop id. Raises `UserError` as `check_prompt` does."""
         texts: list[list[int]] = [[] for _ in prompts]
-        for new in self._chunks(prompts, sampling) if texts else ():
+        for new in self.chunks(prompts, sampling) if texts else ():
             for text, ids in zip(texts, new, strict=True):
                 text.extend(ids)
         return texts
@@ -84,7 +84,7 @@ class Generator:
         `UserError` as `check_prompt` does.
         """
         self.stop_reason, made = "cancelled", 0
-        for (ids,) in self._chunks([prompt], sampling):
+        for (ids,) in self.chunks([prompt], sampling):
             made += len(ids)
             if ids:
                 yield ids
@@ -121,10 +121,13 @@ class Generator:
         logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
         return logit_T - jax.nn.logsumexp(logits_TV, axis=1), jnp.argmax(logits_TV, axis=1), cache
 
-    def _chunks(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[list[int]]]:
-        """Yield the new ids of every row, chunk by chunk, until all rows have ended.
+    def chunks(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[list[int]]]:
+        """Yield the new ids of every row, chunk by chunk, until all rows have ended. An ended row has none.
 
-        While others have room, a row that has ended is decoded on, unread.
+        `seeds` has a seed per row, in place of the one of `sampling`. While others have room, a row that has ended
+        is decoded on, unread. Raises `UserError` as `check_prompt` does.
         """
         for prompt in prompts:
             check_prompt(prompt, context=self.context, vocab_size=self.vocab_size)
@@ -133,7 +136,7 @@ class Generator:
         tokens_BT = np.zeros((len(prompts), min(_bucket(max(lengths)), self.context)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        arrays, greedy = SamplingArrays.from_sampling(sampling), sampling.temperature == 0
+        arrays, greedy = SamplingArrays.from_sampling(sampling, seeds), sampling.temperature == 0
         rows = self._read_prompts(
             tokens_BT, np.asarray(lengths, np.int32), arrays, greedy=greedy,
             length=min(_bucket(max(lengths) + max(room)), self.context),
