@@ -76,10 +76,10 @@ class Tokenizer:
             self.chat_template = self.files["chat_template.jinja"].decode("utf-8", "replace")
         self.eos_id = self._eos_id(folder)
 
-    def _open(self, *, spelled_out: SpecialTokens) -> Any:
+    def _open(self, *, spelled_out: SpecialTokens, content: str = "") -> Any:
         from tokenizers import Tokenizer as Fast
 
-        fast = Fast.from_str(self.files["tokenizer.json"].decode())
+        fast = Fast.from_str(content or self.files["tokenizer.json"].decode())
         fast.no_truncation()
         fast.no_padding()
         fast.encode_special_tokens = spelled_out == "text"
@@ -88,6 +88,22 @@ class Tokenizer:
     @cached_property
     def _parsing(self) -> Any:
         return self._open(spelled_out="parse")  # a second one: threads share the first
+
+    @cached_property
+    def _spelling(self) -> Any:
+        """Return the tokenizer for texts that spell out special tokens and mean them as text.
+
+        A Unigram model has special tokens in its own vocabulary. Here other names stand there, which no text has.
+        """
+        tokenizer, special = json.loads(self.files["tokenizer.json"]), set(self.special_tokens.values())
+        if tokenizer["model"].get("type") != "Unigram":
+            return self._fast
+        pieces = enumerate(tokenizer["model"]["vocab"])
+        tokenizer["model"]["vocab"] = [[f"\ufdd0{i}" if i in special else p, score] for i, (p, score) in pieces]
+        return self._open(spelled_out="text", content=json.dumps(tokenizer))
+
+    def _spells_special(self, text: str) -> bool:
+        return any(token in text for token in self.special_tokens)
 
     def _json(self, name: str, folder: Path) -> dict[str, Any]:
         """Parse a JSON file without its nulls. Empty if there is none."""
@@ -126,9 +142,13 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
         """Return the ids of each text, int32 (n,). `special_tokens` overrides the tokenizer's own mode."""
         self.texts += len(texts)
-        self.texts_with_special += sum(any(token in text for token in self.special_tokens) for text in texts)
-        fast = self._parsing if (special_tokens or self.mode) == "parse" else self._fast
+        special = [i for i, text in enumerate(texts) if self._spells_special(text)]
+        self.texts_with_special += len(special)
+        parse = (special_tokens or self.mode) == "parse"
+        fast = self._parsing if parse else self._fast
         encoded = fast.encode_batch_fast(texts, add_special_tokens=self.template)
+        for i in () if parse or self._spelling is fast else special:
+            encoded[i] = self._spelling.encode(texts[i], add_special_tokens=self.template)
         arrays = [np.asarray(one.ids, dtype=np.int32) for one in encoded]
         self._require_known(max((ids.max() for ids in arrays if ids.size), default=0))
         return arrays
@@ -139,7 +159,8 @@ class Tokenizer:
     @_no_panic()
     def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
         """Return the ids of a part of a text: the post-processor adds nothing."""
-        fast = self._parsing if special_tokens == "parse" else self._fast
+        spelling = self._spelling if self._spells_special(text) else self._fast
+        fast = self._parsing if special_tokens == "parse" else spelling
         ids = fast.encode(text, add_special_tokens=False).ids
         self._require_known(max(ids, default=0))
         return ids

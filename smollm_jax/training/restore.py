@@ -4,6 +4,7 @@ Weights bring their architecture and tokenizer if the command line leaves these 
 on the command line must fit the weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,27 @@ def _is_place(before: str | None, now: str | None) -> bool:
     """Return whether two mixtures differ in places only, whose content the loader compares."""
     if before is None or now is None:
         return False
-    return [weight for _, weight in mixture(before)] == [weight for _, weight in mixture(now)]
+    places, weights = zip(*mixture(now), strict=True)
+    return list(weights) in ([weight for _, weight in mixture(before)], _weights_of(before, places))
+
+
+def _weights_of(before: str, places: Sequence[str]) -> list[float]:
+    """Return the weights of a mixture of places that may be gone. Empty if it has not the form of `places`.
+
+    A comma or an equals sign of a name that is gone looks like one of the mixture. So each name is taken to have
+    as many of them as its new place.
+    """
+    pieces, weights = before.split(","), []
+    if len(pieces) != sum(place.count(",") + 1 for place in places):
+        return []
+    for place in places:
+        count = place.count(",") + 1
+        part, pieces = ",".join(pieces[:count]), pieces[count:]
+        try:
+            weights.append(float(part.rpartition("=")[2]) if part.count("=") > place.count("=") else 1.0)
+        except ValueError:
+            return []
+    return [weight / sum(weights) for weight in weights]
 
 
 def _updates(config: Config, step: int) -> list[tuple[float, int]]:
