@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
@@ -26,6 +27,7 @@ from smollm_jax.runs.metrics import NullMetrics, RunMetrics, duration
 from smollm_jax.runs.records import keep_records
 from smollm_jax.runtime.devices import (
     compute_dtype,
+    device_name,
     matmul_rate,
     peak_flops,
     use_compilation_cache,
@@ -89,9 +91,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     told = found.meta.get("computed", {}).get("remat") if found else None
     before: Policy = told if told in POLICIES else "none"
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
-    computed = {
-        "dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size), "remat": remat,
-    }  # fmt: skip
+    computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
@@ -115,6 +115,14 @@ def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
     """Remove the files that dead processes left half written. Only the holder of the lock may call."""
     checkpoints.clean()
     clean_left_overs(run_dir, WRITTEN, is_locked=True)
+
+
+def described(mesh: Mesh, dtype: Any, remat: Policy) -> dict[str, Any]:
+    """Return what computes a run and how, as each checkpoint stores it."""
+    return {
+        "dtype": dtype.name, "platform": jax.default_backend(), "device": device_name(mesh.devices.flat[0]),
+        "devices": int(mesh.size), "remat": remat,
+    }  # fmt: skip
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
