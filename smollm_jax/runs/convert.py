@@ -21,7 +21,7 @@ from smollm_jax.data.sources import looks_local, mixture
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
-from smollm_jax.hf.publish import refuse_links
+from smollm_jax.hf.publish import refuse_foreign, refuse_links
 from smollm_jax.hf.reader import local_folder
 from smollm_jax.runs.load import is_run, load_model, progress_of, read_run, with_ids_of
 from smollm_jax.runs.metrics import duration
@@ -49,6 +49,8 @@ def export_run(
     """
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
+    if not aside:  # before gigabytes are read
+        refuse_foreign(out, out)
     found, params = read_params(run_dir / "checkpoints", step)
     model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
     return found.step, export_folder(

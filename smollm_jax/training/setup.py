@@ -19,6 +19,7 @@ from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
+from smollm_jax.kernels.select import select_attention
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
@@ -58,6 +59,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     """
     began, tell = time.monotonic(), say if job.first else lambda _: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
+    select_attention(config.compute.attention, mesh.devices.flat[0], dtype)  # raises before the network is asked
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
@@ -71,7 +74,6 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
     found, config = start.checkpoint, fit_to_tokenizer(start, tokenizer)
     use_compilation_cache(config.compute.compilation_cache_dir)
-    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     tell(f"data        opening {config.data.data}")
     with job.all_or_none():
         resumes = found is not None
