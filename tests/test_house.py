@@ -31,7 +31,7 @@ HOUSE = {
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_737),
     "serving": ("runs generation hf model tokenizer config runtime", 2_139),
     "planning": ("training kernels distributed model config runtime", 465),
-    "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 1_039),
+    "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_039),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
 CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_286, 14_931
