@@ -96,6 +96,9 @@ def evaluate(
             transformers. Default: as the run was trained, else text.
     """
     check_model(path)
+    from smollm_jax.runs.places import check_data
+
+    check_data(data)
     from smollm_jax.training.evaluation import evaluate_model
 
     settings = DataConfig(data=data, text_column=text_column, split=split, on_bad_data=on_bad_data)
@@ -183,6 +186,9 @@ def verify_resume(argv: list[str], prog: str) -> int:
     import tempfile
 
     own, config = parse(argv, prog=prog, about=str(inspect.getdoc(verify_resume)), own=VerifyFlags())
+    from smollm_jax.runs.places import check_places
+
+    check_places(config)
     from smollm_jax.training.verify_resume import verify_resume as verify
 
     place = None if config.run.run_dir is None else config.run_dir

@@ -54,6 +54,11 @@ def train(argv: list[str], prog: str) -> None:
 
     def main(stop: StopRequest) -> int:
         config = parse(argv, prog=prog)
+        from smollm_jax.distributed.launch import may_be_several
+        from smollm_jax.runs.places import check_places
+
+        if not may_be_several(config.compute):  # a job's processes have to learn of a mistake together, in fit
+            check_places(config)
         say(f"smollm-jax  {__version__}, loading JAX")
         if not has_accelerator():
             quiet_libtpu()

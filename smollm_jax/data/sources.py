@@ -20,7 +20,7 @@ import xxhash
 
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
-from smollm_jax.data.local_files import SUFFIXES, find_files
+from smollm_jax.data.local_files import SUFFIXES, data_files, require_known
 from smollm_jax.data.python_docs import python_docs
 from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require, say_once
@@ -146,10 +146,7 @@ class LocalSource(Source):
     def __init__(self, pattern: str, settings: DataConfig):
         """Raise `UserError` if there are no files, or they cannot be read."""
         try:
-            files = find_files(pattern)
-            require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
-            _require_known(files, pattern)
-            _require_files(files, pattern)
+            files = data_files(pattern)
             sizes = [Path(path).stat().st_size for path in files]
             whole = sum(sizes) <= WHOLE_BYTES
             prints = [_local_hash(Path(file), size, whole=whole) for file, size in zip(files, sizes, strict=True)]
@@ -180,7 +177,7 @@ class HubSource(Source):
                 raise
             raise UserError(f"--data {error}; {WAYS_OUT}") from None
         files, sizes = [file.name for file in self._listing], [file.size for file in self._listing]
-        _require_known(files, spec)
+        require_known(files, spec)
         prints = [_short_hash(file.name, file.size, file.content) for file in self._listing]
         super().__init__(spec, files, sizes, prints, settings)
 
@@ -204,6 +201,14 @@ class PythonDocsSource(Source):
                 yield Record(text, row, {**start, "row": row + 1})
 
 
+def check_source(spec: str) -> None:
+    """Raise `UserError` for a built-in source or local files that are not there. Opens nothing."""
+    if spec.startswith("builtin:"):
+        require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
+    elif looks_local(spec):
+        data_files(spec)
+
+
 def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:
     """Open the source that `spec` names. Raises `UserError` if there is nothing to read.
 
@@ -211,7 +216,7 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
     seconds, then raises `SourceTimeout`.
     """
     if spec.startswith("builtin:"):
-        require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
+        check_source(spec)
         return PythonDocsSource(settings)
     if not looks_local(spec):
         return HubSource(spec, settings, resumes=resumes)
@@ -287,14 +292,3 @@ def _is_path(spec: str) -> bool:
 def looks_local(spec: str) -> bool:
     path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or _is_path(spec)
     return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
-
-
-def _require_known(files: list[str], spec: str) -> None:
-    for path in files:
-        require(path.endswith(SUFFIXES), f"--data {spec}: {path} is none of {', '.join(SUFFIXES)}")
-
-
-def _require_files(files: list[str], spec: str) -> None:
-    for path in files:
-        is_file = os.path.isfile(path)
-        require(is_file, f"--data {spec}: {path} is no regular file, and data is read more than once")

@@ -23,6 +23,8 @@ class About:
     """Hub ids of what it was trained on."""
     base_model: str | None = None
     """Hub id of the weights it began with."""
+    language: str | None = None
+    """Code of the language of its data, such as en."""
     prompt: str = "Once upon a time"
     sample: str = ""
     """What it wrote after the prompt."""
@@ -34,6 +36,7 @@ def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, p
     rows |= {label: _cell(value) for label, value in about.rows.items() if value is not None}
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     head = [f"license: {LICENSE}", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"language: {about.language}"] if about.language else []
     head += [f"base_model: {about.base_model}"] if about.base_model else []
     head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
     head += ["tags:", "- llama", "- smollm", "- jax"]

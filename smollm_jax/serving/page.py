@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from smollm_jax.config.presets import PRESETS, START
 from smollm_jax.serving.facts import Facts
 from smollm_jax.serving.handlers import Handlers
 from smollm_jax.serving.scheduler import RANGES, Scheduler
@@ -20,9 +21,6 @@ from smollm_jax.serving.scheduler import RANGES, Scheduler
 GRADIO_QUEUE = 64
 STYLE, SCRIPT, HELP = (Path(__file__).with_suffix(suffix).read_text("utf-8") for suffix in (".css", ".js", ".md"))
 SECONDS_TO_LOOK = 10  # between two reads of a run that may be training
-# temperature, top-p, top-k, repetition penalty
-PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
-START = "Textbook"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # /generate is the only documented endpoint
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 BROWSER = PRIVATE | {"show_progress": "hidden"}  # an event of the browser alone: fn is None

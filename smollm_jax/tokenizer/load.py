@@ -21,17 +21,31 @@ def load_tokenizer(
 
     Raises `UserError` if there is none, or the Hub does not answer.
     """
+    folder = check_tokenizer(name)
+    if name.startswith("train:"):
+        require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
+        size = int(name.removeprefix("train:"))
+        return train_tokenizer(documents or (), size, special_tokens=special_tokens)
+    return Tokenizer(_download(name) if folder is None else folder, special_tokens=special_tokens)
+
+
+def check_tokenizer(name: str) -> Path | None:
+    """Return the folder of a local name, None for `train:VOCAB` or a Hub id.
+
+    Does not ask the Hub. Raises `UserError` if there is no such folder, or VOCAB is no size.
+    """
     if name.startswith("train:"):
         size = name.removeprefix("train:")
         require(
             size.isdecimal() and int(size) > BYTES,
             f"--tokenizer {name}: expected train:VOCAB, such as train:4096, with VOCAB of {BYTES + 1} or more",
         )
-        require(documents is not None, f"--tokenizer {name} needs documents to be trained on")
-        return train_tokenizer(documents or (), int(size), special_tokens=special_tokens)
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return Tokenizer(expand_home(name), special_tokens=special_tokens)
-    return Tokenizer(_download(name), special_tokens=special_tokens)
+        return None
+    folder = expand_home(name)
+    if not (folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1):
+        return None
+    require(folder.is_dir(), f"no tokenizer folder {folder}; give a folder, a Hub id or train:VOCAB")
+    return folder
 
 
 def _download(repo: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
@@ -18,6 +19,7 @@ from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
+from smollm_jax.kernels.select import select_attention
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
@@ -26,6 +28,7 @@ from smollm_jax.runs.metrics import NullMetrics, RunMetrics, duration
 from smollm_jax.runs.records import keep_records
 from smollm_jax.runtime.devices import (
     compute_dtype,
+    device_name,
     matmul_rate,
     peak_flops,
     use_compilation_cache,
@@ -56,6 +59,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     """
     began, tell = time.monotonic(), say if job.first else lambda _: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
+    select_attention(config.compute.attention, mesh.devices.flat[0], dtype)  # raises before the network is asked
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
@@ -69,7 +74,6 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
     found, config = start.checkpoint, fit_to_tokenizer(start, tokenizer)
     use_compilation_cache(config.compute.compilation_cache_dir)
-    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     tell(f"data        opening {config.data.data}")
     with job.all_or_none():
         resumes = found is not None
@@ -89,9 +93,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     told = found.meta.get("computed", {}).get("remat") if found else None
     before: Policy = told if told in POLICIES else "none"
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
-    computed = {
-        "dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size), "remat": remat,
-    }  # fmt: skip
+    computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
@@ -115,6 +117,14 @@ def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
     """Remove the files that dead processes left half written. Only the holder of the lock may call."""
     checkpoints.clean()
     clean_left_overs(run_dir, WRITTEN, is_locked=True)
+
+
+def described(mesh: Mesh, dtype: Any, remat: Policy) -> dict[str, Any]:
+    """Return what computes a run and how, as each checkpoint stores it."""
+    return {
+        "dtype": dtype.name, "platform": jax.default_backend(), "device": device_name(mesh.devices.flat[0]),
+        "devices": int(mesh.size), "remat": remat,
+    }  # fmt: skip
 
 
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
