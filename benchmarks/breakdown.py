@@ -178,7 +178,7 @@ def _optimizer(config: Config, params: Any) -> Program:
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         scale_and_norm = {"scale": jnp.float32(1), "norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, opt_state, params, **scale_and_norm)
-        rate = config.optimizer.learning_rate
+        rate = config.learning_rate
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state
 
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params).compile()

@@ -12,17 +12,18 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import xxhash
 
 from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.documents import Document, content_of
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
 from smollm_jax.data.local_files import SUFFIXES, data_files, require_known
 from smollm_jax.data.python_docs import python_docs
-from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
+from smollm_jax.data.readers import Columns, Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require, say_once
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
@@ -35,19 +36,6 @@ PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
 WHOLE_BYTES, PROBES, PROBE_BYTES = 2**30, 64, 2**16
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, and where it comes from."""
-
-    text: str
-    source: str
-    file: str
-    row: int
-    cursor: Cursor = field(repr=False)
-    """From here the next document follows."""
-    kept: str = field(default="", repr=False)  # beginning of a text whose end is held out
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,8 @@ class Source:
         """Yield the wanted rows of file `start["file"]` from `start` on. Raises what its parser raises."""
         path = self.files[start["file"]]
         read = read_parquet if path.endswith(".parquet") else read_text
-        return read(self.open(start["file"]), path, start, self.settings.text_column, wanted)
+        columns = Columns(self.settings.text_column, chat=self.settings.data_kind == "chat")
+        return read(self.open(start["file"]), path, start, columns, wanted)
 
     def documents(
         self, cursor: Cursor | None = None, skipped: list[str] | None = None, shard: Shard = WHOLE
@@ -108,11 +97,11 @@ class Source:
             try:
                 for record in self.records(cursor, WHOLE.has if by_file else shard.has):
                     cursor, tries = record.after, 0
-                    fault = record.fault or _fault(record.value, self.settings.text_column)
-                    if fault:
+                    text, conversation, fault = content_of(record.value, self.settings.text_column)
+                    if fault := record.fault or fault:
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
-                    elif record.value.strip():
-                        yield Document(record.value, self.name, path, record.row, cursor)
+                    elif text.strip():
+                        yield Document(text, self.name, path, record.row, cursor, conversation=conversation)
             except Exception as error:
                 if not _is_of_the_file(error):
                     raise
@@ -267,15 +256,6 @@ def _local_hash(file: Path, size: int, *, whole: bool) -> str:
                 opened.seek((size - PROBE_BYTES) * probe // (PROBES - 1))
                 content.update(opened.read(PROBE_BYTES))
     return _short_hash(file.name, size, content.hexdigest())
-
-
-def _fault(value: Any, column: str) -> str:
-    """Return why a value is not text, empty if it is text."""
-    if not isinstance(value, str):
-        return f"{column} is {type(value).__name__}, not text"
-    if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
-        return f"{column} is not Unicode text: a lone surrogate"
-    return ""
 
 
 def _is_of_the_file(error: Exception) -> bool:

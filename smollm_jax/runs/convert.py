@@ -77,7 +77,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Batch (sequences)": config.main_batch_size,
         "Sequence length": config.data.seq_len,
         "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
-        "Peak learning rate": optimizer.learning_rate,
+        "Peak learning rate": config.learning_rate,
         "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
         "Weight decay": optimizer.weight_decay,
         "Gradient norm clipped at": optimizer.clip_norm,

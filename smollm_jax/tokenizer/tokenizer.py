@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,14 @@ def _no_panic() -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer fails on this text: {one_line(error)}") from None
+
+
+class Encoded(NamedTuple):
+    """The ids of a text, and the characters from `begin` to `end` of each: int32 (n,)."""
+
+    ids: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
 
 
 class Tokenizer:
@@ -156,14 +164,21 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: SpecialTokens | None = None) -> np.ndarray:
         return self.encode_batch([text], special_tokens)[0]
 
-    @_no_panic()
     def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
         """Return the ids of a part of a text: the post-processor adds nothing."""
-        spelling = self._spelling if self._spells_special(text) else self._fast
+        return list(self.encode_parts([text], special_tokens)[0].ids.tolist())
+
+    @_no_panic()
+    def encode_parts(self, texts: list[str], special_tokens: SpecialTokens) -> list[Encoded]:
+        """Return what `encode_part` does, of several parts and with their characters."""
+        spelling = self._spelling if any(map(self._spells_special, texts)) else self._fast
         fast = self._parsing if special_tokens == "parse" else spelling
-        ids = fast.encode(text, add_special_tokens=False).ids
-        self._require_known(max(ids, default=0))
-        return ids
+        found = []
+        for one in fast.encode_batch(texts, add_special_tokens=False):
+            self._require_known(max(one.ids, default=0))
+            begin, end = np.array(one.offsets, np.int32).reshape(-1, 2).T
+            found.append(Encoded(np.array(one.ids, np.int32), begin, end))
+        return found
 
     def _require_known(self, largest: int) -> None:
         """Raise `UserError` for an id of no entry, which a model's embedding would silently take for another."""

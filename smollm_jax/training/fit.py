@@ -141,5 +141,6 @@ def conclude(run: Run) -> int:
     prompt, *_ = *run.config.run.sample_prompts, "Once upon a time"
     where, prompt = shlex.quote(str(run.run_dir)), shlex.quote(prompt)
     run.report.say(f"next        python -m smollm_jax serve {where}")
-    run.report.say(f"            python -m smollm_jax generate {where} --prompt {prompt}")
+    talk = f"chat {where}" if run.config.data.is_chat else f"generate {where} --prompt {prompt}"
+    run.report.say(f"            python -m smollm_jax {talk}")
     return 0

@@ -58,10 +58,11 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     `UserError` too if the weights have another architecture.
     """
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
+    is_default = source == RECIPES[config.recipe].run.init_from
     if found is not None and "progress" in found.meta:
         return _resumed(config, found)
     refuse_to_start_over(config, run_dir, checkpoints.folder, found)
-    if found is not None and source is None:  # an import is a checkpoint without progress
+    if found is not None and is_default:  # an import is a checkpoint without progress
         source = str(run_dir)
     if source is None:
         return StartState(config)
@@ -99,6 +100,8 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
         config = _completed(config, saved.model, saved.data.tokenizer)
+    if config.data.is_chat and config.run.steps is None:  # as counted at the start
+        config = replace(config, run=replace(config.run, steps=saved.total_steps))
     notes, old, name = [], found.meta["config"], config.data.tokenizer
     if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):
         notes.append(f"data.tokenizer changed from {saved.data.tokenizer} to {name}: the same tokenizer")

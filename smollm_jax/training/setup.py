@@ -38,8 +38,10 @@ from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
+from smollm_jax.tokenizer.chat_setup import with_chat_template
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
 from smollm_jax.training.restore import StartState, resolve_start, vocabulary_follows
 from smollm_jax.training.run import Progress, Run
@@ -80,6 +82,9 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         held = held_out(config.data, tokenizer, resumes=resumes)
         start.notes.append(f"special     {tokenizer.describe_special()}")
         check_prompts(config, tokenizer)
+        if config.data.is_chat and not resumes:
+            config, lines = survey_run(config, tokenizer, held)
+            start.notes.extend(lines)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
     job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")
@@ -143,7 +148,7 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
 def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """Raise `UserError` for a sample prompt that fills the context, before an evaluation would."""
     for prompt in config.run.sample_prompts if config.run.sample_tokens else ():
-        length, most = len(tokenizer.encode(prompt)), config.model.max_seq_len - 1
+        length, most = len(prompt_ids(config, tokenizer, prompt)), config.model.max_seq_len - 1
         require(0 < length <= most, f"--sample-prompts {prompt[:40]!r} has {length} tokens; 1 to {most} fit")
 
 
@@ -185,6 +190,9 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
             tokenizer = load_tokenizer(name, documents=documents, special_tokens=special)
         if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
+        if data.is_chat:
+            tokenizer, note = with_chat_template(tokenizer, data.chat_template, name)
+            start.notes.append(note)
         tokenizer.save(folder)
     return tokenizer
 
@@ -195,7 +203,8 @@ def fit_to_tokenizer(start: StartState, tokenizer: Tokenizer) -> Config:
     if start.checkpoint is None and start.params is None and vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     check_vocab(tokenizer, config.model.vocab_size)
-    return replace(config, model=with_ids_of(config.model, tokenizer))
+    model = with_ids_of(config.model, tokenizer)
+    return replace(config, model=with_pad_of(model, tokenizer) if config.data.is_chat else model)
 
 
 def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) -> None:
@@ -226,7 +235,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
-        f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        f"optimizer   AdamW, peak learning rate {config.learning_rate:g}, {optimizer.schedule}, "
         f"warm-up {config.warmup_steps} steps{fitted}",
         f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
         f"held out    {_held_out(run)}",

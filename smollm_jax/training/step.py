@@ -149,6 +149,8 @@ def make_step(
             "finite": finite,
             "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
         }
+        if config.data.is_chat:
+            metrics["filled"] = jnp.sum(segment_ids != 0)
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics

@@ -206,6 +206,8 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
         "model.vocab_size", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.intermediate_size",
-        "model.rms_norm_eps", "model.rope_theta", "model.max_seq_len", "model.initializer_range",
+        "data.data_kind", "data.loss_on",
+        "data.chat_template", "model.rms_norm_eps", "model.rope_theta",
+        "model.max_seq_len", "model.initializer_range",
         "model.tie_embeddings",
     }  # fmt: skip
