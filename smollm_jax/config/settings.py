@@ -95,7 +95,7 @@ class DataConfig:
     split: str = "train"  # Split of a Hub dataset.
     text_column: str = "text"  # Column that holds the text.
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
-    """Hub id, folder, or train:VOCAB to train a byte-level BPE on the start of the data."""
+    """Hub id, folder, or train:VOCAB to train a byte-level BPE on the data's start (:chat adds ChatML's)."""
     special_tokens: Literal["text", "parse"] = "text"
     """Special tokens that a text spells out. text: they stay text; parse: they become ids, as in transformers."""
     loss_on: Literal["assistant", "all"] = "assistant"

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import expand_home
-from smollm_jax.tokenizer.tokenizer import Tokenizer, token_text
+from smollm_jax.tokenizer.tokenizer import CHAT_TOKENS, Tokenizer, token_text
 from smollm_jax.tokenizer.turns import TemplateMisfit, turn_end
 
-START, END = "<|im_start|>", "<|im_end|>"
 # OpenAI's ChatML, as SmolLM2 was trained with it, without its default system message
 CHATML = (
     "{% for message in messages %}"
@@ -30,10 +29,10 @@ def with_chat_template(tokenizer: Tokenizer, choice: str, name: str) -> tuple[To
     chosen = "chatml" if choice == "auto" and not own else choice
     template = str(own or BUILT_IN.get(chosen) or _read(chosen))
     if template == CHATML:
-        missing = [token for token in (START, END) if token not in tokenizer.special_tokens]
+        missing = [token for token in CHAT_TOKENS if token not in tokenizer.special_tokens]
         one = f"--tokenizer {name} has no special token {missing and missing[0]}, which chatml needs"
         require(not missing, f"{one}; give --chat-template FILE, a template of its own special tokens")
-    changed = _rewritten(tokenizer, template, {"bos_token": START} if template == CHATML else {})
+    changed = _rewritten(tokenizer, template, {"bos_token": CHAT_TOKENS[0]} if template == CHATML else {})
     what = f"the chat template of {name}" if own else f"--chat-template {chosen}"
     try:
         end = turn_end(changed)

@@ -19,6 +19,7 @@ from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import leads_out, read_whole, written_aside
 
 EOS = "<|endoftext|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # of ChatML: the start and the end of a turn
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

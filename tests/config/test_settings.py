@@ -109,6 +109,7 @@ def test_any_config_survives_being_written(recipe, changes):
     try:
         groups = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
         config = replace(config, **groups)
+        _ = config.run_dir  # the home folder of an unknown user
     except ValueError:
         reject()
     written = json.loads(json.dumps(to_dict(config)))
