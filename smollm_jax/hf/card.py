@@ -6,6 +6,8 @@ from typing import Any
 
 from smollm_jax.config.architecture import ModelConfig
 
+BASE = "A base model: it continues text and follows no instructions."
+INSTRUCT = "An instruct model: it was fine-tuned on conversations, and answers through its chat template."
 LICENSE = "apache-2.0"  # of SmolLM2. Edit the card if other terms apply
 PLACE = "PATH"  # of the folder, until it is pushed
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
@@ -28,6 +30,8 @@ class About:
     prompt: str = "Once upon a time"
     sample: str = ""
     """What it wrote after the prompt."""
+    chat: bool = False
+    """Whether it was fine-tuned on conversations."""
 
 
 def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None) -> str:
@@ -43,23 +47,31 @@ def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, p
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {' '.join(about.title.split())}",
-        "Trained with smollm-jax. A base model: it continues text and follows no instructions.",
+        f"Trained with smollm-jax. {INSTRUCT if about.chat else BASE}",
         f"| | |\n|---|---|\n{table}",
         *([f"![loss]({picture})"] if picture else []),
         f"""```python
 from transformers import pipeline
 
 write = pipeline("text-generation", "{PLACE}")
-print(write({about.prompt!r}, max_new_tokens=64)[0]["generated_text"])
+print({_call(about)})
 ```""",
-        *(
-            [f"A sample from the end of the training:\n\n{_quoted(about.prompt + about.sample)}"]
-            if about.sample
-            else []
-        ),
+        *([f"A sample from the end of the training:\n\n{_quoted(_sample(about))}"] if about.sample else []),
         f"Check at export: {checked}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _call(about: About) -> str:
+    if not about.chat:
+        return f'write({about.prompt!r}, max_new_tokens=64)[0]["generated_text"]'
+    messages = [{"role": "user", "content": about.prompt}]
+    return f'write({messages!r}, max_new_tokens=128)[0]["generated_text"][-1]["content"]'
+
+
+def _sample(about: About) -> str:
+    between = "\n\n" if about.chat else ""  # a question and its answer
+    return f"{about.prompt}{between}{about.sample}"
 
 
 def _cell(value: Any) -> str:

@@ -76,6 +76,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Tokens": progress.get("tokens"),
         "Batch (sequences)": config.main_batch_size,
         "Sequence length": config.data.seq_len,
+        "Loss on": config.data.loss_on if config.data.is_chat else None,
         "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
         "Peak learning rate": config.learning_rate,
         "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
@@ -100,6 +101,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
         prompt=prompt or (config.run.sample_prompts or ("Once upon a time",))[0],
         sample=sample,
+        chat=config.data.is_chat,
     )
 
 

@@ -48,11 +48,12 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts 
                     accordion = gr.Accordion("Settings", open=True, elem_id="settings")
                 with side, accordion:
                     preset, numbers = settings(scheduler)
-                with gr.Tab("Notebook") if has_chat else contextlib.nullcontext():
-                    sheet = notebook(handlers, [preset, *numbers], facts.openings)
-                if has_chat:
-                    with gr.Tab("Chat"):
-                        chat(page, handlers, numbers)
+                with gr.Tabs(selected="chat") if has_chat else contextlib.nullcontext():
+                    with gr.Tab("Notebook", render_children=True) if has_chat else contextlib.nullcontext():
+                        sheet = notebook(handlers, [preset, *numbers], facts.openings)
+                    if has_chat:
+                        with gr.Tab("Chat", id="chat"):
+                            chat(page, handlers, numbers)
             side.render()
         kept = [sheet, preset, *numbers]
         restore = f"(...v) => window.notebook.restore(v, {scheduler.max_new_tokens})"

@@ -38,6 +38,13 @@ class Page:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
+        self.page.wait_for_selector("#message textarea")
+        self.opened_on = self.page.get_by_role("tab", selected=True).inner_text()
+        self.notebook()
+
+    def notebook(self):
+        """Change to the notebook: a model with a template opens on the chat."""
+        self.page.get_by_role("tab", name="Notebook").click()
         self.page.wait_for_selector("#sheet textarea")
         self.page.wait_for_function("() => document.querySelector('#continue')?.offsetParent")
 
@@ -211,8 +218,12 @@ def test_dark_is_a_press_away_and_is_remembered(page):
     page.press("dark")
     page.wait(dark)
     page.page.reload()
-    page.page.wait_for_selector("#sheet textarea")
+    page.notebook()
     page.wait(dark)
+
+
+def test_a_model_with_a_template_opens_on_the_chat(page):
+    assert page.opened_on == "Chat"
 
 
 def test_a_chat_answers_again_and_takes_back(page):

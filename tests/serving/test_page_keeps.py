@@ -32,8 +32,7 @@ def scroll(page):
 
 def reload(page):
     page.page.reload()
-    page.page.wait_for_selector("#sheet textarea")
-    page.page.wait_for_function("() => document.querySelector('#continue')?.offsetParent")
+    page.notebook()
 
 
 def test_the_view_follows_the_text_unless_the_reader_scrolled_up(page):
