@@ -69,6 +69,8 @@ def evaluate(
     path: Positional,
     *,
     data: str,
+    data_kind: Literal["text", "chat"] = "text",
+    loss_on: Literal["assistant", "all"] = "assistant",
     text_column: str = DataConfig.text_column,
     split: str = DataConfig.split,
     seq_len: int | None = None,
@@ -85,6 +87,8 @@ def evaluate(
     Args:
         path: Run, exported folder or Hub id.
         data: Any source that train_jax.py reads.
+        data_kind: text, or chat for conversations, which go through the model's chat template.
+        loss_on: What counts of a conversation.
         text_column: Column that holds the text.
         split: Split of a Hub dataset.
         seq_len: Tokens per sequence. Default: the run's own, else 2,048 or the model's context if shorter.
@@ -101,7 +105,10 @@ def evaluate(
     check_data(data)
     from smollm_jax.training.evaluation import evaluate_model
 
-    settings = DataConfig(data=data, text_column=text_column, split=split, on_bad_data=on_bad_data)
+    settings = DataConfig(
+        data=data, data_kind=data_kind, loss_on=loss_on, text_column=text_column, split=split,
+        on_bad_data=on_bad_data,
+    )  # fmt: skip
     result = evaluate_model(
         path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype,
         special_tokens=special_tokens,

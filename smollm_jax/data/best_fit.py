@@ -23,13 +23,13 @@ def new_packer(config: DataConfig) -> Any:
 
 
 def context(ids: np.ndarray) -> np.ndarray:
-    """Return ids of tokens that are read and are no targets: as ~id, so that their sign tells them apart."""
+    """Return `ids` as the ids of tokens that are no targets: ~id, which is negative."""
     return ~ids
 
 
 @dataclass(frozen=True)
 class Piece(Generic[D]):
-    """A part of a document that a row holds whole: part `part` of the document drawn as the `number`th."""
+    """A part of a document, to be held by one row: part `part` of the `number`th document."""
 
     document: D
     tokens: np.ndarray
@@ -38,7 +38,7 @@ class Piece(Generic[D]):
 
 
 class BestFitPacker(Generic[D]):
-    """A buffer of documents and the rows made of them. A document may hold tokens as `context` gives them.
+    """A buffer of documents, and the rows made of them. Documents hold tokens as `context` gives them.
 
     A document longer than a row is divided into rows, each of which begins with the last token of the one before.
     """
@@ -67,7 +67,7 @@ class BestFitPacker(Generic[D]):
 
     @property
     def left(self) -> list[list[int]]:
-        """Return the parts in the buffer of each document, from the oldest in the buffer to the last that came."""
+        """Return the parts in the buffer, for each document from the oldest in the buffer on."""
         first = self._buffer[0].number if self._buffer else self._added
         kept: list[list[int]] = [[] for _ in range(first, self._added)]
         for piece in self._buffer:

@@ -1,4 +1,4 @@
-"""Turn conversations into the tokens of a row, with the tokens that count in the loss."""
+"""Turn conversations into tokens for a row, and mark the targets of the loss."""
 
 import logging
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def spoken_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def fitted(one: Trainable, size: int) -> np.ndarray:
-    """Return the tokens for a row of `size`, int32 (n,), other than targets as `context` gives them.
+    """Return int32 tokens (n,) for a row of `size`, with `context` for what is no target.
 
     What is longer is cut at the end of the last turn that fits. Empty if there is no target left.
     """

@@ -1,4 +1,4 @@
-"""Read a row of a data set as a conversation, in the formats that fine-tuning data comes in.
+"""Read a row as a conversation, in each of the usual formats.
 
 `messages` are objects of role and content, `conversations` objects of from and value. A prompt with its completion
 is a text or a list of messages each. After any system message, a user's and an assistant's turns alternate.

@@ -39,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read of a row: `text`, or in `chat` data a conversation if the row has one.
+    """The columns to read of a row: `text`, or in `chat` data any conversation.
 
     In `chat` data a value is a dict of columns, else the text.
     """

@@ -35,7 +35,7 @@ def text_hash(text: str) -> int:
 
 
 def exclusions(held_out: Iterable[TokenizedDocument]) -> dict[int, int]:
-    """Return the hashes of held-out texts, with the characters to train on of each that is held out in part."""
+    """Return the hash of each held-out text, with the characters of it to train on."""
     return {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
 
 

@@ -1,4 +1,4 @@
-"""Survey conversations before training on them: how much is trained, what is too long, how many rows they fill."""
+"""Survey conversations before training: targets, lengths, and the rows that they fill."""
 
 from collections.abc import Iterator
 from itertools import chain, islice

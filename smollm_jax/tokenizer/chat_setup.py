@@ -1,4 +1,4 @@
-"""Give a tokenizer the chat template of a fine-tuning run, and the token that ends a turn as its end of text."""
+"""Set the chat template of a tokenizer, and its eos, which ends a turn."""
 
 import json
 import tempfile

@@ -18,7 +18,7 @@ LossOn = Literal["assistant", "all"]
 
 
 class TemplateMisfit(UserError):
-    """A template that renders a turn otherwise once more turns follow: no span can be found."""
+    """A template that renders a turn otherwise if more turns follow. No span can be found."""
 
 
 class Rendered(NamedTuple):
@@ -54,7 +54,7 @@ def render_turns(tokenizer: Tokenizer, messages: Turns, *, loss_on: LossOn, trai
         upto = whole if number + 1 == len(turns) else render(turns[: number + 1], add_generation_prompt=False)
         before = render(turns[:number]) if is_assistant else ""
         if not (whole.startswith(upto) and upto.startswith(before)):
-            raise TemplateMisfit(f"it renders message {number + 1} otherwise once more messages follow")
+            raise TemplateMisfit(f"it renders message {number + 1} otherwise if more messages follow")
         ends.append(len(upto))
         if loss_on == "assistant":
             trained.append((len(before), _end_of_turn(tokenizer, upto, len(before))))
@@ -82,7 +82,7 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
 
 
 def _end_of_turn(tokenizer: Tokenizer, text: str, start: int) -> int:
-    """Return the end of the last special token of a turn, if white space alone follows it. Else the text's end."""
+    """Return the end of a turn's last special token, if white space follows. Else the text's end."""
     ends = [at + len(token) for token in tokenizer.special_tokens if (at := text.rfind(token, start)) >= 0]
     end = max(ends, default=len(text))
     return len(text) if text[end:].strip() else end

@@ -1,5 +1,6 @@
-"""Set up a run on conversations: its template and end of turn, its length in epochs, a look at what is trained."""
+"""Set up a run on conversations: its length in epochs, and a look at what is trained."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from smollm_jax.config.architecture import ModelConfig
@@ -7,7 +8,6 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import Config
 from smollm_jax.data.shuffle import TokenizedDocument, exclusions
 from smollm_jax.data.survey import HEAD, describe, survey
-from smollm_jax.runtime.errors import say
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.tokenizer import Tokenizer, token_text
 
@@ -31,13 +31,15 @@ def counts_epochs(config: Config) -> bool:
     return data.is_chat and config.run.steps is None and data.epochs > 0 and data.data != RECIPES["sft"].data.data
 
 
-def survey_run(config: Config, tokenizer: Tokenizer, held: list[TokenizedDocument]) -> tuple[Config, list[str]]:
+def survey_run(
+    config: Config, tokenizer: Tokenizer, held: list[TokenizedDocument], tell: Callable[[str], None]
+) -> tuple[Config, list[str]]:
     """Return the settings with the steps of their epochs, and lines on the conversations.
 
     Raises `UserError` as `survey` does.
     """
     whole = counts_epochs(config)
-    say(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
+    tell(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
     found = survey(config.data, tokenizer, exclusions(held), whole=whole)
     lines = describe(found, tokenizer, whole=whole)
     if whole:

@@ -86,6 +86,8 @@ def evaluate_model(
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
     model, params, tokenizer = load_model(path, special_tokens=special_tokens)
     check_vocab(tokenizer, model.vocab_size)
+    no_template = f"{path} has no chat template, which --data-kind chat needs"
+    require(not data.is_chat or bool(tokenizer.chat_template), no_template)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
     # plain: kernels need a check before use, and only a run checks them

@@ -83,7 +83,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         start.notes.append(f"special     {tokenizer.describe_special()}")
         check_prompts(config, tokenizer)
         if config.data.is_chat and not resumes:
-            config, lines = survey_run(config, tokenizer, held)
+            config, lines = survey_run(config, tokenizer, held, tell)
             start.notes.extend(lines)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)

@@ -143,7 +143,7 @@ def test_a_template_that_renders_a_turn_otherwise_later_is_refused(tmp_path):
     (tmp_path / "forgetful.jinja").write_text(FORGETFUL)
     tokenizer, _ = with_chat_template(chat_tokenizer(), str(tmp_path / "forgetful.jinja"), "small")
     thoughtful = messages_of([(USER, "a"), (ASSISTANT, "hm</think>b"), (USER, "c"), (ASSISTANT, "d")])
-    with pytest.raises(TemplateMisfit, match="message 2 otherwise once more messages follow"):
+    with pytest.raises(TemplateMisfit, match="message 2 otherwise if more messages follow"):
         render_turns(tokenizer, thoughtful, loss_on="assistant")
     encoded(tokenizer, messages_of(TALKS["three turns"]))  # nothing to forget
 
