@@ -32,19 +32,22 @@ def counts_epochs(config: Config) -> bool:
 
 
 def survey_run(
-    config: Config, tokenizer: Tokenizer, held: list[TokenizedDocument], tell: Callable[[str], None]
-) -> tuple[Config, list[str]]:
-    """Return the settings with the steps of their epochs, and lines on the conversations.
+    config: Config, tokenizer: Tokenizer, held: list[TokenizedDocument], notes: list[str],
+    tell: Callable[[str], None],
+) -> Config:  # fmt: skip
+    """Return the settings with the steps of their epochs, and append lines on the conversations to `notes`.
 
-    Raises `UserError` as `survey` does.
+    Text is left alone. Raises `UserError` as `survey` does.
     """
+    if not config.data.is_chat:
+        return config
     whole = counts_epochs(config)
     tell(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
     found = survey(config.data, tokenizer, exclusions(held), whole=whole)
-    lines = describe(found, tokenizer, whole=whole)
+    notes += describe(found, tokenizer, whole=whole)
     if whole:
         epochs, batch_size = config.data.epochs, config.main_batch_size
         steps = max(found.rows * epochs // batch_size, 1)
         config = replace(config, run=replace(config.run, steps=steps))
-        lines.append(f"epochs      {epochs} of {found.rows:,} rows by {batch_size} are {steps:,} steps")
-    return config, lines
+        notes.append(f"epochs      {epochs} of {found.rows:,} rows by {batch_size} are {steps:,} steps")
+    return config

@@ -82,9 +82,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         held = held_out(config.data, tokenizer, resumes=resumes)
         start.notes.append(f"special     {tokenizer.describe_special()}")
         check_prompts(config, tokenizer)
-        if config.data.is_chat and not resumes:
-            config, lines = survey_run(config, tokenizer, held, tell)
-            start.notes.extend(lines)
+        config = config if resumes else survey_run(config, tokenizer, held, start.notes, tell)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
     job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")

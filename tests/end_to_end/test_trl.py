@@ -69,7 +69,9 @@ def test_ids_masks_and_losses_are_those_of_trl(tmp_path):
     tokenizer = Tokenizer(folder)
     encoded = encode_turns(tokenizer, [render_turns(tokenizer, talk, loss_on="assistant") for talk in talks])
     assert [one.ids.tolist() for one in encoded] == [row["input_ids"] for row in rows]
-    assert [one.trained.astype(int).tolist() for one in encoded] == [row["assistant_masks"] for row in rows]
+    assert [one.trained.astype(int).tolist() for one in encoded] == [
+        [int(label != -100) for label in row["labels"]] for row in rows
+    ]
     config = Config(
         model=MODEL, data=DataConfig(data_kind="chat", seq_len=SEQ_LEN), compute=ComputeConfig(),
         run=RunConfig(phases=f"{STEPS}x{BATCH}"),
