@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import xxhash
 
+from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.documents import Document, content_of
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
@@ -74,7 +75,7 @@ class Source:
         """Yield the wanted rows of file `start["file"]` from `start` on. Raises what its parser raises."""
         path = self.files[start["file"]]
         read = read_parquet if path.endswith(".parquet") else read_text
-        columns = Columns(self.settings.text_column, chat=self.settings.data_kind == "chat")
+        columns = Columns(self.settings.text_column, self.settings.data_kind)
         return read(self.open(start["file"]), path, start, columns, wanted)
 
     def documents(
@@ -209,7 +210,7 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
         return PythonDocsSource(settings)
     if not looks_local(spec):
         return HubSource(spec, settings, resumes=resumes)
-    if settings.split != DataConfig.split:
+    if settings.split not in {recipe.data.split for recipe in RECIPES.values()}:
         say_once(f"--split {settings.split} is for datasets on the Hub; {spec} is read as a whole")
     return LocalSource(spec, settings)
 

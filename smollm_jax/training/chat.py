@@ -27,8 +27,8 @@ def with_pad_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def counts_epochs(config: Config) -> bool:
     """Return whether --epochs give the run's length: without --steps, except on the recipe's own data."""
-    data = config.data
-    return data.is_chat and config.run.steps is None and data.epochs > 0 and data.data != RECIPES["sft"].data.data
+    data, published = config.data, RECIPES[config.recipe].data.data
+    return data.is_chat and config.run.steps is None and data.epochs > 0 and data.data != published
 
 
 def survey_run(
@@ -44,7 +44,7 @@ def survey_run(
     whole = counts_epochs(config)
     tell(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
     found = survey(config.data, tokenizer, exclusions(held), whole=whole)
-    notes += describe(found, tokenizer, whole=whole)
+    notes += describe(found, tokenizer, whole=whole, pairs=config.data.is_pairs)
     if whole:
         epochs, batch_size = config.data.epochs, config.main_batch_size
         steps = max(found.rows * epochs // batch_size, 1)

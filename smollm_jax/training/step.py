@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from smollm_jax.config.preference import FIGURES
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import BATCH_AXES, layout_of, with_layout
 from smollm_jax.kernels.select import select_ops
 from smollm_jax.kernels.shard import per_device
-from smollm_jax.model.loss import summed_nll, targets_of
+from smollm_jax.model.loss import summed_nll, targets_of, token_logprobs
 from smollm_jax.model.ops import Ops
+from smollm_jax.model.preference import pair_step, sums_per_answer
 from smollm_jax.model.transformer import Policy, SmolLM, init_params
 from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -65,19 +67,51 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
-    `ops` are the functions for the devices of `mesh`, by default `select_step_ops`.
+    A fourth argument, (B, T) f32, takes the place of the weights of `targets_of`. `ops` are the functions for the
+    devices of `mesh`, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
 
-    def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
+    def nll(
+        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, given_BT: jax.Array | None = None
+    ) -> jax.Array:
         model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
         x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT)
+            return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT if given_BT is None else given_BT)
 
     return nll
+
+
+def make_logprobs(
+    config: Config, mesh: Mesh | None = None, *, dtype: Any, ops: Ops | None = None
+) -> Callable[..., jax.Array]:
+    """Return `logprobs(params, tokens_BT1, segment_ids_BT1)`: sums per answer of pairs, (B, P, 2) f32.
+
+    One micro-batch of the step is computed at a time. `ops` as in `make_nll`.
+    """
+    ops = ops or select_step_ops(config, mesh, dtype)
+    chunked = partial(token_logprobs, chunk_tokens=config.compute.loss_chunk_for("none", on_gpu=ops.on_gpu))
+    rows = PartitionSpec(BATCH_AXES)
+    each = per_device(mesh, chunked, in_specs=(rows, PartitionSpec(), rows), out_specs=(rows, rows))
+
+    def of_rows(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
+        model = SmolLM.from_params(config.model, params, dtype=dtype, ops=ops)
+        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
+        with jax.named_scope("head"):
+            logprobs_BT, _ = each(x_BTD, model.head_VD, tokens_BT1[:, 1:])
+            return sums_per_answer(logprobs_BT, segment_ids_BT1)
+
+    def logprobs(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        parts = config.compute.grad_accum
+        if parts == 1 or len(tokens) % parts:
+            return of_rows(params, tokens, segment_ids)
+        found = jax.lax.map(lambda micro: of_rows(params, *micro), _micro_batches(parts, tokens, segment_ids))
+        return found.swapaxes(0, 1).reshape(len(tokens), *found.shape[2:])
+
+    return logprobs
 
 
 def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[..., jax.Array]:
@@ -109,10 +143,11 @@ def make_step(
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:  # fmt: skip
     """Return the pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
 
-    The rows after the first `batch_size` are padding. `ops` as in `make_nll`. With several processes a fourth
-    argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The step counts for
-    nothing if a vote is `VOID`. A step after the end of the data counts for nothing: no vote is `GO`, no row has a
-    target. A step without finite gradients leaves parameters and moments as they were.
+    For pairs, two arguments follow: the sums of log-probs of `make_logprobs` and the reference's. With several
+    processes a last argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The
+    rows after the first `batch_size` are padding. `ops` as in `make_nll`. The step counts for nothing if a vote is
+    `VOID`. A step after the end of the data counts for nothing: no vote is `GO`, no row has a target. A step
+    without finite gradients leaves parameters and moments as they were.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
@@ -121,12 +156,20 @@ def make_step(
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
 
     def step(
-        state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
+        state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
-        params = state["params"]
-        nll, grads = gradients(params, tokens, segment_ids)
+        params, rows, pairs = state["params"], [tokens, segment_ids], dict[str, jax.Array]()
+        if config.data.is_pairs:
+            logprobs, reference, *others_left = others
+            pairs, weights = pair_step(logprobs, reference, segment_ids, config.preference)
+            rows.append(weights)
+        else:
+            others_left = list(others)
+        votes = others_left[0] if others_left else None
+        nll, grads = gradients(params, *rows)
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
-        scale = 1.0 / jnp.maximum(targets, 1)
+        nll = pairs.get("loss", nll)
+        scale = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
@@ -151,6 +194,8 @@ def make_step(
         }
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
+        if pairs:
+            metrics |= {"pairs": pairs["pairs"], **{name: pairs[name] * scale for name in FIGURES}}
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
@@ -159,19 +204,22 @@ def make_step(
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
-    """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time."""
+    """Return `value_and_grad(params, *arrays of rows)` summed over `parts` micro-batches, one at a time."""
     if parts == 1:
         return value_and_grad
 
-    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+    def gradients(params: Any, *rows: jax.Array) -> tuple[jax.Array, Any]:
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             found = value_and_grad(params, *micro)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), None
 
-        # every A-th row goes together, so that each device keeps its own rows
-        micros = tuple(x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1) for x in (tokens, segment_ids))
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, micros)[0]
+        return jax.lax.scan(add, zero, _micro_batches(parts, *rows))[0]
 
     return gradients
+
+
+def _micro_batches(parts: int, *rows: jax.Array) -> tuple[jax.Array, ...]:
+    # every A-th row goes together, so that each device keeps its own rows
+    return tuple(x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1) for x in rows)
