@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from smollm_jax.config.preference import FIGURES
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import BATCH_AXES, layout_of, with_layout
@@ -158,15 +157,9 @@ def make_step(
     def step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
-        params, rows, pairs = state["params"], [tokens, segment_ids], dict[str, jax.Array]()
-        if config.data.is_pairs:
-            logprobs, reference, *others_left = others
-            pairs, weights = pair_step(logprobs, reference, segment_ids, config.preference)
-            rows.append(weights)
-        else:
-            others_left = list(others)
-        votes = others_left[0] if others_left else None
-        nll, grads = gradients(params, *rows)
+        params = state["params"]
+        pairs, weights, votes = _inputs(config, segment_ids, others)
+        nll, grads = gradients(params, tokens, segment_ids, *weights)
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
         nll = pairs.get("loss", nll)
         scale = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
@@ -194,13 +187,24 @@ def make_step(
         }
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
-        if pairs:
-            metrics |= {"pairs": pairs["pairs"], **{name: pairs[name] * scale for name in FIGURES}}
+        metrics |= {name: x if name == "pairs" else x * scale for name, x in pairs.items()}
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
 
     return step
+
+
+def _inputs(
+    config: Config, segment_ids: jax.Array, others: tuple[jax.Array, ...]
+) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], jax.Array | None]:
+    """Return the sums over any pairs with the loss and figures, their weights per target, and any votes."""
+    pairs, weights = dict[str, jax.Array](), tuple[jax.Array, ...]()
+    if config.data.is_pairs:
+        logprobs_BP2, reference_BP2, *votes = others
+        pairs, weights_BT = pair_step(logprobs_BP2, reference_BP2, segment_ids, config.preference)
+        weights, others = (weights_BT,), tuple(votes)
+    return pairs, weights, others[0] if others else None
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:

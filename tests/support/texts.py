@@ -42,7 +42,7 @@ def make_pairs(count, *, seed=0):
     pairs = []
     for i, talk in enumerate(make_talks(count, seed=seed)):
         other = {"role": "assistant", "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))}
-        pairs.append({"chosen": talk, "rejected": talk if i % 10 == 9 else [*talk[:-1], other]})
+        pairs.append({"chosen": talk, "rejected": talk if i % 10 == 4 else [*talk[:-1], other]})
     return pairs
 
 
