@@ -1,4 +1,4 @@
-"""Define the settings of training on pairs of answers: the loss, and how far it may lead from the reference."""
+"""Define the settings of training on pairs of answers."""
 
 from dataclasses import dataclass
 from typing import Literal

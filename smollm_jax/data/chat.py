@@ -1,4 +1,4 @@
-"""Turn conversations and pairs of answers into tokens for a row, and mark the targets of the loss."""
+"""Turn conversations and pairs into tokens for a row, and mark the targets of the loss."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ NOTHING = Rendered("", [], [])
 def encode_to_fit(
     documents: Sequence[Document], tokenizer: Tokenizer, settings: DataConfig
 ) -> list[tuple[np.ndarray, int]]:
-    """Return the tokens of conversations or pairs for rows, each with its length before any cut.
+    """Return the tokens of conversations or pairs, each with its length before any cut.
 
     The tokens are as `fitted` or `fitted_pair` gives them. Raises `UserError` as `encode_conversations` does.
     """
@@ -86,9 +86,9 @@ def fitted(one: Trainable, size: int) -> np.ndarray:
 
 
 def fitted_pair(chosen: Trainable, rejected: Trainable, size: int) -> np.ndarray:
-    """Return the tokens of a pair for a row of `size`, int32 (n,): of two segments, as `BestFitPacker` takes them.
+    """Return the tokens of a pair for a row of `size`, int32 (n,), as `BestFitPacker` takes two segments.
 
-    If the row does not hold both, an answer's end is cut: each keeps half of the row, or what the other leaves.
+    If the row does not hold both, an answer's end is cut. Each keeps half of the row, or what the other leaves.
     Empty if the answers are then equal, or one has no target left.
     """
     lengths = [len(one.ids) for one in (chosen, rejected)]

@@ -1,7 +1,7 @@
 """Compute the loss of pairs of answers: direct preference optimization and its relatives.
 
-A row holds pairs of segments: 1 is the chosen answer and 2 the rejected, then 3 and 4, and so on. P is the number
-of pairs that a row of T+1 tokens may hold, and 2 stands for chosen and rejected. Sums are over the targets.
+A row holds pairs of segments. Segment 1 is a chosen answer and 2 the rejected, then follow 3 and 4, and so on. A
+row of T+1 tokens has room for P pairs. A dim of 2 stands for chosen and rejected. Sums are over the targets.
 """
 
 import jax
@@ -19,7 +19,10 @@ def pairs_per_row(seq_len: int) -> int:
 
 
 def sums_per_answer(value_BT: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
-    """Return the sums of a value per target over each answer, (B, P, 2) f32. 0 for an answer that is not there."""
+    """Return the sums of a value per target over each answer, (B, P, 2) f32.
+
+    The sum of an answer that is not there is 0.
+    """
     B, T = value_BT.shape
     _, weights_BT = targets_of(segment_ids_BT1, segment_ids_BT1)
     of_BT = jnp.where(weights_BT > 0, segment_ids_BT1[:, 1:], 0)
@@ -30,10 +33,10 @@ def sums_per_answer(value_BT: jax.Array, segment_ids_BT1: jax.Array) -> jax.Arra
 
 
 def pair_losses(ratio_BP2: jax.Array, lengths_BP2: jax.Array, settings: PreferenceConfig) -> jax.Array:
-    """Return the loss of each pair, (B, P) f32, of the policy's sums of log-probs minus the reference's.
+    """Return the loss of each pair, (B, P) f32, by the log-ratios of policy and reference.
 
-    Sources: sigmoid arXiv 2305.18290, smoothed as in its cDPO note; ipo 2310.12036, with the mean per token as its
-    authors published later; apo_zero 2408.06266.
+    A log-ratio is the policy's sum of log-probs minus the reference's. Sources: sigmoid arXiv 2305.18290, and its
+    authors' note on noisy labels. ipo 2310.12036, by the mean per token as in TRL. apo_zero 2408.06266.
     """
     beta, ratio_BP2 = settings.beta, _per_loss(ratio_BP2, lengths_BP2, settings)
     chosen_BP, rejected_BP = ratio_BP2[..., 0], ratio_BP2[..., 1]

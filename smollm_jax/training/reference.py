@@ -1,4 +1,4 @@
-"""Compute the reference model's log-probs of pairs once, before the first step, and keep them in the run folder.
+"""Compute the reference model's log-probs of pairs once, and keep them in the run folder.
 
 The reference model is the run's own start. Its sums come from the program that computes the policy's, on the rows
 of the steps. So a run needs no second model in memory, and its first loss is exactly the loss of equal models. A
@@ -34,7 +34,7 @@ AFRESH = "bring the old one back, or train afresh with --new-run"
 
 
 class Reference:
-    """The sums of log-probs of chosen and rejected answers under the reference model, by the hash of the pair.
+    """The reference model's sums of log-probs of answers, by the hash of the pair.
 
     `about` names the weights, the data and the steps that the sums were computed for.
     """
@@ -85,7 +85,10 @@ class Reference:
 
 
 def pair_keys(batch: Batch) -> Iterator[tuple[int, int, int]]:
-    """Yield row, place in the row, and hash of the tokens and targets of each pair of a batch."""
+    """Yield row, place in the row, and hash of each pair of a batch.
+
+    The hash covers tokens and targets.
+    """
     for row, (tokens, segment_ids) in enumerate(zip(batch.tokens, batch.segment_ids, strict=True)):
         pair_T1 = (np.abs(segment_ids) + 1) // 2
         for pair in range(int(pair_T1.max())):
@@ -95,10 +98,10 @@ def pair_keys(batch: Batch) -> Iterator[tuple[int, int, int]]:
 
 
 def prepare_reference(run: Run, found: VerifiedCheckpoint | None) -> Reference | None:
-    """Return the log-probs of a run's folder, else computed from its weights before the first step.
+    """Return the log-probs kept in the run folder, else compute them from the weights.
 
-    Returns None unless the data are pairs. Raises `UserError` if the run resumes and the file is missing, damaged,
-    of other weights or data, or short of the run's steps.
+    Returns None unless the data are pairs. Raises `UserError` if the run resumes and the file is missing, damaged
+    or of other weights or data. Raises it too if the file covers fewer steps than the run has.
     """
     path = run.run_dir / REFERENCE
     if not run.config.data.is_pairs:
