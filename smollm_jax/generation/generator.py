@@ -22,6 +22,7 @@ from smollm_jax.runtime.errors import require
 
 SMALLEST_BUCKET = 32
 SCORED = 256  # tokens of a text whose logits exist at once
+ALTERNATIVES = 5  # likeliest tokens that come with the score of a token
 PART, PART_ON_CPU = (
     512,
     128,
@@ -36,6 +37,13 @@ class DecodeState(NamedTuple):
     position_B: jax.Array
     seen_BV: jax.Array
     cache: Any
+
+
+class Score(NamedTuple):
+    """What a model expected at a token: its log-probability, and the likeliest ids there with theirs."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
 
 
 class Generator:
@@ -100,18 +108,27 @@ class Generator:
 
         A text is read in chunks with the cache, and the logits of one chunk exist at a time. Raises `UserError`.
         """
+        scores = [score for part in self.score(ids) for score in part]
+        return [score.logprob for score in scores], [score.likeliest[0][0] for score in scores]
+
+    def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
+        """Yield the scores of each id but the first, part by part.
+
+        They are of the softmax of the raw logits, whatever a sampling makes of these. Closing the iterator ends
+        the work. Raises `UserError` as `check_prompt` does.
+        """
         check_prompt(ids, context=self.context + 1, vocab_size=self.vocab_size)
-        length = _bucket(len(ids))
+        length, left = _bucket(len(ids)), len(ids) - 1
         size = min(length, SCORED)
         padded = np.zeros(length + 1, np.int32)
         padded[: len(ids)] = ids
-        cache, found, likeliest = self._decoder(self._weights).init_cache(1, length), [], []
-        for start in range(0, len(ids) - 1, size):
+        cache = self._decoder(self._weights).init_cache(1, length)
+        for start in range(0, left, size):
             tokens_1T, targets_T = padded[None, start : start + size], padded[start + 1 : start + 1 + size]
-            logprob_T, best_T, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
-            found += np.asarray(logprob_T).tolist()
-            likeliest += np.asarray(best_T).tolist()
-        return found[: len(ids) - 1], likeliest[: len(ids) - 1]
+            *found, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
+            logprobs, ids_TA, logprobs_TA = (np.asarray(one)[: left - start].tolist() for one in found)
+            likeliest = (list(zip(*pair, strict=True)) for pair in zip(ids_TA, logprobs_TA, strict=True))
+            yield [Score(*pair) for pair in zip(logprobs, likeliest, strict=True)]
 
     def _score_chunk(self, weights, tokens_1T, targets_T, start, cache):
         decoder = self._decoder(weights)
@@ -119,7 +136,9 @@ class Generator:
         x_1TD, cache = decoder.features(tokens_1T, positions_1T, cache)
         logits_TV = decoder.logits(x_1TD[0])
         logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
-        return logit_T - jax.nn.logsumexp(logits_TV, axis=1), jnp.argmax(logits_TV, axis=1), cache
+        sum_T = jax.nn.logsumexp(logits_TV, axis=1)
+        best_TA, ids_TA = jax.lax.top_k(logits_TV, min(ALTERNATIVES, self.vocab_size))
+        return logit_T - sum_T, ids_TA, best_TA - sum_T[:, None], cache
 
     def _chunks(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[list[int]]]:
         """Yield the new ids of every row, chunk by chunk, until all rows have ended.

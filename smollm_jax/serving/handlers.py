@@ -8,6 +8,7 @@ keeps the text's history and the conversation, so a restart of the server loses 
 import asyncio
 import contextlib
 import html
+import json
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,11 @@ import gradio as gr
 
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
+from smollm_jax.serving.limits import LONGEST_PROMPT, QueueFull, check_length, checked_stops
 from smollm_jax.serving.markdown import answer_html
-from smollm_jax.serving.scheduler import LONGEST_PROMPT, QueueFull, Scheduler
+from smollm_jax.serving.scheduler import Scheduler
+from smollm_jax.serving.tokens import described
+from smollm_jax.serving.weights import NEWEST
 
 SILENCE_SECONDS = 1.0  # after this the page shows what a request waits for
 REASONS = {
@@ -28,6 +32,7 @@ REASONS = {
 }
 # in the order of the page's inputs
 NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "min_p", "stop")
+LOOKS = "looks up "  # of a page's owner: writing goes before
 END = object()
 Turn = dict[str, str]  # role and content
 Values = tuple[Any, ...]  # new values of the components that a handler changes
@@ -80,7 +85,7 @@ class Handlers:
             with shown_errors():
                 ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
                 named = dict(zip(NUMBERS, numbers, strict=True))
-                stops = self.scheduler.stop_strings(_stops(named.pop("stop")))
+                stops = checked_stops(_stops(named.pop("stop")))
                 # Continue asks for at least one more token, even if the model has ended the text
                 least = {"min_new_tokens": 0 if chat else 1}
                 sampling = self.scheduler.sampling(**named | least | {"seed": _seed(named["seed"])})
@@ -102,6 +107,7 @@ class Handlers:
 
     def begin(self, request: gr.Request) -> None:
         """Announce the request of a button that writes. Stop may be pressed before the request comes."""
+        self.scheduler.cancel(f"{LOOKS}{request.session_hash}")
         self.scheduler.announce(str(request.session_hash))
 
     def stop(self, request: gr.Request) -> None:
@@ -142,6 +148,18 @@ class Handlers:
             return [], "nothing to undo", [], message
         return escaped(talk[:-2]), "", talk[:-2], message or talk[-2]["content"]
 
+    async def look_up(self, text: str, request: gr.Request, weights: str = NEWEST) -> AsyncGenerator[str, None]:
+        """Yield the probabilities of a text's tokens as JSON, or the error that prevented it."""
+        scheduler, completer, of = self.scheduler, self.scheduler.completer, _of(request)
+        try:
+            check_length(text or "", "the text has")
+            ids = (await scheduler.in_turn(completer.tokenizer.encode, text or "")).tolist()
+            scores = await scheduler.score(ids, **of | {"owner": LOOKS + of["owner"]}, weights=weights)
+            if scores is not None:
+                yield await scheduler.in_turn(described, completer.tokenizer, ids, scores)
+        except (ValueError, QueueFull, RuntimeError) as error:
+            yield json.dumps({"error": str(error)})
+
     async def count(self, text: str) -> str:
         """Return how much of the context a text takes."""
         with shown_errors():
@@ -178,7 +196,7 @@ class Handlers:
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                 repetition_penalty=repetition_penalty, seed=seed,
             )  # fmt: skip
-            stops = self.scheduler.stop_strings(stop)
+            stops = checked_stops(stop)
             ids, text = await self.scheduler.in_turn(self.scheduler.encode, prompt), ""
             stream = self.scheduler.stream(ids, sampling, stops, **_of(request))
             async with contextlib.aclosing(stream) as chunks:

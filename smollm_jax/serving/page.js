@@ -12,6 +12,27 @@
   // the history is a log, which loses entries only if it is too long. `from` is the text before a continuation
   let past = Array.isArray(kept.past) && kept.past.every((one) => typeof one?.text === 'string') ? kept.past : [];
   if (!past.length) past = [{ text: '' }];
+  // which characters the model wrote: [start, end) each
+  const marksOf = (one) => Array.isArray(one.marks) ? one.marks.filter((mark) => mark?.length === 2) : [];
+  const edited = (marks, old, text) => {
+    let start = 0, end = 0;
+    const shortest = Math.min(old.length, text.length);
+    while (start < shortest && old[start] === text[start]) start++;
+    while (end < shortest - start && old[old.length - 1 - end] === text[text.length - 1 - end]) end++;
+    const moved = text.length - old.length, rest = old.length - end;
+    const pieces = marks.flatMap(([a, b]) => [[a, Math.min(b, start)], [Math.max(a, rest) + moved, b + moved]]);
+    return pieces.filter(([a, b]) => a < b).reduce((all, [a, b]) => {
+      if (all.at(-1)?.[1] === a) all.at(-1)[1] = b;
+      else all.push([a, b]);
+      return all;
+    }, []);
+  };
+  const marksNow = (text, began) => {
+    const one = past[at];
+    const goesOn = began != null && began === one.text && text.startsWith(began);
+    return goesOn ? edited([...marksOf(one), [began.length, text.length]], text, text)
+      : edited(marksOf(one), one.text, text);
+  };
   let at = Math.min(Math.max(Number(kept.at) || 0, 0), past.length - 1);
   let writing = false, follow = true, from = null, typing = 0;
 
@@ -24,8 +45,9 @@
     if (typeof text !== 'string') return;
     text = text.replaceAll(/\r\n?/g, '\n');  // as a text box gives it back
     if (past[at].text === text) return;  // an unchanged text is no entry
+    const marks = marksNow(text, began);
     if (at < past.length - 1) past.push(past[at]);  // an undone text stays in the log
-    past.push(began == null ? { text } : { text, from: began });
+    past.push(began == null ? { text, marks } : { text, marks, from: began });
     let size = past.reduce((sum, one) => sum + one.text.length, 0);
     while (past.length > 1 && (past.length > MOST_ENTRIES || size > MOST_CHARACTERS)) size -= past.shift().text.length;
     at = past.length - 1;
@@ -56,6 +78,8 @@
       return [];
     },
     before: () => from,
+    isWriting: () => writing,
+    marks: () => marksNow(sheet().value, writing ? from : null),  // what the model wrote of the text that is shown
     end(text) { busy(false); record(text, from); return []; },
     beginChat() { busy(true); return []; },
     endChat(typed, talk) { busy(false); keep({ talk, message: typed }); return []; },

@@ -15,10 +15,14 @@ import gradio as gr
 
 from smollm_jax.serving.facts import Facts
 from smollm_jax.serving.handlers import Handlers
-from smollm_jax.serving.scheduler import RANGES, Scheduler
+from smollm_jax.serving.limits import RANGES
+from smollm_jax.serving.scheduler import Scheduler
 
 GRADIO_QUEUE = 64
-STYLE, SCRIPT, HELP = (Path(__file__).with_suffix(suffix).read_text("utf-8") for suffix in (".css", ".js", ".md"))
+STYLE, SCRIPT, TOKENS, HELP = (
+    Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js", "tokens.js", "page.md")
+)
+SCRIPT = f"() => {{ ({SCRIPT})(); ({TOKENS})(); }}"
 SECONDS_TO_LOOK = 10  # between two reads of a run that may be training
 # temperature, top-p, top-k, repetition penalty
 PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
@@ -126,6 +130,10 @@ def notebook(handlers: Handlers, given: Inputs, openings: Sequence[str]) -> gr.T
         link = gr.Button("Copy link", size="sm", elem_id="link", scale=0, min_width=110)
     link.click(None, [sheet, *given], line, js="(...v) => window.notebook.link(v)", **BROWSER)
     sheet.change(handlers.count, sheet, count, trigger_mode="always_last", **QUICK)
+    look = gr.Button("Look up", elem_id="look-up")  # pressed by tokens.js alone
+    found = gr.Textbox(visible=False)
+    looked = look.click(handlers.look_up, [sheet], found, concurrency_limit=None, **BROWSER)
+    looked.then(None, found, None, js="(found) => window.tokens.found(found)", **BROWSER)
     undo, redo = controls(
         "Continue", handlers.continue_text, handlers.rewrite_text, handlers, redo=True,
         inputs=[sheet, before], numbers=given[1:], outputs=[sheet, line],
