@@ -61,7 +61,7 @@ def open_scheduler(
     scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens, weights=weights)
     say(completer.tokenizer.describe_special())
     scheduler.try_chat()
-    return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat)
+    return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat, step=step)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -51,6 +51,7 @@ class TextChunk:
     prompt_tokens: int
     seconds: float = 0.0  # since the request started
     seconds_to_first: float | None = None  # until the first token; None before or without a token
+    weights: int | str | None = None  # the step of a run, or its export
     reason: str | None = None  # why the text ended: eos, length, context, stop string or cancelled
 
 

@@ -9,18 +9,18 @@ import asyncio
 import contextlib
 import html
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
+from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
 from smollm_jax.serving.limits import LONGEST_PROMPT, QueueFull, check_length, checked_stops
 from smollm_jax.serving.markdown import answer_html
 from smollm_jax.serving.scheduler import Scheduler
 from smollm_jax.serving.tokens import described
-from smollm_jax.serving.weights import NEWEST
 
 SILENCE_SECONDS = 1.0  # after this the page shows what a request waits for
 REASONS = {
@@ -31,7 +31,17 @@ REASONS = {
     "cancelled": "stopped by you",
 }
 # in the order of the page's inputs
-NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "min_p", "stop")
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "max_new_tokens",
+    "seed",
+    "min_p",
+    "stop",
+    "weights",
+)
 LOOKS = "looks up "  # of a page's owner: writing goes before
 END = object()
 Turn = dict[str, str]  # role and content
@@ -55,7 +65,15 @@ def status_line(chunk: TextChunk, seed: int) -> str:
     spent = chunk.seconds - first
     speed = [f"{rest / spent:,.1f} tokens/s"] if rest and spent > 0 else []
     reason = REASONS[chunk.reason] if chunk.reason else "writing…"
-    parts = f"**{counted(chunk.tokens)}**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason
+    weights = [f"step {key:,}" if isinstance(key, int) else key] if (key := chunk.weights) is not None else []
+    parts = (
+        f"**{counted(chunk.tokens)}**",
+        *speed,
+        f"first after {first:.2f} s",
+        *weights,
+        f"seed `{seed}`",
+        reason,
+    )
     return " · ".join(parts)
 
 
@@ -84,15 +102,12 @@ class Handlers:
         async def write(typed: str, past: Any, request: gr.Request, *numbers: Any) -> Growth:
             with shown_errors():
                 ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
-                named = dict(zip(NUMBERS, numbers, strict=True))
-                stops = checked_stops(_stops(named.pop("stop")))
                 # Continue asks for at least one more token, even if the model has ended the text
-                least = {"min_new_tokens": 0 if chat else 1}
-                sampling = self.scheduler.sampling(**named | least | {"seed": _seed(named["seed"])})
+                sampling, stops, weights = self.checked(numbers, min_new_tokens=0 if chat else 1)
                 text, waiting = "", self.scheduler.waiting
                 yield show(text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…")
-                owner = _of(request)
-                stream = self.scheduler.stream(ids, sampling, stops, **owner)
+                owner = of(request)
+                stream = self.scheduler.stream(ids, sampling, stops, **owner, weights=weights)
                 async with contextlib.aclosing(with_silences(stream, SILENCE_SECONDS)) as chunks:
                     async for chunk in chunks:
                         if chunk is None:
@@ -104,6 +119,12 @@ class Handlers:
                         yield show(text, status_line(chunk, sampling.seed))
 
         return write
+
+    def checked(self, numbers: Sequence[Any], **more: int) -> tuple[Sampling, tuple[str, ...], str]:
+        """Check the page's inputs, which are in the order of `NUMBERS`: settings, stop strings, and weights."""
+        named = dict(zip(NUMBERS, numbers, strict=True))
+        stops, weights = checked_stops(_stops(named.pop("stop"))), named.pop("weights")
+        return self.scheduler.sampling(**named | more | {"seed": _seed(named["seed"])}), stops, weights
 
     def begin(self, request: gr.Request) -> None:
         """Announce the request of a button that writes. Stop may be pressed before the request comes."""
@@ -148,13 +169,13 @@ class Handlers:
             return [], "nothing to undo", [], message
         return escaped(talk[:-2]), "", talk[:-2], message or talk[-2]["content"]
 
-    async def look_up(self, text: str, request: gr.Request, weights: str = NEWEST) -> AsyncGenerator[str, None]:
+    async def look_up(self, text: str, weights: str, request: gr.Request) -> AsyncGenerator[str, None]:
         """Yield the probabilities of a text's tokens as JSON, or the error that prevented it."""
-        scheduler, completer, of = self.scheduler, self.scheduler.completer, _of(request)
+        scheduler, completer, sender = self.scheduler, self.scheduler.completer, of(request)
         try:
             check_length(text or "", "the text has")
             ids = (await scheduler.in_turn(completer.tokenizer.encode, text or "")).tolist()
-            scores = await scheduler.score(ids, **of | {"owner": LOOKS + of["owner"]}, weights=weights)
+            scores = await scheduler.score(ids, **sender | {"owner": LOOKS + sender["owner"]}, weights=weights)
             if scores is not None:
                 yield await scheduler.in_turn(described, completer.tokenizer, ids, scores)
         except (ValueError, QueueFull, RuntimeError) as error:
@@ -198,7 +219,7 @@ class Handlers:
             )  # fmt: skip
             stops = checked_stops(stop)
             ids, text = await self.scheduler.in_turn(self.scheduler.encode, prompt), ""
-            stream = self.scheduler.stream(ids, sampling, stops, **_of(request))
+            stream = self.scheduler.stream(ids, sampling, stops, **of(request))
             async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     text += chunk.text
@@ -213,7 +234,7 @@ class Handlers:
                     }
 
 
-def _of(request: gr.Request) -> dict[str, Any]:
+def of(request: gr.Request) -> dict[str, Any]:
     """Return a request's session, which can cancel the request, and the client's address."""
     return {"owner": str(request.session_hash), "client": request.client.host if request.client else ""}
 

@@ -1,5 +1,6 @@
 () => {
   // Gradio calls this function when the page loads; the page's events call the functions of `window.notebook`.
+  const STATUSES = ['status', 'chat-status', 'left-status', 'right-status'];
   const KEY = 'smollm-jax', MOST_ENTRIES = 200, MOST_CHARACTERS = 1_000_000, TYPING_PAUSE = 800;
   const element = (id) => document.getElementById(id);
   const sheet = () => document.querySelector('#sheet textarea');
@@ -62,7 +63,7 @@
   };
   const busy = (on) => {
     writing = on;
-    for (const id of ['status', 'chat-status']) element(id)?.setAttribute('aria-busy', on);
+    for (const id of STATUSES) element(id)?.setAttribute('aria-busy', on);
     if (sheet()) sheet().readOnly = on;  // the next chunk would replace any text typed meanwhile
   };
 
@@ -118,6 +119,7 @@
         turns.every((turn, i) => turn?.role === roles[i % 2] && typeof turn.content === 'string');
       return [kept.message ?? typed, whole ? turns : talk];
     },
+    restoreComparison: (text) => kept.comparison ?? text,
     link(values) {
       const [text, ...settings] = values, link = new URLSearchParams({ prompt: text });
       settings.forEach((value, i) => value !== null && value !== '' && link.set(`s${i}`, value));
@@ -131,7 +133,8 @@
   const LENGTH = 5;  // index of the length in the settings, after the preset and four sliders
 
   document.addEventListener('input', (event) => {
-    if (event.target === message()) kept.message = event.target.value;  // until its answer has come
+    if (event.target.closest('#compare-prompt')) kept.comparison = event.target.value;
+    else if (event.target === message()) kept.message = event.target.value;  // until its answer has come
     else if (event.target !== sheet() || writing) return;
     clearTimeout(typing);
     typing = setTimeout(leave, TYPING_PAUSE);
@@ -161,8 +164,8 @@
 
   // ---- keys and focus
   document.addEventListener('keydown', (event) => {
-    const id = event.key === 'Enter' && (event.ctrlKey || event.metaKey) ? ['continue', 'send']
-      : event.key === 'Escape' ? ['stop-continue', 'stop-send'] : [];
+    const id = event.key === 'Enter' && (event.ctrlKey || event.metaKey) ? ['continue', 'send', 'compare']
+      : event.key === 'Escape' ? ['stop-continue', 'stop-send', 'stop-compare'] : [];
     const button = id.map(visible).find(Boolean);
     if (!button) return;
     event.preventDefault();
@@ -170,14 +173,14 @@
     button.click();
   }, true);
   const PARTNERS = { continue: 'stop-continue', 'again-continue': 'stop-continue', 'stop-continue': 'continue',
-    send: 'stop-send', 'again-send': 'stop-send', 'stop-send': 'send' };
+    send: 'stop-send', 'again-send': 'stop-send', 'stop-send': 'send', compare: 'stop-compare', 'stop-compare': 'compare' };
   let last = null;  // the button with the focus, which may vanish
   document.addEventListener('focusin', ({ target }) => { last = target.closest('button')?.id ?? null; });
   document.addEventListener('pointerdown', () => { last = null; });
   new MutationObserver(() => {
     if (last in PARTNERS && (document.activeElement === document.body || document.activeElement?.disabled))
       visible(PARTNERS[last])?.focus({ preventScroll: true });
-    for (const id of ['status', 'chat-status'])
+    for (const id of STATUSES)
       if (element(id)?.getAttribute('role') === null) {
         element(id).setAttribute('role', 'status');
         element(id).setAttribute('aria-live', 'polite');

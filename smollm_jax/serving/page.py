@@ -8,11 +8,13 @@ of the text, the settings and the conversation. The style is page.css, the API's
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from smollm_jax.serving.compare import comparison, picker
 from smollm_jax.serving.facts import Facts
 from smollm_jax.serving.handlers import Handlers
 from smollm_jax.serving.limits import RANGES
@@ -23,7 +25,7 @@ STYLE, SCRIPT, TOKENS, HELP = (
     Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js", "tokens.js", "page.md")
 )
 SCRIPT = f"() => {{ ({SCRIPT})(); ({TOKENS})(); }}"
-SECONDS_TO_LOOK = 10  # between two reads of a run that may be training
+SECONDS_TO_LOOK = 5  # between two reads of a run that may be training
 # temperature, top-p, top-k, repetition penalty
 PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
 START = "Textbook"
@@ -36,30 +38,38 @@ Inputs = list[Any]  # components, whose events mypy does not know
 def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts | None = None) -> gr.Blocks:
     """Build the page. The scheduler queues requests, and Gradio's own queue only forwards them."""
     handlers, has_chat, facts = Handlers(scheduler), scheduler.has_chat, facts or Facts()
+    has_run = scheduler.weights.has_run
     with gr.Blocks(title=name, analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             about = [scheduler.completer.about, f"context {scheduler.completer.context:,} tokens"]
             about = [f"{facts.parameters:,} parameters", *about] if facts.parameters else about
-            gr.Markdown(f"# {name}\n{' · '.join(about)}", elem_id="title")
+            with gr.Column(scale=1, min_width=200):
+                gr.Markdown(f"# {name}\n{' · '.join(about)}", elem_id="title")
+                live = gr.HTML(facts.live(), elem_id="live")
             dark = gr.Button("Light / dark", size="sm", elem_id="dark", scale=0)
             dark.click(None, js="() => window.toggleDark()", **PRIVATE)
-        with gr.Accordion("About this model", open=False, elem_id="about"):
+        with gr.Accordion("About this model", open=bool(facts.live()), elem_id="about"):
             known = gr.HTML(facts.html(), elem_id="facts")
-            if facts.run:
-                gr.Timer(SECONDS_TO_LOOK).tick(facts.html, None, known, **QUICK)
         with gr.Row():
             side = gr.Column(scale=1, min_width=280, render=False)
             with gr.Column(scale=3, min_width=320):
                 with side:
                     accordion = gr.Accordion("Settings", open=True, elem_id="settings")
                 with side, accordion:
+                    weights = picker(handlers, "Checkpoint", visible=has_run, elem_id="weights")
                     preset, numbers = settings(scheduler)
-                with gr.Tab("Notebook") if has_chat else contextlib.nullcontext():
-                    sheet = notebook(handlers, [preset, *numbers], facts.openings)
+                pickers = [weights]
+                with gr.Tab("Notebook") if has_chat or has_run else contextlib.nullcontext():
+                    sheet = notebook(handlers, [preset, *numbers], weights, facts.openings)
                 if has_chat:
                     with gr.Tab("Chat"):
-                        chat(page, handlers, numbers)
+                        chat(page, handlers, [*numbers, weights])
+                if has_run:
+                    with gr.Tab("Compare"):
+                        pickers += comparison(page, handlers, numbers, facts.openings[0])
             side.render()
+        if facts.run:
+            follow_run(page, scheduler, facts, [known, live, *pickers])
         kept = [sheet, preset, *numbers]
         restore = f"(...v) => window.notebook.restore(v, {scheduler.max_new_tokens})"
         page.load(None, kept, kept, js=restore, **BROWSER)
@@ -75,6 +85,27 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts 
         # a mounted Gradio app would copy any file of this machine, or any URL, that a request names
         block.async_move_resource_to_block_cache = no_files  # type: ignore[method-assign]
     return page.queue(max_size=GRADIO_QUEUE, api_open=False)
+
+
+def follow_run(page: gr.Blocks, scheduler: Scheduler, facts: Facts, shown: Inputs) -> None:
+    """Keep facts, curve and choices of checkpoints up to date, on loading and every few seconds."""
+    seen = gr.State(None)
+
+    def look(known: Any) -> list[Any]:
+        weights = scheduler.weights
+        now = replace(facts, step=weights.newest) if isinstance(weights.newest, int) else facts
+        choices, texts = weights.choices(), [now.html(), now.live()]
+        if choices == known:  # a new list would close an open one
+            return [*texts, *(gr.skip() for _ in shown[2:]), known]
+        updates = [gr.update(choices=choices) for _ in shown[2:]]
+        if known is None and len(choices) > 2 and len(updates) > 1:  # on loading: the oldest on the left
+            updates[1] = gr.update(
+                choices=choices, value=min((name for _, name in choices if name.isdecimal()), key=int)
+            )
+        return [*texts, *updates, choices]
+
+    page.load(look, seen, [*shown, seen], **QUICK)
+    gr.Timer(SECONDS_TO_LOOK).tick(look, seen, [*shown, seen], **QUICK)
 
 
 async def no_files(*_: Any) -> str:
@@ -117,7 +148,7 @@ def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
     return preset, [*sliders, length, seed, min_p, stop]
 
 
-def notebook(handlers: Handlers, given: Inputs, openings: Sequence[str]) -> gr.Textbox:
+def notebook(handlers: Handlers, given: Inputs, weights: gr.Dropdown, openings: Sequence[str]) -> gr.Textbox:
     """Add the text box and its buttons, and return the text box."""
     before = gr.Textbox(visible=False)  # the text before the last continuation, from page.js
     sheet = gr.Textbox(
@@ -132,11 +163,11 @@ def notebook(handlers: Handlers, given: Inputs, openings: Sequence[str]) -> gr.T
     sheet.change(handlers.count, sheet, count, trigger_mode="always_last", **QUICK)
     look = gr.Button("Look up", elem_id="look-up")  # pressed by tokens.js alone
     found = gr.Textbox(visible=False)
-    looked = look.click(handlers.look_up, [sheet], found, concurrency_limit=None, **BROWSER)
+    looked = look.click(handlers.look_up, [sheet, weights], found, concurrency_limit=None, **BROWSER)
     looked.then(None, found, None, js="(found) => window.tokens.found(found)", **BROWSER)
     undo, redo = controls(
         "Continue", handlers.continue_text, handlers.rewrite_text, handlers, redo=True,
-        inputs=[sheet, before], numbers=given[1:], outputs=[sheet, line],
+        inputs=[sheet, before], numbers=[*given[1:], weights], outputs=[sheet, line],
         scripts=("begin", "beginAgain", "end"), sent="(sheet, _, ...v) => [sheet, window.notebook.before(), ...v]",
     )  # fmt: skip
     for button, script in ((undo, "undo"), (redo, "redo")):

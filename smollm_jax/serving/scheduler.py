@@ -165,8 +165,8 @@ class Scheduler:
         cancelled = TextChunk(text="", prompt_tokens=len(ids), reason="cancelled")
         work = partial(self.completer.stream, ids, sampling, stop)
         async with contextlib.aclosing(self._items(work, cancelled, owner, client, weights)) as parts:
-            async for items in parts:  # a slow reader gets all waiting chunks as one
-                yield replace(items[-1], text="".join(item.text for item in items))
+            async for key, items in parts:  # a slow reader gets all waiting chunks as one
+                yield replace(items[-1], text="".join(item.text for item in items), weights=key)
                 if items[-1].reason is not None:
                     return
 
@@ -176,14 +176,14 @@ class Scheduler:
         """Queue the scoring of a text and return the scores of each id but the first. None if cancelled."""
         work, found = partial(self.completer.score, ids), []
         async with contextlib.aclosing(self._items(work, END, owner, client, weights)) as parts:
-            async for items in parts:
+            async for _, items in parts:
                 found += [score for item in items for score in item]
         return found if len(found) == len(ids) - 1 else None
 
     async def _items(
         self, work: Callable[..., Iterator[Any]], cancelled: Any, owner: str | None, client: str, weights: str
-    ) -> AsyncGenerator[list[Any], None]:
-        """Queue a job and yield its items, all that are ready at a time, until `END`."""
+    ) -> AsyncGenerator[tuple[Key, list[Any]], None]:
+        """Queue a job. Yield the key of its weights and its items, all that are ready at a time, until `END`."""
         key, engine = await self._take(weights)
         job = _Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
         try:
@@ -205,7 +205,7 @@ class Scheduler:
                     raise items[-1]
                 if (is_over := items[-1] is END) and len(items) == 1:
                     return
-                yield items[:-1] if is_over else items
+                yield key, items[:-1] if is_over else items
                 if is_over:
                     return
         finally:
