@@ -16,7 +16,8 @@ import jax
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig
-from smollm_jax.generation.generator import Generator, Score, check_prompt
+from smollm_jax.generation.generator import Generator, Score
+from smollm_jax.generation.lengths import check_prompt
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model

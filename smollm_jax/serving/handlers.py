@@ -138,7 +138,9 @@ class Handlers:
     def waiting_line(self, owner: str) -> str:
         """Return what a request waits for before its first token."""
         before = self.scheduler.before(owner)
-        return f"waiting, {before} before you…" if before else "reading the prompt; a new length compiles once…"
+        if before:
+            return f"waiting, {before} before you…"
+        return "compiling for longer texts, once…" if self.scheduler.is_compiling else "reading the prompt…"
 
     def continue_text(self, text: str, _: str | None) -> Prompt:
         return self.scheduler.encode(text), lambda grown, line: (text + grown, line)

@@ -22,8 +22,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
+from smollm_jax.serving.jobs import ModelGone
 from smollm_jax.serving.limits import QueueFull, checked_stops
-from smollm_jax.serving.scheduler import ModelGone, Scheduler
+from smollm_jax.serving.scheduler import Scheduler
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 DEFAULT_TOKENS = 128

@@ -10,14 +10,16 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from smollm_jax.generation.generator import Score
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import UserError, require, say
+from smollm_jax.serving import ladder
 from smollm_jax.serving.completion import Completer, Engine, TextChunk, check_text
+from smollm_jax.serving.jobs import END, Job, ModelGone
 from smollm_jax.serving.limits import QueueFull, check_length, checked_sampling
 from smollm_jax.serving.weights import NEWEST, Key, Weights
 from smollm_jax.tokenizer.chat_template import encode_chat
@@ -27,34 +29,8 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 MOST_ANNOUNCED = 1_000  # requests on their way, of which Stop may be pressed already
 SECONDS_TO_CLOSE = 15
 GONE = "the model has stopped; start the server again"
-WARM_UP_TOKENS = 200  # the page's default length
 ENCODING = 2  # threads at most, so that other work finds a free thread
-END = object()  # of the items of a job
 T = TypeVar("T")
-
-
-class ModelGone(RuntimeError):
-    """The error after the model's thread has ended. The server must be started again."""
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request: what it does with an engine, and what its reader gets."""
-
-    work: Callable[[Callable[[], bool]], Iterator[Any]]  # the argument says whether its reader has left
-    engine: Engine
-    cancelled: Any  # its last item if it is cancelled before its turn
-    loop: asyncio.AbstractEventLoop
-    owner: str | None
-    client: str
-    items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-    left: threading.Event = field(default_factory=threading.Event)
-
-    def put(self, item: Any) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
-        except RuntimeError:  # the event loop of the reader is closed
-            self.left.set()
 
 
 class Scheduler:
@@ -69,16 +45,16 @@ class Scheduler:
         self.completer, self.max_waiting = completer, max_waiting
         self.weights = weights or Weights(completer.engine)
         self.max_new_tokens = min(max_new_tokens, completer.context - 1)
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._now: _Job | None = None
+        self._now: Job | None = None
         self.has_chat = bool(completer.tokenizer.chat_template)
         self._renderer = Renderer()
         self._announced: dict[str, bool] = {}  # owners of requests on their way, and whether they cancelled
         self._served: dict[str, int] = {}  # per client the number of its last served request
         self._encoding, self._rendering = asyncio.Semaphore(ENCODING), asyncio.Semaphore(1)
         self._loading = asyncio.Semaphore(1)
-        self._closed = False
+        self._closed, self._ends = False, threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="model")
         self._thread.start()
 
@@ -86,6 +62,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Count the requests before a new request."""
         return len(self._queue) + (self._now is not None)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Return whether the running request waits for a program to compile."""
+        return getattr(self.completer.engine, "is_compiling", False)
 
     def before(self, owner: str) -> int:
         """Count the requests before the waiting request of `owner`. Returns 0 without a waiting request."""
@@ -185,7 +166,7 @@ class Scheduler:
     ) -> AsyncGenerator[tuple[Key, list[Any]], None]:
         """Queue a job. Yield the key of its weights and its items, all that are ready at a time, until `END`."""
         key, engine = await self._take(weights)
-        job = _Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
+        job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
         try:
             with self._changed:
                 if self._closed:
@@ -252,20 +233,14 @@ class Scheduler:
             if self._now is not None:
                 self._now.left.set()
             self._changed.notify()
+        self._ends.set()
         self._renderer.close()
         self.weights.close()
         self._thread.join(SECONDS_TO_CLOSE)
 
-    def _warm_up(self) -> None:
-        """Compile the programs of a first request. A failure is left for that request to report."""
-        with contextlib.suppress(BaseException):
-            ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
-            sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
-            with contextlib.closing(self.completer.stream(ids, sampling)) as chunks:  # type: ignore[type-var]
-                next(chunks)
-
     def _work(self) -> None:
-        self._warm_up()
+        ladder.first_rung(self.completer, self.max_new_tokens)
+        ladder.climb(self.completer, self.max_new_tokens, lambda: self.waiting > 0, self._ends)
         try:
             while (job := self._next()) is not None:
                 self._serve(job)
@@ -275,7 +250,7 @@ class Scheduler:
                 for job in self._queue:
                     job.put(ModelGone(GONE))
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Job | None:
         """Wait for the first request of the client that was served longest ago. None after `close`."""
         with self._changed:
             self._now = None
@@ -289,7 +264,7 @@ class Scheduler:
             self._served = {name: at for name, at in self._served.items() if name in here} | {job.client: count}
             return job
 
-    def _serve(self, job: _Job) -> None:
+    def _serve(self, job: Job) -> None:
         try:
             self.completer.engine = job.engine
             for item in job.work(job.left.is_set):
