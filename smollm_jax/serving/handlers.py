@@ -18,8 +18,8 @@ from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
 from smollm_jax.serving.limits import LONGEST_PROMPT, QueueFull, check_length, checked_stops
-from smollm_jax.serving.markdown import answer_html
 from smollm_jax.serving.scheduler import Scheduler
+from smollm_jax.serving.talk import Turn, checked_talk, escaped
 from smollm_jax.serving.tokens import described
 
 SILENCE_SECONDS = 1.0  # after this the page shows what a request waits for
@@ -44,7 +44,6 @@ NUMBERS = (
 )
 LOOKS = "looks up "  # of a page's owner: writing goes before
 END = object()
-Turn = dict[str, str]  # role and content
 Values = tuple[Any, ...]  # new values of the components that a handler changes
 Growth = AsyncGenerator[Values, None]
 Prompt = tuple[list[int], Callable[[str, str], Values]]  # ids, and a function that shows new text and status
@@ -97,13 +96,14 @@ class Handlers:
         `prepare` makes the prompt from the text box and the past.
         """
 
-        chat = prepare in {self.answer, self.answer_again}
+        chat = prepare in {self.answer, self.answer_again, self.answer_edited}
 
         async def write(typed: str, past: Any, request: gr.Request, *numbers: Any) -> Growth:
             with shown_errors():
-                ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
+                system = numbers[len(NUMBERS) :]  # of a chat
+                ids, show = await self.scheduler.in_turn(prepare, typed, past, *system, chat=chat)
                 # Continue asks for at least one more token, even if the model has ended the text
-                sampling, stops, weights = self.checked(numbers, min_new_tokens=0 if chat else 1)
+                sampling, stops, weights = self.checked(numbers[: len(NUMBERS)], min_new_tokens=0 if chat else 1)
                 text, waiting = "", self.scheduler.waiting
                 yield show(text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…")
                 owner = of(request)
@@ -149,20 +149,33 @@ class Handlers:
         require(before is not None, "there is nothing to regenerate; press Continue first")
         return self.continue_text(before or "", None)
 
-    def answer(self, message: str, talk: Any, unsent: str = "") -> Prompt:
+    def answer(self, message: str, talk: Any, system: str | None = None, unsent: Any = "") -> Prompt:
         require(bool(message.strip()), "the message is empty; write something first")
         turns = [*checked_talk(talk), {"role": "user", "content": message}]
+        first = [{"role": "system", "content": system}] if system and system.strip() else []
 
         def show(grown: str, line: str) -> Values:
             answered = [*turns, {"role": "assistant", "content": grown}]
             return escaped(answered), line, answered, unsent
 
-        return self.scheduler.encode_chat(turns), show
+        return self.scheduler.encode_chat([*first, *turns]), show
 
-    def answer_again(self, unsent: str, talk: Any) -> Prompt:
+    def answer_again(self, unsent: str, talk: Any, system: str | None = None) -> Prompt:
         talk = checked_talk(talk)
         require(bool(talk), "there is nothing to regenerate; send a message first")
-        return self.answer(talk[-2]["content"], talk[:-2], unsent)
+        return self.answer(talk[-2]["content"], talk[:-2], system, unsent)
+
+    def answer_edited(self, edit: Any, talk: Any, system: str | None = None) -> Prompt:
+        """Answer a message that was changed. The turns after it are dropped."""
+        talk, number = checked_talk(talk), edit.get("number") if isinstance(edit, dict) else None
+        good = isinstance(number, int) and 0 <= number < len(talk) and number % 2 == 0
+        require(good and isinstance(edit.get("text"), str), "there is no such message; reload the page")
+        return self.answer(edit["text"], talk[:number], system, gr.skip())
+
+    def edited(self, edit: gr.EditData) -> dict[str, Any]:
+        """Return number and new text of a message. The chatbot holds HTML, so its editor does too."""
+        number = edit.index[0] if isinstance(edit.index, list | tuple) else edit.index
+        return {"number": number, "text": html.unescape(str(edit.value))}
 
     def undo_answer(self, message: str, talk: Any) -> Values:
         with shown_errors():
@@ -267,23 +280,3 @@ async def with_silences(chunks: AsyncGenerator[TextChunk, None], seconds: float)
             if (chunk := following.result()) is END:
                 return
             yield chunk
-
-
-def checked_talk(talk: Any) -> list[Turn]:
-    """Return the turns that a browser has sent. Raises `UserError` unless user and assistant alternate."""
-    turns = [] if talk is None else talk
-    good = isinstance(turns, list) and len(turns) % 2 == 0
-    for i, turn in enumerate(turns if good else ()):
-        good = good and isinstance(turn, dict) and set(turn) == {"role", "content"}
-        good = good and turn["role"] == ("user", "assistant")[i % 2] and isinstance(turn["content"], str)
-    require(good, "the conversation is damaged; clear it and begin anew")
-    return turns
-
-
-def escaped(talk: list[Turn]) -> list[Turn]:
-    """Return a conversation as HTML that fetches nothing, because the chatbot renders HTML."""
-    shown = {
-        "user": lambda text: html.escape(text, quote=False),
-        "assistant": lambda text: answer_html(text or "…"),
-    }
-    return [turn | {"content": shown[turn["role"]](turn["content"])} for turn in talk]

@@ -113,11 +113,11 @@
       document.body.classList.toggle('plain-answers', !on);
       return on;
     },
-    restoreTalk(typed, talk) {
+    restoreTalk(typed, talk, system) {
       const turns = kept.talk, roles = ['user', 'assistant'];
       const whole = Array.isArray(turns) && turns.length % 2 === 0 &&
         turns.every((turn, i) => turn?.role === roles[i % 2] && typeof turn.content === 'string');
-      return [kept.message ?? typed, whole ? turns : talk];
+      return [kept.message ?? typed, whole ? turns : talk, kept.system ?? system];
     },
     restoreComparison: (text) => kept.comparison ?? text,
     link(values) {
@@ -127,13 +127,14 @@
       return [navigator.clipboard ? 'the link is in the clipboard' : 'this browser gives no clipboard'];
     },
     preset: (values, presets) =>
-      Object.keys(presets).find((name) => presets[name].every((value, i) => value === values[i])) ?? null,
+      Object.keys(presets).find((name) => presets[name].every((value, i) => value === values[i])) ?? 'Custom',
     address: (text) => text.replaceAll('ADDRESS', location.origin + location.pathname.replace(/\/$/, '')),
   };
   const LENGTH = 5;  // index of the length in the settings, after the preset and four sliders
 
   document.addEventListener('input', (event) => {
     if (event.target.closest('#compare-prompt')) kept.comparison = event.target.value;
+    else if (event.target.closest('#system')) kept.system = event.target.value;
     else if (event.target === message()) kept.message = event.target.value;  // until its answer has come
     else if (event.target !== sheet() || writing) return;
     clearTimeout(typing);

@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from smollm_jax.serving.limits import RANGES
 from smollm_jax.serving.scheduler import Scheduler
 
 GRADIO_QUEUE = 64
-STYLE, SCRIPT, TOKENS, HELP = (
-    Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js", "tokens.js", "page.md")
+STYLE, HELP, *SCRIPTS = (
+    Path(__file__).with_name(name).read_text("utf-8")
+    for name in ("page.css", "page.md", "page.js", "tokens.js", "fields.js")
 )
-SCRIPT = f"() => {{ ({SCRIPT})(); ({TOKENS})(); }}"
+SCRIPT = f"() => {{ {' '.join(f'({script.strip()})();' for script in SCRIPTS)} }}"
 SECONDS_TO_LOOK = 5  # between two reads of a run that may be training
 # temperature, top-p, top-k, repetition penalty
 PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
-START = "Textbook"
+START, CUSTOM = "Textbook", "Custom"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # /generate is the only documented endpoint
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 BROWSER = PRIVATE | {"show_progress": "hidden"}  # an event of the browser alone: fn is None
@@ -115,7 +117,7 @@ async def no_files(*_: Any) -> str:
 def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
     """Add presets and inputs for the numbers. Returns both, the inputs in the order of `NUMBERS`."""
     longest, (temperature, top_p, top_k, penalty) = scheduler.max_new_tokens, PRESETS[START]
-    preset = gr.Radio(list(PRESETS), value=START, label="Preset", elem_id="preset")
+    preset = gr.Radio([*PRESETS, CUSTOM], value=START, label="Preset", elem_id="preset")
     sliders = [
         gr.Slider(
             *RANGES["temperature"],
@@ -142,7 +144,8 @@ def settings(scheduler: Scheduler) -> tuple[gr.Radio, Inputs]:
     )  # fmt: skip
     # .input, not .change: presets and sliders set each other only if a person changes them
     table = json.dumps(PRESETS)
-    preset.input(None, preset, sliders, js=f"(name) => ({table})[name]", **BROWSER)
+    chosen = f"(name, ...now) => ({table})[name] ?? now"
+    preset.input(None, [preset, *sliders], sliders, js=chosen, **BROWSER)
     for slider in sliders:
         slider.input(None, sliders, preset, js=f"(...v) => window.notebook.preset(v, {table})", **BROWSER)
     return preset, [*sliders, length, seed, min_p, stop]
@@ -186,7 +189,7 @@ def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
     talk = gr.JSON([], visible=False)
     # Gradio's own buttons would copy the escaped text
     view = gr.Chatbot(
-        height="clamp(15rem, 100vh - 30rem, 60rem)", render_markdown=False, buttons=[],
+        height="clamp(15rem, 100vh - 39rem, 60rem)", render_markdown=False, buttons=[],
         label="Conversation", show_label=False, feedback_options=None, elem_id="chat-view",
         placeholder="Write a message below.",
     )  # fmt: skip
@@ -197,24 +200,30 @@ def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
     copy.click(None, js="() => window.copyAnswer()", **PRIVATE)
     shown.change(None, shown, None, js="(on) => window.notebook.markdown(on)", **BROWSER)
     page.load(None, shown, shown, js="(on) => window.notebook.restoreMarkdown(on)", **BROWSER)
+    system = gr.Textbox(
+        label="System prompt", lines=1, max_lines=6, elem_id="system",
+        placeholder="What the model is and how it answers. Empty: as the template has it",
+    )  # fmt: skip
     box = gr.Textbox(label="Message", lines=1, max_lines=6, elem_id="message", placeholder="Press Enter to send")
     held, save = [box, talk], "(...v) => window.notebook.endChat(...v)"
     view.clear(lambda: ([], ""), None, [talk, line], **QUICK).then(None, held, None, js=save, **BROWSER)
     outputs = [view, line, talk, box]
     (undo,) = controls(
         "Send", handlers.answer, handlers.answer_again, handlers,
-        inputs=held, numbers=numbers, outputs=outputs, enter=[box],
+        inputs=held, numbers=[*numbers, system], outputs=outputs, enter=[box], edits=view,
         scripts=("beginChat", "beginChat", "endChat"),
     )  # fmt: skip
     undo.click(handlers.undo_answer, held, outputs, **QUICK).then(None, held, None, js=save, **BROWSER)
-    restored = page.load(None, held, held, js="(...v) => window.notebook.restoreTalk(...v)", **BROWSER)
+    restored = page.load(
+        None, [*held, system], [*held, system], js="(...v) => window.notebook.restoreTalk(...v)", **BROWSER
+    )
     restored.then(handlers.show_talk, talk, view, **QUICK)
 
 
 def controls(
     verb: str, write: Any, write_again: Any, handlers: Handlers, *, inputs: list[Any], numbers: Inputs,
     outputs: list[Any], scripts: tuple[str, str, str], sent: str | None = None,
-    enter: Sequence[gr.Textbox] = (), redo: bool = False,
+    enter: Sequence[gr.Textbox] = (), redo: bool = False, edits: gr.Chatbot | None = None,
 ) -> tuple[gr.Button, ...]:  # fmt: skip
     """Add the buttons that write, stop, undo and regenerate. Enter in a box of `enter` writes too.
 
@@ -238,11 +247,17 @@ def controls(
         handlers.begin(request)
         return buttons(True)
 
-    presses = (([go.click, *(box.submit for box in enter)], write), ([again.click], write_again))
-    for (triggers, prepare), begins in zip(presses, scripts, strict=False):
-        start = f"() => window.notebook.{begins}()"
-        event = gr.on(triggers, pressed, None, switched, js=start, **QUICK).then(
-            handlers.writer(prepare), [*inputs, *numbers], outputs, js=sent,
+    presses = [
+        (partial(gr.on, [go.click, *(box.submit for box in enter)]), write, scripts[0], inputs),
+        (partial(gr.on, [again.click]), write_again, scripts[1], inputs),
+    ]
+    if edits is not None:
+        edit = gr.JSON(visible=False)
+        begun = edits.edit(handlers.edited, None, edit, **QUICK)
+        presses.append((begun.then, handlers.answer_edited, scripts[0], [edit, *inputs[1:]]))
+    for press, prepare, begins, sends in presses:
+        event = press(pressed, None, switched, js=f"() => window.notebook.{begins}()", **QUICK).then(
+            handlers.writer(prepare), [*sends, *numbers], outputs, js=sent,
             show_progress="hidden", concurrency_limit=None, **PRIVATE,
         )  # fmt: skip
         end = f"(...v) => window.notebook.{scripts[2]}(...v)"
