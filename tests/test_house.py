@@ -26,15 +26,15 @@ HOUSE = {
     "kernels": ("model config runtime", 1_181),
     "hf": ("model tokenizer config runtime", 799),
     "checkpoint": ("distributed runtime", 712),
-    "generation": ("kernels model config runtime", 699),
-    "runs": ("hf checkpoint data tokenizer config runtime", 729),
+    "generation": ("kernels model config runtime", 827),
+    "runs": ("hf checkpoint data tokenizer config runtime", 748),
     "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_684),
-    "serving": ("runs generation hf model tokenizer config runtime", 2_088),
+    "serving": ("runs generation hf model tokenizer config runtime", 2_743),
     "planning": ("training kernels distributed model config runtime", 465),
     "cli": ("planning training serving runs generation hf checkpoint data model tokenizer config runtime", 823),
     "api": ("training serving runs generation distributed tokenizer config runtime", 554),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_212, 14_465
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_212, 15_267
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

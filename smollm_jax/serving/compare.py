@@ -69,7 +69,7 @@ def picker(handlers: Handlers, label: str, **more: Any) -> gr.Dropdown:
 
 
 def comparer(handlers: Handlers) -> Any:
-    """Return a handler that continues a prompt by the weights of the left, then by those of the right."""
+    """Return a handler that continues a prompt by the weights on the left, then by the weights on the right."""
 
     async def compare(prompt: str, left: str, right: str, request: gr.Request, *numbers: Any) -> Growth:
         with shown_errors():

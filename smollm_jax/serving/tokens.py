@@ -1,6 +1,6 @@
 """What a model expected at each token of a text, as JSON for the page's script.
 
-The page asks when a reader points at a text, so a text that nobody looks at costs nothing. The tokens are those of
+The page asks when a reader points at a text, so a text that nobody looks at costs nothing. The tokens come from
 the tokenizer in the whole text. The probabilities are the softmax of the raw logits, before any sampling rule.
 """
 
@@ -20,7 +20,7 @@ def described(tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[Score])
     """Return the last tokens of a text as JSON: [[text, probability, [[text, probability], ...]], ...].
 
     `scores` are of each id but the first, whose probability is null. Ids that only together make a character are
-    one token: probabilities multiply, and the alternatives are those of the first id.
+    one token: probabilities multiply, and the alternatives belong to the first id.
     """
     start, tokens, open_at = max(0, len(ids) - MOST_SHOWN), list[list[Any]](), list[int]()
     text = TextOfIds(tokenizer, ids[:start])
