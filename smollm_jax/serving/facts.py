@@ -87,9 +87,8 @@ class Facts:
         if self.step is not None:
             rows.append(("Checkpoint", f"step {self.step:,} of {total:,}"))
         if self.step is not None and last.get("step", 0) > self.step:
-            doing = "training, at" if self._is_training(lines) else "ended at"
             after = "the page takes up each new checkpoint" if self.follows else "RUN as PATH serves its newest"
-            rows.append(("Run", f"{doing} step {last['step']:,}; {after}"))
+            rows.append(("Run", f"is at step {last['step']:,}; {after}"))
         known = [line for line in evaluations(lines) if self.step is None or line["step"] <= self.step]
         if known:
             found = known[-1]

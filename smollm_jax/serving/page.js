@@ -102,7 +102,8 @@
         });
         history.replaceState(null, '', location.pathname + location.search);  // a reload keeps later changes
       }
-      if (innerWidth < 641) document.querySelector('#settings > button.open')?.click();  // folded on a phone
+      if (innerWidth < 641)  // folded on a phone
+        for (const one of document.querySelectorAll(':is(#settings, #about) > button.open')) one.click();
       settings = [...settings];
       settings[LENGTH] = Math.min(settings[LENGTH], longest);
       return [text, ...settings];

@@ -47,7 +47,7 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts 
             about = [f"{facts.parameters:,} parameters", *about] if facts.parameters else about
             with gr.Column(scale=1, min_width=200):
                 gr.Markdown(f"# {name}\n{' · '.join(about)}", elem_id="title")
-                live = gr.HTML(facts.live(), elem_id="live")
+                live = gr.HTML(facts.live(), elem_id="live", padding=False)
             dark = gr.Button("Light / dark", size="sm", elem_id="dark", scale=0)
             dark.click(None, js="() => window.toggleDark()", **PRIVATE)
         with gr.Accordion("About this model", open=bool(facts.live()), elem_id="about"):
