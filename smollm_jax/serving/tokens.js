@@ -27,7 +27,7 @@
     };
     for (const [a, b] of marks) { add(a, 'typed'); add(b, 'written'); }
     add(text.length, 'typed');
-    copy.replaceChildren(...runs.map((run) => run.span), '\u200b');
+    copy.replaceChildren(...runs.map((run) => run.span), ' ');
   };
   const place = (area) => {
     if (copy.parentElement !== area.parentElement) {
