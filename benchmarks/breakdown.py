@@ -77,20 +77,20 @@ def parts(work: StepWork, whole: OurStep) -> dict[str, Program]:
     chunk_tokens = config.compute.loss_chunk_for(whole.remat, on_gpu=ops.on_gpu)
     model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=unroll, ops=ops)
     tokens, segment_ids = map(jnp.asarray, work.rows())
-    targets, valid = targets_of(tokens, segment_ids)
+    targets, weights = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
     x_BTD = jax.random.normal(jax.random.key(work.seed), shape).astype(dtype)
 
     def embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         return ops.embed(embedding_VD, tokens_BT).astype(dtype)
 
-    def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
-        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, chunk_tokens, ops.cross_entropy)
+    def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return summed_nll(model.final_norm(x_BTD), head_VD, targets, weights, chunk_tokens, ops.cross_entropy)
 
     return {
         "embedding": with_gradients(embed, x_BTD, params["embedding"], given=(tokens[:, :-1],)),
         **_block_parts(model, segment_ids[:, :-1], x_BTD),
-        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD, given=(targets, valid)),
+        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD, given=(targets, weights)),
         "optimizer": _optimizer(config, params),
     }
 
@@ -178,7 +178,7 @@ def _optimizer(config: Config, params: Any) -> Program:
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         scale_and_norm = {"scale": jnp.float32(1), "norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, opt_state, params, **scale_and_norm)
-        rate = config.optimizer.learning_rate
+        rate = config.learning_rate
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), opt_state
 
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params).compile()

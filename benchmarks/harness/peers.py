@@ -75,7 +75,7 @@ def _train_step(work: StepWork, form: Form, device: str, folder: Path) -> Callab
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=settings.learning_rate,
+        lr=work.config.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         fused=True,

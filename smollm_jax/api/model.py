@@ -12,11 +12,10 @@ from smollm_jax.api.process import as_found
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import require
-from smollm_jax.serving.completion import Completer, Dtype, StopStrings, check_text, open_completer
+from smollm_jax.serving.completion import Completer, Dtype, check_text, open_completer
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
-ROWS = 16  # prompts decoded together
 NAMES = tuple(field.name for field in fields(Sampling) if field.name != "stop_ids")
 WHOLE = ("max_new_tokens", "top_k", "seed")
 
@@ -69,12 +68,8 @@ class Model:
         sampling, stop = self._choices(options)
         prompts = texts_of(prompt, "generate")
         encoded = [self._encode(text) for text in prompts]
-        texts = []
         with as_found():
-            for start in range(0, len(encoded), ROWS):
-                rows = encoded[start : start + ROWS]
-                made = self._generator.generate(rows, sampling)
-                texts += [self._text(ids, new, stop) for ids, new in zip(rows, made, strict=True)]
+            texts = [made.text for made in self.completer.complete(encoded, sampling, stop)]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
@@ -111,22 +106,18 @@ class Model:
         check_text(text, "the text")
         tokenizer = self.completer.tokenizer
         ids = tokenizer.encode(text).tolist()
-        logprobs, likeliest = self._generator.logprobs(ids)
+        logprobs, are_argmax = self._generator.logprobs(ids)
         decoder = TextOfIds(tokenizer, [])
         pieces = [decoder.feed([token]) for token in ids]
         pieces[-1] += decoder.rest()
         found: list[tuple[float | None, bool | None]] = [(None, None)]
-        found += [(p, best == token) for p, best, token in zip(logprobs, likeliest, ids[1:], strict=True)]
+        found += zip(logprobs, are_argmax, strict=True)
         return [
             TokenLogprob(piece, token, *values) for piece, token, values in zip(pieces, ids, found, strict=True)
         ]
 
     def _encode(self, prompt: str) -> list[int]:
         return self.completer.encode(prompt)
-
-    def _text(self, prompt: list[int], new: list[int], stop: tuple[str, ...]) -> str:
-        decoder, gate = TextOfIds(self.completer.tokenizer, prompt), StopStrings(stop)
-        return gate.feed(decoder.feed(new) + decoder.rest()) + gate.held
 
     def _choices(self, options: Any) -> tuple[Sampling, tuple[str, ...]]:
         """Check the keywords; raises `UserError` naming one that is unknown or of the wrong kind."""

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from smollm_jax.tokenizer.chat_template import Render
 
 LIVELY = SamplingFlags(max_new_tokens=512, temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=None)
-HELP = "/new begins again, /undo takes the last turn back, /exit or Ctrl-D ends; Ctrl-C stops an answer"
+HELP = (
+    "/reset begins again, /regenerate answers the last message anew, /undo takes it back, /exit or Ctrl-D ends; "
+    "Ctrl-C stops an answer"
+)
 
 
 def chat(
@@ -56,21 +60,25 @@ def _converse(completer: "Completer", sampling: "Sampling", first: list[dict[str
 
     turns, renderer = list(first), Renderer()  # a template is a program, and may not end
     while (line := _read()) not in (None, "/exit", "/quit"):
-        if line == "/new":
+        last = max(len(first), len(turns) - 2)
+        if line in ("/reset", "/new"):
             turns = list(first)
         elif line == "/undo":
-            del turns[max(len(first), len(turns) - 2) :]
-        elif line.startswith("/"):
+            del turns[last:]
+        elif line.startswith("/") and (line != "/regenerate" or last == len(turns)):
             say(HELP)
         elif line:
             asked = [*turns, {"role": "user", "content": line}]
+            if line == "/regenerate":  # with another seed: the same one would give the same answer
+                asked = turns[: last + 1]
+                sampling = replace(sampling, seed=(sampling.seed + 1) % 2**32)
             try:
                 turns = [
                     *asked,
                     {"role": "assistant", "content": _answer(completer, sampling, asked, renderer.render)},
                 ]
             except UserError as error:  # such as a conversation that no longer fits
-                say(f"{one_line(error)}; /new begins again, /undo takes the last turn back")
+                say(f"{one_line(error)}; /reset begins again, /undo takes the last turn back")
 
 
 def _answer(completer: "Completer", sampling: "Sampling", turns: list[dict[str, str]], render: "Render") -> str:

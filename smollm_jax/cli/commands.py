@@ -1,4 +1,4 @@
-"""Define the commands export, import, generate, evaluate, push, checkpoints, batch, plan and verify-resume.
+"""Define the commands export, import, evaluate, push, checkpoints, batch, plan and verify-resume.
 
 Results go to stdout, everything else to stderr. A command is a function: its signature gives the flags, its
 docstring the help. A command imports what it needs when it runs, so that `--help` answers at once.
@@ -8,21 +8,18 @@ import inspect
 import json
 import sys
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from smollm_jax.cli.arguments import check_model, parse
-from smollm_jax.cli.sampling import SamplingFlags
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.runtime.errors import EXIT_FAILED, printable, say
+from smollm_jax.runtime.errors import EXIT_FAILED, say
 from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
-GREEDY = SamplingFlags()
 
 
 def export(
@@ -68,52 +65,12 @@ def import_(path: Positional, *, out: str) -> int:
     return 0
 
 
-def generate(
-    path: Positional,
-    *,
-    prompt: str,
-    sampling: SamplingFlags = GREEDY,
-    stop: tuple[str, ...] = (),
-    backend: Literal["jax", "torch"] = "jax",
-    dtype: Dtype = "float32",
-    special_tokens: Literal["text", "parse"] | None = None,
-) -> int:
-    """Continue a prompt. The text goes to stdout while it is generated.
-
-    For example: smollm generate runs/quickstart --prompt "Return the" --temperature 0.7
-
-    Args:
-        path: Run, exported folder or Hub id.
-        prompt: Text to continue.
-        stop: Stop before any of these texts.
-        backend: Library that computes.
-        dtype: Compute dtype.
-        special_tokens: Special tokens that the prompt spells out. text: they stay text; parse: they become ids, as
-            in transformers. Default: as the run was trained, else text.
-    """
-    check_model(path)
-    from smollm_jax.serving.completion import open_completer
-
-    chosen = sampling.sampling(GREEDY)
-    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
-    pieces = completer.stream(prompt, chosen, stop)
-    first = list(islice(pieces, 1))  # a refused prompt prints nothing to stdout
-    if completer.tokenizer.texts_with_special:
-        say(completer.tokenizer.describe_special())
-    shown = printable if sys.stdout.isatty() else str  # a model may write what moves a terminal's cursor
-    sys.stdout.write(shown(prompt))
-    for piece in chain(first, pieces):
-        sys.stdout.write(shown(piece.text))
-        sys.stdout.flush()
-    print()
-    say(f"stopped: {piece.reason}")
-    return 0
-
-
 def evaluate(
     path: Positional,
     *,
     data: str,
+    data_kind: Literal["text", "chat"] = "text",
+    loss_on: Literal["assistant", "all"] = "assistant",
     text_column: str = DataConfig.text_column,
     split: str = DataConfig.split,
     seq_len: int | None = None,
@@ -130,6 +87,8 @@ def evaluate(
     Args:
         path: Run, exported folder or Hub id.
         data: Any source that train_jax.py reads.
+        data_kind: text, or chat for conversations, which go through the model's chat template.
+        loss_on: What counts of a conversation.
         text_column: Column that holds the text.
         split: Split of a Hub dataset.
         seq_len: Tokens per sequence. Default: the run's own, else 2,048 or the model's context if shorter.
@@ -141,9 +100,15 @@ def evaluate(
             transformers. Default: as the run was trained, else text.
     """
     check_model(path)
+    from smollm_jax.runs.places import check_data
+
+    check_data(data)
     from smollm_jax.training.evaluation import evaluate_model
 
-    settings = DataConfig(data=data, text_column=text_column, split=split, on_bad_data=on_bad_data)
+    settings = DataConfig(
+        data=data, data_kind=data_kind, loss_on=loss_on, text_column=text_column, split=split,
+        on_bad_data=on_bad_data,
+    )  # fmt: skip
     result = evaluate_model(
         path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype,
         special_tokens=special_tokens,
@@ -228,6 +193,9 @@ def verify_resume(argv: list[str], prog: str) -> int:
     import tempfile
 
     own, config = parse(argv, prog=prog, about=str(inspect.getdoc(verify_resume)), own=VerifyFlags())
+    from smollm_jax.runs.places import check_places
+
+    check_places(config)
     from smollm_jax.training.verify_resume import verify_resume as verify
 
     place = None if config.run.run_dir is None else config.run_dir

@@ -12,13 +12,14 @@ from smollm_jax import __version__
 from smollm_jax.cli import commands
 from smollm_jax.cli.arguments import ABOUT, Command, parse, parse_command
 from smollm_jax.cli.chat import chat
+from smollm_jax.cli.generate import generate
 from smollm_jax.cli.serve import serve
 from smollm_jax.runtime.devices import has_accelerator, quiet_libtpu
 from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, run_main, say
 from smollm_jax.runtime.signals import StopRequest, leave
 
 SIMPLE: tuple[Command, ...] = (
-    serve, chat, commands.generate, commands.evaluate, commands.export, commands.import_, commands.push,
+    serve, chat, generate, commands.evaluate, commands.export, commands.import_, commands.push,
     commands.checkpoints, commands.batch,
 )  # fmt: skip
 # these take the flags of train too, beside their own
@@ -53,6 +54,11 @@ def train(argv: list[str], prog: str) -> None:
 
     def main(stop: StopRequest) -> int:
         config = parse(argv, prog=prog)
+        from smollm_jax.distributed.launch import may_be_several
+        from smollm_jax.runs.places import check_places
+
+        if not may_be_several(config.compute):  # a job's processes have to learn of a mistake together, in fit
+            check_places(config)
         say(f"smollm-jax  {__version__}, loading JAX")
         if not has_accelerator():
             quiet_libtpu()

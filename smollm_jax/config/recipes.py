@@ -6,6 +6,7 @@ from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.settings import Config, DataConfig, OptimizerConfig, RunConfig
 
 DOCS_PROMPTS = ("Return the", "The following example", "If the argument is", "A class is")
+QUESTIONS = ("What is the capital of France?", "Write a sentence about the sea.", "How do I boil an egg?")
 RECIPES = {
     "replica": Config(),
     "smollm2": Config(
@@ -30,5 +31,26 @@ RECIPES = {
         data=DataConfig(data="builtin:python-docs", tokenizer="train:4096", seq_len=256, eval_batches=64),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine"),
         model=MODELS["quickstart"],
+    ),
+    # alignment-handbook, recipes/smollm2/sft. 128 conversations a step are about 16 full rows of 8,192 tokens, and
+    # two epochs about 0.9 billion tokens; other data is counted
+    "sft": Config(
+        recipe="sft",
+        run=RunConfig(
+            phases="6900x16",
+            seed=42,
+            init_from="HuggingFaceTB/SmolLM2-135M",
+            eval_every=200,
+            checkpoint_every=200,
+            sample_prompts=QUESTIONS,
+        ),
+        data=DataConfig(
+            data_kind="chat",
+            data="HuggingFaceTB/smol-smoltalk",
+            seq_len=8_192,
+            epochs=2,
+            eval_batches=64,
+        ),
+        optimizer=OptimizerConfig(learning_rate=None, schedule="cosine", beta2=0.999, weight_decay=0.0),
     ),
 }

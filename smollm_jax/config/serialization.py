@@ -25,7 +25,8 @@ def to_dict(config: Config) -> dict[str, Any]:
         "sample_prompts": list(config.run.sample_prompts),
     }
     values["model"]["extra_eos_token_ids"] = list(config.model.extra_eos_token_ids)
-    values["optimizer"] |= {"warmup_steps": config.warmup_steps, "decay_steps": config.decay_steps}
+    for name in ("learning_rate", "warmup_steps", "decay_steps"):
+        values["optimizer"][name] = getattr(config, name)
     return values
 
 

@@ -15,7 +15,10 @@ from smollm_jax.config.phases import Phase, parse_phases, resize
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50}  # of each recipe, at most a tenth of the run
+# of each recipe, at most a tenth of the run
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31}
+# alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
+SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
 MESH_AXES = ("data", "fsdp", "tensor")
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
 
@@ -85,14 +88,20 @@ class ComputeConfig:
 class DataConfig:
     """What is read, and how it becomes batches."""
 
+    data_kind: Literal["text", "chat"] = "text"
+    """text: every document is trained on; chat: rows may hold messages, conversations or prompt and completion."""
     data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
     """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file, folder or glob, builtin:python-docs. A=0.7,B=0.3 mixes."""
     split: str = "train"  # Split of a Hub dataset.
     text_column: str = "text"  # Column that holds the text.
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"
-    """Hub id, folder, or train:VOCAB to train a byte-level BPE on the start of the data."""
+    """Hub id, folder, or train:VOCAB to train a byte-level BPE on the data's start (:chat adds ChatML's)."""
     special_tokens: Literal["text", "parse"] = "text"
     """Special tokens that a text spells out. text: they stay text; parse: they become ids, as in transformers."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """What counts in the loss of a conversation. all: also the user's words and the template's."""
+    chat_template: str = "auto"
+    """Of conversations. auto: the tokenizer's, else chatml; chatml; or a file with a Jinja template."""
     seq_len: int = setting(2_048, "at least 1")  # Tokens per sequence.
     shuffle_window: int = setting(1_024, "at least 1")  # Documents shuffled together (1: source order).
     shards: int = setting(1, "at least 1")
@@ -113,13 +122,22 @@ class DataConfig:
         check_fields(self)
         unread = self.eval_data is not None and not self.eval_documents
         require(not unread, f"eval_data={self.eval_data} is read, so eval_documents=0 must be above 0")
+        for name in ("loss_on", "chat_template"):
+            value = getattr(self, name)
+            fits = self.data_kind == "chat" or value == getattr(DataConfig, name)
+            require(fits, f"{name}={value} is for conversations: give --data-kind chat, or --recipe sft")
+
+    @property
+    def is_chat(self) -> bool:
+        return self.data_kind == "chat"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
-    learning_rate: float = setting(6e-4, "above 0", resume="schedule")  # Peak learning rate.
+    learning_rate: float | None = setting(6e-4, "above 0", resume="schedule")
+    """Peak learning rate. Default of sft: by the size of the model."""
     schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
     """After the warm-up: linear or cosine decay to the end, constant, or wsd (stable, then linear decay)."""
     warmup_steps: int | None = setting(None, "0 or more", resume="schedule")
@@ -139,7 +157,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         peak, final, schedule = self.learning_rate, self.final_learning_rate, self.schedule
-        require(final <= peak, f"final_learning_rate={final} must not be above learning_rate={peak}")
+        fits = peak is None or final <= peak
+        require(fits, f"final_learning_rate={final} must not be above learning_rate={peak}")
         decays = final == 0 or schedule != "constant"
         require(decays, f"final_learning_rate={final} belongs to a schedule that decays; constant came")
         decay_fits = self.decay_steps is None or schedule == "wsd"
@@ -190,7 +209,7 @@ class Config:
     """All settings of a run."""
 
     recipe: str = setting("replica", resume="free")
-    """replica: the seed's run. smollm2: the published recipe. quickstart: no download, minutes on a CPU."""
+    """replica: the seed's run. smollm2: the published recipe. quickstart: minutes on a CPU. sft: conversations."""
     preset: str = setting("135M", resume="free")
     """Architecture: 135M, 360M, 1.7B or quickstart. The flags under `model` change single numbers."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -241,6 +260,13 @@ class Config:
     def warmup_steps(self) -> int:
         given = self.optimizer.warmup_steps
         return min(WARMUP_STEPS[self.recipe], self.total_steps // 10) if given is None else given
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the peak learning rate: the given one, or the published one of the model's size."""
+        given = self.optimizer.learning_rate
+        by_size = next(rate for size, rate in SFT_RATES if self.model.num_parameters < size)
+        return by_size if given is None else given
 
     @property
     def decay_steps(self) -> int:

@@ -11,9 +11,12 @@ from itertools import chain, islice, tee, zip_longest
 from operator import itemgetter
 
 from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.best_fit import BestFitPacker
+from smollm_jax.data.chat import spoken_bytes
+from smollm_jax.data.documents import Document
 from smollm_jax.data.packing import Batch, pack
 from smollm_jax.data.shuffle import TokenizedDocument, text_hash, tokenize, without
-from smollm_jax.data.sources import Document, mixture, open_source
+from smollm_jax.data.sources import mixture, open_source
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -35,7 +38,7 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
         few = f"{name} holds {count} documents{'' if config.eval_data else ', of which every 10th is held out'}"
         lines = "; in a .txt file a blank line ends a document, and a file without one is one document"
         raise UserError(f"{few}{lines if '.txt' in name else ''}; give --eval-data, or --eval-documents 0")
-    return list(tokenize(documents, tokenizer))
+    return [one for one in tokenize(documents, tokenizer, config) if len(one[1])]
 
 
 def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
@@ -45,17 +48,24 @@ def batches_in_order(config: DataConfig, tokenizer: Tokenizer, batch_size: int) 
     """
     sources = [_ranked(open_source(spec, config).documents(), weight) for spec, weight in mixture(config.data)]
     documents = (document for _, document in merge(*sources, key=itemgetter(0)))
-    yield from pack_to_score(tokenize(documents, tokenizer), tokenizer, config.seq_len, batch_size)
+    found = (one for one in tokenize(documents, tokenizer, config) if len(one[1]))
+    yield from pack_to_score(found, tokenizer, config.seq_len, batch_size, chat=config.is_chat)
 
 
 def pack_to_score(
-    documents: Iterable[TokenizedDocument], tokenizer: Tokenizer, seq_len: int, batch_size: int
-) -> Iterator[Batch]:
-    """Yield batches as `pack` does, with their `text_bytes`."""
+    documents: Iterable[TokenizedDocument], tokenizer: Tokenizer, seq_len: int, batch_size: int,
+    *, chat: bool = False,
+) -> Iterator[Batch]:  # fmt: skip
+    """Yield batches as `pack` does, with their `text_bytes`. `chat` data is packed by a `BestFitPacker`."""
     documents, again = tee(documents)
-    counted = ((document, tokenizer.byte_counts(document.text, ids)) for document, ids in again)
-    batches = zip(pack(documents, seq_len, batch_size), pack(counted, seq_len, batch_size), strict=True)
-    return (replace(batch, text_bytes=counts.tokens) for batch, counts in batches)
+    counted = (
+        (document, spoken_bytes(ids, tokenizer))
+        if chat and document.conversation
+        else (document, tokenizer.byte_counts(document.text, ids))
+        for document, ids in again
+    )
+    packed = (pack(x, seq_len, batch_size, BestFitPacker(seq_len) if chat else None) for x in (documents, counted))
+    return (replace(batch, text_bytes=counts.tokens) for batch, counts in zip(*packed, strict=True))
 
 
 def _all_documents(config: DataConfig, data: str) -> Iterator[Iterator[Document]]:
@@ -67,7 +77,7 @@ def head_texts(config: DataConfig) -> Iterator[str]:
     """Yield texts from the head of each source in turn, without the held-out texts."""
     excluded = {text_hash(one.kept + one.text): len(one.kept) for one in _held_out_documents(config)}
     documents = chain.from_iterable(zip_longest(*_all_documents(config, config.data)))
-    yield from (document.text for document in without(excluded, filter(None, documents)))
+    yield from (document.words for document in without(excluded, filter(None, documents)))
 
 
 def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Document]:
@@ -80,7 +90,7 @@ def _held_out_documents(config: DataConfig, *, resumes: bool = False) -> list[Do
             chosen.setdefault(text_hash(document.text), document)
             if len(chosen) == wanted:
                 break
-        if not chosen and not config.eval_data:
+        if not chosen and not config.eval_data and not config.is_chat:
             chosen = _end_of(open_source(spec, config, resumes=resumes).documents())
         documents = dict(zip(chosen, _ranked(chosen.values(), weight), strict=True)) | documents
     return [document for _, document in sorted(documents.values(), key=itemgetter(0))]

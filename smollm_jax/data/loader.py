@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
@@ -19,13 +20,15 @@ import numpy as np
 import xxhash
 
 from smollm_jax.config.settings import Config
-from smollm_jax.data.packing import Batch, Packer, num_targets
+from smollm_jax.data.best_fit import new_packer
+from smollm_jax.data.packing import Batch, num_targets
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, is_count, text_hash
-from smollm_jax.data.sources import Document, Shard, mixture, open_source
+from smollm_jax.data.shuffle import CLOSE_SECONDS, DAMAGED, ShuffledSource, TokenizedDocument, exclusions, is_count
+from smollm_jax.data.sources import Shard, mixture, open_source
 from smollm_jax.runtime.errors import UserError, require, say_once
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
+NAMED = {"tokenizer": "tokenizer", "held_out": "held-out documents", "shards": "shards", "template": "template"}
 BATCHES_AHEAD = 4  # made while the device works. Two windows of tokens are in memory anyway
 
 
@@ -47,38 +50,52 @@ class ShardStream:
         shuffle = partial(ShuffledSource, tokenizer=loader.tokenizer, excluded=loader.excluded, shard=shard)
         self.mixture = [(shuffle(s, seed=[seed, i]), weight) for i, (s, weight) in enumerate(loader.mixture)]
         self.sources = [source for source, _ in self.mixture]
-        self.packer: Packer[Document] = Packer(data.seq_len)
+        self.chat, self.packer = data.is_chat, new_packer(data)
         self.ended = False
-        self._before: list[Cursor] = []  # states of the sources before the last document was drawn
-        self._carried: int | None = None  # offset in the first document after a seek
+        # states of the sources before each document was drawn, from the oldest with a part left
+        self._before: deque[list[Cursor]] = deque()
+        self._carried: deque[Any] = deque()  # after a seek: what is left of each document that is drawn again
 
     def batch(self, rows: int) -> Batch:
         """Make the next rows. After the last document, the rows are padding."""
-        while self.packer.rows < rows and not self.ended:
-            self._before = self._states()
-            drawn, offset, self._carried = self._draw(), self._carried, None
-            past = offset is not None and (drawn is None or offset >= len(drawn[1]))
-            require(not past, f"{DAMAGED}: it points past the end of a document")
-            if drawn is None:
-                self.ended = True
-            else:
-                self.packer.add(*drawn, offset or 0)
+        while (self._carried or self.packer.wants(rows)) and not self.ended:
+            before, drawn = self._states(), self._draw()
+            left = [self._carried.popleft()] if self._carried else []
+            try:
+                if drawn is None:
+                    self.ended = not left
+                    require(self.ended, f"{DAMAGED}: it points past the last document")
+                else:
+                    self.packer.add(*drawn, *left)
+                    self._before.append(before)
+            except IndexError:
+                raise UserError(f"{DAMAGED}: it points past the end of a document") from None
         return self.packer.batch(rows)
 
     @property
     def cursor(self) -> Cursor:
-        """Return the sources' states before the next row's first document, and the offset in it."""
-        offset = self.packer.state
-        return {"sources": self._states() if offset is None else self._before, "offset": offset}
+        """Return the sources' states before the oldest document with a part left, and what is left.
+
+        That is an offset, or in chat data the parts in the buffer of each document since the oldest.
+        """
+        left = self.packer.left
+        while len(self._before) > len(left):
+            self._before.popleft()
+        sources = self._before[0] if left else self._states()
+        if not self.chat:
+            return {"sources": sources, "offset": left[0] if left else None}
+        return {"sources": sources, "kept": left, "dropped": sum(state["dropped"] for state in self._states())}
 
     def seek(self, cursor: Any) -> None:
         """Continue after `cursor`. Raises `UserError` unless it may have been a cursor of this shard."""
-        states, offset, count = cursor["sources"], cursor["offset"], len(self.sources)
-        fits = isinstance(states, list) and len(states) == count and (offset is None or is_count(offset))
+        states, count = cursor["sources"], len(self.sources)
+        left = cursor["kept"] if self.chat else [] if cursor["offset"] is None else [cursor["offset"]]
+        counts = chain.from_iterable(left) if self.chat else left
+        fits = isinstance(states, list) and len(states) == count and all(map(is_count, counts))
         require(fits, f"{DAMAGED}: {cursor!r:.200} is not a position in {count} sources")
         for source, state in zip(self.sources, states, strict=True):
             source.seek(state)
-        self._carried = offset
+        self._carried = deque(left)
 
     def _states(self) -> list[Cursor]:
         return [dict(source.state) for source in self.sources]
@@ -130,7 +147,7 @@ class BatchIterator:
             raise StopIteration
         self.step += 1
         shards = {str(index): shard.cursor for index, shard in self.shards.items()}
-        return batch, {"step": self.step, **self.loader.fixed, "skipped": _skipped(shards), "lanes": shards}
+        return batch, {"step": self.step, **self.loader.fixed, **_totals(shards), "lanes": shards}
 
     def documents(self) -> list[dict[str, Any]]:
         """Return source, file, row and text of each document in the last batch."""
@@ -161,8 +178,7 @@ class Loader:
         self.config, self.tokenizer = config, tokenizer
         self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
         self._report_copies()
-        # characters to train on, of each text that is held out in part
-        self.excluded = {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
+        self.excluded = exclusions(held_out)
         self.shards = list(range(data.shards) if shards is None else shards)
         self.fixed: Cursor = {
             "shards": data.shards,
@@ -170,6 +186,8 @@ class Loader:
             "tokenizer": tokenizer.fingerprint[:16],
             "held_out": xxhash.xxh3_64_hexdigest(repr(sorted(self.excluded)).encode()),
         }
+        if data.is_chat:
+            self.fixed["template"] = xxhash.xxh3_64_hexdigest(str(tokenizer.chat_template).encode())
 
     def _report_copies(self) -> None:
         """Log files that are read more than once, as by two parts of a mixture."""
@@ -189,8 +207,8 @@ class Loader:
             require(isinstance(then, str), f"the checkpoint was made with other data than {name}; {afresh}")
             changes = source.changes_since(then)
             require(now == then, f"the files of {name} changed since the checkpoint ({changes}); {afresh}")
-        for key, what in (("tokenizer", "tokenizer"), ("held_out", "held-out documents"), ("shards", "shards")):
-            require(cursor[key] == self.fixed[key], f"the {what} changed since the checkpoint; {afresh}")
+        for key in self.fixed.keys() & NAMED.keys():
+            require(cursor[key] == self.fixed[key], f"the {NAMED[key]} changed since the checkpoint; {afresh}")
         require(is_count(cursor["step"]), f"{DAMAGED}: step={cursor['step']!r:.40} is not a count")
 
 
@@ -198,11 +216,14 @@ def merge_cursors(cursors: list[Cursor]) -> Cursor:
     """Merge the cursors of processes that made different shards into the cursor of all shards."""
     merged = {index: shard for cursor in cursors for index, shard in cursor["lanes"].items()}
     shards = {str(index): merged[str(index)] for index in range(cursors[0]["shards"])}
-    return {**cursors[0], "skipped": _skipped(shards), "lanes": shards}
+    return {**cursors[0], **_totals(shards), "lanes": shards}
 
 
-def _skipped(shards: dict[str, Cursor]) -> int:
-    return sum(state["skipped"] for shard in shards.values() for state in shard["sources"])
+def _totals(shards: dict[str, Cursor]) -> Cursor:
+    """Return the rows that could not be read, and in chat data the conversations without a target."""
+    skipped = sum(state["skipped"] for shard in shards.values() for state in shard["sources"])
+    dropped = [shard["dropped"] for shard in shards.values() if "dropped" in shard]
+    return {"skipped": skipped} | ({"dropped": sum(dropped)} if dropped else {})
 
 
 class PrefetchLoader:

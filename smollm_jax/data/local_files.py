@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from smollm_jax.runtime.errors import say_once
+from smollm_jax.runtime.errors import UserError, one_line, require, say_once
 from smollm_jax.runtime.files import matching
 
 JSON = (".json", ".json.gz")  # of C4 and Dolma: lines of JSON. Settings files have this name too
@@ -14,6 +14,26 @@ ABOUT = re.compile(
     r"|(config|dataset_dict|dataset_infos?|metadata|state)\.json", re.IGNORECASE
 )  # fmt: skip
 SHOWN = 5  # names in a line
+
+
+def data_files(pattern: str) -> list[str]:
+    """Return the files as `find_files` does. Raises `UserError` if there is none, or one that is not read."""
+    try:
+        files = find_files(pattern)
+    except OSError as error:
+        raise UserError(f"--data {pattern}: {one_line(error)}") from None
+    require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
+    require_known(files, pattern)
+    for path in files:
+        is_file = os.path.isfile(path)
+        require(is_file, f"--data {pattern}: {path} is no regular file, and data is read more than once")
+    return files
+
+
+def require_known(files: list[str], spec: str) -> None:
+    """Raise `UserError` for a file of a format that is not read."""
+    for path in files:
+        require(path.endswith(SUFFIXES), f"--data {spec}: {path} is none of {', '.join(SUFFIXES)}")
 
 
 def find_files(pattern: str) -> list[str]:

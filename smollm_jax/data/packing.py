@@ -7,7 +7,7 @@ So every token except a document's first is a target exactly once. Only the last
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,8 @@ class Batch:
     """A batch of rows: `tokens` and `segment_ids`, int32 (B, T+1).
 
     Segments count from 1 in each row, and 0 is padding. If a process makes only some rows, its rows begin at
-    `first_row`. `text_bytes`, in a batch to score, holds the UTF-8 bytes of text that each token stands for.
+    `first_row`. `text_bytes`, in a batch to score, holds the UTF-8 bytes of text that each token stands for. In a
+    conversation, a token that is read and is no target has the segment -s instead of s.
     """
 
     tokens: np.ndarray
@@ -28,10 +29,15 @@ class Batch:
     text_bytes: np.ndarray | None = None
 
 
+def are_targets(segment_ids_BT1: np.ndarray) -> np.ndarray:
+    """Return which tokens but the first are targets, bool (B, T), by the rule of `model.loss.targets_of`."""
+    before, after = segment_ids_BT1[:, :-1], segment_ids_BT1[:, 1:]
+    return (np.abs(before) == after) & (after > 0)
+
+
 def num_targets(batch: Batch) -> int:
-    """Count the tokens whose predecessor in the row belongs to the same document."""
-    before, after = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
-    return int(((before == after) & (after != 0)).sum())
+    """Count the tokens whose predecessor in the row belongs to the same document, without mere context."""
+    return int(are_targets(batch.segment_ids).sum())
 
 
 class Packer(Generic[D]):
@@ -47,13 +53,24 @@ class Packer(Generic[D]):
         self._offset = 0  # into the first document of the queue
         self._open = 0  # tokens in the row after the full ones
 
+    def wants(self, rows: int) -> bool:
+        """Return whether a batch of `rows` rows needs more documents."""
+        return self.rows < rows
+
     @property
     def state(self) -> int | None:
         """Return the offset at which the next row continues the first document. None if the queue is empty."""
         return self._offset if self._queue else None
 
+    @property
+    def left(self) -> list[int]:
+        """Return `state` for each document of the queue after a batch: one or none."""
+        return [self._offset] if self._queue else []
+
     def add(self, document: D, tokens: np.ndarray, offset: int = 0) -> None:
-        """Append a document, from `offset` of its tokens on. `tokens` is int32 (n,) with `offset` < n."""
+        """Append a document from `offset` of its tokens, int32 (n,), on. Raises `IndexError` if that is past n."""
+        if offset >= len(tokens):
+            raise IndexError(offset)
         if not self._queue:
             self._offset = offset
         self._queue.append((document, tokens))
@@ -90,13 +107,14 @@ class Packer(Generic[D]):
             self._offset -= 1  # the next row begins with this row's last token
 
 
-def pack(documents: Iterable[tuple[D, np.ndarray]], seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """Pack documents and their tokens into batches of full rows. Only the last batch has padding."""
-    packer: Packer[D] = Packer(seq_len)
+def pack(
+    documents: Iterable[tuple[D, np.ndarray]], seq_len: int, batch_size: int, packer: Any = None
+) -> Iterator[Batch]:
+    """Pack documents and their tokens into batches, by default of full rows with padding only in the last."""
+    packer = Packer(seq_len) if packer is None else packer
     for document, tokens in documents:
         packer.add(document, tokens)
-        while packer.rows >= batch_size:
+        while not packer.wants(batch_size):
             yield packer.batch(batch_size)
-    last = packer.batch(batch_size)
-    if num_targets(last):
+    while num_targets(last := packer.batch(batch_size)):
         yield last

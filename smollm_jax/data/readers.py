@@ -8,10 +8,11 @@ are parsed.
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from smollm_jax.data.conversations import FORMATS, format_of
 from smollm_jax.runtime.errors import UserError, one_line, require, say_once
 
 Cursor = dict[str, Any]
@@ -36,20 +37,50 @@ class Record:
     fault: str = ""
 
 
-def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
+@dataclass(frozen=True)
+class Columns:
+    """The columns to read of a row: `text`, or in `chat` data any conversation.
+
+    In `chat` data a value is a dict of columns, else the text.
+    """
+
+    text: str
+    chat: bool = False
+
+    def among(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the columns to read of those with `names`. Empty if they are not there."""
+        names = tuple(names)
+        return (self.chat and format_of(names)) or ((self.text,) if self.text in names else ())
+
+    def required(self, names: Iterable[str], path: str) -> tuple[str, ...]:
+        """Return what `among` returns. Raises `UserError` if that is nothing."""
+        names = tuple(names)
+        wanted = ", ".join(" and ".join(map(repr, columns)) for columns in FORMATS)
+        wanted = f"none of the columns {wanted}, {self.text!r}" if self.chat else f"no column {self.text!r}"
+        require(bool(self.among(names)), f"{path} has {wanted} but {', '.join(names)}; give --text-column")
+        return self.among(names)
+
+    def value(self, row: dict[str, Any]) -> Any:
+        return row if self.chat else row[self.text]
+
+
+def read_parquet(
+    file: BinaryIO, path: str, start: Cursor, columns: Columns, wanted: RowFilter
+) -> Iterator[Record]:
     """Yield the wanted rows of a Parquet file from `start` on. Raises `UserError`."""
     import pyarrow.parquet as pq
 
     first = 0
     with file, pq.ParquetFile(file) as parquet:
-        _require_column(column, parquet.schema_arrow.names, path)
+        names = list(columns.required(parquet.schema_arrow.names, path))
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
             if first + rows > start["row"]:
-                values = parquet.read_row_group(group, columns=[column]).column(0)
+                table = parquet.read_row_group(group, columns=names).select(names)
                 for row in filter(wanted, range(max(start["row"], first), first + rows)):
                     try:
-                        value, fault = values[row - first].as_py(), ""
+                        cells = {name: table.column(name)[row - first].as_py() for name in names}
+                        value, fault = columns.value(cells), ""
                         if isinstance(value, str) and len(value) > LONGEST_BYTES:
                             value, fault = None, TOO_LONG
                     except UnicodeDecodeError as error:
@@ -58,7 +89,7 @@ def read_parquet(file: BinaryIO, path: str, start: Cursor, column: str, wanted: 
             first += rows
 
 
-def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowFilter) -> Iterator[Record]:
+def read_text(raw: BinaryIO, path: str, start: Cursor, columns: Columns, wanted: RowFilter) -> Iterator[Record]:
     """Yield the wanted JSON lines, or paragraphs of a text file, from `start` on. Raises `UserError`."""
     json_lines = not path.endswith(".txt")
     with raw:
@@ -73,7 +104,7 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
                 if len(piece) > LONGEST_BYTES:
                     raise ValueError(TOO_LONG)
                 text = piece.removeprefix(b"" if row else BOM).decode()
-                value, fault = _column_of(text, column, path, row) if json_lines and text.strip() else (text, "")
+                value, fault = _value_of(text, columns, path, row) if json_lines and text.strip() else (text, "")
             except UserError:  # a mistake in the settings, whatever --on-bad-data says
                 raise
             except (ValueError, RecursionError) as error:
@@ -84,22 +115,19 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, column: str, wanted: RowF
             say_once(f"{path} is one document of {count + 1:,} lines: a blank line would end a document")
 
 
-def _column_of(line: str, column: str, path: str, row: int) -> tuple[Any, str]:
-    """Return a column's value in a JSON line, and the fault if it is unreadable."""
+def _value_of(line: str, columns: Columns, path: str, row: int) -> tuple[Any, str]:
+    """Return the value of a JSON line, and the fault if it is unreadable."""
     if row == 0 and line.lstrip().startswith("["):
         return None, "a JSON array; expected an object on each line, as jq -c '.[]' writes them"
     value = json.loads(line)
     if not isinstance(value, dict):
         return None, "not a JSON object"
     if row == 0:  # the setting is wrong. In a later row, the row is wrong
-        _require_column(column, list(value), path)
-    elif column not in value:
-        return None, f"no {column!r} but {', '.join(value)}"
-    return value[column], ""
-
-
-def _require_column(column: str, names: list[str], path: str) -> None:
-    require(column in names, f"{path} has no column {column!r} but {', '.join(names)}; give --text-column")
+        columns.required(value, path)
+    elif not columns.among(value):
+        missing = "conversation" if columns.chat else repr(columns.text)
+        return None, f"no {missing} but {', '.join(value)}"
+    return columns.value({name: value[name] for name in columns.among(value)}), ""
 
 
 def _lines(file: BinaryIO, raw: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.chat import encode_conversations, fitted
+from smollm_jax.data.documents import Document
 from smollm_jax.data.readers import Cursor
-from smollm_jax.data.sources import START, WHOLE, Document, Shard, Source
+from smollm_jax.data.sources import START, WHOLE, Shard, Source
 from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import SourceTimeout, UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -31,6 +34,11 @@ def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
+def exclusions(held_out: Iterable[TokenizedDocument]) -> dict[int, int]:
+    """Return the hash of each held-out text, with the characters of it to train on."""
+    return {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
+
+
 def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator[Document]:
     """Yield documents without held-out text. `excluded` maps the hash of a text to the characters to keep."""
     for document in documents:
@@ -41,13 +49,29 @@ def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator
             yield replace(document, text=document.text[:kept])
 
 
-def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """Yield documents with their tokens, each ended by one eos. One group is tokenized at a time."""
+def tokenize(
+    documents: Iterable[Document], tokenizer: Tokenizer, settings: DataConfig | None = None
+) -> Iterator[TokenizedDocument]:
+    """Yield documents with their tokens, a text ended by one eos. One group is tokenized at a time.
+
+    The `settings` are needed for chat data. A conversation ends with its template, fits a row, and is empty if
+    nothing of it is trained.
+    """
     for group in _groups(documents):
-        encoded = tokenizer.encode_batch([document.text for document in group])
-        for document, ids in zip(group, encoded, strict=True):
-            ended = len(ids) > 0 and ids[-1] == tokenizer.eos_id  # by the tokenizer's own post-processor
-            yield document, ids if ended else np.append(ids, np.int32(tokenizer.eos_id))
+        yield from zip(group, _tokens(group, tokenizer, settings), strict=True)
+
+
+def _tokens(group: list[Document], tokenizer: Tokenizer, settings: DataConfig | None) -> Iterator[np.ndarray]:
+    talks: dict[int, np.ndarray] = {}
+    if settings is not None and settings.is_chat:
+        places = [i for i, document in enumerate(group) if document.conversation]
+        encoded = encode_conversations([group[i] for i in places], tokenizer, settings)
+        talks = {i: fitted(one, settings.seq_len + 1) for i, one in zip(places, encoded, strict=True)}
+    texts = iter(tokenizer.encode_batch([one.text for i, one in enumerate(group) if i not in talks]))
+    for i in range(len(group)):
+        ids = talks[i] if i in talks else next(texts)
+        ended = i in talks or (len(ids) > 0 and ids[-1] == tokenizer.eos_id)  # by its own post-processor
+        yield ids if ended else np.append(ids, np.int32(tokenizer.eos_id))
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -85,12 +109,17 @@ class ShuffledSource:
         self.state: Cursor = {
             "window": None, "number": 0, "index": 0, "epoch": 0, "tokens": 0, "skipped": 0, "ended": False,
         }  # fmt: skip
+        if source.settings.is_chat:
+            self.state["dropped"] = 0  # conversations without a turn to train on
         self._current: Window | None = None
         self._next: BackgroundTask[Window] | None = None
         atexit.register(self.close)
 
     def draw(self) -> TokenizedDocument | None:
-        """Return the next document and its tokens, eos included. Returns None after the last epoch."""
+        """Return the next document and its tokens, eos included. Returns None after the last epoch.
+
+        Documents without tokens are counted and passed over.
+        """
         state = self.state
         while not state["ended"]:
             window, i = self._window(), state["index"]
@@ -98,6 +127,9 @@ class ShuffledSource:
                 state["skipped"] += window.skipped
             if i < len(window.documents):
                 state["index"] += 1
+                if not len(window.documents[i][1]):
+                    state["dropped"] += 1
+                    continue
                 state["tokens"] += len(window.documents[i][1])
                 return window.documents[i]
             require(i == len(window.documents), f"the cursor points past a window of {self.source.name}")
@@ -106,6 +138,9 @@ class ShuffledSource:
                 where = "" if count == 1 else f" in shard {index + 1} of {count} (give a smaller --shards)"
                 empty = f"--data {self.source.name} holds no document to train on{where}"
                 raise UserError(f"{empty}; held-out documents do not count")
+            if window.following["epoch"] > state["epoch"] and not state["tokens"]:
+                longest = f"none of its {state['dropped']:,} conversations has an answer that fits --seq-len"
+                raise UserError(f"--data {self.source.name}: {longest} {self.source.settings.seq_len}")
             state |= window.following
             self._current = None
         return None
@@ -157,7 +192,8 @@ class ShuffledSource:
         size = max(self.source.settings.shuffle_window // self.shard.count, 1)
         skipped: list[str] = []
         documents = self.source.documents(state["window"], skipped, self.shard)
-        in_order = list(tokenize(islice(without(self.excluded, documents), size), self.tokenizer))
+        wanted = islice(without(self.excluded, documents), size)
+        in_order = list(tokenize(wanted, self.tokenizer, self.source.settings))
         epoch, number = state["epoch"], state["number"]
         if len(in_order) == size:
             following = {"window": in_order[-1][0].cursor, "number": number + 1, "index": 0, "epoch": epoch}

@@ -12,17 +12,18 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import xxhash
 
 from smollm_jax.config.settings import DataConfig
+from smollm_jax.data.documents import Document, content_of
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
-from smollm_jax.data.local_files import SUFFIXES, find_files
+from smollm_jax.data.local_files import SUFFIXES, data_files, require_known
 from smollm_jax.data.python_docs import python_docs
-from smollm_jax.data.readers import Cursor, Record, RowFilter, read_parquet, read_text
+from smollm_jax.data.readers import Columns, Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require, say_once
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
@@ -35,19 +36,6 @@ PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
 WHOLE_BYTES, PROBES, PROBE_BYTES = 2**30, 64, 2**16
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, and where it comes from."""
-
-    text: str
-    source: str
-    file: str
-    row: int
-    cursor: Cursor = field(repr=False)
-    """From here the next document follows."""
-    kept: str = field(default="", repr=False)  # beginning of a text whose end is held out
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,8 @@ class Source:
         """Yield the wanted rows of file `start["file"]` from `start` on. Raises what its parser raises."""
         path = self.files[start["file"]]
         read = read_parquet if path.endswith(".parquet") else read_text
-        return read(self.open(start["file"]), path, start, self.settings.text_column, wanted)
+        columns = Columns(self.settings.text_column, chat=self.settings.data_kind == "chat")
+        return read(self.open(start["file"]), path, start, columns, wanted)
 
     def documents(
         self, cursor: Cursor | None = None, skipped: list[str] | None = None, shard: Shard = WHOLE
@@ -108,11 +97,11 @@ class Source:
             try:
                 for record in self.records(cursor, WHOLE.has if by_file else shard.has):
                     cursor, tries = record.after, 0
-                    fault = record.fault or _fault(record.value, self.settings.text_column)
-                    if fault:
+                    text, conversation, fault = content_of(record.value, self.settings.text_column)
+                    if fault := record.fault or fault:
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
-                    elif record.value.strip():
-                        yield Document(record.value, self.name, path, record.row, cursor)
+                    elif text.strip():
+                        yield Document(text, self.name, path, record.row, cursor, conversation=conversation)
             except Exception as error:
                 if not _is_of_the_file(error):
                     raise
@@ -146,10 +135,7 @@ class LocalSource(Source):
     def __init__(self, pattern: str, settings: DataConfig):
         """Raise `UserError` if there are no files, or they cannot be read."""
         try:
-            files = find_files(pattern)
-            require(bool(files), f"--data {pattern} matches no file; give a path or glob of {', '.join(SUFFIXES)}")
-            _require_known(files, pattern)
-            _require_files(files, pattern)
+            files = data_files(pattern)
             sizes = [Path(path).stat().st_size for path in files]
             whole = sum(sizes) <= WHOLE_BYTES
             prints = [_local_hash(Path(file), size, whole=whole) for file, size in zip(files, sizes, strict=True)]
@@ -180,7 +166,7 @@ class HubSource(Source):
                 raise
             raise UserError(f"--data {error}; {WAYS_OUT}") from None
         files, sizes = [file.name for file in self._listing], [file.size for file in self._listing]
-        _require_known(files, spec)
+        require_known(files, spec)
         prints = [_short_hash(file.name, file.size, file.content) for file in self._listing]
         super().__init__(spec, files, sizes, prints, settings)
 
@@ -204,6 +190,14 @@ class PythonDocsSource(Source):
                 yield Record(text, row, {**start, "row": row + 1})
 
 
+def check_source(spec: str) -> None:
+    """Raise `UserError` for a built-in source or local files that are not there. Opens nothing."""
+    if spec.startswith("builtin:"):
+        require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
+    elif looks_local(spec):
+        data_files(spec)
+
+
 def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> Source:
     """Open the source that `spec` names. Raises `UserError` if there is nothing to read.
 
@@ -211,7 +205,7 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
     seconds, then raises `SourceTimeout`.
     """
     if spec.startswith("builtin:"):
-        require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
+        check_source(spec)
         return PythonDocsSource(settings)
     if not looks_local(spec):
         return HubSource(spec, settings, resumes=resumes)
@@ -264,15 +258,6 @@ def _local_hash(file: Path, size: int, *, whole: bool) -> str:
     return _short_hash(file.name, size, content.hexdigest())
 
 
-def _fault(value: Any, column: str) -> str:
-    """Return why a value is not text, empty if it is text."""
-    if not isinstance(value, str):
-        return f"{column} is {type(value).__name__}, not text"
-    if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
-        return f"{column} is not Unicode text: a lone surrogate"
-    return ""
-
-
 def _is_of_the_file(error: Exception) -> bool:
     """Return whether the file cannot be read or parsed. Other errors are mistakes, timeouts or faults of ours."""
     of_arrow = type(error).__module__.startswith("pyarrow")
@@ -287,14 +272,3 @@ def _is_path(spec: str) -> bool:
 def looks_local(spec: str) -> bool:
     path = spec.endswith(SUFFIXES) or spec.startswith((".", "/", "~")) or _is_path(spec)
     return path or any(c in spec for c in "*?[") or spec.partition(":")[0].count("/") != 1
-
-
-def _require_known(files: list[str], spec: str) -> None:
-    for path in files:
-        require(path.endswith(SUFFIXES), f"--data {spec}: {path} is none of {', '.join(SUFFIXES)}")
-
-
-def _require_files(files: list[str], spec: str) -> None:
-    for path in files:
-        is_file = os.path.isfile(path)
-        require(is_file, f"--data {spec}: {path} is no regular file, and data is read more than once")

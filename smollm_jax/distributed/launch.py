@@ -78,10 +78,8 @@ def connect(compute: ComputeConfig) -> Processes:
     if compute.coordinator is None and all(found):
         place = [int(value) if value.isdecimal() else value for value in found]
     host, count, index = place
-    several = compute.coordinator is not None or _are_several()
-    on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
-    may_be_a_pod = on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
-    if not (several or may_be_a_pod):
+    several = _are_several(compute)
+    if not (several or _may_be_a_pod()):
         return Processes()
     import jax
 
@@ -106,12 +104,23 @@ def connect(compute: ComputeConfig) -> Processes:
     return joined
 
 
-def _are_several() -> bool:
-    """Return whether a launcher has started this process as one of several."""
+def may_be_several(compute: ComputeConfig) -> bool:
+    """Return whether this process may be one of a job. Does not ask JAX."""
+    return _are_several(compute) or _may_be_a_pod()
+
+
+def _may_be_a_pod() -> bool:
+    on_tpu_machine = bool(glob("/dev/accel*")) or "TPU_ACCELERATOR_TYPE" in os.environ
+    return on_tpu_machine and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def _are_several(compute: ComputeConfig) -> bool:
+    """Return whether the settings or a launcher have started this process as one of several."""
     # without a TPU, libtpu leaves a sentence in this variable for child processes
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     counted = any(int(os.environ.get(name, "1")) > 1 for name in TASK_COUNTS)
-    return counted or set(KUBERNETES) <= os.environ.keys() or ("," in hosts and " " not in hosts)
+    launched = counted or set(KUBERNETES) <= os.environ.keys() or ("," in hosts and " " not in hosts)
+    return compute.coordinator is not None or launched
 
 
 def _wait_for(coordinator: str) -> None:

@@ -17,7 +17,8 @@ from flax import nnx
 from smollm_jax.generation.decoder import Decoder
 from smollm_jax.generation.lengths import bucket, check_prompt
 from smollm_jax.generation.programs import Programs
-from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_first, choose_token
+from smollm_jax.generation.sampling import Sampling, SamplingArrays, Score, choose_first, choose_token
+from smollm_jax.model.loss import target_logprobs
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
@@ -35,13 +36,6 @@ class DecodeState(NamedTuple):
     position_B: jax.Array
     seen_BV: jax.Array
     cache: Any
-
-
-class Score(NamedTuple):
-    """What a model expected at a token: its log-probability, and the likeliest ids there with theirs."""
-
-    logprob: float
-    likeliest: list[tuple[int, float]]
 
 
 class Generator:
@@ -84,7 +78,7 @@ class Generator:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """Return each prompt's new ids, without the stop id. Raises `UserError` as `check_prompt` does."""
         texts: list[list[int]] = [[] for _ in prompts]
-        for new in self._chunks(prompts, sampling) if texts else ():
+        for new in self.chunks(prompts, sampling) if texts else ():
             for text, ids in zip(texts, new, strict=True):
                 text.extend(ids)
         return texts
@@ -96,7 +90,7 @@ class Generator:
         `UserError` as `check_prompt` does.
         """
         self.stop_reason, made = "cancelled", 0
-        for (ids,) in self._chunks([prompt], sampling):
+        for (ids,) in self.chunks([prompt], sampling):
             made += len(ids)
             if ids:
                 yield ids
@@ -107,13 +101,13 @@ class Generator:
         else:
             self.stop_reason = "context" if made == self.context - len(prompt) else "eos"
 
-    def logprobs(self, ids: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Return the log-probability of each id but the first after those before it, and the likeliest id there.
+    def logprobs(self, ids: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """Return the log-probability of each id but the first after the ids before it, and if it is the arg-max.
 
         A text is read in chunks with the cache, and the logits of one chunk exist at a time. Raises `UserError`.
         """
         scores = [score for part in self.score(ids) for score in part]
-        return [score.logprob for score in scores], [score.likeliest[0][0] for score in scores]
+        return [score.logprob for score in scores], [score.is_likeliest for score in scores]
 
     def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
         """Yield the scores of each id but the first, part by part.
@@ -131,24 +125,26 @@ class Generator:
             tokens_1T, targets_T = padded[None, start : start + size], padded[start + 1 : start + 1 + size]
             with self.programs.calling("score", size, length):
                 *found, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
-            logprobs, ids_TA, logprobs_TA = (np.asarray(one)[: left - start].tolist() for one in found)
+            logprobs, are_best, ids_TA, logprobs_TA = (np.asarray(one)[: left - start].tolist() for one in found)
             likeliest = (list(zip(*pair, strict=True)) for pair in zip(ids_TA, logprobs_TA, strict=True))
-            yield [Score(*pair) for pair in zip(logprobs, likeliest, strict=True)]
+            yield [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
 
     def _score_chunk(self, weights, tokens_1T, targets_T, start, cache):
         decoder = self._decoder(weights)
         positions_1T = start + jnp.arange(tokens_1T.shape[1])[None]
         x_1TD, cache = decoder.features(tokens_1T, positions_1T, cache)
         logits_TV = decoder.logits(x_1TD[0])
-        logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
-        sum_T = jax.nn.logsumexp(logits_TV, axis=1)
         best_TA, ids_TA = jax.lax.top_k(logits_TV, min(ALTERNATIVES, self.vocab_size))
-        return logit_T - sum_T, ids_TA, best_TA - sum_T[:, None], cache
+        best_TA -= jax.nn.logsumexp(logits_TV, axis=1)[:, None]
+        return *target_logprobs(logits_TV, targets_T), ids_TA, best_TA, cache
 
-    def _chunks(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[list[int]]]:
-        """Yield the new ids of every row, chunk by chunk, until all rows have ended.
+    def chunks(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[list[int]]]:
+        """Yield the new ids of every row, chunk by chunk, until all rows have ended. An ended row has none.
 
-        While others have room, a row that has ended is decoded on, unread.
+        `seeds` has a seed per row, in place of the one of `sampling`. While others have room, a row that has ended
+        is decoded on, unread. Raises `UserError` as `check_prompt` does.
         """
         for prompt in prompts:
             check_prompt(prompt, context=self.context, vocab_size=self.vocab_size)
@@ -157,7 +153,7 @@ class Generator:
         tokens_BT = np.zeros((len(prompts), min(bucket(max(lengths)), self.context)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        arrays, greedy = SamplingArrays.from_sampling(sampling), sampling.temperature == 0
+        arrays, greedy = SamplingArrays.from_sampling(sampling, seeds), sampling.temperature == 0
         rows = self._read_prompts(
             tokens_BT, np.asarray(lengths, np.int32), arrays, greedy=greedy,
             length=min(bucket(max(lengths) + max(room)), self.context),

@@ -7,8 +7,8 @@ over the bits of a float finds the threshold exactly, thirty times faster than a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,14 @@ class Sampling:
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
 
 
+class Score(NamedTuple):
+    """What a model expected at a token: its log-probability, and the likeliest ids there with theirs."""
+
+    logprob: float
+    is_likeliest: bool
+    likeliest: list[tuple[int, float]]
+
+
 class SamplingArrays(NamedTuple):
     """The numbers of a `Sampling` as device values: a new value compiles nothing."""
 
@@ -59,11 +67,11 @@ class SamplingArrays(NamedTuple):
     top_p: Any
     min_p: Any
     repetition_penalty: Any
-    seed: Any
+    seed: Any  # one for all rows of a batch, or one per row (B,)
     banned: Any  # ids that the first token may not be; padded, so that their number compiles nothing
 
     @classmethod
-    def from_sampling(cls, sampling: Sampling) -> SamplingArrays:
+    def from_sampling(cls, sampling: Sampling, seeds: Sequence[int] | None = None) -> SamplingArrays:
         size = -len(sampling.stop_ids) % BANNED_BLOCK + len(sampling.stop_ids)
         banned = np.full(max(size, BANNED_BLOCK), NO_ID, np.int32)
         if sampling.min_new_tokens:
@@ -71,7 +79,7 @@ class SamplingArrays(NamedTuple):
         return cls(
             np.float32(sampling.temperature or 1.0), np.int32(min(sampling.top_k, 2**31 - 1)),
             np.float32(sampling.top_p), np.float32(sampling.min_p), np.float32(sampling.repetition_penalty),
-            np.uint32(sampling.seed), banned,
+            np.asarray(sampling.seed if seeds is None else seeds, np.uint32), banned,
         )  # fmt: skip
 
 
@@ -83,7 +91,8 @@ def choose_token(
     if greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # the key depends on seed and position alone: chunks and other rows of the batch do not change a text
-    keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(arrays.seed)))(position_B)
+    seed_B = jnp.broadcast_to(arrays.seed, position_B.shape)
+    keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_B), position_B)
     return draw(filtered(logits_BV, arrays), jax.vmap(jax.random.uniform)(keys_B))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from smollm_jax.config.architecture import ModelConfig
 
+BASE = "A base model: it continues text and follows no instructions."
+INSTRUCT = "An instruct model: it was fine-tuned on conversations, and answers through its chat template."
 LICENSE = "apache-2.0"  # of SmolLM2. Edit the card if other terms apply
 PLACE = "PATH"  # of the folder, until it is pushed
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
@@ -23,9 +25,13 @@ class About:
     """Hub ids of what it was trained on."""
     base_model: str | None = None
     """Hub id of the weights it began with."""
+    language: str | None = None
+    """Code of the language of its data, such as en."""
     prompt: str = "Once upon a time"
     sample: str = ""
     """What it wrote after the prompt."""
+    chat: bool = False
+    """Whether it was fine-tuned on conversations."""
 
 
 def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None) -> str:
@@ -34,29 +40,38 @@ def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, p
     rows |= {label: _cell(value) for label, value in about.rows.items() if value is not None}
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     head = [f"license: {LICENSE}", "library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"language: {about.language}"] if about.language else []
     head += [f"base_model: {about.base_model}"] if about.base_model else []
     head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
     head += ["tags:", "- llama", "- smollm", "- jax"]
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {' '.join(about.title.split())}",
-        "Trained with smollm-jax. A base model: it continues text and follows no instructions.",
+        f"Trained with smollm-jax. {INSTRUCT if about.chat else BASE}",
         f"| | |\n|---|---|\n{table}",
         *([f"![loss]({picture})"] if picture else []),
         f"""```python
 from transformers import pipeline
 
 write = pipeline("text-generation", "{PLACE}")
-print(write({about.prompt!r}, max_new_tokens=64)[0]["generated_text"])
+print({_call(about)})
 ```""",
-        *(
-            [f"A sample from the end of the training:\n\n{_quoted(about.prompt + about.sample)}"]
-            if about.sample
-            else []
-        ),
+        *([f"A sample from the end of the training:\n\n{_quoted(_sample(about))}"] if about.sample else []),
         f"Check at export: {checked}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _call(about: About) -> str:
+    if not about.chat:
+        return f'write({about.prompt!r}, max_new_tokens=64)[0]["generated_text"]'
+    messages = [{"role": "user", "content": about.prompt}]
+    return f'write({messages!r}, max_new_tokens=128)[0]["generated_text"][-1]["content"]'
+
+
+def _sample(about: About) -> str:
+    between = "\n\n" if about.chat else ""  # a question and its answer
+    return f"{about.prompt}{between}{about.sample}"
 
 
 def _cell(value: Any) -> str:

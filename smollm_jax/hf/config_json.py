@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.presets import PRESETS, START
 from smollm_jax.runtime.errors import UserError, require
 
 # more than any Llama has: a damaged size must not request an exabyte, nor a list of a billion names
@@ -55,6 +56,17 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     content = CONSTANT | values | rope | {"torch_dtype": dtype}
     model_config(content)
     return dict(sorted(content.items()))
+
+
+def generation_config(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of generation_config.json beside the config.json `hf`: token ids, and how to sample.
+
+    Greedy text of a small model repeats itself. No penalty: it would change `generate(do_sample=False)` too. With
+    `_from_model_config`, transformers would take the settings for its own defaults, and drop them.
+    """
+    temperature, top_p, *_ = PRESETS[START]
+    ids = {name: hf[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in hf}
+    return ids | {"do_sample": True, "temperature": temperature, "top_p": top_p}
 
 
 def model_config(hf: Any) -> ModelConfig:

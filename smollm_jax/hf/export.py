@@ -17,7 +17,7 @@ import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.hf.card import About, model_card
-from smollm_jax.hf.config_json import hf_config
+from smollm_jax.hf.config_json import generation_config, hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, refuse_foreign, write_card
 from smollm_jax.hf.reader import INDEX, read_folder
@@ -31,6 +31,7 @@ SHARD_BYTES = 5 * 10**9
 CHECKED_TOKENS = 64
 # of the largest logit: f32 sums in another order differ by 1e-6 to 1e-5, a wrong layout by about 1
 LARGEST_DIFFERENCE = 1e-3
+NO_TORCH = "; torch is not installed, so no logits were compared"  # for the one who exports, not for the card
 # real text: random ids reach neither the frequent tokens nor attention over a sentence
 TEXT = """The water cycle moves water between the sea, the air and the land. When the sun warms the surface of
 the ocean, water evaporates and rises as vapour; high up it cools, condenses into clouds, and falls again as
@@ -61,11 +62,7 @@ def write_folder(params: Params, config: ModelConfig, out: Path, *, dtype: str =
             save_file(values, out / file, metadata={"format": "pt", "note": MARK})
         _sort_metadata(out / file)
     values = hf_config(config, dtype)
-    ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in values}
-    contents: dict[str, Any] = {
-        "config.json": values,
-        "generation_config.json": {"_from_model_config": True, **ids},
-    }
+    contents: dict[str, Any] = {"config.json": values, "generation_config.json": generation_config(values)}
     if split.is_sharded:
         contents[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     for file, content in contents.items():
@@ -108,8 +105,8 @@ def export_folder(
             shutil.copyfile(curve, part / CURVE)
         drawn = curve(part / CURVE) if callable(curve) else curve is not None
         picture = CURVE if drawn else None
-        card = model_card(config, about or About(), dtype=dtype, checked=checked, picture=picture)
-        write_card(part, card)
+        told = checked.removesuffix(NO_TORCH)
+        write_card(part, model_card(config, about or About(), dtype=dtype, checked=told, picture=picture))
         _make_way(out, part, aside=aside)  # again: writing took a while
     return checked
 
@@ -132,7 +129,7 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
         import torch  # noqa: F401 - an installed torch may be broken, too
         import transformers  # noqa: F401
     except ImportError:
-        return "read back through our own import, bit for bit; torch is not installed, so no logits were compared"
+        return f"read back through our own import, bit for bit{NO_TORCH}"
     return f"{_compare_logits(folder, read_config, read)}; bits read back equal"
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
@@ -39,7 +40,8 @@ def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope
 
     Su et al. 2021 (RoFormer). Dim i turns with dim i + H/2, as Llama's released weights expect.
     """
-    frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # by the host in f64: a TPU's power is an exponential of a product, and at position 8,191 its error is 0.01 rad
+    frequency_H = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 

@@ -14,13 +14,14 @@ from smollm_jax import __version__
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import looks_local, mixture
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import export_folder
-from smollm_jax.hf.publish import refuse_links
+from smollm_jax.hf.publish import refuse_foreign, refuse_links
 from smollm_jax.hf.reader import local_folder
 from smollm_jax.runs.load import is_run, load_model, progress_of, read_run, with_ids_of
 from smollm_jax.runs.metrics import duration
@@ -48,6 +49,8 @@ def export_run(
     """
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
+    if not aside:  # before gigabytes are read
+        refuse_foreign(out, out)
     found, params = read_params(run_dir / "checkpoints", step)
     model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
     return found.step, export_folder(
@@ -63,6 +66,8 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     held_out, computed = (evaluations(lines) or [{}])[-1], found.meta.get("computed", {})
     speeds = sorted(x["tokens_per_second"] for x in lines if x.get("tokens_per_second")) or [None]
     sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data) if not looks_local(spec)]
+    optimizer, places = config.optimizer, ("device", "platform", "dtype")
+    english = {spec for recipe in RECIPES.values() for spec, _ in mixture(recipe.data.data)}
     began = config.run.init_from or found.meta.get("imported_from")
     rows = {
         "Recipe": config.recipe,
@@ -71,12 +76,17 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Tokens": progress.get("tokens"),
         "Batch (sequences)": config.main_batch_size,
         "Sequence length": config.data.seq_len,
-        "Peak learning rate": config.optimizer.learning_rate,
-        "Schedule": config.optimizer.schedule,
+        "Loss on": config.data.loss_on if config.data.is_chat else None,
+        "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
+        "Peak learning rate": config.learning_rate,
+        "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
+        "Weight decay": optimizer.weight_decay,
+        "Gradient norm clipped at": optimizer.clip_norm,
+        "Seed": config.run.seed,
         "Began with": began,
         "Held-out loss (nats per token)": held_out.get("eval_loss"),
         "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
-        "Computed on": ", ".join(str(computed[x]) for x in ("platform", "dtype") if x in computed) or None,
+        "Computed on": ", ".join(str(computed[x]) for x in places if x in computed) or None,
         "Devices": computed.get("devices"),
         "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
         "Time": progress.get("elapsed_seconds") and duration(progress["elapsed_seconds"]),
@@ -87,9 +97,11 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
         rows=rows if progress else {"Began with": began},
         datasets=tuple(name for name in sources if REPO.fullmatch(name)),
+        language="en" if english.issuperset(spec for spec, _ in mixture(config.data.data)) else None,
         base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
         prompt=prompt or (config.run.sample_prompts or ("Once upon a time",))[0],
         sample=sample,
+        chat=config.data.is_chat,
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import leads_out
 
 LOCK = ".lock"
+METRICS = "metrics.jsonl"  # written from the moment when the first step can begin
 # what a run writes in its folder
-WRITTEN = (LOCK, "config.json", "metrics.jsonl", "samples.txt", "loss.png", "tensorboard", "tokenizer",
+WRITTEN = (LOCK, "config.json", METRICS, "samples.txt", "loss.png", "tensorboard", "tokenizer",
            "checkpoints", "export")  # fmt: skip
+BEGINNING = ("config.json", "tokenizer", "checkpoints")  # what a start writes before METRICS
 
 
 class RunLock:
@@ -23,13 +26,30 @@ class RunLock:
 
     Links that lead out of the folder are refused: a run folder from elsewhere must not write over other files.
 
-    The kernel releases the lock when its process dies, so a dead process leaves nothing to clear away.
+    The kernel releases the lock when its process dies, so a dead process leaves nothing to clear away. A start
+    that ends with a `UserError` before the first metrics leaves the folder as it was.
     """
 
     def __init__(self, run_dir: str | Path):
         self.path = Path(run_dir) / LOCK
 
     def __enter__(self) -> Self:
+        folder = self.path.parent
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        while not self._is_locked():
+            self._file.close()
+        # otherwise a forked child would keep the lock after this process has died
+        os.register_at_fork(after_in_child=self._file.close)
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        myself = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        self._file.truncate(0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, though nobody reads who has it
+            self._file.write(json.dumps(myself).encode())
+        return self
+
+    def _is_locked(self) -> bool:
+        """Lock the file. Returns whether it is still the folder's, and not of a start that was refused."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.path.with_name(name) for name in WRITTEN):
@@ -51,19 +71,28 @@ class RunLock:
         except OSError as error:  # such as a network's file system without locks
             self._file.close()
             raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
-        # otherwise a forked child would keep the lock after this process has died
-        os.register_at_fork(after_in_child=self._file.close)
-        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        myself = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        self._file.truncate(0)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, though nobody reads who has it
-            self._file.write(json.dumps(myself).encode())
-        return self
+        return self.path.is_file() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._file.closed:  # it is, in a forked child
+            if kind is not None and issubclass(kind, UserError):
+                with contextlib.suppress(OSError):
+                    self._leave_nothing()
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
+
+    def _leave_nothing(self) -> None:
+        """Remove what a refused start has written and the folders made for it, the lock last."""
+        folder = self.path.parent
+        if (folder / METRICS).exists():  # it has begun
+            return
+        for path in (folder / name for name in (*BEGINNING, LOCK) if name not in self._held):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for path in self._made:
+            path.rmdir()
 
 
 def _describe(holder: bytes) -> str:

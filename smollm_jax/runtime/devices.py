@@ -52,6 +52,15 @@ def quiet_libtpu() -> None:
     os.environ |= QUIET_LIBTPU | os.environ
 
 
+def device_name(device: Any) -> str:
+    """Return the kind of a device; of a CPU, the processor's name if the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if device.platform != "cpu" or not info.is_file():
+        return str(device.device_kind)
+    names = (line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name"))
+    return next(names, device.device_kind)
+
+
 def peak_flops(device: Any) -> float | None:
     """Return the dense bf16 FLOP/s of one device, None if unknown."""
     kind = device.device_kind

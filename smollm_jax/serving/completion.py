@@ -8,6 +8,7 @@ continued with its seed thus reads as if it had never stopped. This file knows n
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,9 +17,9 @@ import jax
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig
-from smollm_jax.generation.generator import Generator, Score
+from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.lengths import check_prompt
-from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.sampling import Sampling, Score
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
@@ -29,6 +30,7 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 Backend = Literal["jax", "torch"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Rebuild = Callable[[ModelConfig, Any], Any]  # from architecture and parameters to an engine
+ROWS = 16  # prompts decoded together
 
 
 class Engine(Protocol):
@@ -139,6 +141,57 @@ class Completer:
         finally:
             if hasattr(self.engine, "cancelled"):
                 self.engine.cancelled = lambda: False
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stop: tuple[str, ...] = (),
+        seeds: Sequence[int] | None = None,
+    ) -> list[TextChunk]:
+        """Return the whole continuation of each prompt (ids), `ROWS` of them decoded together if the engine can.
+
+        `seeds` has a seed per prompt, in place of the one of `sampling`. Raises `UserError` as `stream` does.
+        """
+        seeds = seeds or [sampling.seed] * len(prompts)
+        if not isinstance(self.engine, Generator):
+            rows = [
+                list(self.stream(ids, replace(sampling, seed=seed), stop))
+                for ids, seed in zip(prompts, seeds, strict=True)
+            ]
+            return [replace(row[-1], text="".join(chunk.text for chunk in row)) for row in rows]
+        return [
+            text
+            for start in range(0, len(prompts), ROWS)
+            for text in self._together(
+                self.engine, prompts[start : start + ROWS], sampling, stop, seeds[start : start + ROWS]
+            )
+        ]
+
+    def _together(self, engine: Generator, prompts, sampling, stop, seeds) -> list[TextChunk]:
+        sampling = replace(sampling, stop_ids=sampling.stop_ids or self.stop_ids)
+        started, made = time.perf_counter(), [0] * len(prompts)
+        decoders = [TextOfIds(self.tokenizer, list(self.checked(ids))) for ids in prompts]
+        texts, gates, going = [""] * len(prompts), [StopStrings(stop) for _ in prompts], [True] * len(prompts)
+        with closing(engine.chunks(prompts, sampling, seeds)) as chunks:  # type: ignore[type-var]
+            for new in chunks:
+                for row, ids in enumerate(new):
+                    if going[row]:
+                        made[row] += len(ids)
+                        texts[row] += gates[row].feed(decoders[row].feed(ids))
+                        going[row] = bool(ids) and not gates[row].stopped
+                if not any(going):
+                    break
+        found = []
+        for row, (ids, gate) in enumerate(zip(prompts, gates, strict=True)):
+            text = texts[row] + ("" if gate.stopped else gate.feed(decoders[row].rest()))
+            full = {sampling.max_new_tokens: "length", self.context - len(ids): "context"}
+            reason = "stop string" if gate.stopped else full.get(made[row], "eos")
+            found.append(TextChunk(
+                text=text + gate.held, tokens=made[row], prompt_tokens=len(ids), reason=reason,
+                seconds=time.perf_counter() - started,
+            ))  # fmt: skip
+        return found
 
 
 class StopStrings:

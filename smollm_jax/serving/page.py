@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 
+from smollm_jax.config.presets import PRESETS, START
 from smollm_jax.serving.compare import comparison, picker
 from smollm_jax.serving.facts import Facts
 from smollm_jax.serving.handlers import Handlers
@@ -28,9 +29,7 @@ STYLE, HELP, *SCRIPTS = (
 )
 SCRIPT = f"() => {{ {' '.join(f'({script.strip()})();' for script in SCRIPTS)} }}"
 SECONDS_TO_LOOK = 5  # between two reads of a run that may be training
-# temperature, top-p, top-k, repetition penalty
-PRESETS = {"Textbook": (0.6, 0.9, 50, 1.1), "Story": (0.9, 0.95, 0, 1.1), "Greedy": (0.0, 1.0, 0, 1.0)}
-START, CUSTOM = "Textbook", "Custom"
+CUSTOM = "Custom"  # a preset of values that a person moved
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # /generate is the only documented endpoint
 QUICK = PRIVATE | {"queue": False, "show_progress": "hidden"}
 BROWSER = PRIVATE | {"show_progress": "hidden"}  # an event of the browser alone: fn is None
@@ -60,15 +59,21 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts 
                 with side, accordion:
                     weights = picker(handlers, "Checkpoint", visible=has_run, elem_id="weights")
                     preset, numbers = settings(scheduler)
-                pickers = [weights]
-                with gr.Tab("Notebook") if has_chat or has_run else contextlib.nullcontext():
-                    sheet = notebook(handlers, [preset, *numbers], weights, facts.openings)
-                if has_chat:
-                    with gr.Tab("Chat"):
-                        chat(page, handlers, [*numbers, weights])
-                if has_run:
-                    with gr.Tab("Compare"):
-                        pickers += comparison(page, handlers, numbers, facts.openings[0])
+                pickers, many = [weights], has_chat or has_run
+                with gr.Tabs(selected="chat" if has_chat else "notebook") if many else contextlib.nullcontext():
+                    tab = (
+                        gr.Tab("Notebook", id="notebook", render_children=True)
+                        if many
+                        else contextlib.nullcontext()
+                    )
+                    with tab:
+                        sheet = notebook(handlers, [preset, *numbers], weights, facts.openings)
+                    if has_chat:
+                        with gr.Tab("Chat", id="chat"):
+                            chat(page, handlers, [*numbers, weights])
+                    if has_run:
+                        with gr.Tab("Compare", id="compare"):
+                            pickers += comparison(page, handlers, numbers, facts.openings[0])
             side.render()
         if facts.run:
             follow_run(page, scheduler, facts, [known, live, *pickers])
@@ -101,9 +106,8 @@ def follow_run(page: gr.Blocks, scheduler: Scheduler, facts: Facts, shown: Input
             return [*texts, *(gr.skip() for _ in shown[2:]), known]
         updates = [gr.update(choices=choices) for _ in shown[2:]]
         if known is None and len(choices) > 2 and len(updates) > 1:  # on loading: the oldest on the left
-            updates[1] = gr.update(
-                choices=choices, value=min((name for _, name in choices if name.isdecimal()), key=int)
-            )
+            oldest = min((name for _, name in choices if name.isdecimal()), key=int)
+            updates[1] = gr.update(choices=choices, value=oldest)
         return [*texts, *updates, choices]
 
     page.load(look, seen, [*shown, seen], **QUICK)

@@ -14,8 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from smollm_jax.generation.generator import Score
-from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.sampling import Sampling, Score
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.serving import ladder
 from smollm_jax.serving.completion import Completer, Engine, TextChunk, check_text

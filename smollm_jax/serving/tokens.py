@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from smollm_jax.generation.generator import Score
+from smollm_jax.generation.sampling import Score
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 

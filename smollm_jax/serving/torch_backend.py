@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.generation.generator import ALTERNATIVES, SCORED, Score
-from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling
+from smollm_jax.generation.generator import ALTERNATIVES, SCORED
+from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling, Score
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.runs.load import load_model
@@ -118,7 +118,8 @@ class TorchEngine:
             likeliest = [
                 list(zip(*pair, strict=True)) for pair in zip(ids_TA.tolist(), best_TA.tolist(), strict=True)
             ]
-            yield [Score(*pair) for pair in zip(logprobs, likeliest, strict=True)]
+            are_best = (best_TA[:, 0] == logprobs_TV.gather(1, targets_T1)[:, 0]).tolist()
+            yield [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
 
 
 class StableTopP(LogitsProcessor):

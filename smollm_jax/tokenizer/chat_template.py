@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
+
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, SpecialTokens, Tokenizer, token_text
+from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, Encoded, SpecialTokens, Tokenizer, token_text
 
 # a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
@@ -34,28 +36,68 @@ def encode_chat(
 
     `render` may put limits on the template. Raises `UserError` if there is no template, or the template refuses.
     """
+    template, turns, names = template_arguments(tokenizer, messages, special_tokens)
+    text = (render or render_chat)(template, turns, names)
+    return encode_rendered(tokenizer, [text])[0].ids.tolist()
+
+
+def template_arguments(
+    tokenizer: Tokenizer, messages: Turns, special_tokens: SpecialTokens | None = None
+) -> tuple[str, Turns, dict[str, str]]:
+    """Return the first arguments of `render_chat`: the template, the turns and the named tokens.
+
+    A special token that a message spells out is marked, unless special tokens are parsed.
+    """
     require(bool(tokenizer.chat_template), "this model has no chat template; it completes text")
     special = tokenizer.special_tokens
-    marked = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
+    if (special_tokens or tokenizer.mode) != "parse":
+        messages = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
     found = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
-    names = {name: text for name, text in found.items() if text}
-    turns = messages if (special_tokens or tokenizer.mode) == "parse" else marked
-    text = (render or render_chat)(str(tokenizer.chat_template), turns, names)
-    if MARK not in text:  # in one piece, because some tokenizers encode the start of a text differently
-        return tokenizer.encode_part(text, "parse")
+    return str(tokenizer.chat_template), messages, {name: text for name, text in found.items() if text}
+
+
+def encode_rendered(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
+    """Return the ids of rendered texts, and the characters that each id stands for."""
+    # in one piece, because some tokenizers encode the start of a text differently
+    whole = iter(tokenizer.encode_parts([text for text in texts if MARK not in text], "parse"))
+    return [_encode_marked(tokenizer, text) if MARK in text else next(whole) for text in texts]
+
+
+def _encode_marked(tokenizer: Tokenizer, text: str) -> Encoded:
+    """Encode a text in parts: a special token without a mark in it is its id, anything else is text."""
+    special, at = tokenizer.special_tokens, 0
     # the longest first, for special tokens that begin at the same place
     pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    ids: list[int] = []
-    for part in re.split(f"({pattern})", text) if special else [text]:
-        ids += [special[part]] if part in special else tokenizer.encode_part(part.replace(MARK, ""), "text")
-    return ids
+    found: list[Encoded] = []
+    for part in filter(None, re.split(f"({pattern})", text)):
+        if part in special:
+            found.append(Encoded(*(np.array([number]) for number in (special[part], at, at + len(part)))))
+        else:
+            (encoded,) = tokenizer.encode_parts([part.replace(MARK, "")], "text")
+            place = np.array([i for i, letter in enumerate(part) if letter != MARK] or [0]) + at
+            last = len(place) - 1
+            begin, end = (np.clip(x, 0, last) for x in (encoded.begin, encoded.end - 1))
+            found.append(Encoded(encoded.ids, place[begin], place[end] + 1))
+        at += len(part)
+    return Encoded(*(np.concatenate(arrays).astype(np.int32) for arrays in zip(*found, strict=True)))
 
 
-def render_chat(template: str, messages: Turns, names: dict[str, str]) -> str:
-    """Return the text of a conversation up to the assistant's turn. Raises `UserError` if the template refuses."""
+@lru_cache(maxsize=16)
+def _program(template: str) -> Any:
+    return _environment().from_string(template)
+
+
+def render_chat(
+    template: str, messages: Turns, names: dict[str, str], *, add_generation_prompt: bool = True
+) -> str:
+    """Return the text of a conversation, up to the assistant's turn if there is an `add_generation_prompt`.
+
+    Raises `UserError` if the template refuses.
+    """
     try:
-        program = _environment().from_string(template)
-        text = program.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **names)
+        text = _program(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
+        )
         text.encode()  # raises for half of a UTF-16 pair, which no tokenizer takes
         return text
     except Exception as error:  # a template is a program: it can fail in any way

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import leads_out, read_whole, written_aside
 
 EOS = "<|endoftext|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")  # of ChatML: the start and the end of a turn
 HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of tokenizers with byte fallback
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -43,6 +44,14 @@ def _no_panic() -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer fails on this text: {one_line(error)}") from None
+
+
+class Encoded(NamedTuple):
+    """The ids of a text, and the characters from `begin` to `end` of each: int32 (n,)."""
+
+    ids: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
 
 
 class Tokenizer:
@@ -76,10 +85,10 @@ class Tokenizer:
             self.chat_template = self.files["chat_template.jinja"].decode("utf-8", "replace")
         self.eos_id = self._eos_id(folder)
 
-    def _open(self, *, spelled_out: SpecialTokens) -> Any:
+    def _open(self, *, spelled_out: SpecialTokens, content: str = "") -> Any:
         from tokenizers import Tokenizer as Fast
 
-        fast = Fast.from_str(self.files["tokenizer.json"].decode())
+        fast = Fast.from_str(content or self.files["tokenizer.json"].decode())
         fast.no_truncation()
         fast.no_padding()
         fast.encode_special_tokens = spelled_out == "text"
@@ -88,6 +97,22 @@ class Tokenizer:
     @cached_property
     def _parsing(self) -> Any:
         return self._open(spelled_out="parse")  # a second one: threads share the first
+
+    @cached_property
+    def _spelling(self) -> Any:
+        """Return the tokenizer for texts that spell out special tokens and mean them as text.
+
+        A Unigram model has special tokens in its own vocabulary. Here other names stand there, which no text has.
+        """
+        tokenizer, special = json.loads(self.files["tokenizer.json"]), set(self.special_tokens.values())
+        if tokenizer["model"].get("type") != "Unigram":
+            return self._fast
+        pieces = enumerate(tokenizer["model"]["vocab"])
+        tokenizer["model"]["vocab"] = [[f"\ufdd0{i}" if i in special else p, score] for i, (p, score) in pieces]
+        return self._open(spelled_out="text", content=json.dumps(tokenizer))
+
+    def _spells_special(self, text: str) -> bool:
+        return any(token in text for token in self.special_tokens)
 
     def _json(self, name: str, folder: Path) -> dict[str, Any]:
         """Parse a JSON file without its nulls. Empty if there is none."""
@@ -126,9 +151,13 @@ class Tokenizer:
     def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
         """Return the ids of each text, int32 (n,). `special_tokens` overrides the tokenizer's own mode."""
         self.texts += len(texts)
-        self.texts_with_special += sum(any(token in text for token in self.special_tokens) for text in texts)
-        fast = self._parsing if (special_tokens or self.mode) == "parse" else self._fast
+        special = [i for i, text in enumerate(texts) if self._spells_special(text)]
+        self.texts_with_special += len(special)
+        parse = (special_tokens or self.mode) == "parse"
+        fast = self._parsing if parse else self._fast
         encoded = fast.encode_batch_fast(texts, add_special_tokens=self.template)
+        for i in () if parse or self._spelling is fast else special:
+            encoded[i] = self._spelling.encode(texts[i], add_special_tokens=self.template)
         arrays = [np.asarray(one.ids, dtype=np.int32) for one in encoded]
         self._require_known(max((ids.max() for ids in arrays if ids.size), default=0))
         return arrays
@@ -136,13 +165,21 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: SpecialTokens | None = None) -> np.ndarray:
         return self.encode_batch([text], special_tokens)[0]
 
-    @_no_panic()
     def encode_part(self, text: str, special_tokens: SpecialTokens) -> list[int]:
         """Return the ids of a part of a text: the post-processor adds nothing."""
-        fast = self._parsing if special_tokens == "parse" else self._fast
-        ids = fast.encode(text, add_special_tokens=False).ids
-        self._require_known(max(ids, default=0))
-        return ids
+        return list(self.encode_parts([text], special_tokens)[0].ids.tolist())
+
+    @_no_panic()
+    def encode_parts(self, texts: list[str], special_tokens: SpecialTokens) -> list[Encoded]:
+        """Return what `encode_part` does, of several parts and with their characters."""
+        spelling = self._spelling if any(map(self._spells_special, texts)) else self._fast
+        fast = self._parsing if special_tokens == "parse" else spelling
+        found = []
+        for one in fast.encode_batch(texts, add_special_tokens=False):
+            self._require_known(max(one.ids, default=0))
+            begin, end = np.array(one.offsets, np.int32).reshape(-1, 2).T
+            found.append(Encoded(np.array(one.ids, np.int32), begin, end))
+        return found
 
     def _require_known(self, largest: int) -> None:
         """Raise `UserError` for an id of no entry, which a model's embedding would silently take for another."""

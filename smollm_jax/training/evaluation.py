@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig
 from smollm_jax.data.heldout import batches_in_order, pack_to_score
 from smollm_jax.data.loader import check_vocab
-from smollm_jax.data.packing import Batch
+from smollm_jax.data.packing import Batch, are_targets
 from smollm_jax.distributed.sharding import make_mesh, on_one_device
 from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
@@ -30,6 +30,7 @@ from smollm_jax.runtime.devices import use_precision_of
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
+from smollm_jax.training.chat import prompt_ids
 from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll
 
@@ -64,8 +65,7 @@ def score_batches(nll: Callable[..., jax.Array], params: Any, batches: Iterable[
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
         nats += float(nll(params, batch.tokens, batch.segment_ids))
-        before, after = batch.segment_ids[:, :-1], batch.segment_ids[:, 1:]
-        is_target = (before == after) & (after != 0)
+        is_target = are_targets(batch.segment_ids)
         tokens += int(is_target.sum())
         assert batch.text_bytes is not None, "the batch was not packed to be scored"
         text_bytes += int(batch.text_bytes[:, 1:][is_target].sum())
@@ -86,6 +86,8 @@ def evaluate_model(
     require(max_batches is None or max_batches > 0, f"--max-batches {max_batches} must be at least 1")
     model, params, tokenizer = load_model(path, special_tokens=special_tokens)
     check_vocab(tokenizer, model.vocab_size)
+    no_template = f"{path} has no chat template, which --data-kind chat needs"
+    require(not data.is_chat or bool(tokenizer.chat_template), no_template)
     trained = read_run(path).data.seq_len if is_run(path) else DataConfig.seq_len
     settings = replace(data, seq_len=min(trained, model.max_seq_len) if seq_len is None else seq_len)
     # plain: kernels need a check before use, and only a run checks them
@@ -110,7 +112,9 @@ def evaluate_run(run: Run) -> None:
     if run.interrupted:
         return
     began, config, parts = time.monotonic(), run.config, run.config.compute.grad_accum
-    batches = pack_to_score(run.heldout, run.tokenizer, config.data.seq_len, config.main_batch_size // parts)
+    batches = pack_to_score(
+        run.heldout, run.tokenizer, config.data.seq_len, config.main_batch_size // parts, chat=config.data.is_chat
+    )
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
         running = _until_stopped(run, islice(batches, config.data.eval_batches * parts))
@@ -152,13 +156,15 @@ def sample(run: Run) -> list[tuple[str, str]]:
         run.generator = Generator(model, kernels=run.kernels)
     else:
         run.generator.load(model)
+    # a chat model answers greedily: another answer is then due to the training alone
+    temperature = 0.0 if run.config.data.is_chat else SAMPLE_TEMPERATURE
     sampling = Sampling(
-        max_new_tokens=settings.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P,
+        max_new_tokens=settings.sample_tokens, temperature=temperature, top_p=SAMPLE_TOP_P,
         seed=settings.seed, stop_ids=run.config.model.stop_ids,
     )  # fmt: skip
     texts = []
     for prompt in settings.sample_prompts:
-        ids = run.tokenizer.encode(prompt).tolist()
+        ids = prompt_ids(run.config, run.tokenizer, prompt)
         pieces, text = run.generator.stream(ids, sampling), TextOfIds(run.tokenizer, ids)
         new = chain.from_iterable(takewhile(lambda _: not run.interrupted, pieces))
         texts.append((prompt, text.feed(list(new)) + text.rest()))

@@ -6,7 +6,7 @@ The functions stand in the order of execution. Each of several processes runs al
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from smollm_jax.config.serialization import to_dict
@@ -16,6 +16,7 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.lock import RunLock
 from smollm_jax.runs.metrics import duration
+from smollm_jax.runs.places import check_places
 from smollm_jax.runs.records import evaluations, read_metrics
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, one_line, say
 from smollm_jax.runtime.files import moved_aside
@@ -36,7 +37,14 @@ def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> in
     input.
     """
     joined = join_job(config.compute) if alone is None else nullcontext(alone)
-    with joined as job, acquire_run_dir(config, job) as run_dir:
+    with joined as job:
+        with job.all_or_none():
+            check_places(config)
+        return _fit(config, stop, job)
+
+
+def _fit(config: Config, stop: StopRequest, job: Processes) -> int:
+    with acquire_run_dir(config, job) as run_dir:
         try:
             with closing(setup(config, run_dir, stop, job)) as run:
                 try:
@@ -65,18 +73,32 @@ def acquire_run_dir(config: Config, job: Processes) -> Iterator[Path]:
     with ExitStack() as held:
         with job.all_or_none():
             if job.first and config.run.new_run and (run_dir / "config.json").exists():
-                with RunLock(run_dir):
-                    real = Path(os.path.realpath(run_dir))  # a link stays, and leads to the new run
-                    try:
-                        aside = moved_aside(real)
-                    except OSError as error:  # such as a mount point
-                        reason = f"cannot be moved aside: {error.strerror}; give another --run-dir"
-                        raise UserError(f"--new-run: {real} {reason}") from None
-                    real.mkdir()
-                say(f"moved the old run to {aside}")
+                held.enter_context(_old_run_aside(run_dir))
             if job.first:
                 held.enter_context(RunLock(run_dir))
         yield run_dir
+
+
+@contextmanager
+def _old_run_aside(run_dir: Path) -> Iterator[None]:
+    """Move an old run aside. It comes back if the new one is refused before it begins."""
+    with RunLock(run_dir):
+        real = Path(os.path.realpath(run_dir))  # a link stays, and leads to the new run
+        try:
+            aside = moved_aside(real)
+        except OSError as error:  # such as a mount point
+            reason = f"cannot be moved aside: {error.strerror}; give another --run-dir"
+            raise UserError(f"--new-run: {real} {reason}") from None
+        real.mkdir()
+    say(f"moved the old run to {aside}")
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):
+            real.rmdir()  # fails if the new run has begun
+            aside.rename(real)
+            say(f"moved the old run back to {real}")
+        raise
 
 
 def finish(run: Run, verdict: Vote) -> int:
@@ -119,5 +141,6 @@ def conclude(run: Run) -> int:
     prompt, *_ = *run.config.run.sample_prompts, "Once upon a time"
     where, prompt = shlex.quote(str(run.run_dir)), shlex.quote(prompt)
     run.report.say(f"next        python -m smollm_jax serve {where}")
-    run.report.say(f"            python -m smollm_jax generate {where} --prompt {prompt}")
+    talk = f"chat {where}" if run.config.data.is_chat else f"generate {where} --prompt {prompt}"
+    run.report.say(f"            python -m smollm_jax {talk}")
     return 0

@@ -15,7 +15,7 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
     Update n of W warm-up updates has n/W of the peak. From W on the rate decays. The rate would reach its end at
     update N+1, so that none of the N updates is wasted at zero.
     """
-    peak, end = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    peak, end = config.learning_rate, config.optimizer.final_learning_rate
     warmup, decay = config.warmup_steps, config.decay_steps
     if config.optimizer.schedule == "cosine":
         after = optax.schedules.cosine_decay_schedule(peak, max(decay, 1), alpha=end / peak)

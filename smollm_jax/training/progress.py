@@ -29,6 +29,7 @@ def report_step(run: Run, pending: Pending) -> None:
     run.progress.ledger = extend(run.progress.ledger, values["batch_hash"])
     interval.steps += 1
     interval.targets += int(values["targets"])
+    interval.filled += int(values.get("filled", 0))
     interval.slots += run.config.batch_size_at(pending.step) * run.config.data.seq_len
     interval.latest = pending, values
     if run.ledgers.get(pending.step, run.progress.ledger) != run.progress.ledger:
@@ -50,7 +51,7 @@ def write_line(run: Run) -> None:
     if interval.latest is None:
         return
     pending, values = interval.latest
-    skipped = skipped_documents(run, pending)
+    skipped, dropped = (counted_documents(run, pending, kind) for kind in ("skipped", "dropped"))
     seconds = max(time.monotonic() - interval.began, 1e-9)
     count_seconds(run)
     progress = run.progress
@@ -75,16 +76,24 @@ def write_line(run: Run) -> None:
     if peak is not None:
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)
+    if run.config.data.is_chat:
+        slots = run.config.batch_size_at(pending.step) * (run.config.data.seq_len + 1)
+        line |= {
+            "packed_tokens_per_second": interval.filled / seconds,
+            "padding_share": 1 - int(values["filled"]) / slots,
+            "dropped_conversations": dropped,
+        }
     run.report.train(line)
     run.interval, progress.nats, progress.targets = Interval(), 0.0, 0
 
 
-def skipped_documents(run: Run, pending: Pending) -> int:
-    """Return the rows and files that all processes have skipped so far (--on-bad-data skip)."""
-    if run.job.several and run.config.data.on_bad_data == "skip":
+def counted_documents(run: Run, pending: Pending, kind: str) -> int:
+    """Return the rows and files that all processes have "skipped" so far, or conversations "dropped"."""
+    can_differ = run.config.data.is_chat if kind == "dropped" else run.config.data.on_bad_data == "skip"
+    if run.job.several and can_differ:
         cursors = run.job.gather(pending.cursor)
-        return 0 if None in cursors else int(merge_cursors(cursors)["skipped"])
-    return int(pending.cursor["skipped"]) if pending.cursor else 0
+        return 0 if None in cursors else int(merge_cursors(cursors)[kind])
+    return int(pending.cursor.get(kind, 0)) if pending.cursor else 0
 
 
 def count_bad_step(run: Run, pending: Pending) -> None:

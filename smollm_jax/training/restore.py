@@ -4,6 +4,7 @@ Weights bring their architecture and tokenizer if the command line leaves these 
 on the command line must fit the weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,11 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     `UserError` too if the weights have another architecture.
     """
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
+    is_default = source == RECIPES[config.recipe].run.init_from
     if found is not None and "progress" in found.meta:
         return _resumed(config, found)
     refuse_to_start_over(config, run_dir, checkpoints.folder, found)
-    if found is not None and source is None:  # an import is a checkpoint without progress
+    if found is not None and is_default:  # an import is a checkpoint without progress
         source = str(run_dir)
     if source is None:
         return StartState(config)
@@ -98,6 +100,8 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
         config = _completed(config, saved.model, saved.data.tokenizer)
+    if config.data.is_chat and config.run.steps is None:  # as counted at the start
+        config = replace(config, run=replace(config.run, steps=saved.total_steps))
     notes, old, name = [], found.meta["config"], config.data.tokenizer
     if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):
         notes.append(f"data.tokenizer changed from {saved.data.tokenizer} to {name}: the same tokenizer")
@@ -177,7 +181,27 @@ def _is_place(before: str | None, now: str | None) -> bool:
     """Return whether two mixtures differ in places only, whose content the loader compares."""
     if before is None or now is None:
         return False
-    return [weight for _, weight in mixture(before)] == [weight for _, weight in mixture(now)]
+    places, weights = zip(*mixture(now), strict=True)
+    return list(weights) in ([weight for _, weight in mixture(before)], _weights_of(before, places))
+
+
+def _weights_of(before: str, places: Sequence[str]) -> list[float]:
+    """Return the weights of a mixture of places that may be gone. Empty if it has not the form of `places`.
+
+    A comma or an equals sign of a name that is gone looks like one of the mixture. So each name is taken to have
+    as many of them as its new place.
+    """
+    pieces, weights = before.split(","), []
+    if len(pieces) != sum(place.count(",") + 1 for place in places):
+        return []
+    for place in places:
+        count = place.count(",") + 1
+        part, pieces = ",".join(pieces[:count]), pieces[count:]
+        try:
+            weights.append(float(part.rpartition("=")[2]) if part.count("=") > place.count("=") else 1.0)
+        except ValueError:
+            return []
+    return [weight / sum(weights) for weight in weights]
 
 
 def _updates(config: Config, step: int) -> list[tuple[float, int]]:

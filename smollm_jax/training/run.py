@@ -57,6 +57,7 @@ class Interval:
     steps: int = 0
     targets: int = 0
     slots: int = 0  # token positions of the batches
+    filled: int = 0  # in chat data, the positions without padding
     data_wait_seconds: float = 0.0
     latest: tuple[Pending, dict[str, Any]] | None = None  # the last step, if it has no line yet, and its metrics
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
@@ -18,6 +19,7 @@ from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
+from smollm_jax.kernels.select import select_attention
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
@@ -26,6 +28,7 @@ from smollm_jax.runs.metrics import NullMetrics, RunMetrics, duration
 from smollm_jax.runs.records import keep_records
 from smollm_jax.runtime.devices import (
     compute_dtype,
+    device_name,
     matmul_rate,
     peak_flops,
     use_compilation_cache,
@@ -35,8 +38,10 @@ from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import Damaged, clean_left_overs, read_json, write_json_atomic
 from smollm_jax.runtime.huge_pages import hint
 from smollm_jax.runtime.signals import StopRequest
+from smollm_jax.tokenizer.chat_setup import with_chat_template
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
 from smollm_jax.training.restore import StartState, resolve_start, vocabulary_follows
 from smollm_jax.training.run import Progress, Run
@@ -56,6 +61,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     """
     began, tell = time.monotonic(), say if job.first else lambda _: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
+    select_attention(config.compute.attention, mesh.devices.flat[0], dtype)  # raises before the network is asked
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
@@ -69,13 +76,15 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     job.require_same({"step": start.checkpoint and start.checkpoint.step}, "checkpoints: --run-dir must be shared")
     found, config = start.checkpoint, fit_to_tokenizer(start, tokenizer)
     use_compilation_cache(config.compute.compilation_cache_dir)
-    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
     tell(f"data        opening {config.data.data}")
     with job.all_or_none():
         resumes = found is not None
         held = held_out(config.data, tokenizer, resumes=resumes)
         start.notes.append(f"special     {tokenizer.describe_special()}")
         check_prompts(config, tokenizer)
+        if config.data.is_chat and not resumes:
+            config, lines = survey_run(config, tokenizer, held, tell)
+            start.notes.extend(lines)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
     job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")
@@ -89,9 +98,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     told = found.meta.get("computed", {}).get("remat") if found else None
     before: Policy = told if told in POLICIES else "none"
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
-    computed = {
-        "dtype": dtype.name, "platform": jax.default_backend(), "devices": int(mesh.size), "remat": remat,
-    }  # fmt: skip
+    computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
@@ -117,6 +124,14 @@ def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
     clean_left_overs(run_dir, WRITTEN, is_locked=True)
 
 
+def described(mesh: Mesh, dtype: Any, remat: Policy) -> dict[str, Any]:
+    """Return what computes a run and how, as each checkpoint stores it."""
+    return {
+        "dtype": dtype.name, "platform": jax.default_backend(), "device": device_name(mesh.devices.flat[0]),
+        "devices": int(mesh.size), "remat": remat,
+    }  # fmt: skip
+
+
 def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -> list[str]:
     """Return notes on other devices than the checkpoint's. Raises `UserError` for another dtype."""
     before = computed | (found.meta.get("computed", {}) if found else {})
@@ -133,7 +148,7 @@ def check_computed(found: VerifiedCheckpoint | None, computed: dict[str, Any]) -
 def check_prompts(config: Config, tokenizer: Tokenizer) -> None:
     """Raise `UserError` for a sample prompt that fills the context, before an evaluation would."""
     for prompt in config.run.sample_prompts if config.run.sample_tokens else ():
-        length, most = len(tokenizer.encode(prompt)), config.model.max_seq_len - 1
+        length, most = len(prompt_ids(config, tokenizer, prompt)), config.model.max_seq_len - 1
         require(0 < length <= most, f"--sample-prompts {prompt[:40]!r} has {length} tokens; 1 to {most} fit")
 
 
@@ -175,6 +190,9 @@ def prepare_tokenizer(start: StartState, run_dir: Path, *, is_saved: bool) -> To
             tokenizer = load_tokenizer(name, documents=documents, special_tokens=special)
         if theirs is not None and tokenizer.fingerprint != theirs.fingerprint:
             start.notes.append(f"tokenizer {name} is not the one that the weights of {init_from} learned with")
+        if data.is_chat:
+            tokenizer, note = with_chat_template(tokenizer, data.chat_template, name)
+            start.notes.append(note)
         tokenizer.save(folder)
     return tokenizer
 
@@ -185,7 +203,8 @@ def fit_to_tokenizer(start: StartState, tokenizer: Tokenizer) -> Config:
     if start.checkpoint is None and start.params is None and vocabulary_follows(config):
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     check_vocab(tokenizer, config.model.vocab_size)
-    return replace(config, model=with_ids_of(config.model, tokenizer))
+    model = with_ids_of(config.model, tokenizer)
+    return replace(config, model=with_pad_of(model, tokenizer) if config.data.is_chat else model)
 
 
 def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) -> None:
@@ -216,7 +235,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
-        f"optimizer   AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
+        f"optimizer   AdamW, peak learning rate {config.learning_rate:g}, {optimizer.schedule}, "
         f"warm-up {config.warmup_steps} steps{fitted}",
         f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
         f"held out    {_held_out(run)}",

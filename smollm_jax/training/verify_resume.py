@@ -27,7 +27,8 @@ KILLS = 3
 POLL_SECONDS = 0.02
 # durations and memory in a line of metrics, which differ from run to run
 TIMES = {
-    "time", "elapsed_seconds", "tokens_per_second", "data_wait_seconds", "step_seconds", "eval_seconds", "mfu",
+    "time", "elapsed_seconds", "tokens_per_second", "packed_tokens_per_second",
+    "data_wait_seconds", "step_seconds", "eval_seconds", "mfu",
     "peak_memory_gib",
 }  # fmt: skip
 

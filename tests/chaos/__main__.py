@@ -184,6 +184,11 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
         for part in range(3):
             (folder / f"{name}-{part}.jsonl").write_text("".join(lines[part::3]))
     train_tokenizer(texts["a"], 300).save(folder / "tokenizer")
+    train_tokenizer(texts["a"], 300, chat=True).save(folder / "chat-tokenizer")
+    talks = [
+        {"prompt": one, "completion": other} for one, other in zip(texts["a"][::2], texts["a"][1::2], strict=True)
+    ]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     base = Config(
         model=ModelConfig(
             vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -204,6 +209,16 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
         "phases": {"run": replace(base.run, phases="120x4,80x2", checkpoint_every=13)},
         "epochs": {"data": replace(base.data, data=f"{folder}/b-*.jsonl"), "run": replace(base.run, keep_last=1)},
         "mixture": {"data": replace(base.data, data=f"{folder}/a-*.jsonl=0.7,{folder}/b-*.jsonl=0.3", shards=4)},
+        "conversations": {
+            "data": replace(
+                base.data,
+                data_kind="chat",
+                data=f"{folder}/talks.jsonl=0.8,{folder}/b-*.jsonl=0.2",
+                seq_len=256,
+                tokenizer=str(folder / "chat-tokenizer"),
+                shards=2,
+            ),
+        },
         "end of the data": {
             "data": replace(base.data, epochs=3),
             "run": replace(base.run, phases="900x4", eval_every=30, checkpoint_every=7, export=True),

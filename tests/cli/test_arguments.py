@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from smollm_jax.cli.arguments import parse, parse_command
-from smollm_jax.cli.commands import generate
+from smollm_jax.cli.generate import generate
 from smollm_jax.runtime.errors import UserError
 from tests.support.paths import ROOT
 

@@ -40,13 +40,31 @@ def test_lines_are_answered_and_remembered(monkeypatch, capsys, folder):
     assert len(shown.out.splitlines()) >= 4
 
 
+def test_an_answer_is_made_anew_with_another_seed(monkeypatch, capsys, folder):
+    asked = []
+
+    def spy(_completer, sampling, turns, _render):
+        asked.append((sampling.seed, [turn["content"] for turn in turns]))
+        return f"answer {len(asked)}"
+
+    monkeypatch.setattr(module, "_answer", spy)
+    again = "/regenerate"
+    lines = [again, "Hi", again, again, "More", again, "/undo", again, "/reset", again]
+    shown = talk(monkeypatch, capsys, folder, *lines)
+    assert shown.err.count(module.HELP) == 3  # at the start, and where there is nothing to make anew
+    assert asked == [
+        (1, ["Hi"]), (2, ["Hi"]), (3, ["Hi"]), (3, ["Hi", "answer 3", "More"]), (4, ["Hi", "answer 3", "More"]),
+        (5, ["Hi"]),
+    ]  # fmt: skip
+
+
 def test_the_same_seed_says_the_same(monkeypatch, capsys, folder):
     assert talk(monkeypatch, capsys, folder, "Hi").out == talk(monkeypatch, capsys, folder, "Hi").out
 
 
 def test_a_conversation_that_no_longer_fits_is_one_line_and_goes_on(monkeypatch, capsys, folder):
     shown = talk(monkeypatch, capsys, folder, "word " * 5_000, "Hi")
-    assert "/new begins again" in shown.err
+    assert "/reset begins again" in shown.err
     assert shown.out.strip()
 
 

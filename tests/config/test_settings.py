@@ -109,6 +109,7 @@ def test_any_config_survives_being_written(recipe, changes):
     try:
         groups = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
         config = replace(config, **groups)
+        _ = config.run_dir  # the home folder of an unknown user
     except ValueError:
         reject()
     written = json.loads(json.dumps(to_dict(config)))
@@ -206,6 +207,8 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
         "model.vocab_size", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.intermediate_size",
-        "model.rms_norm_eps", "model.rope_theta", "model.max_seq_len", "model.initializer_range",
+        "data.data_kind", "data.loss_on",
+        "data.chat_template", "model.rms_norm_eps", "model.rope_theta",
+        "model.max_seq_len", "model.initializer_range",
         "model.tie_embeddings",
     }  # fmt: skip

@@ -19,6 +19,7 @@ import pytest
 from tests.support.markdown import Block, blocks, commands
 from tests.support.paths import ROOT
 from tests.support.server import Server
+from tests.support.texts import make_talks, write_rows
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ADDRESS = "http://127.0.0.1:7860"
@@ -31,6 +32,10 @@ SHORT = (
 ).split()
 NEW = [*SHAPE, "--tokenizer", "train:300", *SHORT]
 SCORED = [*NEW, "--eval-every", "4", "--eval-batches", "1"]  # what a picture needs
+
+
+ROOM = [*SHAPE, *SHORT]  # for ChatML's tokens
+TALK = ["--seq-len", "128", *SHORT]
 
 
 class Rule(NamedTuple):
@@ -58,6 +63,8 @@ RULES = [
     Rule(r"python train_jax\.py --config ", ["--steps", "4"]),
     Rule(r"python train_jax\.py --init-from ", ["--seq-len", "32", *SHORT]),
     Rule(r"python train_jax\.py --recipe smollm2", ["--data", "texts/*.jsonl", *NEW, "--batch-size", "16"]),
+    Rule(r"python train_jax\.py --recipe sft", TALK),
+    Rule(r"python train_jax\.py --recipe quickstart --tokenizer", ROOM, swap=("train:4096", "train:300")),
     Rule(r"(\w+=\S+ )?python train_jax\.py --recipe quickstart", SCORED, swap=("-after 800", "-after 2")),
     Rule(r"python train_jax\.py$", ["--data", "texts/*.jsonl", *NEW]),
     Rule(r"python train_jax\.py --data ", NEW),
@@ -66,6 +73,7 @@ RULES = [
     Rule(r"smollm plan --topology gpu-"),
     Rule(r"smollm batch ", swap=("--step 120", "--step 3")),
     Rule(r"smollm generate ", ["--max-new-tokens", "4"]),
+    Rule(r"smollm evaluate .*--data-kind chat", ["--seq-len", "128"]),
     Rule(r"smollm evaluate .*builtin", ["--max-batches", "1", "--batch-size", "2"]),
     Rule(r"smollm (evaluate|export|import|push|checkpoints) "),
     Rule(r"python serve\.py ", ["--backend", "jax"]),
@@ -141,6 +149,8 @@ class Place:
         for name in ("a.jsonl", "b.jsonl", "texts/one.jsonl"):
             lines = [json.dumps({"text": f"{name} {i} the cat sat on a mat " * 4}) for i in range(250)]
             (folder / name).write_text("\n".join(lines) + "\n")
+        for name in ("chats.jsonl", "questions.jsonl"):
+            write_rows(folder / name, [{"messages": talk} for talk in make_talks(60)])
 
     def run(self, command: str) -> str:
         """Run a command as its rule says; returns what it printed to stdout."""

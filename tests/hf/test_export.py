@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import smollm_jax
 from smollm_jax import load_hf, save_hf
 from smollm_jax.config.architecture import MODELS
+from smollm_jax.config.presets import PRESETS, START
 from smollm_jax.hf import export as convert
 from smollm_jax.hf.card import About
 from smollm_jax.hf.config_json import hf_config
@@ -108,6 +110,26 @@ def test_greedy_text_is_the_same_from_pytorch_and_from_jax(tmp_path, tokenizer_f
     ours = Generator(load_hf(out)).generate([prompt], Sampling(max_new_tokens=40))
     assert len(set(ours[0])) > 3  # a text worth comparing
     assert ours[0] == theirs[0, len(prompt) :].tolist()
+
+
+def test_transformers_samples_by_default_as_the_page_does_and_is_greedy_if_asked(tmp_path, tokenizer_folder):
+    """A greedy small model repeats itself. Our own `generate` does not read these settings."""
+    out = tmp_path / "out"
+    export_folder(numpy_params(UNTIED, 5), UNTIED, out, tokenizer_folder=tokenizer_folder, verify=False)
+    llama, prompt = AutoModelForCausalLM.from_pretrained(out), torch.tensor([[5, 17, 200, 9]])
+    settings = llama.generation_config
+    assert (settings.do_sample, settings.temperature, settings.top_p) == (True, *PRESETS[START][:2])
+    assert settings.eos_token_id == UNTIED.eos_token_id
+    texts = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        texts.add(tuple(llama.generate(prompt, max_new_tokens=20, min_new_tokens=20)[0].tolist()))
+    assert len(texts) > 1
+    greedy = [llama.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False) for _ in range(2)]
+    assert greedy[0].tolist() == greedy[1].tolist()
+    assert smollm_jax.load(out).generate("The sea", max_new_tokens=9) == smollm_jax.load(out).generate(
+        "The sea", max_new_tokens=9
+    )
 
 
 def test_an_export_holds_what_the_published_repository_has(tmp_path, tokenizer_folder):
@@ -228,7 +250,7 @@ def test_weights_that_are_not_finite_fail_the_check(tmp_path):
         export_folder(params, TINY, tmp_path / "out")
 
 
-def test_without_torch_the_file_is_read_back_and_the_card_says_that(tmp_path):
+def test_without_torch_the_file_is_read_back_and_the_card_says_no_more(tmp_path):
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from dataclasses import replace\nimport numpy as np\n"
@@ -243,7 +265,9 @@ def test_without_torch_the_file_is_read_back_and_the_card_says_that(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "read back through our own import, bit for bit; torch is not installed" in done.stdout
-    assert "torch is not installed" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Check at export: read back through our own import, bit for bit." in card
+    assert "not installed" not in card, "of no interest to those who read it on the Hub"
 
 
 def test_save_hf_takes_a_tokenizer_of_ours_and_of_transformers(tmp_path, folder):
@@ -321,7 +345,7 @@ def test_an_export_that_a_person_changed_is_refused_or_moved_aside_whole(folder,
 
 
 def test_what_is_added_while_an_export_is_written_is_not_lost(folder, monkeypatch):
-    monkeypatch.setattr(convert, "check", lambda *_: (folder / "late.txt").write_text("mine"))
+    monkeypatch.setattr(convert, "check", lambda *_: f"{(folder / 'late.txt').write_text('mine')}")
     with pytest.raises(ValueError, match=r"late\.txt"):
         export_folder(numpy_params(TINY), TINY, folder)
     assert (folder / "late.txt").read_text() == "mine"

@@ -191,6 +191,16 @@ def test_rope_depends_on_distance_only():
     assert abs(product(9, 4) - product(9, 5)) > 0.05
 
 
+@pytest.mark.parametrize("theta", [1e4, 1e5, 2e6])
+def test_no_device_computes_the_frequencies_of_rope(theta):
+    """They are constants of the program, rounded once from float64: a device's own power may be off by 1e-6."""
+    angles = partial(rope_angles, head_dim=64, theta=theta)
+    program = jax.make_jaxpr(angles)(jnp.array([[8191]]))
+    assert {"pow", "exp", "exp2", "log"}.isdisjoint(str(equation.primitive) for equation in program.eqns)
+    exact_H = 8191 * theta ** (-np.arange(0, 64, 2) / 64)
+    np.testing.assert_allclose(angles(jnp.array([[8191]]))[0][0, 0, 0], np.cos(exact_H), rtol=0, atol=6e-4)
+
+
 def test_heads_share_positions_and_differ_only_by_their_weights():
     """Catches RoPE by head index: two heads with equal weights must attend alike."""
     params = init_params(TINY, 0)

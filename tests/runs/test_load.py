@@ -299,6 +299,7 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
             "progress": {"tokens": 5_000, "elapsed_seconds": 200.0},
             "cursor": {"step": 0, "tokenizer": ""},
             "imported_from": "HuggingFaceTB/SmolLM2-135M",
+            "computed": {"platform": "gpu", "device": "NVIDIA H200", "dtype": "bfloat16", "devices": 8},
         }
     )
     about = about_run(tmp_path / "run", found)
@@ -309,7 +310,15 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
         "| Tokens | 5,000 |", "| Held-out bits per byte | 1.25 |", "| Tokens per second | 1,235 |",
         "about 3 minutes",
         "    The cat\n    sat | there\n", "write('The'",
+        "| Optimizer | `AdamW, betas 0.9 and 0.95, epsilon 1e-08` |", "| Peak learning rate | 0.0006 |",
+        "| Schedule | `linear, 100 steps of warm-up` |", "| Weight decay | 0.01 |", "| Seed | 0 |",
+        "| Computed on | `NVIDIA H200, gpu, bfloat16` |", "| Devices | 8 |",
     ):  # fmt: skip
         assert words in card, words
     assert "b.jsonl" not in card.partition("---\n# ")[0].partition("tags")[0]
     assert "The end" not in card
+    assert about.language is None, "of b.jsonl nobody knows the language"
+    values["data"]["data"] = "builtin:python-docs"
+    (tmp_path / "run/config.json").write_text(json.dumps(values))
+    english = model_card(CONFIG, about_run(tmp_path / "run", found), dtype="float32", checked="", picture=None)
+    assert "\nlanguage: en\n" in english

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm_jax.runs.lock import LOCK, WRITTEN, RunLock
+from smollm_jax.runs.lock import BEGINNING, LOCK, METRICS, WRITTEN, RunLock
 from smollm_jax.runtime.errors import UserError
 
 HOLD_LOCK = """
@@ -115,3 +115,65 @@ def test_a_run_folder_that_is_a_link_is_locked_and_a_pipe_for_a_lock_is_named(tm
     os.mkfifo(tmp_path / "run" / LOCK)
     with pytest.raises(UserError, match="is not a file"):
         RunLock(tmp_path / "run").__enter__()
+
+
+def everything_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def write_a_beginning(folder):
+    for name in BEGINNING[1:]:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "part").write_text("")
+    (folder / BEGINNING[0]).write_text("{}")
+
+
+def start(run, fault, *more):
+    """Begin a run that ends with `fault`, after it has written files, `more` among them."""
+    with RunLock(run):
+        write_a_beginning(run)
+        for name in more:
+            (run / name).write_text("mine")
+        raise fault
+
+
+def test_a_refused_start_leaves_nothing_not_even_the_folders_made_for_it(tmp_path):
+    with pytest.raises(UserError, match="no data"):
+        start(tmp_path / "runs" / "new", UserError("no data"))
+    assert everything_in(tmp_path) == []
+
+
+def test_a_refused_start_keeps_what_was_there_and_what_a_person_put_there(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / LOCK).write_text("")
+    before = everything_in(tmp_path)
+    with pytest.raises(UserError):
+        start(tmp_path, UserError("no"), "notes.md")
+    assert everything_in(tmp_path) == sorted([*before, "notes.md", "tokenizer/part"])
+
+
+@pytest.mark.parametrize("fault", [UserError, KeyboardInterrupt, RuntimeError])
+def test_a_run_that_has_begun_keeps_its_folder(tmp_path, fault):
+    with pytest.raises(fault):
+        start(tmp_path / "run", fault("late"), METRICS)
+    assert "run/checkpoints/part" in everything_in(tmp_path)
+
+
+def test_a_lock_that_a_refused_start_removed_is_made_anew_and_holds(tmp_path):
+    """Between opening the file and locking it, the start that held it may have removed it."""
+    run = tmp_path / "run"
+    late, first = RunLock(run), RunLock(run).__enter__()
+    opened, once = type(run).open, []
+
+    def open_then_lose(path, *args, **kwargs):
+        file = opened(path, *args, **kwargs)
+        if path.name == LOCK and not once:
+            once.append(first.__exit__(UserError, None, None))
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run), "open", open_then_lose)
+        late.__enter__()
+    with pytest.raises(UserError, match="in use"):
+        RunLock(run).__enter__()
+    late.__exit__(None)

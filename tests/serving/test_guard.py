@@ -13,7 +13,7 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
 from smollm_jax.serving import guard  # noqa: E402
-from smollm_jax.serving.app import hosts_of, listen  # noqa: E402
+from smollm_jax.serving.app import hosts_of, listen, server_of  # noqa: E402
 from smollm_jax.serving.guard import MOST_FAILURES, Guard, Hosts, Refused, check_json  # noqa: E402
 
 JSON = b"application/json"
@@ -145,6 +145,20 @@ def test_who_guesses_too_often_waits_and_nobody_else(path, wrong):
     assert ask(guarded, path).headers["retry-after"]
     assert ask(guarded, path, client="10.0.0.2").status_code == wrong
     assert ask(guarded, "/config").status_code == wrong  # the page itself is not a guess
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_nobody_gets_new_tries_by_naming_another_client(proxied):
+    """Only a Space trusts X-Forwarded-For, and from the private addresses of its proxy alone."""
+    config = server_of(Guard(answering(400), Hosts()), frames="'self'", proxied=proxied).config
+    config.load()
+
+    def last_code(client):
+        named = [{"x-forwarded-for": f"198.51.100.{i}"} for i in range(MOST_FAILURES + 1)]
+        return [ask(config.loaded_app, "/login", client, headers=one).status_code for one in named][-1]
+
+    assert last_code("203.0.113.7") == 429
+    assert last_code("10.0.0.9") == (400 if proxied else 429)
 
 
 def test_those_who_are_right_are_not_counted(monkeypatch):

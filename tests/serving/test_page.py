@@ -38,6 +38,16 @@ class Page:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
+        self.page.wait_for_selector(":is(#message, #sheet) textarea")
+        selected = self.page.get_by_role("tab", selected=True)
+        self.opened_on = selected.inner_text() if selected.count() else ""
+        self.notebook()
+
+    def notebook(self):
+        """Change to the notebook: a model with a template opens on the chat."""
+        self.page.wait_for_selector(":is(#message, #sheet) textarea")
+        if (tab := self.page.get_by_role("tab", name="Notebook")).count():
+            tab.click()
         self.page.wait_for_selector("#sheet textarea")
         self.page.wait_for_function("() => document.querySelector('#continue')?.offsetParent")
 
@@ -210,8 +220,12 @@ def test_dark_is_a_press_away_and_is_remembered(page):
     page.press("dark")
     page.wait(dark)
     page.page.reload()
-    page.page.wait_for_selector("#sheet textarea")
+    page.notebook()
     page.wait(dark)
+
+
+def test_a_model_with_a_template_opens_on_the_chat(page):
+    assert page.opened_on == "Chat"
 
 
 def test_a_chat_answers_again_and_takes_back(page):

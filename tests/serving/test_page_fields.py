@@ -93,6 +93,6 @@ def test_a_system_prompt_changes_the_answer_and_survives_a_reload(page):
     page.wait(lambda: page.page.locator(".bot.message").last.inner_text() not in {answer, ""})
     page.page.wait_for_selector("#send", state="visible")
     page.page.reload()
-    page.page.wait_for_selector("#sheet textarea", state="attached")
+    page.notebook()
     page.page.get_by_role("tab", name="Chat").click()
     page.wait(lambda: page.page.input_value("#system textarea") == "You are a crab.")

@@ -32,8 +32,7 @@ def scroll(page):
 
 def reload(page):
     page.page.reload()
-    page.page.wait_for_selector("#sheet textarea")
-    page.page.wait_for_function("() => document.querySelector('#continue')?.offsetParent")
+    page.notebook()
 
 
 def test_the_view_follows_the_text_unless_the_reader_scrolled_up(page):
@@ -100,7 +99,8 @@ def test_a_restart_of_the_server_keeps_text_and_conversation(browser, folder_of_
     with Server(folder_of_chat_model, "--port", port) as second:
         assert second.url.endswith(port)
         page.page.goto(second.url)
-        page.wait(lambda: page.page.locator("#sheet textarea").count() and page.text == "My own words.")
+        page.notebook()
+        page.wait(lambda: page.text == "My own words.")
         page.page.get_by_role("tab", name="Chat").click()
         page.wait(lambda: page.page.locator(".bot.message").count() == 1)
         assert page.page.locator(".bot.message").last.inner_text() == answer

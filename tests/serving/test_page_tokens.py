@@ -39,7 +39,7 @@ def test_what_the_model_wrote_is_tinted_through_edits_undo_and_a_reload(page):
     page.wait(lambda: written(page) == [first[:20], first[20:]])
     page.page.wait_for_timeout(1_000)
     page.page.reload()
-    page.page.wait_for_selector("#sheet textarea")
+    page.notebook()
     page.wait(lambda: written(page) == [first[:20], first[20:]])
     page.press("undo-continue")
     page.wait(lambda: written(page) == [first])

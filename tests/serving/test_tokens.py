@@ -67,7 +67,7 @@ def test_a_long_text_shows_its_last_tokens_and_an_unfinished_character_its_mark(
     monkeypatch.setattr(tokens, "MOST_SHOWN", 3)
     tokenizer = train_tokenizer(TEXTS, 300)
     ids = tokenizer.encode("water 🦊").tolist()[:-1]
-    scores = [tokens.Score(-1.0, [(70, -0.5)])] * (len(ids) - 1)
+    scores = [tokens.Score(-1.0, False, [(70, -0.5)])] * (len(ids) - 1)
     pieces = json.loads(described(tokenizer, ids, scores))
     shown = "".join(piece for piece, _, _ in pieces)
     assert shown

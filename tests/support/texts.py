@@ -3,6 +3,7 @@
 import json
 import random
 
+from smollm_jax.tokenizer.chat_setup import with_chat_template
 from smollm_jax.tokenizer.load import train_tokenizer
 
 WORDS = ["the", "a", "model", "reads", "text", "and", "learns", "what", "comes", "next", "in", "every", "row"]
@@ -16,6 +17,34 @@ def make_texts(count, *, seed=0, longest=40):
 
 def small_tokenizer():
     return train_tokenizer(make_texts(50), 300)
+
+
+def make_talks(count, *, seed=0, longest=12):
+    """Conversations of one to three turns, some after a system message, as `messages`."""
+    rng = random.Random(seed)
+
+    def words():
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    talks = []
+    for i in range(count):
+        talk = [{"role": "system", "content": words()}] if rng.random() < 0.3 else []
+        for turn in range(rng.randint(1, 3)):
+            talk.append({"role": "user", "content": f"{seed}.{i}.{turn} {words()}"})
+            talk.append({"role": "assistant", "content": words()})
+        talks.append(talk)
+    return talks
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat_tokenizer():
+    """A small tokenizer with ChatML's tokens and template."""
+    bare = train_tokenizer(make_texts(50), 300, chat=True)
+    return with_chat_template(bare, "chatml", "small")[0]
 
 
 def write_jsonl(path, texts, column="text"):

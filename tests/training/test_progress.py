@@ -185,3 +185,12 @@ def test_a_new_interval_begins_with_each_line(run):
     write_line(run)
     assert vars(run.interval).keys() == vars(Interval()).keys()
     assert run.interval.targets == 0
+
+
+def test_the_documents_of_a_bad_step_replace_a_link_of_their_name(run, tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "bad_step_3.jsonl").symlink_to(tmp_path / "theirs")
+    run.run_dir, run.stream = tmp_path, SimpleNamespace(documents_of=lambda _: [{"text": "a"}])
+    assert "bad_step_3.jsonl" in progress.write_documents(run, SimpleNamespace(step=3, cursor_before=None))
+    assert (tmp_path / "bad_step_3.jsonl").read_text() == '{"text": "a"}\n'
+    assert (tmp_path / "theirs").read_text() == "theirs"

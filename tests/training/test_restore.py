@@ -168,6 +168,32 @@ def test_data_at_another_place_is_left_to_the_loader_and_other_weights_are_refus
         check_settings(saved, reading("a/x.jsonl=0.7,b/y.jsonl=0.3"), 10)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("old/a,b.txt", "new/a,b.txt", True),
+        ("old/year=2024,b.txt=0.7,old/c.txt=0.3", "new/year=2024,b.txt=0.7,new/c.txt=0.3", True),
+        ("old/year=2024,b.txt,old/c.txt", "new/year=2024,b.txt,new/c.txt", True),
+        ("old/a,b.txt=0.7,old/c.txt=0.3", "new/a,b.txt=0.6,new/c.txt=0.4", False),
+        ("old/a,b.txt,old/c.txt", "new/a,b.txt", False),
+        ("old/a.txt", "new/a,b.txt,new/c.txt", False),
+    ],
+)
+def test_names_with_commas_and_equals_signs_may_move_too(tmp_path, monkeypatch, before, now, same):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new").mkdir()
+    for name in ("a,b.txt", "c.txt", "year=2024,b.txt"):
+        (tmp_path / "new" / name).write_text("text")
+    saved = to_dict(replace(Config(), data=replace(Config().data, data=before)))
+    moved = replace(Config(), data=replace(Config().data, data=now))
+    if same:
+        (note,) = check_settings(saved, moved, 10)
+        assert "goes on if the files are the same" in note
+    else:
+        with pytest.raises(UserError, match=r"data\.data was "):
+            check_settings(saved, moved, 10)
+
+
 def test_a_refusal_names_three_changes_and_three_ways_on():
     saved, config = to_dict(Config()), RECIPES["quickstart"]
     with pytest.raises(ValueError, match=r"and \d+ more\. Go on with its own settings by --resume RUN") as caught:
