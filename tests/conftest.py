@@ -83,15 +83,14 @@ def tokenizer(tmp_path_factory, corpus):
     return folder
 
 
-@pytest.fixture
-def train(tmp_path, cache, corpus, tokenizer):
-    """Starts `train_jax.py` on the corpus in a folder of the test's own."""
+@pytest.fixture(scope="session")
+def train_in(cache, corpus, tokenizer):
+    """Starts `train_jax.py` on the corpus, in a run folder."""
 
-    def start(*flags, run="run", data=None):
+    def start(folder, *flags, data=None):
         command = [
             sys.executable, str(ROOT / "train_jax.py"), "--data", data or f"{corpus}/*.jsonl", *TINY,
-            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache),
-            "--run-dir", str(tmp_path / run), *flags,
+            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache), "--run-dir", str(folder), *flags,
         ]  # fmt: skip
         return subprocess.Popen(
             command,
@@ -102,3 +101,9 @@ def train(tmp_path, cache, corpus, tokenizer):
         )
 
     return start
+
+
+@pytest.fixture
+def train(tmp_path, train_in):
+    """Starts `train_jax.py` on the corpus in a folder of the test's own."""
+    return lambda *flags, run="run", data=None: train_in(tmp_path / run, *flags, data=data)

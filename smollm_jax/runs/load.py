@@ -3,11 +3,12 @@
 A model is an architecture, f32 numpy parameters and a tokenizer. A path that cannot be opened raises `UserError`.
 """
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint, open_checkpoint, steps_in
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
@@ -15,7 +16,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.runtime.files import expand_home, read_json
+from smollm_jax.runtime.files import Damaged, expand_home, read_json
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
@@ -55,6 +56,24 @@ def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, An
 def newest_step(path: str | Path) -> int:
     """Return the step of the checkpoint that `load_model` opens; raises `UserError` if there is none."""
     return find_checkpoint(expand_home(path) / "checkpoints", None, group="params").step
+
+
+def checkpoint_times(run: Path) -> dict[int, int]:
+    """Return for each checkpoint of a run when its folder last changed, in nanoseconds."""
+    times = {}
+    for step in steps_in(run / "checkpoints"):
+        with contextlib.suppress(OSError):  # a run under way has just removed it
+            times[step] = (run / "checkpoints" / str(step)).stat().st_mtime_ns
+    return times
+
+
+def is_good(run: Path, step: int) -> bool:
+    """Return whether the parameters of a checkpoint verify."""
+    try:
+        open_checkpoint(run / "checkpoints" / str(step), step, group="params")
+    except (Damaged, OSError):
+        return False
+    return True
 
 
 def load_model(

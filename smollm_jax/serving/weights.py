@@ -1,0 +1,159 @@
+"""Weights of a served run: its checkpoints and export, each in an engine of its own.
+
+A request names its weights and gets an engine, so weights never change inside a request. A thread looks for new
+checkpoints and loads the newest one before any request asks for it. A thread of the visitor loads older weights.
+The model's thread thus never waits for a disk. Nothing is written to the run.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smollm_jax.runs.load import checkpoint_times, is_good, load_model
+from smollm_jax.runtime.errors import one_line, require, say
+from smollm_jax.serving.limits import QueueFull
+
+NEWEST, EXPORT = "newest", "export"
+MOST_ENGINES = 3  # at a time: the newest checkpoint and two to compare
+LOOK_SECONDS = 2.0  # between looks for a new checkpoint
+Key = int | str | None  # a step, `EXPORT`, or None for a model that is no run
+Rebuild = Callable[[Any, Any], Any]  # from architecture and parameters to an engine
+
+
+class Weights:
+    """The engines of a model. `newest` is the key of the weights that a request gets by default.
+
+    Without a `run` and a function to `rebuild` an engine there is one engine, and `choices` is empty.
+    """
+
+    def __init__(
+        self, engine: Any, *, run: Path | None = None, step: int | None = None, rebuild: Rebuild | None = None
+    ):
+        self.newest: Key = step
+        self._run = run if rebuild is not None else None
+        self._rebuild = rebuild
+        self._engines: dict[Key, Any] = {step: engine}  # the latest used is last
+        self._users: Counter[Key] = Counter()
+        self._good: dict[int, tuple[int, bool]] = {}  # per step: time of its folder, and whether it verified
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
+        if self._run is not None:
+            threading.Thread(target=self._watch, daemon=True, name="checkpoints").start()
+
+    @property
+    def has_run(self) -> bool:
+        return self._run is not None
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Return label and name of the weights of a run, newest first. Empty for a single model."""
+        if self._run is None:
+            return []
+        steps = sorted((step for step, (_, good) in self._good.items() if good), reverse=True)
+        found = [(f"Newest (step {self.newest:,})", NEWEST)]
+        found += [(f"Step {step:,}", str(step)) for step in steps]
+        return found + [("Export", EXPORT)] * (self._run / EXPORT / "config.json").is_file()
+
+    def take_loaded(self, choice: str) -> tuple[Key, Any] | None:
+        """Return key and engine of loaded weights until `give_back`, None if they are not loaded.
+
+        Raises `UserError` for a wrong name.
+        """
+        key = self._key(choice)
+        engine = self._kept(key, is_used=True)
+        return None if engine is None else (key, engine)
+
+    def take(self, choice: str) -> tuple[Key, Any]:
+        """Return key and engine of some weights until `give_back`. Loads them if needed, which takes seconds.
+
+        Raises `UserError` for weights that are missing or damaged, and `QueueFull` if too many are in use.
+        """
+        with self._loading:
+            if (taken := self.take_loaded(choice)) is not None:
+                return taken
+            key = self._key(choice)
+            return key, self._load(key, is_used=True)
+
+    def give_back(self, key: Key) -> None:
+        with self._lock:
+            self._users[key] -= 1
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _key(self, choice: str) -> Key:
+        if choice == NEWEST:
+            return self.newest
+        require(self._run is not None, f"the model has no checkpoint {choice!r:.40}; it is no run")
+        if choice == EXPORT:
+            return EXPORT
+        good = isinstance(choice, str) and choice.isdecimal() and len(choice) < 19
+        require(good, f"checkpoint {choice!r:.40} must be newest, export or a step")
+        return int(choice)
+
+    def _kept(self, key: Key, *, is_used: bool) -> Any:
+        with self._lock:
+            engine = self._engines.pop(key, None)
+            if engine is not None:
+                self._engines[key] = engine
+                self._users[key] += is_used
+            return engine
+
+    def _load(self, key: Key, *, is_used: bool) -> Any:
+        assert self._run is not None
+        assert self._rebuild is not None
+        self._make_room()
+        if key == EXPORT:
+            config, params, _ = load_model(self._run / EXPORT)
+        else:
+            config, params, _ = load_model(self._run, int(key or 0))
+        engine = self._rebuild(config, params)
+        with self._lock:
+            self._engines[key] = engine
+            self._users[key] += is_used
+        return engine
+
+    def _make_room(self) -> None:
+        """Forget the weights that were used longest ago. Raises `QueueFull` if requests use all."""
+        with self._lock:
+            if len(self._engines) < MOST_ENGINES:
+                return
+            idle = [key for key in self._engines if not self._users[key] and key != self.newest]
+            if not idle:
+                raise QueueFull("the other checkpoints are in use; try again soon")
+            engine = self._engines.pop(idle[0])
+        unload = getattr(engine, "unload", None)  # compiled programs may refer to the first engine
+        if unload is not None:
+            unload()
+
+    def _watch(self) -> None:
+        """Verify new checkpoints, and load the newest one. Errors are logged once."""
+        told = ""
+        while True:
+            try:
+                self._look()
+            except QueueFull:  # the next look may find room
+                pass
+            except Exception as error:  # such as a checkpoint that the run has just removed
+                if (line := one_line(error)) != told:
+                    say(f"a new checkpoint could not be loaded: {line}")
+                told = line
+            if self._closed.wait(LOOK_SECONDS):
+                return
+
+    def _look(self) -> None:
+        assert self._run is not None
+        times, known = checkpoint_times(self._run), self._good
+        self._good = {
+            step: known[step] if known.get(step, (0, False))[0] == changed else (changed, is_good(self._run, step))
+            for step, changed in times.items()
+        }
+        newest = max((step for step, (_, good) in self._good.items() if good), default=None)
+        if newest is None or newest == self.newest or not isinstance(self.newest, int | None):
+            return
+        with self._loading:
+            if self._kept(newest, is_used=False) is None:
+                self._load(newest, is_used=False)
+        self.newest = newest
+        say(f"serving     the checkpoint of step {newest:,}")
