@@ -1,6 +1,6 @@
 """Find a device's peak FLOP/s (for MFU), memory (for remat), compute dtype, compilation cache.
 
-Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has no peak, and its run no MFU.
+Peaks are the vendors' dense figures (no sparsity). An unknown device or dtype has no peak, and its run no MFU.
 """
 
 import os
@@ -15,12 +15,19 @@ from typing import Any
 
 from smollm_jax.runtime.errors import say
 
-# TFLOP/s, bf16, dense: NVIDIA's data sheets, Google Cloud's TPU pages
-PEAK_TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "T4": 65, "V100": 125, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
-    "TPU v6 lite": 918, "TPU v6e": 918,
+# TFLOP/s in bfloat16, float16 and float32, dense, sums in float32: NVIDIA's data sheets, Google Cloud's TPU pages.
+# The first name that is part of a device's kind counts. GPUs compute float32 without tensor cores here
+# (`use_precision_of`). A TPU has no float32 products, and takes several of bfloat16 for one
+PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
+    "B200": (2_250, 2_250, 75), "H200": (989, 989, 67), "H100 PCIe": (756, 756, 51), "H100 NVL": (835, 835, 60),
+    "H100": (989, 989, 67), "A100": (312, 312, 19.5), "A10G": (70, 70, 35), "A10": (125, 125, 31.2),
+    "RTX 4090": (165, 165, 82.6), "L40S": (362, 362, 91.6), "L40": (181, 181, 90.5), "L4": (121, 121, 30.3),
+    "T4": (None, 65, 8.1), "V100": (None, 125, 15.7),
+    "TPU v4": (275, None, None), "TPU v5 lite": (197, None, None), "TPU v5e": (197, None, None),
+    "TPU v5p": (459, None, None), "TPU v5": (459, None, None), "TPU v6 lite": (918, None, None),
+    "TPU v6e": (918, None, None),
 }  # fmt: skip
+PEAK_DTYPES = ("bfloat16", "float16", "float32")
 TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for no older GPU
 # libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
 # alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
@@ -61,10 +68,11 @@ def device_name(device: Any) -> str:
     return next(names, device.device_kind)
 
 
-def peak_flops(device: Any) -> float | None:
-    """Return the dense bf16 FLOP/s of one device, None if unknown."""
-    kind = device.device_kind
-    return next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in kind), None)
+def peak_flops(device: Any, dtype: Any) -> float | None:
+    """Return the dense FLOP/s of one device in a compute dtype, None if unknown."""
+    peaks = next((peaks for name, peaks in PEAK_TFLOPS.items() if name in device.device_kind), ())
+    tera = dict(zip(PEAK_DTYPES, peaks, strict=False)).get(dtype.name)
+    return None if tera is None else tera * 1e12
 
 
 def memory_bytes(device: Any, parameters: int, *, devices: int = 1, share: float = MEMORY_SHARE) -> int:

@@ -71,7 +71,7 @@ def write_line(run: Run) -> None:
         "ledger": run.progress.ledger,
         "peak_memory_gib": peak_memory(run.mesh.local_mesh.devices.flat[0]) / 2**30,
     }
-    peak = peak_flops(run.mesh.devices.flat[0])
+    peak = peak_flops(run.mesh.devices.flat[0], run.dtype)
     if peak is not None:
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)

@@ -205,7 +205,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {T}" for p in config.phases)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     memory = compiled_bytes(run.steps[max(run.steps)]) / 2**30
-    peak = peak_flops(device)
+    peak = peak_flops(device, run.dtype)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
     source = config.run.init_from

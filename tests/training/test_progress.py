@@ -34,6 +34,7 @@ class Recorded(list):
 def run():
     config = Config(run=RunConfig(phases="100x4", log_every=1000, checkpoint_every=3), data=DataConfig(seq_len=32))
     return SimpleNamespace(
+        dtype=np.dtype("float32"),
         config=config, job=Processes(), report=Recorded(), progress=Progress(), ledgers={}, interval=Interval(),
         mesh=SimpleNamespace(
             devices=np.array(jax.devices()[:1] * 4), size=4,
@@ -69,7 +70,7 @@ def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run
 
 
 def test_mfu_is_the_flops_of_all_positions_over_the_peak_of_all_devices(run, monkeypatch):
-    monkeypatch.setattr(progress, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(progress, "peak_flops", lambda *_: 1e12)
     report_step(run, pending(2, targets=10))
     run.interval.began = time.monotonic() - 5
     write_line(run)
