@@ -77,20 +77,20 @@ def parts(work: StepWork, whole: OurStep) -> dict[str, Program]:
     chunk_tokens = config.compute.loss_chunk_for(whole.remat, on_gpu=ops.on_gpu)
     model = SmolLM.from_params(config.model, params, dtype=dtype, unroll=unroll, ops=ops)
     tokens, segment_ids = map(jnp.asarray, work.rows())
-    targets, valid = targets_of(tokens, segment_ids)
+    targets, weights = targets_of(tokens, segment_ids)
     shape = (*targets.shape, config.model.hidden_size)
     x_BTD = jax.random.normal(jax.random.key(work.seed), shape).astype(dtype)
 
     def embed(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         return ops.embed(embedding_VD, tokens_BT).astype(dtype)
 
-    def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
-        return summed_nll(model.final_norm(x_BTD), head_VD, targets, valid, chunk_tokens, ops.cross_entropy)
+    def head(x_BTD: jax.Array, head_VD: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return summed_nll(model.final_norm(x_BTD), head_VD, targets, weights, chunk_tokens, ops.cross_entropy)
 
     return {
         "embedding": with_gradients(embed, x_BTD, params["embedding"], given=(tokens[:, :-1],)),
         **_block_parts(model, segment_ids[:, :-1], x_BTD),
-        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD, given=(targets, valid)),
+        "head and loss": with_gradients(head, jnp.float32(1), x_BTD, model.head_VD, given=(targets, weights)),
         "optimizer": _optimizer(config, params),
     }
 

@@ -106,12 +106,12 @@ class Model:
         check_text(text, "the text")
         tokenizer = self.completer.tokenizer
         ids = tokenizer.encode(text).tolist()
-        logprobs, likeliest = self._generator.logprobs(ids)
+        logprobs, are_argmax = self._generator.logprobs(ids)
         decoder = TextOfIds(tokenizer, [])
         pieces = [decoder.feed([token]) for token in ids]
         pieces[-1] += decoder.rest()
         found: list[tuple[float | None, bool | None]] = [(None, None)]
-        found += [(p, best == token) for p, best, token in zip(logprobs, likeliest, ids[1:], strict=True)]
+        found += zip(logprobs, are_argmax, strict=True)
         return [
             TokenLogprob(piece, token, *values) for piece, token, values in zip(pieces, ids, found, strict=True)
         ]

@@ -16,6 +16,7 @@ from flax import nnx
 
 from smollm_jax.generation.decoder import Decoder
 from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_first, choose_token
+from smollm_jax.model.loss import target_logprobs
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
@@ -95,8 +96,8 @@ class Generator:
         else:
             self.stop_reason = "context" if made == self.context - len(prompt) else "eos"
 
-    def logprobs(self, ids: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Return the log-probability of each id but the first after those before it, and the likeliest id there.
+    def logprobs(self, ids: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """Return the log-probability of each id but the first after the ids before it, and if it is the arg-max.
 
         A text is read in chunks with the cache, and the logits of one chunk exist at a time. Raises `UserError`.
         """
@@ -105,21 +106,21 @@ class Generator:
         size = min(length, SCORED)
         padded = np.zeros(length + 1, np.int32)
         padded[: len(ids)] = ids
-        cache, found, likeliest = self._decoder(self._weights).init_cache(1, length), [], []
+        cache, found, are_argmax = self._decoder(self._weights).init_cache(1, length), [], []
         for start in range(0, len(ids) - 1, size):
             tokens_1T, targets_T = padded[None, start : start + size], padded[start + 1 : start + 1 + size]
-            logprob_T, best_T, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
+            logprob_T, is_argmax_T, cache = self._score(
+                self._weights, tokens_1T, targets_T, np.int32(start), cache
+            )
             found += np.asarray(logprob_T).tolist()
-            likeliest += np.asarray(best_T).tolist()
-        return found[: len(ids) - 1], likeliest[: len(ids) - 1]
+            are_argmax += np.asarray(is_argmax_T).tolist()
+        return found[: len(ids) - 1], are_argmax[: len(ids) - 1]
 
     def _score_chunk(self, weights, tokens_1T, targets_T, start, cache):
         decoder = self._decoder(weights)
         positions_1T = start + jnp.arange(tokens_1T.shape[1])[None]
         x_1TD, cache = decoder.features(tokens_1T, positions_1T, cache)
-        logits_TV = decoder.logits(x_1TD[0])
-        logit_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=1)[:, 0]
-        return logit_T - jax.nn.logsumexp(logits_TV, axis=1), jnp.argmax(logits_TV, axis=1), cache
+        return *target_logprobs(decoder.logits(x_1TD[0]), targets_T), cache
 
     def chunks(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None

@@ -75,11 +75,12 @@ def check_cross_entropy(cross_entropy: Callable[..., Any], words: int, dtype: An
     logits_BCV = 4 * jax.random.normal(jax.random.key(0), (2, 16, words))
     # the last word too: it may be in a block of words that is not full
     targets_BC = jax.random.randint(jax.random.key(1), (2, 16), 0, words).at[0, 0].set(words - 1)
-    valid_BC = jnp.arange(16)[None] % 3 > jnp.arange(2)[:, None] - 1
+    # 0 and 1, as in training on text, and other weights of both signs
+    weights_BC = jnp.stack([(jnp.arange(16) % 3 > 0).astype(jnp.float32), jnp.linspace(-0.5, 2, 16)])
     tolerances = tolerance_of("float32") / 10, tolerance_of(dtype) / (4 if dtype == jnp.bfloat16 else 10)
     return check_against_reference(
-        "cross entropy", lambda logits: cross_entropy(logits, targets_BC, valid_BC, dtype),
-        lambda logits: REFERENCE.cross_entropy(logits, targets_BC, valid_BC, jnp.float32),
+        "cross entropy", lambda logits: cross_entropy(logits, targets_BC, weights_BC, dtype),
+        lambda logits: REFERENCE.cross_entropy(logits, targets_BC, weights_BC, jnp.float32),
         (logits_BCV,), names=("the loss", "its gradient"), tolerance=tolerances,
     )  # fmt: skip
 

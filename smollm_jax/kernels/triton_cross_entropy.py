@@ -21,23 +21,23 @@ WORDS, WARPS = 4_096, 16
 
 
 def fused_cross_entropy(
-    logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any, *, interpret: bool = False
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: Any, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what `reference_cross_entropy` returns: the summed loss in nats, and its gradient in `dtype`."""
+    """Return what `reference_cross_entropy` returns: the weighted loss in nats, and its gradient in `dtype`."""
     logits_MV, targets_M = logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1)
-    valid_M = valid_BC.reshape(-1).astype(jnp.float32)
+    weights_M = weights_BC.reshape(-1)
     M, V = logits_MV.shape
     words = pl.BlockSpec((None, pl.cdiv(V, WORDS) * WORDS), lambda m: (m, 0))
     tokens = pl.BlockSpec((M,), lambda _: (0,))
-    kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (valid_M, tokens)]
-    outputs = [(valid_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
+    kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (weights_M, tokens)]
+    outputs = [(weights_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
     nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, interpret, warps=WARPS)
     return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
 
 
-def _kernel(logits_ref, targets_ref, valid_ref, nll_ref, dlogits_ref, *, V: int):
+def _kernel(logits_ref, targets_ref, weights_ref, nll_ref, dlogits_ref, *, V: int):
     token = pl.program_id(0)
-    target, valid, turns = targets_ref[token], valid_ref[token], pl.cdiv(V, WORDS)
+    target, weight, turns = targets_ref[token], weights_ref[token], pl.cdiv(V, WORDS)
 
     def of_turn(j):
         words = pl.ds(j * WORDS, WORDS)
@@ -55,11 +55,11 @@ def _kernel(logits_ref, targets_ref, valid_ref, nll_ref, dlogits_ref, *, V: int)
     best = jnp.max(best_W)
     total = jnp.sum(sum_W * _exp(best_W - best))
     # subtract the maximum first: added to a large one, the logarithm would lose its digits
-    nll_ref[token] = valid * (best - logits_ref[target] + jnp.log2(total) / LOG2_E)
+    nll_ref[token] = weight * (best - logits_ref[target] + jnp.log2(total) / LOG2_E)
 
     def write(j, _):
         words, word_W, logit_W = of_turn(j)
-        d_W = valid * (_exp(logit_W - best) / total - (word_W == target).astype(jnp.float32))
+        d_W = weight * (_exp(logit_W - best) / total - (word_W == target).astype(jnp.float32))
         plt.store(dlogits_ref.at[words], d_W.astype(dlogits_ref.dtype), mask=word_W < V)
 
     jax.lax.fori_loop(0, turns, write, None)

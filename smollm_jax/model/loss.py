@@ -15,22 +15,26 @@ import jax.numpy as jnp
 
 
 def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return targets (B, T) of rows of T+1 tokens, and which count: (B, T) bool.
+    """Return targets (B, T) of rows of T+1 tokens, and their weights in the loss: (B, T) f32.
 
-    A token is a target if the token before it belongs to the same document. Segment 0 is padding.
+    A token is a target, of weight 1, if the token before it belongs to the same document. Segment 0 is padding. In
+    a document, a token of segment -s instead of s is read, and its weight is 0.
     """
     before, after = segment_ids_BT1[:, :-1], segment_ids_BT1[:, 1:]
-    return tokens_BT1[:, 1:], (before == after) & (after != 0)
+    return tokens_BT1[:, 1:], ((jnp.abs(before) == after) & (after > 0)).astype(jnp.float32)
 
 
 def reference_cross_entropy(
-    logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array, dtype: Any
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return summed negative log-likelihood in nats, and its gradient to the f32 logits in `dtype`."""
-    nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, valid_BC)
+    """Return the weighted negative log-likelihood in nats, and its gradient to the f32 logits in `dtype`.
+
+    A weight multiplies the loss of its token. It is f32, of either sign.
+    """
+    nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, weights_BC)
     probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
     is_target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1], dtype=jnp.float32)
-    return nll, ((probabilities_BCV - is_target_BCV) * valid_BC[..., None]).astype(dtype)
+    return nll, ((probabilities_BCV - is_target_BCV) * weights_BC[..., None]).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -38,11 +42,11 @@ def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
     x_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
-    valid_BT: jax.Array,
+    weights_BT: jax.Array,
     chunk_tokens: int,
     cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy,
 ) -> jax.Array:
-    """Return the negative log-likelihood in nats, summed over the valid targets: an f32 scalar.
+    """Return the negative log-likelihood in nats, summed over the targets by f32 weights: an f32 scalar.
 
     `x_BTD` has the compute dtype, `head_VD` its stored dtype, so that the gradient of the head is not rounded.
     A chunk has about `chunk_tokens` tokens. `cross_entropy` (see `Ops`) is used only if a gradient is wanted.
@@ -51,26 +55,26 @@ def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
     head_VD = head_VD.astype(x_BTD.dtype)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        x_BCD, targets_BC, valid_BC = chunk
-        return total + _chunk_nll(_logits(head_VD, x_BCD), targets_BC, valid_BC)[0], None
+        x_BCD, targets_BC, weights_BC = chunk
+        return total + _chunk_nll(_logits(head_VD, x_BCD), targets_BC, weights_BC)[0], None
 
-    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))[0]
+    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_tokens, x_BTD, targets_BT, weights_BT))[0]
 
 
-def _forward(x_BTD, head_VD, targets_BT, valid_BT, chunk_tokens, cross_entropy):  # noqa: PLR0917
+def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens, cross_entropy):  # noqa: PLR0917
     kept_dtype, head_VD = head_VD.dtype, head_VD.astype(x_BTD.dtype)
 
     def add(carry, chunk):
         total, dhead_VD = carry
-        x_BCD, targets_BC, valid_BC = chunk
-        nll, dlogits_BCV = cross_entropy(_logits(head_VD, x_BCD), targets_BC, valid_BC, x_BCD.dtype)
+        x_BCD, targets_BC, weights_BC = chunk
+        nll, dlogits_BCV = cross_entropy(_logits(head_VD, x_BCD), targets_BC, weights_BC, x_BCD.dtype)
         # f32 results: faster products on a CPU. On other devices they are for dhead, a sum over chunks
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
         return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
 
     start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, dhead_VD), dx = jax.lax.scan(add, start, _chunks(chunk_tokens, x_BTD, targets_BT, valid_BT))
+    (total, dhead_VD), dx = jax.lax.scan(add, start, _chunks(chunk_tokens, x_BTD, targets_BT, weights_BT))
     B, T, D = x_BTD.shape
     dx_BTD = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
     return total, (dx_BTD, dhead_VD.astype(kept_dtype))
@@ -88,11 +92,35 @@ def _logits(head_VD: jax.Array, x_BCD: jax.Array) -> jax.Array:
     return jnp.einsum("BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32)
 
 
-def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, valid_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the sum, and the log-partition of each token."""
+def token_logprobs(
+    x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of each target in nats, (B, T) f32, and whether it is the arg-max, (B, T) bool.
+
+    The arrays are as for `summed_nll`. No gradient is meant to be taken: a gradient would keep all logits.
+    """
+    B, T = targets_BT.shape
+    head_VD = head_VD.astype(x_BTD.dtype)
+    each = jax.lax.map(
+        lambda chunk: target_logprobs(_logits(head_VD, chunk[0]), chunk[1]),
+        _chunks(chunk_tokens, x_BTD, targets_BT),
+    )
+    logprob_BT, is_argmax_BT = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in each)
+    return logprob_BT, is_argmax_BT
+
+
+def target_logprobs(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what `token_logprobs` returns, of f32 logits."""
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    is_argmax_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    return target_BC - jax.nn.logsumexp(logits_BCV, axis=-1), is_argmax_BC
+
+
+def _chunk_nll(logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the weighted sum, and the log-partition of each token."""
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return jnp.sum(jnp.where(valid_BC, log_z_BC - target_BC, 0.0)), log_z_BC
+    return jnp.sum(weights_BC * (log_z_BC - target_BC)), log_z_BC
 
 
 def _chunks(chunk_tokens: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

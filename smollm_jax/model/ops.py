@@ -81,7 +81,7 @@ class Ops:
     feed_forward: Callable[..., jax.Array] = reference_feed_forward
     """`(x_BTD, gate_DF, up_DF, down_FD, linear=) -> (B, T, D)`."""
     cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy
-    """`(logits_BCV, targets_BC, valid_BC, dtype) -> nll, dlogits_BCV`: summed loss, gradient in `dtype`."""
+    """`(logits_BCV, targets_BC, weights_BC, dtype) -> nll, dlogits_BCV`: weighted loss, gradient in `dtype`."""
     wrap_layer: Callable[..., Callable[..., jax.Array]] = lambda layer: layer
     """`layer(x_BTD, weights) -> x_BTD` to a layer that stores its residuals in another form."""
     kernels: str = "plain"

@@ -63,7 +63,7 @@ def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
 def make_nll(
     config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, unroll: int = 1, ops: Ops | None = None
 ) -> Callable[..., jax.Array]:
-    """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats summed over the targets of the rows.
+    """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
     `ops` are the functions for the devices of `mesh`, by default `select_step_ops`.
     """
@@ -72,16 +72,16 @@ def make_nll(
 
     def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
         model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-        x_BTD = model.features(tokens_BT1[:, :-1], segment_ids_BT1[:, :-1])
+        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
         with jax.named_scope("head"):
-            targets_BT, valid_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            return head_nll(x_BTD, model.head_VD, targets_BT, valid_BT)
+            targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
+            return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT)
 
     return nll
 
 
 def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[..., jax.Array]:
-    """Return `summed_nll`, a function of (x, head, targets, valid), over all devices' tokens.
+    """Return `summed_nll`, a function of (x, head, targets, weights), over all devices' tokens.
 
     Each device goes through its own tokens with the whole head. One sum at the end adds the losses and, in the
     backward pass, the f32 gradients of the head. The partitioner would add up the gradients after every chunk.
@@ -94,9 +94,11 @@ def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[...
     tokens, whole = PartitionSpec(BATCH_AXES, HEAD_AXIS), PartitionSpec()
     each = per_device(mesh, summed, in_specs=(tokens, whole, tokens, tokens), out_specs=whole, add_over=MESH_AXES)
 
-    def everywhere(x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    def everywhere(
+        x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> jax.Array:
         pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape[HEAD_AXIS])]
-        return each(jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(valid_BT, pad))
+        return each(jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(weights_BT, pad))
 
     return everywhere
 
@@ -123,7 +125,7 @@ def make_step(
     ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
         nll, grads = gradients(params, tokens, segment_ids)
-        targets = jnp.sum(targets_of(tokens, segment_ids)[1])
+        targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
         scale = 1.0 / jnp.maximum(targets, 1)
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])

@@ -19,7 +19,7 @@ def some(words, *, spread=4.0, seed=0):
     rng = np.random.default_rng(seed)
     logits_BCV = jnp.asarray(spread * rng.normal(size=(2, 3, words)), jnp.float32)
     targets_BC = jnp.asarray(rng.integers(0, words, (2, 3)), jnp.int32)
-    return logits_BCV, targets_BC, jnp.array([[True, True, False], [True, False, True]])
+    return logits_BCV, targets_BC, jnp.array([[1, 1, 0], [0.25, 0, -1.5]])
 
 
 @pytest.mark.parametrize(
@@ -36,24 +36,24 @@ def some(words, *, spread=4.0, seed=0):
     ],
 )
 def test_the_kernel_gives_the_loss_and_its_gradient(words, spread):
-    logits, targets, valid = some(words, spread=spread)
+    logits, targets, weights = some(words, spread=spread)
 
     def nll(logits):
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(valid, picked, 0))
+        return -jnp.sum(weights * picked)
 
     expected, gradient = jax.jit(jax.value_and_grad(nll))(logits)
     for kernel in (interpreted, reference_cross_entropy):
         score = jax.jit(kernel, static_argnums=3)
-        found, d = score(logits, targets, valid, jnp.float32)
+        found, d = score(logits, targets, weights, jnp.float32)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         np.testing.assert_allclose(d, gradient, atol=1e-5)
-        assert score(logits, targets, valid, jnp.bfloat16)[1].dtype == jnp.bfloat16
+        assert score(logits, targets, weights, jnp.bfloat16)[1].dtype == jnp.bfloat16
 
 
 def test_words_far_below_the_rest_and_equal_logits_stay_finite():
     logits = jnp.stack([jnp.full(5_000, -80.0).at[7].set(80.0), jnp.zeros(5_000), jnp.full(5_000, 1e4)])[None]
-    nll, d = interpreted(logits, jnp.array([[7, 0, 1]]), jnp.ones((1, 3), bool), jnp.float32)
+    nll, d = interpreted(logits, jnp.array([[7, 0, 1]]), jnp.ones((1, 3)), jnp.float32)
     np.testing.assert_allclose(nll, 2 * np.log(5_000), rtol=1e-6)
     assert np.isfinite(d).all()
 
@@ -61,14 +61,14 @@ def test_words_far_below_the_rest_and_equal_logits_stay_finite():
 def test_the_sum_over_chunks_and_both_gradients_are_the_reference_s():
     rng = np.random.default_rng(1)
     x_BTD, head_VD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 8), (70, 8)))
-    targets_BT, valid_BT = (
+    targets_BT, weights_BT = (
         jnp.asarray(rng.integers(0, 70, (2, 5)), jnp.int32),
-        jnp.asarray(rng.random((2, 5)) < 0.7),
+        jnp.asarray(rng.normal(size=(2, 5)), jnp.float32),
     )
 
     def outcome(score):
         def summed(x_BTD, head_VD):
-            return 3 * summed_nll(x_BTD, head_VD, targets_BT, valid_BT, 4, score)
+            return 3 * summed_nll(x_BTD, head_VD, targets_BT, weights_BT, 4, score)
 
         return jax.jit(jax.value_and_grad(summed, argnums=(0, 1)))(x_BTD, head_VD)
 
@@ -81,7 +81,9 @@ def test_the_sum_over_chunks_and_both_gradients_are_the_reference_s():
 @pytest.mark.parametrize("words", [49_152, 8_193])
 def test_the_kernel_lowers_for_cuda(words):
     shapes = [(1, 64, words), (1, 64), (1, 64)]
-    arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.int32, bool), strict=True)]
+    arguments = [
+        jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32, jnp.int32, jnp.float32), strict=True)
+    ]
     score = jax.jit(lambda *given: fused_cross_entropy(*given, jnp.bfloat16))
     assert lowered_for_cuda(score, *arguments).count(KERNEL) == 1
 
@@ -92,13 +94,17 @@ def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_no
         nll, d = reference_cross_entropy(*given)
         return nll * 1.01, d
 
-    def without_the_target(logits, targets, valid, dtype):
-        nll, _ = reference_cross_entropy(logits, targets, valid, dtype)
-        return nll, (jax.nn.softmax(logits) * valid[..., None]).astype(dtype)
+    def without_the_weights(logits, targets, weights, dtype):
+        return reference_cross_entropy(logits, targets, jnp.sign(weights), dtype)
+
+    def without_the_target(logits, targets, weights, dtype):
+        nll, _ = reference_cross_entropy(logits, targets, weights, dtype)
+        return nll, (jax.nn.softmax(logits) * weights[..., None]).astype(dtype)
 
     assert check_cross_entropy(interpreted, 5_000, dtype) == ""
     wrong = check_cross_entropy(one_percent_more, 5_000, dtype)
     assert wrong == "cross entropy: the loss differs from the reference by 1.00%"
     wrong = check_cross_entropy(without_the_target, 5_000, dtype)
     assert wrong.startswith("cross entropy: its gradient differs from the reference by")
+    assert "the loss differs" in check_cross_entropy(without_the_weights, 5_000, dtype)
     assert "does not run here: ValueError" in check_cross_entropy(fused_cross_entropy, 5_000, dtype)
