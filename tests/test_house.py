@@ -17,24 +17,24 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 1_002),
+    "runtime": ("", 1_021),
     "config": ("runtime", 630),
     "tokenizer": ("runtime", 626),
     "model": ("config runtime", 558),
     "data": ("tokenizer config runtime", 1_398),
     "distributed": ("config runtime", 545),
-    "kernels": ("model config runtime", 1_182),
+    "kernels": ("model config runtime", 1_183),
     "hf": ("model tokenizer config runtime", 811),
     "checkpoint": ("distributed runtime", 712),
     "generation": ("kernels model config runtime", 704),
     "runs": ("hf checkpoint data tokenizer config runtime", 794),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_739),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_818),
     "serving": ("runs generation hf model tokenizer config runtime", 2_139),
     "planning": ("training kernels distributed model config runtime", 479),
-    "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_039),
+    "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_040),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_325, 14_994
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 4_404, 15_094
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

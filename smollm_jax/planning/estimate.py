@@ -15,7 +15,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.distributed.sharding import bytes_a_device, padded_rows, row_shards
 from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.topology import Chip
-from smollm_jax.runtime.devices import compute_dtype, peak_flops
+from smollm_jax.runtime.devices import peak_flops, training_dtype
 from smollm_jax.training.step import abstract_state
 
 # The share of its peak that a step of 135M reached on the one accelerator it ran on: an H200, remat none, in
@@ -40,7 +40,7 @@ class Step:
 
     @property
     def dtype(self) -> Any:
-        return compute_dtype(self.config.compute.dtype, self.mesh.devices.flat[0].platform)
+        return training_dtype(self.config.compute.dtype, self.mesh.devices.flat[0])
 
     @property
     def rows_per_chip(self) -> int:

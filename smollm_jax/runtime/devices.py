@@ -13,7 +13,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.runtime.errors import say
+from smollm_jax.runtime.errors import require, say
 
 # TFLOP/s in bfloat16, float16 and float32, dense, sums in float32: NVIDIA's data sheets, Google Cloud's TPU pages.
 # The first name that is part of a device's kind counts. GPUs compute float32 without tensor cores here
@@ -28,7 +28,7 @@ PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
     "TPU v6e": (918, None, None),
 }  # fmt: skip
 PEAK_DTYPES = ("bfloat16", "float16", "float32")
-TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for no older GPU
+TRITON_CAPABILITY = 8.0  # Ampere: older GPUs have no bfloat16, and Triton compiles our kernels for none
 # libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
 # alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
 QUIET_LIBTPU = {
@@ -139,6 +139,25 @@ def compute_dtype(asked: str, platform: str) -> Any:
 
     auto = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(auto if asked == "auto" else asked)
+
+
+def training_dtype(asked: str, device: Any) -> Any:
+    """Return the dtype that a run computes in on `device`. Raises `UserError` for float16 on a TPU.
+
+    As `compute_dtype`, but "auto" is float16 on a GPU without bfloat16: such a GPU computes bfloat16 in float32.
+    """
+    fits = asked != "float16" or device.platform != "tpu"
+    require(fits, "--dtype float16 is for GPUs without bfloat16; a TPU computes in bfloat16: give that, or auto")
+    half = "float16" if asked == "auto" and lacks_bfloat16(device) else asked
+    return compute_dtype(half, device.platform)
+
+
+def lacks_bfloat16(device: Any) -> bool:
+    """Return whether a device is an NVIDIA GPU before Ampere, such as T4 and V100."""
+    try:
+        return device.platform == "gpu" and float(device.compute_capability) < TRITON_CAPABILITY
+    except (AttributeError, ValueError):  # AMD has names such as gfx942
+        return False
 
 
 def use_precision_of(dtype: Any) -> None:

@@ -149,6 +149,18 @@ def test_no_checkpoint_in_a_row_of_bad_steps_and_one_after_it(run):
     assert save_due(run)
 
 
+def test_a_step_that_overflows_float16_is_skipped_and_no_bad_step(run):
+    count = 2 * run.config.optimizer.max_bad_steps
+    for step in range(3, 3 + count):
+        one = pending(step, targets=10, finite=False)
+        one.metrics |= {"overflow": np.bool(True), "loss_scale": np.float32(32_768)}
+        report_step(run, one)
+    assert (run.progress.bad_steps, run.progress.bad_steps_in_a_row) == (0, 0)
+    write_line(run)
+    line = run.report[-1]
+    assert (line["loss_scale"], line["skipped_steps"], line["bad_steps"]) == (32_768, count, 0)
+
+
 @pytest.mark.parametrize(
     ("bad", "saved"), [((), [3, 6, 9, 10]), ((2,), [3, 6, 9, 10]), ((5,), [3, 6, 9, 10]), ((6,), [3, 7, 9, 10]),
                        ((6, 7, 8, 9), [3, 10])]
