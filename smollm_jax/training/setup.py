@@ -27,10 +27,11 @@ from smollm_jax.runs.lock import WRITTEN
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, duration
 from smollm_jax.runs.records import keep_records
 from smollm_jax.runtime.devices import (
-    compute_dtype,
     device_name,
+    lacks_bfloat16,
     matmul_rate,
     peak_flops,
+    training_dtype,
     use_compilation_cache,
     use_precision_of,
 )
@@ -61,8 +62,9 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     """
     began, tell = time.monotonic(), say if job.first else lambda _: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
-    select_attention(config.compute.attention, mesh.devices.flat[0], dtype)  # raises before the network is asked
+    mesh = make_mesh(config)
+    dtype = training_dtype(config.compute.dtype, device := mesh.devices.flat[0])
+    select_attention(config.compute.attention, device, dtype)  # raises before the network is asked
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
@@ -212,7 +214,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {T}" for p in config.phases)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     memory = compiled_bytes(run.steps[max(run.steps)]) / 2**30
-    peak = peak_flops(device)
+    peak = peak_flops(device, run.dtype)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
     source = config.run.init_from
@@ -231,6 +233,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
+        *([f"dtype       {_scaling(run)}"] if run.dtype.name == "float16" else []),
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
         f"optimizer   AdamW, peak learning rate {config.learning_rate:g}, {optimizer.schedule}, "
@@ -248,6 +251,14 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     if run.job.first and any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
+
+
+def _scaling(run: Run) -> str:
+    """Describe how float16 is computed, and why if nobody has asked for it."""
+    chosen = run.config.compute.dtype == "auto" and lacks_bfloat16(device := run.mesh.devices.flat[0])
+    why = f"{device.device_kind} has no bfloat16: " if chosen else ""
+    now = float(run.state["loss_scale"]["scale"])
+    return f"{why}float16 with a loss scale, now {now:,g}; a step that overflows is skipped, and halves it"
 
 
 def _time(run: Run) -> str:

@@ -22,6 +22,8 @@ from smollm_jax.kernels.shard import per_device
 from smollm_jax.model.loss import summed_nll, targets_of
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Policy, SmolLM, init_params
+from smollm_jax.runtime.devices import training_dtype
+from smollm_jax.training.loss_scale import factor_of, first_scale, next_scale, overflowed
 from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 State = dict[str, Any]
@@ -39,20 +41,26 @@ class Vote(IntEnum):
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
     """Return the state before the first update, with fresh parameters unless `params` are given."""
-    return jax.jit(partial(create, config), out_shardings=layout_of(abstract_state(config, mesh)))(params)
+    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    return jax.jit(make, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
     """Return shapes, dtypes and layout of the state, without its arrays."""
-    return with_layout(jax.eval_shape(partial(create, config), None), mesh)
+    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    return with_layout(jax.eval_shape(make, None), mesh)
 
 
-def create(config: Config, params: Any | None) -> State:
-    """Return the state as `init_state` does, in the layout that the caller's jit gives it."""
+def create(config: Config, params: Any | None, *, dtype: Any = None) -> State:
+    """Return the state as `init_state` does, in the layout that the caller's jit gives it.
+
+    With the compute dtype float16 it has `loss_scale` beside the other groups.
+    """
     if params is None:
         params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
     opt_state = make_optimizer(config.optimizer).init(params)
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
+    scale = {"loss_scale": first_scale()} if dtype == jnp.float16 else {}
+    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0), **scale}
 
 
 def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
@@ -65,16 +73,20 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
-    `ops` are the functions for the devices of `mesh`, by default `select_step_ops`.
+    A fourth argument multiplies the sum and, before they are rounded, the gradients of the logits. `ops` are the
+    functions for the devices of `mesh`, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
 
-    def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
+    def nll(
+        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, factor: jax.Array | None = None
+    ) -> jax.Array:
         model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
         x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
+            weights_BT = weights_BT if factor is None else weights_BT * factor
             return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT)
 
     return nll
@@ -124,9 +136,12 @@ def make_step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
     ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
-        nll, grads = gradients(params, tokens, segment_ids)
+        loss_scale = state.get("loss_scale")  # of float16 alone
+        factors = [] if loss_scale is None else [factor_of(loss_scale, tokens.size)]
+        nll, grads = gradients(params, tokens, segment_ids, *factors)
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
-        scale = 1.0 / jnp.maximum(targets, 1)
+        mean = 1.0 / jnp.maximum(targets, 1)
+        nll, scale = (nll / factors[0], mean / factors[0]) if factors else (nll, mean)
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
@@ -142,7 +157,7 @@ def make_step(
 
         params, opt_state = jax.lax.cond(finite & counts, update, lambda *same: same, params, state["opt_state"])
         metrics = {
-            "loss": nll * scale,
+            "loss": nll * mean,
             "grad_norm": norm,
             "learning_rate": jnp.float32(learning_rate),
             "targets": targets,
@@ -153,19 +168,24 @@ def make_step(
             metrics["filled"] = jnp.sum(segment_ids != 0)
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
+        after = {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
+        if loss_scale is not None:
+            overflow = overflowed(loss_scale, nll, norm)
+            after["loss_scale"] = next_scale(loss_scale, overflow=overflow, finite=finite, counts=counts)
+            metrics |= {"overflow": overflow, "loss_scale": after["loss_scale"]["scale"]}
+        return after, metrics
 
     return step
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
-    """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time."""
+    """Return `value_and_grad(params, tokens, segment_ids, *more)` summed over `parts` micro-batches in turn."""
     if parts == 1:
         return value_and_grad
 
-    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array, *more: Any) -> tuple[jax.Array, Any]:
         def add(total: Any, micro: Any) -> tuple[Any, None]:
-            found = value_and_grad(params, *micro)
+            found = value_and_grad(params, *micro, *more)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), None
 

@@ -126,6 +126,43 @@ def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_run_in_float16_goes_on_bit_for_bit(train, tmp_path):
+    settings = "--phases 20x4 --dtype float16 --checkpoint-every 7 --eval-every 10 --sample-tokens 4".split()
+    ended(train(*settings, run="straight"))
+    process = train(*settings)
+    wait_for_step(tmp_path / "run", 12, process)
+    process.kill()
+    process.wait()
+    _, err = ended(train(*settings))
+    assert "starts      from checkpoint" in err
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_in_float16_survives_overflow_and_resumes_with_its_scale(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr("smollm_jax.training.loss_scale.FIRST", 2.0**32)
+    settings = "--steps 30 --dtype float16 --eval-every 0 --no-export --log-every 1".split()
+    fitted(*settings, run="straight")
+    _, err = fitted(*settings, "--stop-after", "11")
+    assert "float16 with a loss scale, now 4.29497e+09; a step that overflows is skipped" in err
+    assert "step 1: a gradient overflows float16; the update is skipped, the loss scale is now 2.1" in err
+    scales = [read_params(tmp_path / "run/checkpoints", group="loss_scale")[1]]
+    _, err = fitted(*settings)
+    assert f"now {float(scales[0]['scale']):,g};" in err
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    scales = [read_params(tmp_path / run / "checkpoints", group="loss_scale")[1] for run in ("straight", "run")]
+    lines = records(tmp_path / "run")
+    last = max(line["step"] for line in lines if line["loss"] is None)
+    assert [int(scale["good_steps"]) for scale in scales] == [30 - last] * 2
+    assert lines[0]["loss_scale"] > lines[-1]["loss_scale"] == scales[0]["scale"]
+    assert lines[-1]["skipped_steps"] > 1
+    assert lines[-1]["bad_steps"] == 0
+    assert lines[-1]["loss"] < lines[0]["step_loss"]
+    _, err = fitted(*settings[:2], *settings[4:], code=2)
+    assert "the run computed in float16, and would go on in float32; give --dtype float16" in err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_next_start_goes_on_bit_for_bit(train, tmp_path, number):
     settings = ["--steps", "40", "--checkpoint-every", "100", "--eval-every", "20", "--no-export"]
