@@ -1,4 +1,4 @@
-"""Open a run, an exported folder or a Hub id as a model.
+"""Open a run, an exported folder, a GGUF file or a Hub id as a model.
 
 A model is an architecture, f32 numpy parameters and a tokenizer. A path that cannot be opened raises `UserError`.
 """
@@ -14,7 +14,8 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.hf.config_json import MOST_LAYERS
-from smollm_jax.hf.reader import local_folder, read_folder
+from smollm_jax.hf.gguf_model import read_gguf
+from smollm_jax.hf.reader import is_gguf, local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import Damaged, expand_home, read_json
 from smollm_jax.tokenizer.load import load_tokenizer
@@ -94,6 +95,10 @@ def load_model(
             tokenizer.encode_as_of(progress_of(found)[1]["tokenizer"])
         return config.model, params, tokenizer
     require(step is None, f"{path} is not a run, so it has no step {step}")
+    if is_gguf(path):
+        model, params, tokenizer = read_gguf(expand_home(path))
+        tokenizer.mode = special_tokens or "text"
+        return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
     folder = local_folder(path)
     model, params = read_folder(folder)
     tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
