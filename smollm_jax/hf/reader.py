@@ -87,7 +87,7 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def check_place(path: str | Path) -> Path:
-    """Return `path` with ~ expanded. Raises `UserError` unless it is a folder or .gguf file or reads like an id."""
+    """Return `path` with ~ expanded. Raises `UserError` if it is no folder or .gguf file and no id."""
     folder = expand_home(path)
     require(
         folder.is_dir()

@@ -100,7 +100,6 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
     computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
-    nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
     state = checkpoints.restore(found.step, shapes) if found else init_state(config, mesh, start.params)
     checkpoints.newest = step = progress.step
@@ -108,7 +107,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
-        mesh=mesh, dtype=dtype, steps=steps, nll=nll, checkpoints=checkpoints, state=state, report=report,
+        mesh=mesh, dtype=dtype, steps=steps, nll=make_scorer(config, mesh, dtype, ops), checkpoints=checkpoints, state=state, report=report,
         progress=progress, saved=step, evaluated=job.gather(evaluated)[0], ledgers=ledgers,
         computed=computed, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
