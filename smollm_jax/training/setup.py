@@ -107,9 +107,9 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
-        mesh=mesh, dtype=dtype, steps=steps, nll=make_scorer(config, mesh, dtype, ops), checkpoints=checkpoints, state=state, report=report,
-        progress=progress, saved=step, evaluated=job.gather(evaluated)[0], ledgers=ledgers,
-        computed=computed, kernels=False if ops.kernels == "plain" else None,
+        mesh=mesh, dtype=dtype, steps=steps, nll=make_scorer(config, mesh, dtype, ops), checkpoints=checkpoints,
+        state=state, report=report, progress=progress, saved=step, evaluated=job.gather(evaluated)[0],
+        ledgers=ledgers, computed=computed, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
