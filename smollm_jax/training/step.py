@@ -157,13 +157,9 @@ def make_step(
 
         params, opt_state = jax.lax.cond(finite & counts, update, lambda *same: same, params, state["opt_state"])
         metrics = {
-            "loss": nll * mean,
-            "grad_norm": norm,
-            "learning_rate": jnp.float32(learning_rate),
-            "targets": targets,
-            "finite": finite,
-            "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
-        }
+            "loss": nll * mean, "grad_norm": norm, "learning_rate": jnp.float32(learning_rate), "targets": targets,
+            "finite": finite, "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
+        }  # fmt: skip
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
         if cast is not None:
