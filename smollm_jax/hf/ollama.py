@@ -76,9 +76,10 @@ def _pieces(render: Callable[[Turns], str]) -> Pieces | None:
         # the user's turn begins as the system's does
         cut = max(range(len(turn) + 1), key=lambda i: len(_shared(turn[i:], start)))
         head = turn[cut:]
-    if answer != last or not (turn.endswith(head) and again.endswith(head)):
+    if not (answer.startswith(last) and turn.endswith(head) and again.endswith(head)):
         return None
-    pieces = Pieces((start, turn.removesuffix(head)), (head, answer), ("", again.removesuffix(head)), default)
+    reply = (answer.removeprefix(last), again.removesuffix(head))
+    pieces = Pieces((start, turn.removesuffix(head)), (head, last), reply, default)
     is_plain = not any(mark in text for text in (start, *parts, default) for mark in ("{{", '"""'))
     tried = (ROLES, ROLES[1:], ROLES[:2], ROLES[1:2])
     return pieces if is_plain and all(render(_turns(r)) == joined(pieces, _turns(r)) for r in tried) else None
