@@ -1,4 +1,4 @@
-"""Export a model as a folder with a GGUF file and a Modelfile, checked before it gets its name."""
+"""Export a model as a checked folder with a GGUF file and a Modelfile."""
 
 import os
 import re

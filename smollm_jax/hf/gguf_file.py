@@ -1,4 +1,4 @@
-"""Read and write the container format GGUF: fields, and tensors in the number formats of ggml.
+"""Read and write GGUF files: fields, and tensors in the number formats of ggml.
 
 The layout is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A file may come from anywhere: each
 size in it is compared with the file's own before memory is taken. The package `gguf` converts numbers and writes.
@@ -35,7 +35,7 @@ def library() -> Any:
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: its shape, outputs first, its format, and the bytes that hold it."""
+    """A tensor of a file: shape with the outputs first, format, first byte and number of bytes."""
 
     shape: tuple[int, ...]
     kind: Any
@@ -160,7 +160,7 @@ def write_file(
     path: Path, fields: dict[str, Any], tensors: Iterable[tuple[str, tuple[int, ...], str]],
     value: Callable[[str], np.ndarray],
 ) -> None:  # fmt: skip
-    """Write a file. `tensors` are name, shape and format; `value` is called in their order, and gives f32."""
+    """Write a file. `tensors` are name, shape and format. `value` gives each in f32 and is called in their order."""
     gguf, names = library(), []
     writer = gguf.GGUFWriter(path, fields["general.architecture"])
     put: dict[type, Callable[[str, Any], None]] = {

@@ -99,7 +99,7 @@ def _kind(tensor: Tensor, word: str) -> str:
 
 
 def _turned(value_OI: np.ndarray, tensor: Tensor, config: ModelConfig, *, inwards: bool) -> np.ndarray:
-    """Return query or key with the rows of each head in the other order, any other tensor unchanged."""
+    """Return query or key with the rows of each head in the other order, else the tensor itself."""
     if not tensor.name.endswith(("q_proj.weight", "k_proj.weight")):
         return value_OI
     pair = (config.head_dim // 2, 2) if inwards else (2, config.head_dim // 2)

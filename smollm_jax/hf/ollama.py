@@ -42,7 +42,7 @@ def modelfile(name: str, tokenizer: Tokenizer, config: ModelConfig) -> str:
 
 
 def stop_texts(tokenizer: Tokenizer, config: ModelConfig) -> list[str]:
-    """Return the texts that end an answer: the end tokens, and the special tokens of the chat template."""
+    """Return the end tokens and the special tokens of the chat template: both end an answer."""
     special = tokenizer.special_tokens
     ends = [text for text, i in special.items() if i in (*config.stop_ids, tokenizer.eos_id) or text == EOS]
     of_template = [text for text in special if text in (tokenizer.chat_template or "")]
@@ -50,7 +50,7 @@ def stop_texts(tokenizer: Tokenizer, config: ModelConfig) -> list[str]:
 
 
 def find_pieces(tokenizer: Tokenizer) -> Pieces | None:
-    """Return what the chat template puts around messages; None if it does more than that."""
+    """Return what the chat template puts around messages. None if it does anything else."""
     found = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
     names = {name: text for name, text in found.items() if text}
 
