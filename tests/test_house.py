@@ -24,7 +24,7 @@ HOUSE = {
     "data": ("tokenizer config runtime", 1_900),
     "distributed": ("config runtime", 545),
     "kernels": ("model config runtime", 1_183),
-    "hf": ("model tokenizer config runtime", 1_591),
+    "hf": ("model tokenizer config runtime", 1_593),
     "checkpoint": ("distributed runtime", 712),
     "generation": ("kernels model config runtime", 832),
     "runs": ("hf checkpoint data tokenizer config runtime", 848),
@@ -34,7 +34,7 @@ HOUSE = {
     "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_064),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 5_033, 17_593
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 5_033, 17_595
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -160,7 +160,7 @@ def write_file(
     path: Path, fields: dict[str, Any], tensors: Iterable[tuple[str, tuple[int, ...], str]],
     value: Callable[[str], np.ndarray],
 ) -> None:  # fmt: skip
-    """Write a file. `tensors` are name, shape and format. `value` gives each in f32 and is called in their order."""
+    """Write a file. `tensors` are name, shape and format; `value` is called in their order and returns f32."""
     gguf, names = library(), []
     writer = gguf.GGUFWriter(path, fields["general.architecture"])
     put: dict[type, Callable[[str, Any], None]] = {
