@@ -31,7 +31,7 @@ OTHERS = {
     "cuts": "{% for m in messages %}{{ m['content'][:2] }}{% endfor %}",
     "the last turn differs": "{% for m in messages %}{{ '!' if loop.last }}" + TURN + ASKS,
     "counts": "{% for m in messages %}{{ loop.index }}" + TURN + ASKS,
-    "braces": "{% for m in messages %}{{ '{' }}{{ '{' }}" + TURN + ASKS,
+    "braces": "{% for m in messages %}{{ '{' }}{{ '{' }}{{ m['content'] }}{% endfor %}",
     "forgets": "{% for m in messages %}{{ '...' if loop.index == 5 }}" + TURN + ASKS,
 }
 
