@@ -87,7 +87,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         config = config if resumes else survey_run(config, tokenizer, held, start.notes, tell)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
-    job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")
+    job.require_same(stream.loader.fixed | {"steps": config.total_steps}, "files of --data or documents held out")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)

@@ -79,7 +79,7 @@ def test_the_start_shows_what_is_trained_and_the_steps_are_counted_from_the_epoc
     assert "<|im_end|> ends a turn and is trained" in told
     assert "<|im_start|>assistant\n[[" in told
     config = from_dict(json.loads((run / "config.json").read_text()))
-    assert f"are {config.total_steps:,} steps" in told
+    assert f": {config.total_steps:,} steps" in told
     lines = read_metrics(run)
     assert lines[-1]["step"] == config.total_steps
     assert (config.learning_rate, config.warmup_steps) == (1e-3, config.total_steps // 10)

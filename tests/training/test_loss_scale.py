@@ -13,7 +13,7 @@ from smollm_jax.planning.topology import CHIPS, AbstractDevice
 from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.compile import compile_step
-from smollm_jax.training.loss_scale import FIRST, GOOD_STEPS, LEAST
+from smollm_jax.training.loss_scale import FIRST, GOOD_STEPS, LEAST, overflowed
 from smollm_jax.training.step import init_state, make_nll
 from tests.training.test_step import TINY, batch_of, config_of, mesh_of
 
@@ -95,10 +95,8 @@ def test_what_is_not_the_scales_fault_is_a_bad_step(trained):
     assert not metrics["overflow"]
     assert state["loss_scale"]["scale"] == FIRST
     # scale at its least: a gradient that overflows even so would do so for ever
-    params = jax.tree.map(lambda leaf: leaf * 60, init_params(TINY, 0))
-    state, metrics = step(state_of(LEAST, params=params), *batch_of(4, 12))
-    assert not metrics["overflow"]
-    assert state["loss_scale"]["scale"] == LEAST
+    for scale, is_overflow in ((2 * LEAST, True), (LEAST, False)):
+        assert overflowed({"scale": jnp.float32(scale)}, jnp.float32(3), jnp.float32(jnp.inf)) == is_overflow
 
 
 def test_gradients_too_small_for_float16_are_there_because_of_the_scale():
