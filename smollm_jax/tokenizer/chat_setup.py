@@ -74,5 +74,5 @@ def _rewritten(tokenizer: Tokenizer, template: str, tokens: dict[str, str]) -> T
                 values = {key: value for key, value in values.items() if key != "chat_template"} | tokens
                 Path(folder, name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         changed = Tokenizer(folder, special_tokens=tokenizer.mode)
-    changed.template = tokenizer.template
+    changed.template, changed.spells = tokenizer.template, tokenizer.spells
     return changed
