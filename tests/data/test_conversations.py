@@ -201,3 +201,10 @@ def test_a_mixture_lasts_as_long_as_it_has_its_shares(tmp_path, tokenizer):
     fewest = min(found.tokens_of.values())
     assert found.rows_of(2, [(str(talks), 0.5), (str(texts), 0.5)]) == int(found.rows * 4 * fewest / found.tokens)
     assert sum(found.tokens_of.values()) == found.tokens
+
+
+def test_a_run_on_text_takes_no_object_in_the_place_of_a_text_for_a_row(tmp_path):
+    for value in ({"messages": TALK}, {}):
+        path = write_rows(tmp_path / "a.jsonl", [{"text": value}])
+        with pytest.raises(UserError, match="row 0, cannot be read: text is dict, not text"):
+            documents_of(path, data_kind="text")
