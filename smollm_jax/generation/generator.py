@@ -65,6 +65,7 @@ class Generator:
         self._graphdef, state = nnx.split(Decoder(model, kernels=self._kernels))
         # plain leaves: walking an NNX state costs the host a millisecond a call
         self._weights, self._structure = jax.tree.flatten(state)
+        self._shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._weights]
 
     @property
     def is_compiling(self) -> bool:
@@ -205,7 +206,8 @@ class Generator:
         T, length = (min(bucket(size), self.context) for size in (prompt, text))
         arrays = SamplingArrays.from_sampling(Sampling(stop_ids=tuple(stop_ids)))
         ints_1: Any = jax.ShapeDtypeStruct((1,), np.int32)
-        read = jax.eval_shape(lambda: self._nothing_read(self._weights, 1, length))
+        weights = self._shapes  # the arrays may be freed meanwhile
+        read = jax.eval_shape(lambda weights: self._nothing_read(weights, 1, length), weights)
         seen_1V: Any = jax.ShapeDtypeStruct((1, self.vocab_size), bool)
         rows = DecodeState(ints_1, ints_1, seen_1V, read[1])
         tokens_1T = np.zeros((1, T), np.int32)
@@ -214,7 +216,7 @@ class Generator:
             def compile_it() -> None:
                 with self.programs.compiling(*key) as is_new:
                     if is_new:
-                        program.lower(self._weights, *arguments, **static).compile()
+                        program.lower(weights, *arguments, **static).compile()
 
             return compile_it
 

@@ -69,9 +69,9 @@ def checkpoint_times(run: Path) -> dict[int, int]:
 
 
 def is_good(run: Path, step: int) -> bool:
-    """Return whether the parameters of a checkpoint verify."""
+    """Return whether the parameters of a checkpoint verify but for their bytes, which loading verifies."""
     try:
-        open_checkpoint(run / "checkpoints" / str(step), step, group="params")
+        open_checkpoint(run / "checkpoints" / str(step), step, group="params", checksums=False)
     except (Damaged, OSError):
         return False
     return True

@@ -43,14 +43,14 @@ class Facts:
     @property
     def openings(self) -> tuple[str, ...]:
         """Return the run's own prompts, or else prompts for a model of textbooks."""
-        return self.config.run.sample_prompts if self.config else OPENINGS
+        return (self.config.run.sample_prompts if self.config else ()) or OPENINGS
 
     def live(self) -> str:
         """Return a line of HTML on the run if it is training now, else nothing."""
         lines = self._lines()
         if not self._is_training(lines):
             return ""
-        total, last = self.config.run.steps if self.config else 0, lines[-1]["step"]
+        total, last = self.config.total_steps if self.config else 0, lines[-1]["step"]
         losses = [line["loss"] for line in lines if line.get("loss") is not None]
         loss = f" · loss {losses[-1]:.3f}" if losses else ""
         serves = f" · the page serves step {self.step:,}" if self.step is not None else ""
@@ -66,7 +66,7 @@ class Facts:
         if not self.follows or self.config is None or self.run is None or not lines:
             return False
         is_new = time.time() - _stamp(self.run)[1] / 1e9 < LIVE_SECONDS
-        return is_new and lines[-1]["step"] < self.config.run.steps
+        return is_new and lines[-1]["step"] < self.config.total_steps
 
     def html(self) -> str:
         """Return table and loss curve as HTML. Reads the run's metrics again if they changed."""
@@ -83,7 +83,7 @@ class Facts:
             rows.append(("Parameters", f"{self.parameters:,}"))
         if self.config is None or not lines:  # an imported model has not seen the data in its settings
             return rows
-        total, last = self.config.run.steps, lines[-1]
+        total, last = self.config.total_steps, lines[-1]
         if self.step is not None:
             rows.append(("Checkpoint", f"step {self.step:,} of {total:,}"))
         if self.step is not None and last.get("step", 0) > self.step:

@@ -4,6 +4,7 @@ A program serves all lengths up to a power of two, so a growing text climbs a la
 compiles beside the model's thread and runs nothing. It waits while any request does.
 """
 
+import atexit
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -57,5 +58,11 @@ def climb(
         except Exception as error:  # a request that needs the program will report it
             say(f"the programs of longer texts could not be compiled ahead: {one_line(error)}")
 
+    def end() -> None:
+        closed.set()
+        thread.join()  # a thread that compiles while Python exits would abort the process
+
     if hasattr(engine, "programs_of"):
-        threading.Thread(target=work, daemon=True, name="ladder").start()
+        thread = threading.Thread(target=work, daemon=True, name="ladder")
+        atexit.register(end)
+        thread.start()

@@ -57,8 +57,15 @@ class TorchEngine:
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
+        self._hooks: list[Any] = []
         for layer in self._model.model.layers:
-            layer.register_forward_pre_hook(self._check)
+            self._hooks.append(layer.register_forward_pre_hook(self._check))
+
+    def unload(self) -> None:
+        """Free the weights. The hooks would keep them until Python's next full collection."""
+        for hook in self._hooks:
+            hook.remove()
+        self._model = None
 
     def _check(self, *_: Any) -> None:
         if self.cancelled():

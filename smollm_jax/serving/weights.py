@@ -5,6 +5,7 @@ checkpoints and loads the newest one before any request asks for it. A thread of
 The model's thread thus never waits for a disk. Nothing is written to the run.
 """
 
+import atexit
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from smollm_jax.serving.limits import QueueFull
 NEWEST, EXPORT = "newest", "export"
 MOST_ENGINES = 3  # at a time: the newest checkpoint and two to compare
 LOOK_SECONDS = 2.0  # between looks for a new checkpoint
+CLOSE_SECONDS = 10.0  # how long an exit waits for a checkpoint that is being loaded
 Key = int | str | None  # a step, `EXPORT`, or None for a model that is no run
 Rebuild = Callable[[Any, Any], Any]  # from architecture and parameters to an engine
 
@@ -32,15 +34,19 @@ class Weights:
         self, engine: Any, *, run: Path | None = None, step: int | None = None, rebuild: Rebuild | None = None
     ):
         self.newest: Key = step
-        self._run = run if rebuild is not None else None
+        self._run = run.absolute() if run is not None and rebuild is not None else None
         self._rebuild = rebuild
         self._engines: dict[Key, Any] = {step: engine}  # the latest used is last
         self._users: Counter[Key] = Counter()
+        self._failed: tuple[int, int] | None = None  # a newest step that could not be loaded, and its time
         self._good: dict[int, tuple[int, bool]] = {}  # per step: time of its folder, and whether it verified
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         if self._run is not None:
-            threading.Thread(target=self._watch, daemon=True, name="checkpoints").start()
+            thread = threading.Thread(target=self._watch, daemon=True, name="checkpoints")
+            thread.start()
+            atexit.register(thread.join, CLOSE_SECONDS)
+            atexit.register(self.close)  # called first
 
     @property
     def has_run(self) -> bool:
@@ -87,10 +93,16 @@ class Weights:
             return self.newest
         require(self._run is not None, f"the model has no checkpoint {choice!r:.40}; it is no run")
         if choice == EXPORT:
+            there = self._run is not None and (self._run / EXPORT / "config.json").is_file()
+            require(there, "the run has no export yet")
             return EXPORT
         good = isinstance(choice, str) and choice.isdecimal() and len(choice) < 19
         require(good, f"checkpoint {choice!r:.40} must be newest, export or a step")
-        return int(choice)
+        step = int(choice)
+        steps = ", ".join(map(str, sorted(self._good))) or "none yet"
+        known = step == self.newest or self._good.get(step, (0, False))[1]
+        require(known, f"the run holds no good checkpoint of step {step}; there are: {steps}")
+        return step
 
     def _kept(self, key: Key, *, is_used: bool) -> Any:
         with self._lock:
@@ -134,7 +146,7 @@ class Weights:
             try:
                 self._look()
             except QueueFull:  # the next look may find room
-                pass
+                self._failed = None
             except Exception as error:  # such as a checkpoint that the run has just removed
                 if (line := one_line(error)) != told:
                     say(f"a new checkpoint could not be loaded: {line}")
@@ -152,8 +164,11 @@ class Weights:
         newest = max((step for step, (_, good) in self._good.items() if good), default=None)
         if newest is None or newest == self.newest or not isinstance(self.newest, int | None):
             return
+        if self._failed == (newest, times[newest]):
+            return
+        self._failed = newest, times[newest]  # not tried again every two seconds
         with self._loading:
             if self._kept(newest, is_used=False) is None:
                 self._load(newest, is_used=False)
-        self.newest = newest
+        self._failed, self.newest = None, newest
         say(f"serving     the checkpoint of step {newest:,}")
