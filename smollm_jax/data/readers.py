@@ -76,10 +76,11 @@ def read_parquet(
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
             if first + rows > start["row"]:
-                table = parquet.read_row_group(group, columns=names).select(names)
+                table = parquet.read_row_group(group, columns=names)
+                places = {name: table.schema.names.index(name) for name in names}  # of two of a name, the first
                 for row in filter(wanted, range(max(start["row"], first), first + rows)):
                     try:
-                        cells = {name: table.column(name)[row - first].as_py() for name in names}
+                        cells = {name: table.column(i)[row - first].as_py() for name, i in places.items()}
                         value, fault = columns.value(cells), ""
                         if isinstance(value, str) and len(value) > LONGEST_BYTES:
                             value, fault = None, TOO_LONG
