@@ -1,6 +1,7 @@
 """Settings for every test: eight CPU devices, strict rank promotion, no network, no accelerator."""
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -30,6 +31,17 @@ def _no_more_memory_than_one_file_needs():
     """Drop compiled programs after each file: JAX keeps every one, 7 GB at the end of all tests."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def settings_restored():
+    """Put back what a run sets in its process."""
+    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
+    before, handlers = {name: getattr(jax.config, name) for name in options}, logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

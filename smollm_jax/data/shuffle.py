@@ -34,9 +34,9 @@ def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def exclusions(held_out: Iterable[TokenizedDocument]) -> dict[int, int]:
+def exclusions(held_out: Iterable[Document]) -> dict[int, int]:
     """Return the hash of each held-out text, with the characters of it to train on."""
-    return {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
+    return {text_hash(one.kept + one.text): len(one.kept) for one in held_out}
 
 
 def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator[Document]:

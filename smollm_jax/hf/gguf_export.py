@@ -12,6 +12,7 @@ from smollm_jax.hf.card import LICENSE, About, model_card
 from smollm_jax.hf.export import TEXT
 from smollm_jax.hf.gguf_file import SUFFIX, library, read_file
 from smollm_jax.hf.gguf_model import BLOCK, DTYPES, gguf_name, read_gguf, write_gguf
+from smollm_jax.hf.gguf_vocabulary import vocabulary_fields
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.ollama import modelfile
 from smollm_jax.hf.publish import refuse_foreign, write_card
@@ -48,7 +49,8 @@ def export_gguf(
     with written_aside(out) as part:
         refuse_foreign(out, part)
         part.mkdir(parents=True)
-        write_gguf(params, config, tokenizer, part / name, dtype=dtype, general=_general(config, about, title))
+        vocabulary, general = vocabulary_fields(tokenizer, config), _general(config, about, title)
+        write_gguf(params, config, vocabulary, part / name, dtype=dtype, general=general)
         checked = check(part / name, params, config, tokenizer) if verify else "not checked (--no-verify)"
         (part / MODELFILE).write_text(modelfile(name, tokenizer, config), encoding="utf-8")
         held = read_file(part / name)

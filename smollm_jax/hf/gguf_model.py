@@ -12,7 +12,7 @@ import numpy as np
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import FIELDS, model_config
 from smollm_jax.hf.gguf_file import GGUFFile, library, read_file, write_file
-from smollm_jax.hf.gguf_vocabulary import KEY, read_vocabulary, vocabulary_fields
+from smollm_jax.hf.gguf_vocabulary import KEY, read_vocabulary
 from smollm_jax.hf.mapping import Params, Tensor, from_hf, tensors, to_hf
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -69,18 +69,20 @@ def gguf_name(tensor: Tensor) -> str:
 
 
 def write_gguf(
-    params: Params, config: ModelConfig, tokenizer: Tokenizer, path: Path, *, dtype: str, general: dict[str, Any]
-) -> None:
-    """Write f32 numpy parameters and their tokenizer with matrices in `dtype`, one of `DTYPES`.
+    params: Params, config: ModelConfig, vocabulary: dict[str, Any], path: Path, *, dtype: str,
+    general: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write f32 numpy parameters with matrices in `dtype`, one of `DTYPES`. Vectors stay f32.
 
-    Vectors stay f32. `general` has fields of the file's head, such as general.name. Raises `UserError`.
+    `vocabulary` has a tokenizer's fields, as of `vocabulary_fields`. `general` has fields of the file's head, such
+    as general.name. Raises `UserError`.
     """
     word = dtype.upper()
     held = {gguf_name(tensor): tensor for tensor in tensors(config)}
     kinds = {name: _kind(tensor, word) for name, tensor in held.items()}
     fields = {"general.architecture": "llama"} | general | _config_fields(config)
     fields["general.file_type"] = int(library().LlamaFileType["ALL_F32" if word == "F32" else f"MOSTLY_{word}"])
-    fields |= vocabulary_fields(tokenizer, config) | {"general.quantization_version": 2}
+    fields |= vocabulary | {"general.quantization_version": 2}
     if uneven := [name for name, kind in kinds.items() if kind == "F16" and word != "F16"]:
         rows = ", ".join(sorted({f"{held[name].shape[-1]}" for name in uneven}))
         say(f"{dtype} needs rows of a multiple of {BLOCK}: {len(uneven)} tensors with rows of {rows} are in f16")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.runtime.errors import UserError, say
 from smollm_jax.tokenizer.chat_template import Turns, render_chat
-from smollm_jax.tokenizer.tokenizer import EOS, NAMED_TOKENS, Tokenizer, token_text
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer
 
 ROLES = ("system", "user", "assistant", "user", "assistant", "user")
 WORDS = ("Alpha", "Bravo", "Charlie", "Delta", "Echo", "Foxtrot")  # no template has them
@@ -51,11 +51,9 @@ def stop_texts(tokenizer: Tokenizer, config: ModelConfig) -> list[str]:
 
 def find_pieces(tokenizer: Tokenizer) -> Pieces | None:
     """Return what the chat template puts around messages. None if it does anything else."""
-    found = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
-    names = {name: text for name, text in found.items() if text}
 
     def render(turns: Turns) -> str:
-        return render_chat(str(tokenizer.chat_template), turns, names)
+        return render_chat(str(tokenizer.chat_template), turns, tokenizer.named_tokens)
 
     try:
         return _pieces(render)

@@ -229,6 +229,12 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Return the texts of the tokens with a name, such as bos_token, which a chat template may use."""
+        found = {name: token_text(self.settings.get(name)) for name in NAMED_TOKENS}
+        return {name: text for name, text in found.items() if text}
+
     def describe_special(self) -> str:
         """Return a sentence on special tokens in texts, and how many texts had any."""
         what, other = ("become ids", "text") if self.mode == "parse" else ("stay text", "parse")

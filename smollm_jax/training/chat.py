@@ -52,7 +52,7 @@ def survey_run(
     follows = follows_epochs(config)
     whole = follows and config.data.data != RECIPES["sft"].data.data
     tell(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
-    found = survey(config.data, tokenizer, exclusions(held), whole=whole)
+    found = survey(config.data, tokenizer, exclusions(one for one, _ in held), whole=whole)
     notes += describe(found, tokenizer, whole=whole)
     if not follows:
         return config

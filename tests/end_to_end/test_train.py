@@ -1,14 +1,12 @@
 """Runs from end to end: what a user starts, stops, kills and starts again."""
 
 import json
-import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,18 +20,8 @@ from smollm_jax.training.fit import fit
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, assert_same_run, ended, leaves, records, wait_for_step
 
+pytestmark = pytest.mark.usefixtures("settings_restored")
 SHORT = "--steps 6 --eval-every 3 --checkpoint-every 4 --sample-tokens 4".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _restored():
-    """Put back what a run sets in its process."""
-    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
-    before, handlers = {name: getattr(jax.config, name) for name in options}, logging.root.handlers[:]
-    yield
-    logging.root.handlers[:] = handlers
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def flags_of(run_dir, cache, corpus, tokenizer, data=None):
