@@ -79,6 +79,8 @@ def comparer(handlers: Handlers) -> Any:
             texts, lines = ["", ""], ["reading the prompt…", "waiting for the left…"]
             yield *texts, *lines
             for at, weights in enumerate((left, right)):
+                if at:  # a Stop may come while its weights are loaded
+                    scheduler.announce(str(of(request)["owner"]))
                 stream = scheduler.stream(ids, sampling, stops, **of(request), weights=weights)
                 async with contextlib.aclosing(with_silences(stream, SILENCE_SECONDS)) as chunks:
                     async for chunk in chunks:

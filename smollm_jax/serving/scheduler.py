@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from smollm_jax.generation.sampling import Sampling, Score
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.serving import ladder
-from smollm_jax.serving.completion import Completer, Engine, TextChunk, check_text
+from smollm_jax.serving.claims import Claims, begun
+from smollm_jax.serving.completion import Completer, TextChunk, check_text
 from smollm_jax.serving.jobs import END, Job, ModelGone
 from smollm_jax.serving.limits import QueueFull, check_length, checked_sampling
 from smollm_jax.serving.weights import NEWEST, Key, Weights
@@ -52,7 +53,7 @@ class Scheduler:
         self._announced: dict[str, bool] = {}  # owners of requests on their way, and whether they cancelled
         self._served: dict[str, int] = {}  # per client the number of its last served request
         self._encoding, self._rendering = asyncio.Semaphore(ENCODING), asyncio.Semaphore(1)
-        self._loading = asyncio.Semaphore(1)
+        self._claims = Claims(self.weights)
         self._closed, self._ends = False, threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="model")
         self._thread.start()
@@ -78,27 +79,7 @@ class Scheduler:
 
         A cancelled call no longer waits for its turn. A thread cannot be ended, so the turn ends with the thread.
         """
-        return await asyncio.shield(
-            await self._begin(self._rendering if chat else self._encoding, encode, *arguments)
-        )
-
-    async def _begin(self, turn: asyncio.Semaphore, call: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        await turn.acquire()
-        working = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
-        working.add_done_callback(lambda _: turn.release())
-        return working
-
-    async def _take(self, weights: str) -> tuple[Key, Engine]:
-        """Return key and engine of some weights, loaded in a thread if needed."""
-        if (taken := self.weights.take_loaded(weights)) is not None:
-            return taken
-        give_back = self.weights.give_back
-        loading = await self._begin(self._loading, self.weights.take, weights)
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            loading.add_done_callback(lambda done: None if done.exception() else give_back(done.result()[0]))
-            raise
+        return await asyncio.shield(await begun(self._rendering if chat else self._encoding, encode, *arguments))
 
     def encode(self, text: Any, special_tokens: SpecialTokens | None = None) -> list[int]:
         """Encode a prompt. Raises `UserError` if the prompt is no text, empty or too long."""
@@ -164,36 +145,35 @@ class Scheduler:
         self, work: Callable[..., Iterator[Any]], cancelled: Any, owner: str | None, client: str, weights: str
     ) -> AsyncGenerator[tuple[Key, list[Any]], None]:
         """Queue a job. Yield the key of its weights and its items, all that are ready at a time, until `END`."""
-        key, engine = await self._take(weights)
-        job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
-        try:
-            with self._changed:
-                if self._closed:
-                    raise ModelGone(GONE)
-                if owner is not None and self._announced.pop(owner, False):
-                    job.items.put_nowait(cancelled)
-                else:
-                    if len(self._queue) >= self.max_waiting:
-                        self._make_room(client)
-                    self._queue.append(job)
-                    self._changed.notify()
-            while True:
-                items = [await job.items.get()]
-                while not job.items.empty():
-                    items.append(job.items.get_nowait())
-                if isinstance(items[-1], Exception):
-                    raise items[-1]
-                if (is_over := items[-1] is END) and len(items) == 1:
-                    return
-                yield key, items[:-1] if is_over else items
-                if is_over:
-                    return
-        finally:
-            job.left.set()
-            with self._changed:
-                if job in self._queue:
-                    self._queue.remove(job)
-            self.weights.give_back(key)
+        async with self._claims.of(weights, client) as (key, engine):
+            job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
+            try:
+                with self._changed:
+                    if self._closed:
+                        raise ModelGone(GONE)
+                    if owner is not None and self._announced.pop(owner, False):
+                        job.items.put_nowait(cancelled)
+                    else:
+                        if len(self._queue) >= self.max_waiting:
+                            self._make_room(client)
+                        self._queue.append(job)
+                        self._changed.notify()
+                while True:
+                    items = [await job.items.get()]
+                    while not job.items.empty():
+                        items.append(job.items.get_nowait())
+                    if isinstance(items[-1], Exception):
+                        raise items[-1]
+                    if (is_over := items[-1] is END) and len(items) == 1:
+                        return
+                    yield key, items[:-1] if is_over else items
+                    if is_over:
+                        return
+            finally:
+                job.left.set()
+                with self._changed:
+                    if job in self._queue:
+                        self._queue.remove(job)
 
     def _make_room(self, client: str) -> None:
         """Refuse the newest request of the busiest client. Raises `QueueFull` unless `client` has two fewer."""

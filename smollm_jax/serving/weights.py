@@ -37,11 +37,13 @@ class Weights:
         self._run = run.absolute() if run is not None and rebuild is not None else None
         self._rebuild = rebuild
         self._engines: dict[Key, Any] = {step: engine}  # the latest used is last
+        self._stamps: dict[Key, int | None] = {}  # when the files of an engine's weights were written
         self._users: Counter[Key] = Counter()
         self._failed: tuple[int, int] | None = None  # a newest step that could not be loaded, and its time
         self._good: dict[int, tuple[int, bool]] = {}  # per step: time of its folder, and whether it verified
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
+        self._stamps[step] = self._stamp(step)
         if self._run is not None:
             thread = threading.Thread(target=self._watch, daemon=True, name="checkpoints")
             thread.start()
@@ -106,7 +108,9 @@ class Weights:
 
     def _kept(self, key: Key, *, is_used: bool) -> Any:
         with self._lock:
-            engine = self._engines.pop(key, None)
+            engine, stamp = self._engines.pop(key, None), self._stamp(key)
+            if stamp not in (None, self._stamps.get(key)) and not self._users[key]:
+                return None  # written anew meanwhile
             if engine is not None:
                 self._engines[key] = engine
                 self._users[key] += is_used
@@ -115,23 +119,38 @@ class Weights:
     def _load(self, key: Key, *, is_used: bool) -> Any:
         assert self._run is not None
         assert self._rebuild is not None
-        self._make_room()
+        stamp = self._stamp(key)
         if key == EXPORT:
             config, params, _ = load_model(self._run / EXPORT)
         else:
             config, params, _ = load_model(self._run, int(key or 0))
+        self._make_room(more=not is_used)
         engine = self._rebuild(config, params)
         with self._lock:
-            self._engines[key] = engine
+            self._engines[key], self._stamps[key] = engine, stamp
             self._users[key] += is_used
         return engine
 
-    def _make_room(self) -> None:
-        """Forget the weights that were used longest ago. Raises `QueueFull` if requests use all."""
+    def _stamp(self, key: Key) -> int | None:
+        """Return when the files of some weights were written. None if they are gone: what is loaded stays."""
+        if self._run is None:
+            return None
+        try:
+            return (self._run / (EXPORT if key == EXPORT else f"checkpoints/{key}")).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _make_room(self, *, more: bool = False) -> None:
+        """Forget the weights that were used longest ago. Raises `QueueFull` if requests use all.
+
+        The newest checkpoint gets `more` room, so that requests for old ones cannot keep it away.
+        """
         with self._lock:
             if len(self._engines) < MOST_ENGINES:
                 return
             idle = [key for key in self._engines if not self._users[key] and key != self.newest]
+            if not idle and more:
+                return
             if not idle:
                 raise QueueFull("the other checkpoints are in use; try again soon")
             engine = self._engines.pop(idle[0])

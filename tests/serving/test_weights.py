@@ -1,9 +1,14 @@
 """The weights of a served run: what a request may name, and what is loaded."""
 
+import asyncio
+import os
+
 import pytest
 
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.serving import weights as module
+from smollm_jax.serving.claims import Claims
+from smollm_jax.serving.limits import QueueFull
 from smollm_jax.serving.weights import Weights
 
 
@@ -59,3 +64,53 @@ def test_a_newest_checkpoint_that_cannot_be_loaded_is_tried_once_until_it_change
     times[20] = 6
     weights._look()
     assert weights.newest == 20
+
+
+def test_weights_that_were_written_anew_are_loaded_anew(served, tmp_path):
+    weights, _, loads = served
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/config.json").write_text("{}")
+    key, _ = weights.take("export")
+    os.utime(tmp_path / "export", (1, 1))
+    assert weights.take("export") == ("export", "engine of None")  # in use: a request keeps its engine
+    assert len(loads) == 1
+    weights.give_back(key)
+    weights.give_back(key)
+    weights.take("export")
+    assert len(loads) == 2
+
+
+def test_the_newest_checkpoint_comes_though_all_engines_are_in_use(served):
+    weights, times, _ = served
+    for step in (1, 2, 3):
+        times[step] = step
+    weights._look()
+    for choice in ("1", "2", "newest"):
+        weights.take(choice)
+    with pytest.raises(QueueFull, match="in use"):
+        weights.take("3")
+    times[20] = 9
+    weights._look()
+    assert weights.take("newest") == (20, "engine of 20")
+
+
+def test_a_client_uses_one_old_checkpoint_at_a_time(served):
+    weights, times, _ = served
+    times[6] = 4
+    weights._look()
+
+    async def tries():
+        claims = Claims(weights)
+        async with claims.of("5", "a") as (key, _), claims.of("5", "a"), claims.of("newest", "a"):
+            assert key == 5
+            with pytest.raises(QueueFull, match="another checkpoint"):
+                async with claims.of("6", "a"):
+                    pass
+            async with claims.of("6", "b") as (other, _):
+                assert other == 6
+        async with claims.of("6", "a"):
+            pass
+        assert not claims._claimed
+        assert not +weights._users
+
+    asyncio.run(tries())
