@@ -50,7 +50,7 @@ class Facts:
         lines = self._lines()
         if not self._is_training(lines):
             return ""
-        total, last = self.config.total_steps if self.config else 0, lines[-1]["step"]
+        total, last = self._total(), lines[-1]["step"]
         losses = [line["loss"] for line in lines if line.get("loss") is not None]
         loss = f" · loss {losses[-1]:.3f}" if losses else ""
         serves = f" · the page serves step {self.step:,}" if self.step is not None else ""
@@ -62,11 +62,18 @@ class Facts:
     def _lines(self) -> list[dict[str, Any]]:
         return _lines_of(self.run, _stamp(self.run)) if self.run else []
 
+    def _total(self) -> int:
+        """Return the steps of the run, which may have been extended since the page was built."""
+        try:
+            return read_run(self.run or "").total_steps
+        except UserError:  # an imported model, or a file that is being written
+            return self.config.total_steps if self.config else 0
+
     def _is_training(self, lines: list[dict[str, Any]]) -> bool:
         if not self.follows or self.config is None or self.run is None or not lines:
             return False
         is_new = time.time() - _stamp(self.run)[1] / 1e9 < LIVE_SECONDS
-        return is_new and lines[-1]["step"] < self.config.total_steps
+        return is_new and lines[-1]["step"] < self._total()
 
     def html(self) -> str:
         """Return table and loss curve as HTML. Reads the run's metrics again if they changed."""
@@ -83,7 +90,7 @@ class Facts:
             rows.append(("Parameters", f"{self.parameters:,}"))
         if self.config is None or not lines:  # an imported model has not seen the data in its settings
             return rows
-        total, last = self.config.total_steps, lines[-1]
+        total, last = self._total(), lines[-1]
         if self.step is not None:
             rows.append(("Checkpoint", f"step {self.step:,} of {total:,}"))
         if self.step is not None and last.get("step", 0) > self.step:
