@@ -25,7 +25,7 @@ from smollm_jax.runtime.errors import require
 
 SCORED = 256  # tokens of a text whose logits exist at once
 ALTERNATIVES = 5  # likeliest tokens that come with the score of a token
-PART, PART_ON_CPU = 512, 128  # tokens of a prompt per program. 128 take two cores 1.3 s at 8,192 positions
+PART, PART_ON_CPU = 512, 128  # tokens of a prompt per program. A request can be cancelled between two
 CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. One loop is compiled
 
 

@@ -187,6 +187,7 @@ class Handlers:
     async def look_up(self, text: str, weights: str, request: gr.Request) -> AsyncGenerator[str, None]:
         """Yield the probabilities of a text's tokens as JSON, or the error that prevented it."""
         scheduler, completer, sender = self.scheduler, self.scheduler.completer, of(request)
+        yield ""  # a look-up that is cancelled must not show the one before
         try:
             check_length(text or "", "the text has")
             ids = (await scheduler.in_turn(completer.tokenizer.encode, text or "")).tolist()

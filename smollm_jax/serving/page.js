@@ -29,10 +29,10 @@
     }, []);
   };
   const marksNow = (text, began) => {
-    const one = past[at];
-    const goesOn = began != null && began === one.text && text.startsWith(began);
-    return goesOn ? edited([...marksOf(one), [began.length, text.length]], text, text)
-      : edited(marksOf(one), one.text, text);
+    // half of a continuation may be an entry too, if the page was left meanwhile
+    const one = past.slice(0, at + 1).findLast((one) => one.text === began);
+    return one && text.startsWith(began) ? edited([...marksOf(one), [began.length, text.length]], text, text)
+      : edited(marksOf(past[at]), past[at].text, text);
   };
   let at = Math.min(Math.max(Number(kept.at) || 0, 0), past.length - 1);
   let writing = false, follow = true, from = null, typing = 0;

@@ -125,7 +125,7 @@
       const error = found.error ?? (text.endsWith(whole) ? null : 'The tokenizer changes this text, so its tokens have no place in it.');
       let start = text.length - (whole ?? '').length;
       const tokens = error ? [] : found.map(([token, p, others]) => ({ text: token, p, others, start, end: start += token.length }));
-      known = { text, weights, tokens: tokens.filter((token) => token.end > token.start) };
+      known = found.error ? null : { text, weights, tokens: tokens.filter((token) => token.end > token.start) };
       if (error && pointer) show({ left: pointer.x, top: pointer.y, bottom: pointer.y + 8 }, [make('p', '', error)]);
       else if (pointer) tell(pointer);
       return [];

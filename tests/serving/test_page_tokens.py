@@ -47,6 +47,16 @@ def test_what_the_model_wrote_is_tinted_through_edits_undo_and_a_reload(page):
     page.wait(lambda: written(page) == [])
 
 
+def test_a_text_keeps_its_tint_if_its_page_is_left_while_it_is_written(page):
+    page.set("Once upon", length=200, seed=1)
+    page.press("continue")
+    page.wait(lambda: len(page.page.input_value("#sheet textarea")) > 30)
+    page.page.evaluate("() => dispatchEvent(new Event('pagehide'))")
+    text = page.finish()
+    assert len(text) > 60
+    page.wait(lambda: written(page) == [text.removeprefix("Once upon")])
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_pointing_at_a_token_shows_its_probability_and_five_alternatives(browser, folder_of_chat_model, backend):  # noqa: F811
     if backend == "torch":
