@@ -23,8 +23,8 @@ def choose(page, picker, label):
 def write(page, text="the cat", **numbers):
     page.set(text, **numbers)
     page.press("continue")
-    page.finish()
-    return page.text
+    page.wait(lambda: page.text != text)  # the status is still of the text before
+    return page.finish()
 
 
 @pytest.fixture(scope="module")
