@@ -35,10 +35,10 @@ class Claims:
         Raises `UserError` for weights that are missing or damaged, and `QueueFull` if too many are in use, or if
         another request of the client uses other old ones.
         """
-        claimed = self._claimed[client]
-        if choice != NEWEST and any(count for other, count in claimed.items() if other not in (choice, NEWEST)):
+        claimed, name = self._claimed[client], str(choice)  # a page may send anything
+        if name != NEWEST and any(count for other, count in claimed.items() if other not in (name, NEWEST)):
             raise QueueFull("your other request uses another checkpoint; wait for it, or stop it")
-        claimed[choice] += 1
+        claimed[name] += 1
         try:
             key, engine = await self._take(choice)
             try:
@@ -46,7 +46,7 @@ class Claims:
             finally:
                 self._weights.give_back(key)
         finally:
-            claimed[choice] -= 1
+            claimed[name] -= 1
             if not claimed.total():
                 self._claimed.pop(client, None)
 
