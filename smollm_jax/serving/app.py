@@ -6,6 +6,7 @@ import gc
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,8 @@ COLOURS = {
     "button_cancel_background_fill": "#b91c1c", "button_cancel_background_fill_hover": "#991b1b",
 }  # fmt: skip
 PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, which append the client's address
+# of Python's lock, a fifth of the default: a thread that traces a program made a request wait for up to 0.4 s
+SWITCH_SECONDS = 0.001
 # a lost client: three probes after half a minute of silence. A client that no longer reads: one minute
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
@@ -143,6 +146,7 @@ def run(
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
     gc.freeze()  # else a request of many lists makes the collector scan all libraries: everyone waits a second
+    sys.setswitchinterval(SWITCH_SECONDS)
     address, port = listening.getsockname()[:2]
     local = "127.0.0.1" if address == "0.0.0.0" else address
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ending:

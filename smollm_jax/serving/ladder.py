@@ -6,6 +6,7 @@ compiles beside the model's thread and runs nothing. It waits while any request 
 
 import atexit
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,6 +56,7 @@ def climb(
                         if closed.is_set():
                             return
                         compile_next()
+                        gc.freeze()  # what JAX keeps of a program: a collection scans it for 0.2 s after all rungs
         except Exception as error:  # a request that needs the program will report it
             say(f"the programs of longer texts could not be compiled ahead: {one_line(error)}")
 

@@ -1,5 +1,6 @@
 """Programs are compiled ahead, in the background, and no text then compiles what the ladder has."""
 
+import gc
 import threading
 import time
 
@@ -31,6 +32,7 @@ def test_a_text_compiles_nothing_that_was_compiled_ahead(folder_of_chat_model, m
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     busy.set()
+    frozen = gc.get_freeze_count()
     climb(completer, 2_000, busy.is_set, ends)
     time.sleep(0.3)
     assert "ladder" not in compiled  # it waits while a request does
@@ -38,6 +40,7 @@ def test_a_text_compiles_nothing_that_was_compiled_ahead(folder_of_chat_model, m
     thread = next(one for one in threading.enumerate() if one.name == "ladder")
     thread.join(120)
     assert "ladder" in compiled
+    assert gc.get_freeze_count() > frozen + 10_000  # else a full collection scans all that JAX keeps of a program
     for length in (5, 60, 100, 300):
         list(completer.stream([7] * length, Sampling(max_new_tokens=200, temperature=1.0)))
         compiled.clear()
