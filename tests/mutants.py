@@ -94,7 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a bad step updates", "training/step.py", "lax.cond(finite & counts", "lax.cond(counts", STEP),
     Mutant("loss over positions", "training/step.py",
            '1.0 / jnp.maximum(pairs.get("pairs", targets), 1)', "1.0 / tokens.size", STEP),
-    Mutant("no end of text", "data/shuffle.py", "np.append(ids, np.int32(tokenizer.eos_id))", "ids",
+    Mutant("no end of text", "data/shuffle.py", "np.append(ids, np.int32(end))", "ids",
            "tests/data"),
     Mutant("rows without their overlap", "data/packing.py", "self._offset -= 1", "self._offset -= 0",
            "tests/data"),

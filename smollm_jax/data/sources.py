@@ -64,6 +64,7 @@ class Source:
 
     def __init__(self, name: str, files: list[str], sizes: list[int], prints: list[str], settings: DataConfig):
         self.name, self.files, self.sizes, self.settings = name, files, sizes, settings
+        self.columns = Columns(settings.text_column, settings.data_kind)
         self.fingerprint = " ".join(prints)
         self.closed = threading.Event()
 
@@ -75,8 +76,7 @@ class Source:
         """Yield the wanted rows of file `start["file"]` from `start` on. Raises what its parser raises."""
         path = self.files[start["file"]]
         read = read_parquet if path.endswith(".parquet") else read_text
-        columns = Columns(self.settings.text_column, self.settings.data_kind)
-        return read(self.open(start["file"]), path, start, columns, wanted)
+        return read(self.open(start["file"]), path, start, self.columns, wanted)
 
     def documents(
         self, cursor: Cursor | None = None, skipped: list[str] | None = None, shard: Shard = WHOLE
@@ -87,6 +87,7 @@ class Source:
         `SourceTimeout`, or `UserError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
+        column, chat = self.columns.text, self.settings.is_chat
         parts = [sum(self.sizes[i :: shard.count]) for i in range(shard.count)]
         by_file = shard.count == 1 or 0 < max(parts) <= UNEVEN * min(parts)
         while cursor["file"] < len(self.files):
@@ -98,10 +99,12 @@ class Source:
             try:
                 for record in self.records(cursor, WHOLE.has if by_file else shard.has):
                     cursor, tries = record.after, 0
-                    text, conversation, fault = content_of(record.value, self.settings.text_column)
+                    text, conversation, fault = content_of(record.value, column, chat=chat)
                     if fault := record.fault or fault:
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
                     elif text.strip():
+                        is_pair = conversation is not None or not self.settings.is_pairs
+                        require(is_pair, f"{path} holds texts; a pair has the columns 'chosen' and 'rejected'")
                         yield Document(text, self.name, path, record.row, cursor, conversation=conversation)
             except Exception as error:
                 if not _is_of_the_file(error):

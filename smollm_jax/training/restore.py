@@ -27,6 +27,7 @@ from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.chat import follows_epochs
 from smollm_jax.training.optimizer import learning_rate_schedule
 from smollm_jax.training.run import Progress
 
@@ -100,7 +101,7 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
         config = _completed(config, saved.model, saved.data.tokenizer)
-    if config.data.is_chat and config.run.steps is None:  # as counted at the start
+    if follows_epochs(config):  # as counted at the start
         config = replace(config, run=replace(config.run, steps=saved.total_steps))
     notes, old, name = [], found.meta["config"], config.data.tokenizer
     if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):

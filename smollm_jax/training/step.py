@@ -23,6 +23,8 @@ from smollm_jax.model.loss import summed_nll, targets_of, token_logprobs
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.preference import pair_step, sums_per_answer
 from smollm_jax.model.transformer import Policy, SmolLM, init_params
+from smollm_jax.runtime.devices import training_dtype
+from smollm_jax.training.loss_scale import factor_of, first_scale, next_scale, overflowed
 from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 State = dict[str, Any]
@@ -40,20 +42,26 @@ class Vote(IntEnum):
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
     """Return the state before the first update, with fresh parameters unless `params` are given."""
-    return jax.jit(partial(create, config), out_shardings=layout_of(abstract_state(config, mesh)))(params)
+    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    return jax.jit(make, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
     """Return shapes, dtypes and layout of the state, without its arrays."""
-    return with_layout(jax.eval_shape(partial(create, config), None), mesh)
+    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    return with_layout(jax.eval_shape(make, None), mesh)
 
 
-def create(config: Config, params: Any | None) -> State:
-    """Return the state as `init_state` does, in the layout that the caller's jit gives it."""
+def create(config: Config, params: Any | None, *, dtype: Any = None) -> State:
+    """Return the state as `init_state` does, in the layout that the caller's jit gives it.
+
+    With the compute dtype float16 it has `loss_scale` beside the other groups.
+    """
     if params is None:
         params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
     opt_state = make_optimizer(config.optimizer).init(params)
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
+    scale = {"loss_scale": first_scale()} if dtype == jnp.float16 else {}
+    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0), **scale}
 
 
 def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
@@ -66,8 +74,9 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
-    A fourth argument, (B, T) f32, takes the place of the weights of `targets_of`. `ops` are the functions for the
-    devices of `mesh`, by default `select_step_ops`.
+    A fourth argument, (B, T) f32, takes the place of the weights of `targets_of`. They multiply the gradients of
+    the logits before these are rounded. `ops` are the functions for the devices of `mesh`, by default
+    `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
@@ -159,17 +168,19 @@ def make_step(
     ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
         pairs, weights, votes = _inputs(config, segment_ids, others)
+        loss_scale = state.get("loss_scale")  # of float16 alone
+        are_targets = targets_of(tokens, segment_ids)[1]
+        factor = None if loss_scale is None else factor_of(loss_scale, tokens.size)
+        if factor is not None:
+            weights = [weight * factor for weight in weights or [are_targets]]
         nll, grads = gradients(params, tokens, segment_ids, *weights)
-        targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
-        nll = pairs.get("loss", nll)
-        scale = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
+        targets = jnp.sum(are_targets)  # exact below 2**24
+        mean = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
+        nll, scale = (nll, mean) if factor is None else (nll / factor, mean / factor)
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
-        cast, counts = None, jnp.bool(True)
-        if votes is not None:
-            cast = jnp.stack([jnp.sum(votes == int(kind)) for kind in Vote])
-            counts = (cast[Vote.VOID] == 0) & ((cast[Vote.GO] > 0) | (targets > 0))
+        cast, counts = _counted(votes, targets)
 
         @jax.named_scope("optimizer")
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -178,33 +189,41 @@ def make_step(
 
         params, opt_state = jax.lax.cond(finite & counts, update, lambda *same: same, params, state["opt_state"])
         metrics = {
-            "loss": nll * scale,
-            "grad_norm": norm,
-            "learning_rate": jnp.float32(learning_rate),
-            "targets": targets,
-            "finite": finite,
-            "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
-        }
+            "loss": nll * mean, "grad_norm": norm, "learning_rate": jnp.float32(learning_rate), "targets": targets,
+            "finite": finite, "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
+        }  # fmt: skip
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
-        metrics |= {name: x if name == "pairs" else x * scale for name, x in pairs.items()}
+        metrics |= {name: x if name == "pairs" else x * mean for name, x in pairs.items()}  # a loss of their own
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
+        after = {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
+        if loss_scale is not None:
+            overflow = overflowed(loss_scale, nll, norm)
+            after["loss_scale"] = next_scale(loss_scale, overflow=overflow, finite=finite, counts=counts)
+            metrics |= {"overflow": overflow, "loss_scale": after["loss_scale"]["scale"]}
+        return after, metrics
 
     return step
 
 
 def _inputs(
     config: Config, segment_ids: jax.Array, others: tuple[jax.Array, ...]
-) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], jax.Array | None]:
-    """Return the sums over any pairs with the loss and figures, their weights per target, and any votes."""
-    pairs, weights = dict[str, jax.Array](), tuple[jax.Array, ...]()
-    if config.data.is_pairs:
-        logprobs_BP2, reference_BP2, *votes = others
-        pairs, weights_BT = pair_step(logprobs_BP2, reference_BP2, segment_ids, config.preference)
-        weights, others = (weights_BT,), tuple(votes)
-    return pairs, weights, others[0] if others else None
+) -> tuple[dict[str, jax.Array], list[jax.Array], jax.Array | None]:
+    """Return sums over pairs and the weights of targets, as `pair_step` does, and any votes."""
+    if not config.data.is_pairs:
+        return {}, [], others[0] if others else None
+    logprobs_BP2, reference_BP2, *votes = others
+    pairs, weights_BT = pair_step(logprobs_BP2, reference_BP2, segment_ids, config.preference)
+    return pairs, [weights_BT], votes[0] if votes else None
+
+
+def _counted(votes: jax.Array | None, targets: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Return the number of votes of each kind, None without votes, and whether the step counts."""
+    if votes is None:
+        return None, jnp.bool(True)
+    cast = jnp.stack([jnp.sum(votes == int(kind)) for kind in Vote])
+    return cast, (cast[Vote.VOID] == 0) & ((cast[Vote.GO] > 0) | (targets > 0))
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:

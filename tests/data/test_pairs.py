@@ -92,6 +92,14 @@ def test_a_missing_column_is_named(tmp_path):
         list(open_source(str(path), config_of(path)).documents())
 
 
+@pytest.mark.parametrize("name", ["a.txt", "builtin:python-docs"])
+def test_texts_are_no_pairs(name, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat\n\nreads")
+    spec = name if name.startswith("builtin") else str(tmp_path / name)
+    with pytest.raises(UserError, match="holds texts; a pair has the columns 'chosen' and 'rejected'"):
+        list(open_source(spec, config_of(spec)).documents())
+
+
 def test_a_pair_is_two_segments_and_its_answers_are_the_targets(tokenizer):
     tokens, length = encoded(SAME["texts"], tokenizer)
     assert len(tokens) == length
@@ -162,5 +170,5 @@ def test_the_survey_counts_pairs(tmp_path, tokenizer):
 def test_data_without_a_pair_to_train_on_is_refused(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 12)
     config = Config(data=config_of(path, epochs=0), run=RunConfig(phases="3x1"))
-    with pytest.raises(UserError, match="none of its 12 pairs has two different answers that fit --seq-len 64"):
+    with pytest.raises(UserError, match="none of 12 pairs has two different answers that fit --seq-len 64"):
         next(BatchIterator(Loader(config, tokenizer), None))

@@ -88,7 +88,7 @@ def test_the_first_loss_is_ln_2_and_training_parts_the_answers(finished):
     assert np.mean([line["rewards/accuracies"] for line in lines[-5:]]) > 0.7
     config = settings_of(run)
     assert lines[-1]["step"] == config.total_steps
-    assert f"are {config.total_steps:,} steps" in told
+    assert f"by 4: {config.total_steps:,} steps" in told
     assert "pairs, by all data" in told
 
 
