@@ -99,7 +99,7 @@ def export_folder(
             sizes = f"{tokenizer.vocab_size} entries, the model only {config.vocab_size}"
             require(tokenizer.vocab_size <= config.vocab_size, f"the tokenizer in {tokenizer_folder} has {sizes}")
             # its files alone: the folder may be another model's, with a config.json of its own
-            tokenizer.save(part)
+            tokenizer.save(part, longest=config.max_seq_len)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
         if isinstance(curve, Path):
             shutil.copyfile(curve, part / CURVE)
