@@ -276,19 +276,12 @@ class Tokenizer:
         ends[-1] = total  # what the tokenizer drops at the end counts for the last id
         return np.diff(ends, prepend=0).astype(np.int32)
 
-    def save(self, folder: str | Path, *, longest: int | None = None) -> None:
-        """Write the files that were read. Raises `UserError` if one was a link out of its folder.
-
-        `longest`, in tokens, becomes the `model_max_length` of settings that name none: transformers assumes 1e30.
-        """
+    def save(self, folder: str | Path) -> None:
+        """Write the files that were read. Raises `UserError` if one was a link out of its folder."""
         require(self.outside is None, f"{self.outside} is a link out of its folder, not copied; put a file there")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files, name = dict(self.files), "tokenizer_config.json"
-        if name in files and longest and not self.settings.get("model_max_length"):
-            settings = json.loads(files[name]) | {"model_max_length": longest}
-            files[name] = (json.dumps(settings, indent=2) + "\n").encode()
-        for name, content in files.items():
+        for name, content in self.files.items():
             with written_aside(folder / name) as part:
                 part.write_bytes(content)
 
