@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.release  # the next test holds that a resume keeps the scale, and the one above that a kill loses nothing
+@pytest.mark.release  # the test above kills, the one below resumes with a loss scale
 def test_a_killed_run_in_float16_goes_on_bit_for_bit(train, tmp_path):
     settings = "--phases 20x4 --dtype float16 --checkpoint-every 7 --eval-every 10 --sample-tokens 4".split()
     ended(train(*settings, run="straight"))
