@@ -41,6 +41,7 @@ RECIPES = {
             seed=42,
             init_from="HuggingFaceTB/SmolLM2-135M",
             eval_every=200,
+            eval_on_start=True,
             checkpoint_every=200,
             sample_prompts=QUESTIONS,
         ),
