@@ -18,7 +18,7 @@ NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 
 class Documented(NamedTuple):
-    """A docstring of the standard library. `name` is that of a class or function in its `module`, else empty."""
+    """A docstring of the standard library. `name` names a class or function of its `module`, or is empty."""
 
     module: str
     name: str

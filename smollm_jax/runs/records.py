@@ -49,8 +49,8 @@ def _is_number(value: Any, kind: Any) -> bool:
 def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
     """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats later steps.
 
-    Returns the last step whose evaluation is kept, else -1, and the batch hash of every step on record. That of a
-    later step is among them: a repeated step must agree.
+    Returns the last step whose evaluation is kept, else -1, and the batch hash of every step on record. Hashes of
+    later steps are among them: a repeated step must agree.
     """
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
     lines = read_metrics(run_dir)
