@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -90,6 +91,18 @@ def test_a_linked_folder_is_read_and_no_file_twice(tmp_path):
     assert texts_of(tmp_path / "texts") == ["three", "two"]
     assert texts_of(f"{tmp_path}/texts/sub/**") == ["two"]  # the pattern names the folder and its file
     assert texts_of(f"{tmp_path}/**/[ab]*") == ["one", "two"]
+
+
+def test_damage_in_a_packed_file_costs_the_same_rows_after_a_resume(tmp_path):
+    content = b"".join(b'{"text": "%d"}\n' % i for i in range(2_000))
+    packer = zlib.compressobj(wbits=31)  # as gzip, and then a block of no known kind
+    packed = packer.compress(content) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff"
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    source = open_source(str(tmp_path / "a.jsonl.gz"), DataConfig(on_bad_data="skip"))
+    documents = list(source.documents())
+    assert 1_000 < len(documents) < 2_000
+    for i in range(0, len(documents), 100):
+        assert list(source.documents(documents[i].cursor)) == documents[i + 1 :]
 
 
 @pytest.mark.parametrize("name", ["c4-train.json.gz", "part.json"])
