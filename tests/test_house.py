@@ -20,21 +20,28 @@ HOUSE = {
     "runtime": ("", 1_021),
     "config": ("runtime", 679),
     "tokenizer": ("runtime", 868),
-    "model": ("config runtime", 558),
+    "model": ("config runtime", 583),
     "data": ("tokenizer config runtime", 1_912),
     "distributed": ("config runtime", 545),
     "kernels": ("model config runtime", 1_183),
     "hf": ("model tokenizer config runtime", 1_595),
     "checkpoint": ("distributed runtime", 712),
     "generation": ("kernels model config runtime", 834),
-    "runs": ("hf checkpoint data tokenizer config runtime", 848),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_909),
+    "runs": ("hf checkpoint data tokenizer config runtime", 861),
+    "evaluation": ("runs generation kernels model tokenizer config runtime", 640),
+    "training": (
+        "evaluation runs generation kernels checkpoint data distributed model tokenizer config runtime",
+        1_909,
+    ),  # noqa: E501  # fmt: skip
     "serving": ("runs generation hf model tokenizer config runtime", 2_907),
     "planning": ("training kernels distributed model config runtime", 479),
-    "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_070),
+    "cli": (
+        "planning training evaluation serving runs generation hf checkpoint distributed tokenizer config runtime",
+        1_070,
+    ),  # noqa: E501  # fmt: skip
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 5_058, 17_756
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 5_083, 18_482
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
@@ -44,6 +51,7 @@ HEAVY = {  # packages that one place alone imports, at any depth
     "torch": ("hf", "serving"),
     "transformers": ("hf", "serving"),
     "datasets": ("data", "runtime"),
+    "lm_eval": ("evaluation",),
     "pyarrow": ("data",),
     "huggingface_hub": ("data", "hf", "runtime", "tokenizer"),
 }

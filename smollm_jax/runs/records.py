@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
@@ -21,6 +22,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines of evaluations whose results are finite."""
     return [x for x in lines if None not in (x.get("eval_loss"), x.get("eval_bits_per_byte"))]
+
+
+def record_scores(run_dir: Path, step: int, scores: dict[str, float]) -> None:
+    """Append the scores of a checkpoint on tasks to metrics.jsonl, by names such as hellaswag/acc_norm."""
+    line = json.dumps({"step": step, "time": time.time()} | scores)
+    with open(run_dir / "metrics.jsonl", "ab") as file:  # one write, because the run may be writing too
+        file.write(f"{line}\n".encode())
+
+
+def scores_at(lines: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Return the scores on tasks of the checkpoint at `step`, the newest of each."""
+    return {name: value for x in lines if x["step"] == step for name, value in x.items() if "/" in name}
 
 
 def _lines(path: Path) -> list[str]:
