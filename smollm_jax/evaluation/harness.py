@@ -113,7 +113,7 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             groups[repr(request.args[1])].append(i)
         finished = 0
-        for numbers in groups.values():  # those of equal settings
+        for numbers in groups.values():  # of equal settings
             sampling, stop = self._choices(requests[numbers[0]].args[1])
             room = self.max_length - sampling.max_new_tokens
             require(room > 0, f"max_gen_toks={sampling.max_new_tokens} of a task leaves no room for a prompt")
