@@ -59,8 +59,8 @@ def evaluate(
             transformers. Default: as the run was trained, else text. Tasks always parse them.
     """
     given = dict(locals())
-    check_model(path)
     require((data is None) != (tasks is None), "give --data SOURCE or --tasks NAMES, and not both")
+    check_model(path)
     for name, parameter in inspect.signature(evaluate).parameters.items():
         fits = name in OF_BOTH or (name in OF_TASKS) == (tasks is not None) or given[name] == parameter.default
         require(fits, f"--{name.replace('_', '-')} belongs to {'--data' if tasks else '--tasks'}")

@@ -1,7 +1,7 @@
 """Answer the requests of lm-evaluation-harness with our engine.
 
-The rules of encoding are those of the harness and of its own model class for transformers, HFLM: a special token
-that a text spells out is its id, an empty context is bos (eos without a bos), a text that is too long loses its
+Texts are encoded as in the harness and in HFLM, its own model class for transformers: a special token that a text
+spells out is its id, an empty context is bos (eos without a bos), a text that is too long loses its
 beginning. So both give the same log-likelihoods. Imported only if lm_eval is installed.
 """
 
@@ -78,8 +78,8 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[Tokens], **_: Any) -> list[tuple[float, bool]]:
         results = self._score([(context, target) for _, context, target in requests])
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, result)
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:

@@ -31,9 +31,9 @@ def record_scores(run_dir: Path, step: int, scores: dict[str, float]) -> None:
         file.write(f"{line}\n".encode())
 
 
-def scores_at(lines: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Return the scores on tasks of the checkpoint at `step`, the newest of each."""
-    return {name: value for x in lines if x["step"] == step for name, value in x.items() if "/" in name}
+def scores_in(line: dict[str, Any]) -> dict[str, float]:
+    """Return the scores on tasks in a line of metrics.jsonl, by names such as hellaswag/acc_norm."""
+    return {name: x for name, x in line.items() if "/" in name and _is_number(x, int | float)}
 
 
 def _lines(path: Path) -> list[str]:
