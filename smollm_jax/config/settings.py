@@ -12,11 +12,12 @@ from typing import Literal
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
+from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
 # of each recipe, at most a tenth of the run
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31}
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
 # alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
 SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -88,8 +89,9 @@ class ComputeConfig:
 class DataConfig:
     """What is read, and how it becomes batches."""
 
-    data_kind: Literal["text", "chat"] = "text"
-    """text: every document is trained on; chat: rows may hold messages, conversations or prompt and completion."""
+    data_kind: Literal["text", "chat", "pairs"] = "text"
+    """text: every document is trained on; chat: also messages, conversations or prompt and completion; pairs:
+    chosen and rejected."""
     data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
     """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file, folder or glob, builtin:python-docs. A=0.7,B=0.3 mixes."""
     split: str = "train"  # Split of a Hub dataset.
@@ -122,14 +124,19 @@ class DataConfig:
         check_fields(self)
         unread = self.eval_data is not None and not self.eval_documents
         require(not unread, f"eval_data={self.eval_data} is read, so eval_documents=0 must be above 0")
-        for name in ("loss_on", "chat_template"):
+        for name, kinds in (("loss_on", ("chat",)), ("chat_template", ("chat", "pairs"))):
             value = getattr(self, name)
-            fits = self.data_kind == "chat" or value == getattr(DataConfig, name)
+            fits = self.data_kind in kinds or value == getattr(DataConfig, name)
             require(fits, f"{name}={value} is for conversations: give --data-kind chat, or --recipe sft")
 
     @property
     def is_chat(self) -> bool:
-        return self.data_kind == "chat"
+        """Return whether rows hold whole conversations, as `is_pairs` data does too."""
+        return self.data_kind != "text"
+
+    @property
+    def is_pairs(self) -> bool:
+        return self.data_kind == "pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,18 +221,23 @@ class Config:
     """All settings of a run."""
 
     recipe: str = setting("replica", resume="free")
-    """replica: the seed's run. smollm2: the published recipe. quickstart: minutes on a CPU. sft: conversations."""
+    """replica: the seed's run. smollm2: the published recipe. quickstart: minutes on a CPU. sft: conversations.
+    dpo: pairs of answers."""
     preset: str = setting("135M", resume="free")
     """Architecture: 135M, 360M, 1.7B or quickstart. The flags under `model` change single numbers."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
+        changed = ", ".join(f"{name}={value}" for name, value in vars(self.preference).items())
+        used = self.data.is_pairs or self.preference == PreferenceConfig()
+        require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")
         steps, warmup, decay = self.total_steps, self.warmup_steps, self.decay_steps
         require(steps < 2**31, f"steps={steps} must be below 2**31")
         for size in (phase.batch_size for phase in self.phases):

@@ -8,6 +8,10 @@ from smollm_jax.config.architecture import ModelConfig
 
 BASE = "A base model: it continues text and follows no instructions."
 INSTRUCT = "An instruct model: it was fine-tuned on conversations, and answers through its chat template."
+PREFERRED = (
+    "An instruct model: direct preference optimization trained it on pairs of a chosen and a rejected answer. "
+    "It answers through its chat template."
+)
 LICENSE = "apache-2.0"  # of SmolLM2. Edit the card if other terms apply
 PLACE = "PATH"  # of the folder, until it is pushed
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
@@ -32,6 +36,8 @@ class About:
     """What it wrote after the prompt."""
     chat: bool = False
     """Whether it was fine-tuned on conversations."""
+    pairs: bool = False
+    """Whether the conversations were pairs of answers."""
 
 
 def model_card(
@@ -50,7 +56,7 @@ def model_card(
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {' '.join(about.title.split())}",
-        f"Trained with smollm-jax. {INSTRUCT if about.chat else BASE}",
+        f"Trained with smollm-jax. {PREFERRED if about.pairs else INSTRUCT if about.chat else BASE}",
         f"| | |\n|---|---|\n{table}",
         *([f"![loss]({picture})"] if picture else []),
         _use_gguf(gguf) if gguf else _use_transformers(about),

@@ -18,15 +18,16 @@ from typing import Any, cast
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
+from smollm_jax.config.preference import FIGURES
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import BETWEEN, SAMPLES_OF, scores_in
+from smollm_jax.runs.records import BETWEEN, OF_TASKS, SAMPLES_OF, scores_in
 from smollm_jax.runtime.errors import one_line, printable, say
 from smollm_jax.runtime.notebook import progress_bar
 
 # the groups in which TensorBoard shows the fields of a line. Other fields are left out
 TAGS = {
-    "train": ("loss", "step_loss"),
-    "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens"),
+    "train": ("loss", "step_loss", *FIGURES),
+    "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens", *(f"eval_{name}" for name in FIGURES)),
     "optimizer": ("learning_rate", "grad_norm", "bad_steps", "loss_scale", "skipped_steps"),
     "speed": ("tokens_per_second", "step_seconds", "mfu", "eval_seconds", "peak_memory_gib"),
     "data": ("tokens", "data_wait_seconds", "skipped_documents"),
@@ -119,7 +120,7 @@ class RunMetrics:
     def _record(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
-            tag = f"tasks/{name}" if "/" in name else TAG_OF.get(name)
+            tag = name if name.startswith(OF_TASKS) else TAG_OF.get(name)
             if tag is not None and value is not None:
                 self._board.write(line["step"], summary=partial(_summary, "scalar", tag, value))
 

@@ -1,6 +1,7 @@
 """Compile the train step for every batch size of a run, within device memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,38 @@ from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import are_shared, bytes_a_device, layout_of, on_devices, padded_rows, sharded
 from smollm_jax.kernels.select import select_checked_ops, select_ops
 from smollm_jax.model.ops import Ops
+from smollm_jax.model.preference import pairs_per_row
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runtime.devices import memory_bytes
 from smollm_jax.runtime.errors import require, say
-from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, abstract_state, make_nll, make_step
+from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, abstract_state, make_logprobs, make_nll, make_step
+
+
+@dataclass(frozen=True)
+class PairStep:
+    """A compiled step of pairs, after a forward pass of its own for the log-probs.
+
+    The reference model's come from the same program, so that its rounding drops out of the first loss.
+    """
+
+    logprobs: jax.stages.Compiled
+    step: jax.stages.Compiled
+
+    def __call__(self, state: Any, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array) -> Any:
+        """Return (state, metrics). The `others` are the reference's sums of log-probs, and any votes."""
+        logprobs = self.logprobs(state["params"], tokens, segment_ids)
+        return self.step(state, tokens, segment_ids, logprobs, *others)
+
+    def memory_analysis(self) -> Any:
+        return self.step.memory_analysis()
+
+
+Step = jax.stages.Compiled | PairStep
 
 
 def compile_step(
     config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy, ops: Ops | None = None
-) -> jax.stages.Compiled:
+) -> Step:
     """Compile the step for batches of `batch_size` rows, padded for the mesh.
 
     The state is donated and keeps its layout. `ops` as in `make_step`.
@@ -37,10 +61,16 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(layout_of(state), sharded(mesh)),
     )
-    return step.lower(state, rows, rows, *([votes] if are_shared(mesh.devices.flat) else [])).compile()
+    last = [votes] if are_shared(mesh.devices.flat) else []
+    if not config.data.is_pairs:
+        return step.lower(state, rows, rows, *last).compile()
+    sums = jax.ShapeDtypeStruct((shape[0], pairs_per_row(shape[1] - 1), 2), jnp.float32, sharding=rows.sharding)
+    logprobs = jax.jit(make_logprobs(config, mesh, dtype=dtype, ops=ops), out_shardings=rows.sharding)
+    forward = logprobs.lower(state["params"], rows, rows).compile()
+    return PairStep(forward, step.lower(state, rows, rows, sums, sums, *last).compile())
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+def compiled_bytes(compiled: Step) -> int:
     """Return the bytes of device memory that a program needs, arguments included. 0 if unknown."""
     memory = compiled.memory_analysis()
     if memory is None:
@@ -53,7 +83,7 @@ def compile_steps(
     config: Config, mesh: Mesh,
     *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool, ops: Ops | None = None,
     before: Policy = "none", tell: Callable[[str], None] = lambda _: None,
-) -> tuple[dict[int, jax.stages.Compiled], Policy]:  # fmt: skip
+) -> tuple[dict[int, Step], Policy]:  # fmt: skip
     """Return a compiled step for each batch size, and the remat policy of all.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`. Raises
@@ -100,7 +130,7 @@ def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Process
 
 def compile_within(
     config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops, *, before: Policy
-) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
+) -> tuple[dict[int, Step], Policy, list[str]]:
     """Return the steps, the remat policy that fits, and a note if memory is scarce.
 
     Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
@@ -125,9 +155,21 @@ def compile_within(
     return steps, remat, [note] if needed > memory else []
 
 
-def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., jax.Array]:
-    """Return `nll(params, tokens, segment_ids)` of rows that all processes have."""
+def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., Any]:
+    """Return `nll(params, tokens, segment_ids)` of rows that all processes have.
+
+    Of pairs, return the sums of `make_logprobs` in its place, as a NumPy array.
+    """
     rows, layout = sharded(mesh, BATCH_AXES), layout_of(abstract_state(config, mesh)["params"])
+    if config.data.is_pairs:
+        pair_sums = make_logprobs(config, mesh, dtype=dtype, ops=ops)
+        pairs_of = jax.jit(pair_sums, in_shardings=(layout, rows, rows), out_shardings=sharded(mesh))
+
+        def logprobs(params: Any, *arrays: np.ndarray) -> np.ndarray:
+            whole = pairs_of(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+            return np.asarray(whole.addressable_data(0))[: len(arrays[0])]
+
+        return logprobs
     nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
     compiled = jax.jit(nll_of, in_shardings=(layout, rows, rows))
 

@@ -22,6 +22,7 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.compile import Step
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Progress:
     ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
     elapsed_seconds: float = 0.0  # from the first step on, over all starts, without time lost to a kill
-    # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets
+    # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets or pairs
     nats: float = 0.0
     targets: int = 0
 
@@ -85,7 +86,7 @@ class Run:
     heldout: list[TokenizedDocument]
     mesh: jax.sharding.Mesh
     dtype: Any
-    steps: dict[int, jax.stages.Compiled]
+    steps: dict[int, Step]
     nll: Callable[..., jax.Array]
     checkpoints: CheckpointManager
     state: dict[str, Any]
@@ -101,6 +102,7 @@ class Run:
     generator: Generator | None = None  # decodes the samples, None before the first evaluation
     tasks: Any = None  # of --eval-tasks, loaded, in the first process
     scorer: Scorer | None = None  # scores the tasks
+    reference: Any = None  # of pairs, the `training.reference.Reference`
 
     @property
     def interrupted(self) -> bool:
@@ -141,6 +143,8 @@ def save(run: Run) -> None:
         "config": to_dict(run.config),
         "computed": run.computed,
     }
+    if run.reference is not None:
+        meta["reference"] = run.reference.digest
     with run.job.watchdog.patient("a save"):
         run.checkpoints.save(step, run.state, meta)
     run.saved = step

@@ -44,6 +44,7 @@ from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
+from smollm_jax.training.reference import prepare_reference
 from smollm_jax.training.restore import StartState, resolve_start, vocabulary_follows
 from smollm_jax.training.run import Progress, Run
 from smollm_jax.training.step import abstract_state, init_state
@@ -95,9 +96,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     shapes = abstract_state(config, mesh)
     checkpoints.prepare(shapes)  # while the compiler works
-    told = found.meta.get("computed", {}).get("remat") if found else None
-    before: Policy = told if told in POLICIES else "none"
-    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
+    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=remat_before(found))
     computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     progress = Progress(**found.meta["progress"]) if found else Progress()
@@ -111,10 +110,17 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         state=state, report=report, progress=progress, saved=step, evaluated=job.gather(evaluated)[0],
         ledgers=ledgers, computed=computed, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
+    run.reference = prepare_reference(run, found)
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
     log_summary(run, remat, notes, seconds=time.monotonic() - began)
     return run
+
+
+def remat_before(found: VerifiedCheckpoint | None) -> Policy:
+    """Return the remat policy of a checkpoint's steps, "none" if it names none."""
+    told = found.meta.get("computed", {}).get("remat") if found else None
+    return told if told in POLICIES else "none"
 
 
 def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:

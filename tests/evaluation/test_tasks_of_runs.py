@@ -54,7 +54,7 @@ def test_each_evaluation_has_the_scores_and_they_are_those_of_the_command(run, t
     assert [line["step"] for line in lines] == [2, 4]
     names = {"quiz/acc", "quiz/acc_norm", "quiz/acc_stderr", "quiz/acc_norm_stderr"}
     assert all(names < set(scores_in(line)) for line in lines)
-    assert lines[0]["quiz/acc_stderr"] != 0, "six documents, not all alike"
+    assert lines[0]["tasks/quiz/acc_stderr"] != 0, "six documents, not all alike"
     command("evaluate", [str(run), "--tasks", tasks, "--limit", "6"], "smollm")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["step"] == 4
@@ -68,7 +68,7 @@ def test_the_card_names_the_scores_of_its_own_checkpoint(run, tmp_path):
         export_run(run, tmp_path / str(step), step=step, verify=False)
         card = (tmp_path / str(step) / "README.md").read_text()
         line = next(line for line in read_metrics(run) if line["step"] == step and "eval_loss" in line)
-        score, error = line["quiz/acc"], line["quiz/acc_stderr"]
+        score, error = line["tasks/quiz/acc"], line["tasks/quiz/acc_stderr"]
         assert f"| Score quiz/acc | `{score:.4f} ± {error:.4f}` |" in card
 
 
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, 
     assert code == 0
     own = [line for line in records(run) if "ledger" in line or "eval_loss" in line]
     assert [line for line in records(folder) if "ledger" in line or "eval_loss" in line] == own
-    assert records(without) == [{k: v for k, v in line.items() if "/" not in k} for line in own]
+    assert records(without) == [{k: v for k, v in line.items() if not k.startswith("tasks/")} for line in own]
     for group in ("params", "opt_state"):
         one, other, third = (
             leaves(read_params(path / "checkpoints", group=group)[1]) for path in (run, folder, without)
