@@ -152,7 +152,10 @@ class SmolLM(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)
-        positions_BT = jnp.arange(start_BT.shape[1])[None] - start_BT
+        return self.features_at(tokens_BT, jnp.arange(start_BT.shape[1])[None] - start_BT, start_BT)
+
+    def features_at(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array) -> jax.Array:
+        """Return what `features` does, of tokens at given positions. `ops.attention` takes `start_BT`."""
         with jax.named_scope("projections"):
             rope = rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
