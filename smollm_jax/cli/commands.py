@@ -23,9 +23,15 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def export(
-    run: Positional, *, out: str, step: int | None = None, dtype: Dtype = "float32", verify: bool = True
+    run: Positional,
+    *,
+    out: str,
+    step: int | None = None,
+    dtype: Dtype = "float32",
+    verify: bool = True,
+    merge: bool = False,
 ) -> int:
-    """Write a Hugging Face folder that AutoModelForCausalLM loads.
+    """Write a Hugging Face folder that AutoModelForCausalLM loads. Of adapters, a folder that PEFT loads.
 
     For example: smollm export runs/quickstart --out my-model
 
@@ -35,11 +41,12 @@ def export(
         step: Step of the checkpoint. Default: the newest good one.
         dtype: Dtype of the file. float32 keeps the bits of the checkpoint.
         verify: Compare the written folder with the checkpoint, and remove it if they differ.
+        merge: Merge adapters with their base in float32, and write a whole model.
     """
     from smollm_jax.runs.convert import export_run
 
     try:
-        exported, checked = export_run(run, out, step=step, dtype=dtype, verify=verify)
+        exported, checked = export_run(run, out, step=step, dtype=dtype, verify=verify, merge=merge)
     except RuntimeError as error:
         say(f"error: the export was rolled back: {error}")
         return EXIT_FAILED

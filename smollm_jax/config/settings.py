@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
@@ -217,10 +218,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
+        has_base = self.run.init_from is not None or not self.adapter.is_on
+        require(has_base, f"lora_rank={self.adapter.lora_rank} needs the weights of a base: give --init-from")
         steps, warmup, decay = self.total_steps, self.warmup_steps, self.decay_steps
         require(steps < 2**31, f"steps={steps} must be below 2**31")
         for size in (phase.batch_size for phase in self.phases):

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import ModelConfig
 
 BASE = "A base model: it continues text and follows no instructions."
@@ -72,6 +73,23 @@ def _call(about: About) -> str:
 def _sample(about: About) -> str:
     between = "\n\n" if about.chat else ""  # a question and its answer
     return f"{about.prompt}{between}{about.sample}"
+
+
+def adapter_card(settings: AdapterConfig, about: About, *, base: str, checked: str) -> str:
+    """Return the Markdown card of a folder with adapters."""
+    rows = {"Adapters": "DoRA" if settings.dora else "LoRA", "Base": base, "Rank": settings.lora_rank,
+            "Alpha": settings.alpha, "Matrices": settings.lora_targets} | about.rows  # fmt: skip
+    table = "\n".join(f"| {label} | {_cell(value)} |" for label, value in rows.items() if value is not None)
+    head = [f"license: {LICENSE}", "library_name: peft"]
+    head += [f"base_model: {about.base_model}"] if about.base_model else []
+    parts = [
+        "\n".join(["---", *head, "tags:", "- lora", "- smollm", "- jax", "---"]),
+        f"# {' '.join(about.title.split())}",
+        "Adapters trained with smollm-jax. They change the weights of the base, which is not in this folder.",
+        f"| | |\n|---|---|\n{table}",
+        f"Check at export: {checked}.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(value: Any) -> str:

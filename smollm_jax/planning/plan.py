@@ -151,6 +151,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "chips": step.mesh.size,
         "mesh": dict(step.mesh.shape),
         "parameters": model.num_parameters,
+        "trained_parameters": step.trained_parameters,
+        "optimizer_memory_bytes": step.optimizer_bytes,
         "batch_size": step.batch_size,
         "batch_a_chip": step.rows_per_chip,
         "seq_len": config.data.seq_len,

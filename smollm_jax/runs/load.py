@@ -9,9 +9,16 @@ from typing import Any
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint
 from smollm_jax.checkpoint.manager import read_params
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.hf.adapters import (
+    is_adapter_folder,
+    merge,
+    open_adapters,
+    read_adapters,
+    weights_hash,
+)
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.reader import local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
@@ -68,6 +75,8 @@ def load_model(
     if is_run(path):
         config, path = read_run(path), expand_home(path)
         found, params = read_params(path / "checkpoints", step)
+        if config.adapter.is_on:
+            params = merge(load_base(base_record(found), config.model), params, config.adapter.scale)
         tokenizer = load_tokenizer(
             str(path / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
@@ -76,11 +85,58 @@ def load_model(
         return config.model, params, tokenizer
     require(step is None, f"{path} is not a run, so it has no step {step}")
     folder = local_folder(path)
+    if is_adapter_folder(folder):
+        return _merged_folder(folder, special_tokens)
     model, params = read_folder(folder)
     tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
     sizes = f"{tokenizer.vocab_size} entries, the model only {model.vocab_size}"
     require(tokenizer.vocab_size <= model.vocab_size, f"{path}: the tokenizer has {sizes}")
     return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
+
+
+def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[ModelConfig, Any, Tokenizer]:
+    """Return the model of a PEFT folder, merged with its base in f32. Its own tokenizer goes before the base's."""
+    found = open_adapters(folder)
+    model, params, tokenizer = load_model(found.base, special_tokens=special_tokens)
+    check_base(found.base, params, found.base_hash)
+    adapters, scale = read_adapters(found, model)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
+    return model.ending_at([tokenizer.eos_id, *model.stop_ids]), merge(params, adapters, scale), tokenizer
+
+
+def record_of(source: str, params: Any) -> dict[str, str]:
+    """Return path and hash of the weights that adapters go over. A folder's path is absolute."""
+    return {"path": place_of(source), "sha256": weights_hash(params)}
+
+
+def place_of(source: str) -> str:
+    """Return the absolute path of a folder, or a Hub id as it is."""
+    folder = expand_home(source)
+    return str(folder.absolute()) if folder.is_dir() else source
+
+
+def base_record(found: VerifiedCheckpoint) -> dict[str, str]:
+    """Return the record of the base in a checkpoint of adapters. Raises `UserError` if it is damaged."""
+    base = found.meta.get("base")
+    is_whole = isinstance(base, dict) and all(isinstance(base.get(name), str) for name in ("path", "sha256"))
+    require(is_whole, f"checkpoint {found.step} is damaged: its meta.json lacks the base of its adapters")
+    return dict(base or {})
+
+
+def load_base(base: dict[str, str], model: ModelConfig) -> Any:
+    """Return the weights on record. Raises `UserError` if they are gone, or are other weights now."""
+    theirs, params, _ = load_model(base["path"])
+    same = parameter_shapes(theirs) == parameter_shapes(model)
+    require(same, f"{base['path']} is another base than the adapters were trained on: its shapes differ")
+    check_base(base["path"], params, base["sha256"])
+    return params
+
+
+def check_base(path: str, params: Any, recorded: str | None) -> None:
+    """Raise `UserError` unless the weights have the hash on record, if there is one."""
+    same = recorded is None or weights_hash(params) == recorded
+    require(same, f"{path} is another base than the adapters were trained on; bring back its weights")
 
 
 def with_ids_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -127,7 +127,9 @@ def compile_within(
 
 def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens, segment_ids)` of rows that all processes have."""
-    rows, layout = sharded(mesh, BATCH_AXES), layout_of(abstract_state(config, mesh)["params"])
+    state = abstract_state(config, mesh)
+    # a frozen base has the names and dims of whole weights
+    rows, layout = sharded(mesh, BATCH_AXES), layout_of(state.get("base", state["params"]))
     nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
     compiled = jax.jit(nll_of, in_shardings=(layout, rows, rows))
 

@@ -30,6 +30,7 @@ from smollm_jax.runtime.devices import use_precision_of
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
+from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.chat import prompt_ids
 from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll
@@ -118,7 +119,7 @@ def evaluate_run(run: Run) -> None:
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
         running = _until_stopped(run, islice(batches, config.data.eval_batches * parts))
-        score = score_batches(run.nll, run.state["params"], running)
+        score = score_batches(run.nll, whole_weights(config, run.state, run.mesh), running)
         texts = sample(run)
     if run.interrupted:
         return
@@ -148,7 +149,7 @@ def sample(run: Run) -> list[tuple[str, str]]:
     settings = run.config.run
     if not settings.sample_tokens or run.interrupted:
         return []
-    params = on_one_device(run.state["params"], run.mesh)
+    params = on_one_device(whole_weights(run.config, run.state, run.mesh), run.mesh)
     if not run.job.first:
         return []
     model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)

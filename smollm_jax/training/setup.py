@@ -18,7 +18,13 @@ from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
+from smollm_jax.distributed.sharding import (
+    layout_table,
+    make_mesh,
+    padded_rows,
+    row_shards,
+    shards_here,
+)
 from smollm_jax.kernels.select import select_attention
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runs.convert import require_exportable
@@ -43,9 +49,9 @@ from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
-from smollm_jax.training.restore import StartState, resolve_start, vocabulary_follows
-from smollm_jax.training.run import Progress, Run
-from smollm_jax.training.step import abstract_state, init_state
+from smollm_jax.training.restore import StartState, resolve_start, state_at_start, vocabulary_follows
+from smollm_jax.training.run import Progress, Run, trained_part
+from smollm_jax.training.step import abstract_state
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
@@ -92,7 +98,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     tell(f"kernels     checking {config.compute.attention} against the reference")
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     shapes = abstract_state(config, mesh)
-    checkpoints.prepare(shapes)  # while the compiler works
+    checkpoints.prepare(trained_part(shapes))  # while the compiler works
     told = found.meta.get("computed", {}).get("remat") if found else None
     before: Policy = told if told in POLICIES else "none"
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
@@ -100,7 +106,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
-    state = checkpoints.restore(found.step, shapes) if found else init_state(config, mesh, start.params)
+    state = state_at_start(start, config, mesh, checkpoints)
     checkpoints.newest = step = progress.step
     evaluated, ledgers = keep_records(run_dir, step) if job.first else (0, {})
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
@@ -108,7 +114,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
         mesh=mesh, dtype=dtype, steps=steps, nll=nll, checkpoints=checkpoints, state=state, report=report,
         progress=progress, saved=step, evaluated=job.gather(evaluated)[0], ledgers=ledgers,
-        computed=computed, kernels=False if ops.kernels == "plain" else None,
+        computed=computed, base=start.base, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
@@ -228,7 +234,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
         f"{axes and f': {axes}'}{processes}",
-        f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
+        f"model       {model.num_parameters:,} parameters{_trained(run)}, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
         f"tokens      {config.main_batch_size * T:,} a step, "
@@ -258,6 +264,13 @@ def _time(run: Run) -> str:
     seconds = positions * config.model.flops_per_token(T) / rate
     shorter = "; --recipe quickstart takes minutes" if seconds > LONG_SECONDS else ""
     return f"{duration(seconds)} by the speed of a matmul; the first steps will tell{shorter}"
+
+
+def _trained(run: Run) -> str:
+    """Count the parameters that adapters train."""
+    if run.base is None:
+        return ""
+    return f" frozen, {sum(leaf.size for leaf in jax.tree.leaves(run.state['params'])):,} trained in adapters"
 
 
 def _held_out(run: Run) -> str:

@@ -1,6 +1,7 @@
 """Make the train step: a pure function of the train state and a batch's rows.
 
-The state is a plain dict of arrays (`params`, `opt_state`, `step`). For each batch size, training/compile.py
+The state is a plain dict of arrays (`params`, `opt_state`, `step`). With adapters, `params` are the adapters, and
+`base` holds the frozen weights, which no checkpoint holds. For each batch size, training/compile.py
 compiles the step once, with the state donated and its layout pinned.
 """
 
@@ -21,7 +22,9 @@ from smollm_jax.kernels.select import select_ops
 from smollm_jax.kernels.shard import per_device
 from smollm_jax.model.loss import summed_nll, targets_of
 from smollm_jax.model.ops import Ops
-from smollm_jax.model.transformer import Policy, SmolLM, init_params
+from smollm_jax.model.transformer import Adapters, Policy, SmolLM, init_params
+from smollm_jax.runtime.devices import compute_dtype
+from smollm_jax.training.adapters import frozen_base, init_adapters
 from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 State = dict[str, Any]
@@ -38,21 +41,37 @@ class Vote(IntEnum):
 
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
-    """Return the state before the first update, with fresh parameters unless `params` are given."""
-    return jax.jit(partial(create, config), out_shardings=layout_of(abstract_state(config, mesh)))(params)
+    """Return the state before the first update, with fresh parameters unless `params` are given.
+
+    With adapters `params` are the base.
+    """
+    made = partial(create, config, dtype=base_dtype(config, mesh))
+    return jax.jit(made, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
     """Return shapes, dtypes and layout of the state, without its arrays."""
-    return with_layout(jax.eval_shape(partial(create, config), None), mesh)
+    return with_layout(jax.eval_shape(partial(create, config, dtype=base_dtype(config, mesh)), None), mesh)
 
 
-def create(config: Config, params: Any | None) -> State:
-    """Return the state as `init_state` does, in the layout that the caller's jit gives it."""
+def base_dtype(config: Config, mesh: Mesh) -> Any:
+    """Return the dtype of a frozen base: the compute dtype."""
+    return compute_dtype(config.compute.dtype, mesh.devices.flat[0].platform)
+
+
+def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> State:
+    """Return the state as `init_state` does, in the layout that the caller's jit gives it.
+
+    `dtype` is of a frozen base.
+    """
     if params is None:
         params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
+    frozen = {}
+    if config.adapter.is_on:
+        frozen = {"base": frozen_base(params, dtype)}
+        params = init_adapters(config.adapter, config.model, frozen["base"], config.run.seed)
     opt_state = make_optimizer(config.optimizer).init(params)
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
+    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)} | frozen
 
 
 def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
@@ -65,14 +84,17 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
+    With a fourth argument, the frozen base, `params` are adapters.
     `ops` are the functions for the devices of `mesh`, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
 
-    def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
-        model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
+    def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, base: Any = None) -> jax.Array:
+        adapters = None if base is None else Adapters(params, config.adapter.scale)
+        weights = params if base is None else base
+        model = SmolLM.from_params(config.model, weights, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
+        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]), adapters)
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
             return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT)
@@ -124,7 +146,8 @@ def make_step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
     ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
-        nll, grads = gradients(params, tokens, segment_ids)
+        frozen = {name: state[name] for name in ("base",) if name in state}
+        nll, grads = gradients(params, tokens, segment_ids, *frozen.values())
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
         scale = 1.0 / jnp.maximum(targets, 1)
         with jax.named_scope("optimizer"):
@@ -153,19 +176,22 @@ def make_step(
             metrics["filled"] = jnp.sum(segment_ids != 0)
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + counts}, metrics
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + counts} | frozen, metrics
 
     return step
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
-    """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time."""
+    """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time.
+
+    Further arguments are the same for each.
+    """
     if parts == 1:
         return value_and_grad
 
-    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, Any]:
+    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array, *same: Any) -> tuple[jax.Array, Any]:
         def add(total: Any, micro: Any) -> tuple[Any, None]:
-            found = value_and_grad(params, *micro)
+            found = value_and_grad(params, *micro, *same)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), None
 
