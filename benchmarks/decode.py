@@ -14,14 +14,14 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from benchmarks.harness.gguf import Kind, write_gguf
-from benchmarks.harness.peers import hf_generate, llama_cpp
+from benchmarks.harness.peers import Kind, hf_generate, llama_cpp
 from benchmarks.harness.sides import Outcome, Ready, compare, in_child, kind_of, peak_bytes_on
 from benchmarks.harness.tables import Row, as_command, finish, gib, show, spread
 from benchmarks.harness.workload import Dtype, Preset, Prompts, ready_to_decode, write_model
 from smollm_jax.config.architecture import MODELS, ModelConfig
+from smollm_jax.hf.gguf_model import write_gguf
 
 Peer = Literal["dynamic", "static", "llama.cpp"]
 
@@ -101,7 +101,19 @@ def write_models(config: ModelConfig, folder: Path, kinds: tuple[Kind, ...]) -> 
     """Write the same random weights in every format that a side reads."""
     params = write_model(config, 0, folder / "hf")
     for kind in kinds:
-        write_gguf(params, config, folder / f"{kind}.gguf", kind)
+        write_gguf(params, config, numbers(config.vocab_size), folder / f"{kind}.gguf", dtype=kind, general={})
+
+
+def numbers(size: int) -> dict[str, Any]:
+    """Return the fields of a vocabulary of numbers: token ids are exchanged with llama.cpp, and no text."""
+    # llama.cpp refuses a file without merges
+    fields = {
+        "model": "gpt2",
+        "tokens": [f"<{i}>" for i in range(size)],
+        "token_type": [1] * size,
+        "merges": ["< 0"],
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
 
 
 def decode(

@@ -71,7 +71,10 @@ def photograph(url: str, chromium: str, out: Path, *, prompt: str, seed: int, **
         page = browser.new_page(**window)
         page.set_default_timeout(SECONDS * 1_000)
         page.goto(url)
-        page.wait_for_selector("#sheet textarea")
+        page.wait_for_selector("[role=tab], #sheet textarea", state="attached")
+        notebook = page.get_by_role("tab", name="Notebook")  # a model with a chat template opens on its chat
+        if notebook.count():
+            notebook.click()
         page.wait_for_function("() => document.querySelector('#continue')?.offsetParent")
         page.locator("#seed input, #seed textarea").first.fill(str(seed))
         page.fill("#sheet textarea", prompt)

@@ -89,11 +89,16 @@ def _row(name: str, outcome: Outcome, reference: Outcome, work: StepWork, alone:
 def with_mfu(rows: list[Row]) -> list[Row]:
     """Add the MFU to the rows if the device's peak is known; last, because JAX takes its memory then."""
     import jax
+    import ml_dtypes  # noqa: F401 - lets numpy know bfloat16
+    import numpy as np
 
     from smollm_jax.runtime.devices import peak_flops
 
-    peak = peak_flops(jax.devices()[0])
-    return [row | {"MFU": row["GFLOP/s"] * 1e9 / peak} if peak and "GFLOP/s" in row else row for row in rows]
+    peaks = {dtype: peak_flops(jax.devices()[0], np.dtype(dtype)) for dtype in {row["dtype"] for row in rows}}
+    return [
+        row | {"MFU": row["GFLOP/s"] * 1e9 / peak} if (peak := peaks[row["dtype"]]) and "GFLOP/s" in row else row
+        for row in rows
+    ]
 
 
 def best_of(rows: list[Row]) -> list[Row]:

@@ -1,6 +1,7 @@
 """Settings for every test: eight CPU devices, strict rank promotion, no network, no accelerator."""
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -30,6 +31,17 @@ def _no_more_memory_than_one_file_needs():
     """Drop compiled programs after each file: JAX keeps every one, 7 GB at the end of all tests."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def settings_restored():
+    """Put back what a run sets in its process."""
+    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
+    before, handlers = {name: getattr(jax.config, name) for name in options}, logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -83,15 +95,14 @@ def tokenizer(tmp_path_factory, corpus):
     return folder
 
 
-@pytest.fixture
-def train(tmp_path, cache, corpus, tokenizer):
-    """Starts `train_jax.py` on the corpus in a folder of the test's own."""
+@pytest.fixture(scope="session")
+def train_in(cache, corpus, tokenizer):
+    """Starts `train_jax.py` on the corpus, in a run folder."""
 
-    def start(*flags, run="run", data=None):
+    def start(folder, *flags, data=None):
         command = [
             sys.executable, str(ROOT / "train_jax.py"), "--data", data or f"{corpus}/*.jsonl", *TINY,
-            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache),
-            "--run-dir", str(tmp_path / run), *flags,
+            "--tokenizer", str(tokenizer), "--compilation-cache-dir", str(cache), "--run-dir", str(folder), *flags,
         ]  # fmt: skip
         return subprocess.Popen(
             command,
@@ -102,3 +113,9 @@ def train(tmp_path, cache, corpus, tokenizer):
         )
 
     return start
+
+
+@pytest.fixture
+def train(tmp_path, train_in):
+    """Starts `train_jax.py` on the corpus in a folder of the test's own."""
+    return lambda *flags, run="run", data=None: train_in(tmp_path / run, *flags, data=data)

@@ -17,24 +17,24 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 994),
+    "runtime": ("", 1_021),
     "config": ("runtime", 805),
-    "tokenizer": ("runtime", 850),
+    "tokenizer": ("runtime", 868),
     "model": ("config runtime", 587),
-    "data": ("tokenizer config runtime", 1_900),
+    "data": ("tokenizer config runtime", 1_912),
     "distributed": ("config runtime", 552),
-    "kernels": ("model config runtime", 1_182),
-    "hf": ("model tokenizer config runtime", 1_043),
+    "kernels": ("model config runtime", 1_183),
+    "hf": ("model tokenizer config runtime", 1_815),
     "checkpoint": ("distributed runtime", 712),
-    "generation": ("kernels model config runtime", 704),
-    "runs": ("hf checkpoint data tokenizer config runtime", 868),
-    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 1_968),
-    "serving": ("runs generation hf model tokenizer config runtime", 2_140),
-    "planning": ("training kernels distributed model config runtime", 493),
-    "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_053),
+    "generation": ("kernels model config runtime", 834),
+    "runs": ("hf checkpoint data tokenizer config runtime", 929),
+    "training": ("runs generation kernels checkpoint data distributed model tokenizer config runtime", 2_028),
+    "serving": ("runs generation hf model tokenizer config runtime", 2_907),
+    "planning": ("training kernels distributed model config runtime", 507),
+    "cli": ("planning training serving runs generation hf checkpoint distributed tokenizer config runtime", 1_075),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 5_260, 16_487
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 5_332, 18_371
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

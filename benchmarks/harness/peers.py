@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.harness.gguf import Kind
 from benchmarks.harness.sides import Ready, repeated
 from benchmarks.harness.workload import Dtype, Prompts, StepWork, ready_to_decode
 
 Form = Literal["eager", "compile", "max-autotune"]
 Cache = Literal["dynamic", "static"]
+Kind = Literal["f32", "f16", "q8_0"]  # of llama.cpp's weights
 
 
 def torch_device() -> str:

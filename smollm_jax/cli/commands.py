@@ -9,17 +9,19 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from smollm_jax.cli.arguments import check_model, parse
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.runtime.errors import EXIT_FAILED, say
+from smollm_jax.runtime.errors import EXIT_FAILED, require, say
 from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
 Dtype = Literal["float32", "bfloat16"]
+FileDtype = Literal["float32", "bfloat16", "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+DTYPES = {"hf": ("float32", "bfloat16"), "gguf": get_args(FileDtype)[2:]}  # the default first
 
 
 def export(
@@ -27,41 +29,54 @@ def export(
     *,
     out: str,
     step: int | None = None,
-    dtype: Dtype = "float32",
+    format: Literal["hf", "gguf"] = "hf",
+    dtype: FileDtype | None = None,
     verify: bool = True,
     merge: bool = False,
 ) -> int:
-    """Write a Hugging Face folder that AutoModelForCausalLM loads. Of adapters, a folder that PEFT loads.
+    """Write a Hugging Face folder that AutoModelForCausalLM loads, or a GGUF file for llama.cpp and Ollama.
+
+    Adapters become a folder that PEFT loads, or a whole model with --merge.
 
     For example: smollm export runs/quickstart --out my-model
 
     Args:
-        run: Run folder.
+        run: Run folder. For GGUF also a Hugging Face folder or Hub id.
         out: Folder to write.
         step: Step of the checkpoint. Default: the newest good one.
-        dtype: Dtype of the file. float32 keeps the bits of the checkpoint.
-        verify: Compare the written folder with the checkpoint, and remove it if they differ.
+        format: hf, a Hugging Face folder, or gguf, a folder with a GGUF file and Ollama's Modelfile.
+        dtype: Dtype of the file. hf: float32 keeps the bits of the checkpoint and is the default; or bfloat16.
+            gguf: f16, the default, or another of the shorter names; q8_0 halves it with next to no loss.
+        verify: Compare what was written with the checkpoint, and remove it if they differ.
         merge: Merge adapters with their base in float32, and write a whole model.
     """
-    from smollm_jax.runs.convert import export_run
+    given = dtype or DTYPES[format][0]
+    expected = f"--format {format} writes {', '.join(DTYPES[format])}; --dtype {given} came"
+    require(given in DTYPES[format], expected)
+    require(not merge or format == "hf", "a GGUF file always has adapters merged; leave --merge out")
+    from smollm_jax.runs.convert import export_model, export_run
 
     try:
-        exported, checked = export_run(run, out, step=step, dtype=dtype, verify=verify, merge=merge)
+        if format == "gguf":
+            written, checked = export_model(run, out, step=step, dtype=given, verify=verify)
+        else:
+            exported, checked = export_run(run, out, step=step, dtype=given, verify=verify, merge=merge)
+            written, checked = Path(out), f"step {exported:,}: {checked}"
     except RuntimeError as error:
         say(f"error: the export was rolled back: {error}")
         return EXIT_FAILED
-    say(f"step {exported:,}: {checked}")
-    print(Path(out))
+    say(checked)
+    print(written)
     return 0
 
 
 def import_(path: Positional, *, out: str) -> int:
-    """Make a run of Hugging Face weights, to serve or for `smollm train --init-from`.
+    """Make a run of Hugging Face or GGUF weights, to serve or for `smollm train --init-from`.
 
     For example: smollm import HuggingFaceTB/SmolLM2-135M --out runs/base
 
     Args:
-        path: Hugging Face folder or Hub id.
+        path: Hugging Face folder, Hub id or GGUF file.
         out: Run folder to make.
     """
     from smollm_jax.runs.convert import import_run

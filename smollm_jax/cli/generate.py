@@ -58,17 +58,23 @@ def generate(
     require(chat or not system, "--system is an instruction of a conversation; give --chat too")
     check_model(path)
     file = source and PromptFile(Path(expand_home(source)))
+    from smollm_jax.runs.load import is_run, newest_step
     from smollm_jax.serving.completion import open_completer
 
     chosen = sampling.sampling(GREEDY)
-    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
+    step = newest_step(path) if file and is_run(path) else None  # rows may come later
+    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens, step=step)
     encode = _encoder(completer, chat=chat, system=system)
     if not file or output is None:
         _complete(completer, str(prompt), encode(prompt), chosen, stop, chat=chat)
         return 0
     settings: dict[str, Any] = asdict(chosen) | {"stop": list(stop), "chat": chat, "system": system}
     unneeded = ("stop_ids", "min_new_tokens", "seed")
-    about = {"model": path, "sampling": {name: settings[name] for name in settings if name not in unneeded}}
+    engine = {"step": step, "by": completer.about, "special_tokens": completer.tokenizer.mode}
+    about = {
+        "model": {"path": path} | engine,
+        "sampling": {name: settings[name] for name in settings if name not in unneeded},
+    }
     file.complete(Path(expand_home(output)), completer, encode, sampling=chosen, stop=stop, about=about)
     return 0
 

@@ -33,8 +33,8 @@ class ComputeConfig:
     mesh: str = setting("", resume="same maths")
     """Devices per mesh axis, such as data=4,fsdp=2,tensor=1 (empty: all devices on data)."""
     # free: the dtype that auto resolves to is compared at the start, by training.setup.check_computed
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", resume="free")
-    """Compute dtype over float32 parameters. auto: float32 on a CPU, bfloat16 on GPU and TPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", resume="free")
+    """Compute dtype over float32 parameters. auto: float32 on a CPU, float16 on T4 and V100, else bfloat16."""
     remat: Literal["auto", "none", "dots", "full"] = setting("auto", resume="same maths")
     """What the backward pass recomputes. none: cheap ops; dots: all but matmuls; full: all; auto: by memory."""
     attention: AttentionName = setting("auto", resume="same maths")

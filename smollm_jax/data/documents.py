@@ -28,19 +28,19 @@ class Document:
         return "\n".join(message["content"] for message in messages) or self.text
 
 
-def content_of(value: Any, column: str) -> tuple[str, Conversation | None, str]:
+def content_of(value: Any, column: str, *, chat: bool) -> tuple[str, Conversation | None, str]:
     """Return the text of a row's value, any conversation, and why the value cannot be used.
 
-    A value is text, or the columns of a row that may hold a conversation.
+    A value is text, or with `chat` the columns of a row that may hold a conversation.
     """
     conversation = None
-    if isinstance(value, dict):
+    if chat and isinstance(value, dict):
         if format_of(value):
             try:
                 conversation = conversation_of(value)
             except UserError as error:
                 return "", None, str(error)
-        value = conversation.text if conversation else value[column]
+        value = conversation.text if conversation else value.get(column)
     if not isinstance(value, str):
         return "", None, f"{column} is {type(value).__name__}, not text"
     what = "a message" if conversation else column

@@ -15,7 +15,7 @@ from smollm_jax.data.best_fit import BestFitPacker
 from smollm_jax.data.chat import spoken_bytes
 from smollm_jax.data.documents import Document
 from smollm_jax.data.packing import Batch, pack
-from smollm_jax.data.shuffle import TokenizedDocument, text_hash, tokenize, without
+from smollm_jax.data.shuffle import TokenizedDocument, exclusions, text_hash, tokenize, without
 from smollm_jax.data.sources import mixture, open_source
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def _all_documents(config: DataConfig, data: str) -> Iterator[Iterator[Document]
 
 def head_texts(config: DataConfig) -> Iterator[str]:
     """Yield texts from the head of each source in turn, without the held-out texts."""
-    excluded = {text_hash(one.kept + one.text): len(one.kept) for one in _held_out_documents(config)}
+    excluded = exclusions(_held_out_documents(config))
     documents = chain.from_iterable(zip_longest(*_all_documents(config, config.data)))
     yield from (document.words for document in without(excluded, filter(None, documents)))
 

@@ -76,11 +76,13 @@ def read_parquet(
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
             if first + rows > start["row"]:
-                table = parquet.read_row_group(group, columns=names).select(names)
+                table = parquet.read_row_group(group, columns=names)
+                found = table.schema.names  # of two of a name, the first is read
+                cells = {name: table.column(found.index(name)) for name in names}
                 for row in filter(wanted, range(max(start["row"], first), first + rows)):
                     try:
-                        cells = {name: table.column(name)[row - first].as_py() for name in names}
-                        value, fault = columns.value(cells), ""
+                        value = columns.value({name: cells[name][row - first].as_py() for name in names})
+                        fault = ""
                         if isinstance(value, str) and len(value) > LONGEST_BYTES:
                             value, fault = None, TOO_LONG
                     except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ from smollm_jax.data.readers import Cursor
 from smollm_jax.data.sources import START, WHOLE, Shard, Source
 from smollm_jax.runtime.background import BackgroundTask
 from smollm_jax.runtime.errors import SourceTimeout, UserError, require
-from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.tokenizer.tokenizer import EOS, Tokenizer
 
 # documents: enough to keep the tokenizer's threads busy, few enough that memory per token stays small
 TOKENIZED_TOGETHER, CHARACTERS_TOGETHER = 256, 2**24
@@ -34,9 +34,9 @@ def text_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def exclusions(held_out: Iterable[TokenizedDocument]) -> dict[int, int]:
+def exclusions(held_out: Iterable[Document]) -> dict[int, int]:
     """Return the hash of each held-out text, with the characters of it to train on."""
-    return {text_hash(one.kept + one.text): len(one.kept) for one, _ in held_out}
+    return {text_hash(one.kept + one.text): len(one.kept) for one in held_out}
 
 
 def without(excluded: dict[int, int], documents: Iterable[Document]) -> Iterator[Document]:
@@ -63,15 +63,17 @@ def tokenize(
 
 def _tokens(group: list[Document], tokenizer: Tokenizer, settings: DataConfig | None) -> Iterator[np.ndarray]:
     talks: dict[int, np.ndarray] = {}
+    end = tokenizer.eos_id
     if settings is not None and settings.is_chat:
         places = [i for i, document in enumerate(group) if document.conversation]
         encoded = encode_conversations([group[i] for i in places], tokenizer, settings)
+        end = tokenizer.special_tokens.get(EOS, end)  # a text ends as the base model's do, not as a turn
         talks = {i: fitted(one, settings.seq_len + 1) for i, one in zip(places, encoded, strict=True)}
     texts = iter(tokenizer.encode_batch([one.text for i, one in enumerate(group) if i not in talks]))
     for i in range(len(group)):
         ids = talks[i] if i in talks else next(texts)
-        ended = i in talks or (len(ids) > 0 and ids[-1] == tokenizer.eos_id)  # by its own post-processor
-        yield ids if ended else np.append(ids, np.int32(tokenizer.eos_id))
+        ended = i in talks or (len(ids) > 0 and ids[-1] == end)  # by its own post-processor
+        yield ids if ended else np.append(ids, np.int32(end))
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -133,13 +135,13 @@ class ShuffledSource:
                 state["tokens"] += len(window.documents[i][1])
                 return window.documents[i]
             require(i == len(window.documents), f"the cursor points past a window of {self.source.name}")
+            index, count = self.shard.index, self.shard.count
+            where = "" if count == 1 else f" in shard {index + 1} of {count} (give a smaller --shards)"
             if not window.documents and state["number"] == 0:
-                index, count = self.shard.index, self.shard.count
-                where = "" if count == 1 else f" in shard {index + 1} of {count} (give a smaller --shards)"
                 empty = f"--data {self.source.name} holds no document to train on{where}"
                 raise UserError(f"{empty}; held-out documents do not count")
             if window.following["epoch"] > state["epoch"] and not state["tokens"]:
-                longest = f"none of its {state['dropped']:,} conversations has an answer that fits --seq-len"
+                longest = f"none of {state['dropped']:,} conversations{where} has an answer that fits --seq-len"
                 raise UserError(f"--data {self.source.name}: {longest} {self.source.settings.seq_len}")
             state |= window.following
             self._current = None

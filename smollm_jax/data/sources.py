@@ -63,6 +63,7 @@ class Source:
 
     def __init__(self, name: str, files: list[str], sizes: list[int], prints: list[str], settings: DataConfig):
         self.name, self.files, self.sizes, self.settings = name, files, sizes, settings
+        self.columns = Columns(settings.text_column, chat=settings.data_kind == "chat")
         self.fingerprint = " ".join(prints)
         self.closed = threading.Event()
 
@@ -74,8 +75,7 @@ class Source:
         """Yield the wanted rows of file `start["file"]` from `start` on. Raises what its parser raises."""
         path = self.files[start["file"]]
         read = read_parquet if path.endswith(".parquet") else read_text
-        columns = Columns(self.settings.text_column, chat=self.settings.data_kind == "chat")
-        return read(self.open(start["file"]), path, start, columns, wanted)
+        return read(self.open(start["file"]), path, start, self.columns, wanted)
 
     def documents(
         self, cursor: Cursor | None = None, skipped: list[str] | None = None, shard: Shard = WHOLE
@@ -97,7 +97,7 @@ class Source:
             try:
                 for record in self.records(cursor, WHOLE.has if by_file else shard.has):
                     cursor, tries = record.after, 0
-                    text, conversation, fault = content_of(record.value, self.settings.text_column)
+                    text, conversation, fault = content_of(record.value, self.columns.text, chat=self.columns.chat)
                     if fault := record.fault or fault:
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
                     elif text.strip():

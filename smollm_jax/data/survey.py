@@ -1,5 +1,6 @@
 """Survey conversations before training: targets, lengths, and the rows that they fill."""
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 
@@ -28,11 +29,13 @@ class Survey:
         self.dropped = self.cut = 0  # conversations of which nothing is trained, or that lose turns
         self.longest = self.tokens = self.trained = self.rows = 0
         self.ends = 0  # trained tokens that end a turn
+        self.tokens_of: Counter[str] = Counter()  # of each source
         self.first: np.ndarray | None = None  # the conversation to show
         self._end, self._packer = end, BestFitPacker[int](seq_len)
 
-    def add(self, tokens: np.ndarray, length: int, *, talk: bool) -> None:
+    def add(self, tokens: np.ndarray, length: int, source: str, *, talk: bool) -> None:
         """Count a document of `length` tokens, of which the `tokens` are for training."""
+        self.tokens_of[source] += len(tokens)
         self.conversations += talk
         self.texts += not talk
         self.dropped += not len(tokens)
@@ -49,6 +52,11 @@ class Survey:
             self._packer.batch(1)
             self.rows += 1
 
+    def rows_of(self, epochs: int, shares: list[tuple[str, float]]) -> int:
+        """Return the rows of so many epochs, in a mixture of the source that ends first: then its shares end."""
+        most = min(epochs * self.tokens_of[source] / share for source, share in shares)
+        return int(self.rows * most / max(self.tokens, 1))
+
     def finish(self) -> None:
         """Count the rows of what is left in the buffer."""
         while self._packer.batch(1).segment_ids.any():
@@ -64,10 +72,10 @@ def survey(config: DataConfig, tokenizer: Tokenizer, excluded: dict[int, int], *
     found, documents = Survey(config.seq_len, end), _documents(config, excluded, None if whole else HEAD)
     while group := list(islice(documents, TOKENIZED_TOGETHER)):
         talks = [document for document in group if document.conversation]
-        for one in encode_conversations(talks, tokenizer, config):
-            found.add(fitted(one, config.seq_len + 1), len(one.ids), talk=True)
-        for _, ids in tokenize((document for document in group if not document.conversation), tokenizer):
-            found.add(ids, len(ids), talk=False)
+        for document, one in zip(talks, encode_conversations(talks, tokenizer, config), strict=True):
+            found.add(fitted(one, config.seq_len + 1), len(one.ids), document.source, talk=True)
+        for document, ids in tokenize((document for document in group if not document.conversation), tokenizer):
+            found.add(ids, len(ids), document.source, talk=False)
     found.finish()
     never = f"the token {end}, which ends a turn, is never trained, so that no model would learn to stop"
     require(found.first is None or found.ends > 0, f"--data {config.data}: {never}")

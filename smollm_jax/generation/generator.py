@@ -15,18 +15,17 @@ import numpy as np
 from flax import nnx
 
 from smollm_jax.generation.decoder import Decoder
-from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_first, choose_token
+from smollm_jax.generation.lengths import bucket, check_prompt
+from smollm_jax.generation.programs import Programs
+from smollm_jax.generation.sampling import Sampling, SamplingArrays, Score, choose_first, choose_token
 from smollm_jax.model.loss import target_logprobs
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
-SMALLEST_BUCKET = 32
 SCORED = 256  # tokens of a text whose logits exist at once
-PART, PART_ON_CPU = (
-    512,
-    128,
-)  # tokens of a prompt per program. 128 take two cores 1.3 s at 8,192 positions
+ALTERNATIVES = 5  # likeliest tokens that come with the score of a token
+PART, PART_ON_CPU = 512, 128  # tokens of a prompt per program. A request can be cancelled between two
 CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. One loop is compiled
 
 
@@ -57,6 +56,7 @@ class Generator:
         self._first = jax.jit(precise(self._first_token), static_argnames="greedy")
         self._decode = jax.jit(precise(self._decode_rows), static_argnames="greedy", donate_argnames="rows")
         self._score = jax.jit(precise(self._score_chunk), donate_argnames="cache")
+        self.programs = Programs()
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
 
@@ -65,6 +65,12 @@ class Generator:
         self._graphdef, state = nnx.split(Decoder(model, kernels=self._kernels))
         # plain leaves: walking an NNX state costs the host a millisecond a call
         self._weights, self._structure = jax.tree.flatten(state)
+        self._shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self._weights]
+
+    @property
+    def is_compiling(self) -> bool:
+        """Return whether a text waits for a program to compile."""
+        return self.programs.waiting > 0
 
     def unload(self) -> None:
         """Free the weights until the next `load`."""
@@ -101,26 +107,37 @@ class Generator:
 
         A text is read in chunks with the cache, and the logits of one chunk exist at a time. Raises `UserError`.
         """
+        scores = [score for part in self.score(ids) for score in part]
+        return [score.logprob for score in scores], [score.is_likeliest for score in scores]
+
+    def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
+        """Yield the scores of each id but the first, part by part.
+
+        They are of the softmax of the raw logits, whatever a sampling makes of these. Closing the iterator ends
+        the work. Raises `UserError` as `check_prompt` does.
+        """
         check_prompt(ids, context=self.context + 1, vocab_size=self.vocab_size)
-        length = _bucket(len(ids))
+        length, left = bucket(len(ids)), len(ids) - 1
         size = min(length, SCORED)
         padded = np.zeros(length + 1, np.int32)
         padded[: len(ids)] = ids
-        cache, found, are_argmax = self._decoder(self._weights).init_cache(1, length), [], []
-        for start in range(0, len(ids) - 1, size):
+        cache = self._decoder(self._weights).init_cache(1, length)
+        for start in range(0, left, size):
             tokens_1T, targets_T = padded[None, start : start + size], padded[start + 1 : start + 1 + size]
-            logprob_T, is_argmax_T, cache = self._score(
-                self._weights, tokens_1T, targets_T, np.int32(start), cache
-            )
-            found += np.asarray(logprob_T).tolist()
-            are_argmax += np.asarray(is_argmax_T).tolist()
-        return found[: len(ids) - 1], are_argmax[: len(ids) - 1]
+            with self.programs.calling("score", size, length):
+                *found, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
+            logprobs, are_best, ids_TA, logprobs_TA = (np.asarray(one)[: left - start].tolist() for one in found)
+            likeliest = (list(zip(*pair, strict=True)) for pair in zip(ids_TA, logprobs_TA, strict=True))
+            yield [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
 
     def _score_chunk(self, weights, tokens_1T, targets_T, start, cache):
         decoder = self._decoder(weights)
         positions_1T = start + jnp.arange(tokens_1T.shape[1])[None]
         x_1TD, cache = decoder.features(tokens_1T, positions_1T, cache)
-        return *target_logprobs(decoder.logits(x_1TD[0]), targets_T), cache
+        logits_TV = decoder.logits(x_1TD[0])
+        best_TA, ids_TA = jax.lax.top_k(logits_TV, min(ALTERNATIVES, self.vocab_size))
+        best_TA -= jax.nn.logsumexp(logits_TV, axis=1)[:, None]
+        return *target_logprobs(logits_TV, targets_T), ids_TA, best_TA, cache
 
     def chunks(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -134,13 +151,13 @@ class Generator:
             check_prompt(prompt, context=self.context, vocab_size=self.vocab_size)
         lengths = [len(prompt) for prompt in prompts]
         room = [min(sampling.max_new_tokens, self.context - length) for length in lengths]
-        tokens_BT = np.zeros((len(prompts), min(_bucket(max(lengths)), self.context)), np.int32)
+        tokens_BT = np.zeros((len(prompts), min(bucket(max(lengths)), self.context)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         arrays, greedy = SamplingArrays.from_sampling(sampling, seeds), sampling.temperature == 0
         rows = self._read_prompts(
             tokens_BT, np.asarray(lengths, np.int32), arrays, greedy=greedy,
-            length=min(_bucket(max(lengths) + max(room)), self.context),
+            length=min(bucket(max(lengths) + max(room)), self.context),
         )  # fmt: skip
         if rows is None:
             return
@@ -149,7 +166,8 @@ class Generator:
             ahead: Any = None
             if max(room) > pending.shape[1]:
                 # the device computes the next chunk while the caller reads this one
-                ahead, rows = self._decode(self._weights, rows, arrays, greedy=greedy)
+                with self.programs.calling("decode", _shape(rows), greedy):
+                    ahead, rows = self._decode(self._weights, rows, arrays, greedy=greedy)
             texts = []
             for row, ids in enumerate(np.asarray(pending).tolist()):
                 new = ids[: room[row]]
@@ -161,19 +179,60 @@ class Generator:
 
     def _read_prompts(self, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool) -> DecodeState | None:
         """Return the state after the prompts, None if cancelled."""
-        T, part = tokens_BT.shape[1], self.part
+        (B, T), part, programs = tokens_BT.shape, self.part, self.programs
         if part >= T:
-            return self._prefill(self._weights, tokens_BT, lengths_B, arrays, length=length, greedy=greedy)
+            with programs.calling("prefill", B, T, length, greedy):
+                return self._prefill(self._weights, tokens_BT, lengths_B, arrays, length=length, greedy=greedy)
         read = self._nothing_read(self._weights, len(tokens_BT), length)
         for start in range(0, int(lengths_B.max()), part):
             first = min(start, T - part)  # a part that begins earlier makes the same keys and values again
             part_BT = tokens_BT[:, first : first + part]
-            read = self._read(self._weights, part_BT, np.int32(first), lengths_B, read)
+            with programs.calling("read", B, part, length):
+                read = self._read(self._weights, part_BT, np.int32(first), lengths_B, read)
             read[0].block_until_ready()  # not to send the device all parts at once
             if self.cancelled():
                 return None
-        token_B, seen_BV = self._first(self._weights, tokens_BT, lengths_B, read[0], arrays, greedy=greedy)
+        with programs.calling("first", B, T, greedy):
+            token_B, seen_BV = self._first(self._weights, tokens_BT, lengths_B, read[0], arrays, greedy=greedy)
         return DecodeState(token_B, jnp.asarray(lengths_B), seen_BV, read[1])
+
+    def programs_of(
+        self, prompt: int, text: int, stop_ids: Sequence[int], *, greedy: bool
+    ) -> list[Callable[[], None]]:
+        """Return functions that compile, and do not run, the programs of a single text.
+
+        `prompt` tokens are read, and the text then grows to `text` tokens. The functions may run in any thread.
+        """
+        T, length = (min(bucket(size), self.context) for size in (prompt, text))
+        arrays = SamplingArrays.from_sampling(Sampling(stop_ids=tuple(stop_ids)))
+        ints_1: Any = jax.ShapeDtypeStruct((1,), np.int32)
+        weights = self._shapes  # the arrays may be freed meanwhile
+        read = jax.eval_shape(lambda weights: self._nothing_read(weights, 1, length), weights)
+        seen_1V: Any = jax.ShapeDtypeStruct((1, self.vocab_size), bool)
+        rows = DecodeState(ints_1, ints_1, seen_1V, read[1])
+        tokens_1T = np.zeros((1, T), np.int32)
+
+        def ahead(key: tuple[Any, ...], program: Any, *arguments: Any, **static: Any) -> Callable[[], None]:
+            def compile_it() -> None:
+                with self.programs.compiling(*key) as is_new:
+                    if is_new:
+                        program.lower(weights, *arguments, **static).compile()
+
+            return compile_it
+
+        decode = ahead(("decode", _shape(rows), greedy), self._decode, rows, arrays, greedy=greedy)
+        if self.part >= T:
+            static = {"length": length, "greedy": greedy}
+            return [
+                ahead(("prefill", 1, T, *static.values()), self._prefill, tokens_1T, ints_1, arrays, **static),
+                decode,
+            ]
+        part_1T = tokens_1T[:, : self.part]
+        return [
+            ahead(("read", 1, self.part, length), self._read, part_1T, np.int32(0), ints_1, read),
+            ahead(("first", 1, T, greedy), self._first, tokens_1T, ints_1, read[0], arrays, greedy=greedy),
+            decode,
+        ]
 
     def _prefill_rows(self, weights, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool) -> DecodeState:
         read = self._nothing_read(weights, len(tokens_BT), length)
@@ -235,16 +294,5 @@ def generate(model: SmolLM, prompts: Sequence[Sequence[int]], **sampling: Any) -
     return Generator(model).generate(prompts, Sampling(**{"stop_ids": model.config.stop_ids} | sampling))
 
 
-def check_prompt(prompt: Sequence[int], *, context: int, vocab_size: int) -> None:
-    """Raise `UserError` unless the ids fit the vocabulary and leave room in the context."""
-    length = len(prompt)
-    odd = next((token for token in prompt if not isinstance(token, int | np.integer)), 0)
-    require(isinstance(odd, int | np.integer), f"token ids are whole numbers; {odd!r:.40} came")
-    require(0 < length < context, f"the prompt has {length:,} tokens; the model reads 1 to {context - 1:,}")
-    for token in (min(prompt), max(prompt)):
-        require(0 <= token < vocab_size, f"token id {token} is outside the vocabulary, 0 to {vocab_size - 1:,}")
-
-
-def _bucket(length: int) -> int:
-    """Round `length` up to a power of two of at least `SMALLEST_BUCKET`."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def _shape(rows: DecodeState) -> tuple[int, ...]:
+    return tuple(rows.cache[0][0].shape)

@@ -51,6 +51,14 @@ class Sampling:
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
 
 
+class Score(NamedTuple):
+    """What a model expected at a token: its log-probability, and the likeliest ids there with theirs."""
+
+    logprob: float
+    is_likeliest: bool
+    likeliest: list[tuple[int, float]]
+
+
 class SamplingArrays(NamedTuple):
     """The numbers of a `Sampling` as device values: a new value compiles nothing."""
 

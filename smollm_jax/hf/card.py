@@ -35,12 +35,15 @@ class About:
     """Whether it was fine-tuned on conversations."""
 
 
-def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None) -> str:
-    """Return Markdown with the front matter that the Hub reads."""
+def model_card(
+    config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None, gguf: str | None = None
+) -> str:
+    """Return Markdown with the front matter that the Hub reads. `gguf` is the file's name if it is a GGUF file."""
     rows = {"Parameters": f"{config.num_parameters:,}", "File dtype": dtype}
     rows |= {label: _cell(value) for label, value in about.rows.items() if value is not None}
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
-    head = [f"license: {LICENSE}", "library_name: transformers", "pipeline_tag: text-generation"]
+    library = "llama.cpp" if gguf else "transformers"
+    head = [f"license: {LICENSE}", f"library_name: {library}", "pipeline_tag: text-generation"]
     head += [f"language: {about.language}"] if about.language else []
     head += [f"base_model: {about.base_model}"] if about.base_model else []
     head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
@@ -51,12 +54,7 @@ def model_card(config: ModelConfig, about: About, *, dtype: str, checked: str, p
         f"Trained with smollm-jax. {INSTRUCT if about.chat else BASE}",
         f"| | |\n|---|---|\n{table}",
         *([f"![loss]({picture})"] if picture else []),
-        f"""```python
-from transformers import pipeline
-
-write = pipeline("text-generation", "{PLACE}")
-print({_call(about)})
-```""",
+        _use_gguf(gguf) if gguf else _use_transformers(about),
         *([f"A sample from the end of the training:\n\n{_quoted(_sample(about))}"] if about.sample else []),
         f"Check at export: {checked}.",
     ]
@@ -90,6 +88,22 @@ def adapter_card(settings: AdapterConfig, about: About, *, base: str, checked: s
         f"Check at export: {checked}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use_transformers(about: About) -> str:
+    return f"""```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "{PLACE}")
+print({_call(about)})
+```"""
+
+
+def _use_gguf(file: str) -> str:
+    return f"""```bash
+llama-server -m {file}
+ollama create my-model -f Modelfile && ollama run my-model
+```"""
 
 
 def _cell(value: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.hf.config_json import LARGEST_SIZE, model_config, token_ids
+from smollm_jax.hf.gguf_file import SUFFIX
 from smollm_jax.hf.mapping import Params, from_hf, tensors
 from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import expand_home, read_json
@@ -79,11 +80,19 @@ def local_folder(path: str | Path) -> Path:
         raise UserError(f"{path} is no folder here and {reason}") from None
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Return whether `path` is a file whose name ends in .gguf."""
+    path = expand_home(path)
+    return path.suffix == SUFFIX and path.is_file()
+
+
 def check_place(path: str | Path) -> Path:
-    """Return `path` with ~ expanded. Raises `UserError` unless it is a folder or reads like a Hub id."""
+    """Return `path` with ~ expanded. Raises `UserError` if it is no folder or .gguf file and no id."""
     folder = expand_home(path)
     require(
-        folder.is_dir() or (str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))),
+        folder.is_dir()
+        or is_gguf(path)
+        or (str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))),
         f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
     )
     return folder

@@ -86,7 +86,8 @@ def _obstacle(name: str, device: Any, dtype: Any) -> str:
     if capability < TRITON_CAPABILITY:
         return f"{name} needs compute capability {TRITON_CAPABILITY}, and {device.device_kind} has {capability}"
     if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"{name} is for bfloat16; tensor cores would round {jnp.dtype(dtype).name} down"
+        rounds = "; tensor cores would round float32 down" if jnp.dtype(dtype) == jnp.float32 else ""
+        return f"{name} is for bfloat16{rounds}"
     return ""
 
 

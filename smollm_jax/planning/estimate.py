@@ -17,12 +17,15 @@ from smollm_jax.config.settings import Config
 from smollm_jax.distributed.sharding import bytes_a_device, padded_rows, row_shards
 from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.topology import Chip
-from smollm_jax.runtime.devices import compute_dtype, peak_flops
+from smollm_jax.runtime.devices import peak_flops, training_dtype
 from smollm_jax.training.step import abstract_state
 
-# assumptions! Large matrix products reach half of a chip's peak, ordered reads and writes 80 % of the memory's.
-# Small slices lack the links that would close a ring, so half of the interconnect is idle.
-COMPUTE_SHARE, BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.5, 0.8, 0.5
+# The share of its peak that a step of 135M reached on the one accelerator it ran on: an H200, remat none, in
+# bfloat16, benchmarks/RESULTS.md. Other chips may reach more or less.
+COMPUTE_SHARE = 0.42
+# assumptions! Ordered reads and writes reach 80 % of the memory's rate. Small slices lack the links that would
+# close a ring, so half of the interconnect is idle.
+BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.8, 0.5
 
 STATE_BYTES = 12  # per parameter: the parameter and its two moments, f32
 UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written; gradient, parameter, moments read; the last three written
@@ -39,7 +42,7 @@ class Step:
 
     @property
     def dtype(self) -> Any:
-        return compute_dtype(self.config.compute.dtype, self.mesh.devices.flat[0].platform)
+        return training_dtype(self.config.compute.dtype, self.mesh.devices.flat[0])
 
     @property
     def rows_per_chip(self) -> int:
@@ -79,11 +82,11 @@ class Step:
 
 
 def estimate(step: Step, chip: Chip) -> dict[str, float]:
-    """Estimate seconds, tokens/s and MFU of `step` in bfloat16 on chips of the kind `chip`.
+    """Estimate seconds, tokens/s and MFU of `step` on chips of the kind `chip`, whose peak is known.
 
     The MFU counts the model's FLOPs, not the recomputed ones, against the peak of all chips.
     """
-    peak = peak_flops(chip)
+    peak = peak_flops(chip, step.dtype)
     assert peak is not None, chip.device_kind
     config, tokens = step.config, step.batch_size * step.config.data.seq_len
     flops = flops_per_token(config, step.remat) * step.tokens_per_chip / step.mesh.shape["tensor"]
@@ -117,17 +120,17 @@ def flops_per_token(config: Config, remat: Policy) -> float:
 def traffic_bytes(step: Step) -> float:
     """Return the bytes per step between one chip and its memory.
 
-    Each matrix product reads its inputs and writes its output once, forward and twice backward, at 2 bytes.
-    Everything between products is fused into them. Per token, f32 logits are written and read three times, and
-    their 2-byte gradient once and twice. AdamW passes once over the state.
+    Each matrix product reads its inputs and writes its output once, forward and twice backward, in the compute
+    dtype. Everything between products is fused into them. Per token, f32 logits are written and read three times,
+    and their gradient once and twice. AdamW passes once over the state.
     """
-    model = step.config.model
+    model, width = step.config.model, step.dtype.itemsize
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     D, F = model.hidden_size, model.intermediate_size
     ends = 2 * (D + N_H) + 2 * (D + K_H) + 3 * (D + F)
     passes = 4 if step.remat == "full" else 3
-    per_token = model.num_layers * ends * 2 * passes + model.vocab_size * (3 * 4 + 3 * 2)
-    weights = model.num_parameters * 2 * passes * step.config.compute.grad_accum
+    per_token = model.num_layers * ends * width * passes + model.vocab_size * (3 * 4 + 3 * width)
+    weights = model.num_parameters * width * passes * step.config.compute.grad_accum
     divided = (step.tokens_per_chip * per_token + weights) / step.mesh.shape["tensor"]
     return divided + step.parameters_per_chip * UPDATE_BYTES
 

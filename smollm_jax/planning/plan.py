@@ -17,7 +17,7 @@ from smollm_jax.distributed.sharding import make_mesh
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.planning.estimate import Step, estimate, memory_bytes, sent_bytes, traffic_bytes
 from smollm_jax.planning.topology import Topology, topology_of
-from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, use_precision_of
+from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, peak_flops, use_precision_of
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.compile import compile_step, compiled_bytes
 from smollm_jax.training.step import select_step_ops
@@ -186,7 +186,7 @@ def verdict(plan: Plan) -> str:
 def speed(plan: Plan) -> dict[str, float] | None:
     """Estimate the largest step and the whole recipe. None if no peak is known for the device and dtype."""
     chip, phases = plan.topology.chip, plan.step.config.phases
-    if chip is None or plan.step.dtype.name != "bfloat16":
+    if chip is None or peak_flops(chip, plan.step.dtype) is None:
         return None
     by_size = {
         phase.batch_size: estimate(replace(plan.step, batch_size=phase.batch_size), chip) for phase in phases

@@ -34,19 +34,30 @@ class Chip(NamedTuple):
 # TPUs: Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, read in November 2026: memory at 1,200, 819,
 # 2,765 and 1,600 GB/s; interconnect of 2,400, 1,600, 4,800 and 3,200 Gbit/s one way. Memory of v5e, v5p and v6e:
 # the size libtpu 0.0.52 names when a program does not fit; of v4: 32 GiB less the same share as the others.
-# GPUs: NVIDIA's data sheets: 80 GB at 2,039 GB/s and NVLink of 600 GB/s both ways (A100 SXM); 80, 3,350 and 900
-# (H100 SXM); 141, 4,800 and 900 (H200 SXM). JAX takes three quarters of a GPU (XLA_PYTHON_CLIENT_MEM_FRACTION).
+# GPUs: NVIDIA's data sheets: 80 GB at 2,039 GB/s and NVLink of 600 GB/s both ways (A100 SXM); 40 and 1,555 (A100
+# 40 GB); 80, 3,350 and 900 (H100 SXM); 141, 4,800 and 900 (H200 SXM); 180, 8,000 and 1,800 (B200 of an HGX).
+# 16 GB at 320 GB/s (T4), 24 at 300 (L4), 600 (A10) and 1,008 (RTX 4090), with PCIe of 32 (T4) or 64 both ways.
+# JAX takes three quarters of a GPU (XLA_PYTHON_CLIENT_MEM_FRACTION).
 CHIPS = {
     "v4": Chip("TPU v4", int(30.75 * 2**30), 1.2e12, 300e9, torus_dims=3, pod_chips=4_096),
     "v5e": Chip("TPU v5 lite", int(15.75 * 2**30), 819e9, 200e9, torus_dims=2, pod_chips=256),
     "v5p": Chip("TPU v5", int(95.74 * 2**30), 2.765e12, 600e9, torus_dims=3, pod_chips=8_960),
     "v6e": Chip("TPU v6 lite", int(31.25 * 2**30), 1.6e12, 400e9, torus_dims=2, pod_chips=256),
     "gpu-a100": Chip("NVIDIA A100", int(0.75 * 80e9), 2.039e12, 300e9, compute_capability="8.0"),
+    "gpu-a100-40": Chip("NVIDIA A100", int(0.75 * 40e9), 1.555e12, 300e9, compute_capability="8.0"),
     "gpu-h100": Chip("NVIDIA H100", int(0.75 * 80e9), 3.35e12, 450e9, compute_capability="9.0"),
     "gpu-h200": Chip("NVIDIA H200", int(0.75 * 141e9), 4.8e12, 450e9, compute_capability="9.0"),
+    "gpu-b200": Chip("NVIDIA B200", int(0.75 * 180e9), 8e12, 900e9, compute_capability="10.0"),
+    "gpu-t4": Chip("Tesla T4", int(0.75 * 16e9), 320e9, 16e9, compute_capability="7.5"),
+    "gpu-l4": Chip("NVIDIA L4", int(0.75 * 24e9), 300e9, 32e9, compute_capability="8.9"),
+    "gpu-a10": Chip("NVIDIA A10", int(0.75 * 24e9), 600e9, 32e9, compute_capability="8.6"),
+    "gpu-4090": Chip("NVIDIA GeForce RTX 4090", int(0.75 * 24e9), 1.008e12, 32e9, compute_capability="8.9"),
 }
 GPUS_PER_MACHINE = 8
-EXPECTED = "expected v5e:AxB, v6e:AxB, v4:AxBxC, v5p:AxBxC, gpu-a100:N, gpu-h100:N, gpu-h200:N (gpu:N) or cpu:N"
+EXPECTED = (
+    f"expected v5e:AxB, v6e:AxB, v4:AxBxC, v5p:AxBxC, {', '.join(f'{name}:N' for name in CHIPS if 'gpu' in name)} "
+    "(gpu:N is gpu-h100:N) or cpu:N"
+)
 
 
 @dataclass(frozen=True)

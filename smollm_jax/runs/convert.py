@@ -1,4 +1,4 @@
-"""Convert a run to a Hugging Face folder, and such a folder to a run.
+"""Convert a run to a Hugging Face folder or a GGUF file, and such a folder or file to a run.
 
 The end of a run and `python -m smollm_jax export` both call `export_run`, so that they cannot differ.
 """
@@ -22,13 +22,24 @@ from smollm_jax.hf.adapters import merge as merged
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.export import compare_merged, export_adapters, export_folder
+from smollm_jax.hf.gguf_export import export_gguf
+from smollm_jax.hf.gguf_file import read_file
 from smollm_jax.hf.publish import refuse_foreign, refuse_links
-from smollm_jax.hf.reader import local_folder
-from smollm_jax.runs.load import base_record, is_run, load_base, load_model, progress_of, read_run, with_ids_of
+from smollm_jax.hf.reader import is_gguf, local_folder
+from smollm_jax.runs.load import (
+    base_record,
+    is_run,
+    load_base,
+    load_model,
+    progress_of,
+    read_run,
+    read_whole,
+    with_ids_of,
+)
 from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import evaluations, last_sample, read_metrics
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import clean_left_overs, expand_home, held_in, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer
 
@@ -73,6 +84,27 @@ def export_run(
         params, model, out, dtype=dtype, tokenizer_folder=tokenizer, about=about, compare=compare,
         curve=partial(draw, run_dir), verify=verify, aside=aside,
     )  # fmt: skip
+
+
+def export_model(
+    path: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "f16", verify: bool = True
+) -> tuple[Path, str]:
+    """Export a run, Hugging Face folder or Hub id to the folder `out` with a GGUF file. Raises as `export_run`.
+
+    Returns the file, and a sentence on how it was compared with the model.
+    """
+    out = expand_home(out)
+    refuse_foreign(out, out)  # before gigabytes are read
+    if is_run(path):
+        path = expand_home(path)
+        found, params = read_whole(path, read_run(path), step)
+        about, tokenizer = about_run(path, found), load_tokenizer(str(path / "tokenizer"))
+        model = with_ids_of(read_run(path).model, tokenizer)
+    else:
+        model, params, tokenizer = load_model(path, step)
+        hub = str(path) if REPO.fullmatch(str(path)) and not Path(path).exists() else None
+        about = About(title=expand_home(path).resolve().stem, rows={"Made from": str(path)}, base_model=hub)
+    return export_gguf(params, model, tokenizer, out, dtype=dtype, about=about, verify=verify)
 
 
 def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
@@ -127,7 +159,7 @@ def require_exportable(model: ModelConfig) -> None:
 
 
 def import_run(path: str | Path, out: str | Path) -> ModelConfig:
-    """Make a run of a Hugging Face folder or Hub id. Its weights become checkpoint 0.
+    """Make a run of a Hugging Face folder, Hub id or GGUF file. Its weights become checkpoint 0.
 
     The run appears by one rename. Raises `UserError` if `out` holds something or `path` cannot be read.
     """
@@ -135,8 +167,13 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
     clean_left_overs(out, (out.name,))
     require(not out.exists() or out.is_dir(), f"{out} is a file; give another --out")
     _require_empty(out)
-    source = expand_home(path) if is_run(path) else local_folder(path)
-    refuse_links(source)
+    source, began = expand_home(path), str(path)
+    if is_gguf(path):
+        began = f"{path} ({read_file(source).bits})"
+        say(f"{began}: what the file has rounded stays rounded")
+    else:
+        source = source if is_run(path) else local_folder(path)
+        refuse_links(source)
     model, params, tokenizer = load_model(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     default = Config()
@@ -146,7 +183,7 @@ def import_run(path: str | Path, out: str | Path) -> ModelConfig:
         closing(CheckpointManager(part / "checkpoints", keep_last=1, keep_every=1)) as checkpoints,
     ):
         # without "progress" in the meta, a start takes the weights and does not resume
-        checkpoints.save(0, {"params": params}, {"imported_from": str(path)})
+        checkpoints.save(0, {"params": params}, {"imported_from": began})
         require(checkpoints.wait(), f"{out} could not be written: {checkpoints.failed}")
         tokenizer.save(part / "tokenizer")
         write_json_atomic(part / "config.json", to_dict(replace(default, model=model, data=data)))

@@ -1,28 +1,24 @@
-"""Open a run, an exported folder or a Hub id as a model.
+"""Open a run, an exported folder, a GGUF file or a Hub id as a model.
 
 A model is an architecture, f32 numpy parameters and a tokenizer. A path that cannot be opened raises `UserError`.
 """
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint, open_checkpoint, steps_in
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.hf.adapters import (
-    is_adapter_folder,
-    merge,
-    open_adapters,
-    read_adapters,
-    weights_hash,
-)
+from smollm_jax.hf.adapters import is_adapter_folder, merge, open_adapters, read_adapters, weights_hash
 from smollm_jax.hf.config_json import MOST_LAYERS
-from smollm_jax.hf.reader import local_folder, read_folder
+from smollm_jax.hf.gguf_model import read_gguf
+from smollm_jax.hf.reader import is_gguf, local_folder, read_folder
 from smollm_jax.runtime.errors import UserError, require
-from smollm_jax.runtime.files import expand_home, read_json
+from smollm_jax.runtime.files import Damaged, expand_home, read_json
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
@@ -64,6 +60,24 @@ def newest_step(path: str | Path) -> int:
     return find_checkpoint(expand_home(path) / "checkpoints", None, group="params").step
 
 
+def checkpoint_times(run: Path) -> dict[int, int]:
+    """Return for each checkpoint of a run when its folder last changed, in nanoseconds."""
+    times = {}
+    for step in steps_in(run / "checkpoints"):
+        with contextlib.suppress(OSError):  # a run under way has just removed it
+            times[step] = (run / "checkpoints" / str(step)).stat().st_mtime_ns
+    return times
+
+
+def is_good(run: Path, step: int) -> bool:
+    """Return whether the parameters of a checkpoint verify but for their bytes, which loading verifies."""
+    try:
+        open_checkpoint(run / "checkpoints" / str(step), step, group="params", checksums=False)
+    except (Damaged, OSError):
+        return False
+    return True
+
+
 def load_model(
     path: str | Path, step: int | None = None, *, special_tokens: SpecialTokens | None = None
 ) -> tuple[ModelConfig, Any, Tokenizer]:
@@ -74,9 +88,7 @@ def load_model(
     """
     if is_run(path):
         config, path = read_run(path), expand_home(path)
-        found, params = read_params(path / "checkpoints", step)
-        if config.adapter.is_on:
-            params = merge(load_base(base_record(found), config.model), params, config.adapter.scale)
+        found, params = read_whole(path, config, step)
         tokenizer = load_tokenizer(
             str(path / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
@@ -84,6 +96,10 @@ def load_model(
             tokenizer.encode_as_of(progress_of(found)[1]["tokenizer"])
         return config.model, params, tokenizer
     require(step is None, f"{path} is not a run, so it has no step {step}")
+    if is_gguf(path):
+        model, params, tokenizer = read_gguf(expand_home(path))
+        tokenizer.mode = special_tokens or "text"
+        return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
     folder = local_folder(path)
     if is_adapter_folder(folder):
         return _merged_folder(folder, special_tokens)
@@ -92,6 +108,14 @@ def load_model(
     sizes = f"{tokenizer.vocab_size} entries, the model only {model.vocab_size}"
     require(tokenizer.vocab_size <= model.vocab_size, f"{path}: the tokenizer has {sizes}")
     return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
+
+
+def read_whole(run: Path, config: Config, step: int | None) -> tuple[VerifiedCheckpoint, Any]:
+    """Return a checkpoint, by default the newest good one, and its weights with any adapters merged in f32."""
+    found, params = read_params(run / "checkpoints", step)
+    if config.adapter.is_on:
+        params = merge(load_base(base_record(found), config.model), params, config.adapter.scale)
+    return found, params
 
 
 def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[ModelConfig, Any, Tokenizer]:

@@ -27,7 +27,7 @@ from smollm_jax.runtime.notebook import progress_bar
 TAGS = {
     "train": ("loss", "step_loss"),
     "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens"),
-    "optimizer": ("learning_rate", "grad_norm", "bad_steps"),
+    "optimizer": ("learning_rate", "grad_norm", "bad_steps", "loss_scale", "skipped_steps"),
     "speed": ("tokens_per_second", "step_seconds", "mfu", "eval_seconds", "peak_memory_gib"),
     "data": ("tokens", "data_wait_seconds", "skipped_documents"),
 }

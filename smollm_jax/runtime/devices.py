@@ -1,6 +1,6 @@
 """Find a device's peak FLOP/s (for MFU), memory (for remat), compute dtype, compilation cache.
 
-Peaks are the vendors' dense bf16 figures (no sparsity). An unknown device has no peak, and its run no MFU.
+Peaks are the vendors' dense figures (no sparsity). An unknown device or dtype has no peak, and its run no MFU.
 """
 
 import os
@@ -13,15 +13,22 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.runtime.errors import say
+from smollm_jax.runtime.errors import require, say
 
-# TFLOP/s, bf16, dense: NVIDIA's data sheets, Google Cloud's TPU pages
-PEAK_TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121,
-    "T4": 65, "V100": 125, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
-    "TPU v6 lite": 918, "TPU v6e": 918,
+# TFLOP/s in bfloat16, float16 and float32, dense, sums in float32: NVIDIA's data sheets, Google Cloud's TPU pages.
+# The first name that is part of a device's kind counts. GPUs compute float32 without tensor cores here
+# (`use_precision_of`). A TPU has no float32 products, and takes several of bfloat16 for one
+PEAK_TFLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
+    "B200": (2_250, 2_250, 75), "H200": (989, 989, 67), "H100 PCIe": (756, 756, 51), "H100 NVL": (835, 835, 60),
+    "H100": (989, 989, 67), "A100": (312, 312, 19.5), "A10G": (70, 70, 35), "A10": (125, 125, 31.2),
+    "RTX 4090": (165, 165, 82.6), "L40S": (362, 362, 91.6), "L40": (181, 181, 90.5), "L4": (121, 121, 30.3),
+    "T4": (None, 65, 8.1), "V100": (None, 125, 15.7),
+    "TPU v4": (275, None, None), "TPU v5 lite": (197, None, None), "TPU v5e": (197, None, None),
+    "TPU v5p": (459, None, None), "TPU v5": (459, None, None), "TPU v6 lite": (918, None, None),
+    "TPU v6e": (918, None, None),
 }  # fmt: skip
-TRITON_CAPABILITY = 8.0  # Ampere: Triton compiles the GPU kernels for no older GPU
+PEAK_DTYPES = ("bfloat16", "float16", "float32")
+TRITON_CAPABILITY = 8.0  # Ampere: older GPUs have no bfloat16, and Triton compiles our kernels for none
 # libtpu must not ask the network which TPU this is, complain that there is none, or claim a TPU for this process
 # alone, because another plan or a run may hold that TPU. Set before libtpu is loaded
 QUIET_LIBTPU = {
@@ -61,10 +68,11 @@ def device_name(device: Any) -> str:
     return next(names, device.device_kind)
 
 
-def peak_flops(device: Any) -> float | None:
-    """Return the dense bf16 FLOP/s of one device, None if unknown."""
-    kind = device.device_kind
-    return next((tera * 1e12 for name, tera in PEAK_TFLOPS.items() if name in kind), None)
+def peak_flops(device: Any, dtype: Any) -> float | None:
+    """Return the dense FLOP/s of one device in a compute dtype, None if unknown."""
+    peaks = next((peaks for name, peaks in PEAK_TFLOPS.items() if name in device.device_kind), ())
+    tera = dict(zip(PEAK_DTYPES, peaks, strict=False)).get(dtype.name)
+    return None if tera is None else tera * 1e12
 
 
 def memory_bytes(device: Any, parameters: int, *, devices: int = 1, share: float = MEMORY_SHARE) -> int:
@@ -131,6 +139,25 @@ def compute_dtype(asked: str, platform: str) -> Any:
 
     auto = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(auto if asked == "auto" else asked)
+
+
+def training_dtype(asked: str, device: Any) -> Any:
+    """Return the dtype that a run computes in on `device`. Raises `UserError` for float16 on a TPU.
+
+    As `compute_dtype`, but "auto" is float16 on a GPU without bfloat16: such a GPU computes bfloat16 in float32.
+    """
+    fits = asked != "float16" or device.platform != "tpu"
+    require(fits, "--dtype float16 is for GPUs without bfloat16; a TPU computes in bfloat16: give that, or auto")
+    half = "float16" if asked == "auto" and lacks_bfloat16(device) else asked
+    return compute_dtype(half, device.platform)
+
+
+def lacks_bfloat16(device: Any) -> bool:
+    """Return whether a device is an NVIDIA GPU before Ampere, such as T4 and V100."""
+    try:
+        return device.platform == "gpu" and float(device.compute_capability) < TRITON_CAPABILITY
+    except (AttributeError, ValueError):  # AMD has names such as gfx942
+        return False
 
 
 def use_precision_of(dtype: Any) -> None:

@@ -6,6 +6,7 @@ import gc
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from smollm_jax.runs.load import is_run
+from smollm_jax.runs.load import is_run, newest_step
 from smollm_jax.runtime.errors import UserError, say
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.facts import Facts, read_facts
@@ -21,6 +22,7 @@ from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
 from smollm_jax.serving.openai_api import add_routes
 from smollm_jax.serving.scheduler import Scheduler
 from smollm_jax.serving.share import Share, for_all
+from smollm_jax.serving.weights import Weights
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 __all__ = ["build_app", "for_all", "hosts_of", "listen", "open_scheduler", "run", "server_of"]
@@ -37,6 +39,8 @@ COLOURS = {
     "button_cancel_background_fill": "#b91c1c", "button_cancel_background_fill_hover": "#991b1b",
 }  # fmt: skip
 PROXIES = "127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"  # of a Space, which append the client's address
+# of Python's lock, a fifth of the default: a thread that traces a program made a request wait for up to 0.4 s
+SWITCH_SECONDS = 0.001
 # a lost client: three probes after half a minute of silence. A client that no longer reads: one minute
 KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
@@ -49,15 +53,18 @@ def open_scheduler(
     if backend is None:
         has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
         backend = "torch" if has_torch and not is_run(path) else "jax"
-    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens)
+    run = Path(path).expanduser() if is_run(path) else None
+    step = newest_step(run) if run else None
+    completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens, step=step)
     name = Path(path).resolve().name if Path(path).exists() else path
     if name == "export":  # the Space or the parent folder has a better name
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     say(f"{name}: {completer.about}; context {completer.context:,} tokens")
-    scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens)
+    weights = Weights(completer.engine, run=run, step=step, rebuild=completer.rebuild)
+    scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens, weights=weights)
     say(completer.tokenizer.describe_special())
     scheduler.try_chat()
-    return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat)
+    return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat, step=step)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -139,6 +146,7 @@ def run(
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
     server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
     gc.freeze()  # else a request of many lists makes the collector scan all libraries: everyone waits a second
+    sys.setswitchinterval(SWITCH_SECONDS)
     address, port = listening.getsockname()[:2]
     local = "127.0.0.1" if address == "0.0.0.0" else address
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as ending:

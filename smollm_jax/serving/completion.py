@@ -5,6 +5,7 @@ text never ends inside a character. Both engines draw a token from the seed and 
 continued with its seed thus reads as if it had never stopped. This file knows no page, request or command line.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -14,9 +15,11 @@ from typing import Any, Literal, Protocol
 
 import jax
 
+from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.settings import ComputeConfig
-from smollm_jax.generation.generator import Generator, check_prompt
-from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.generator import Generator
+from smollm_jax.generation.lengths import check_prompt
+from smollm_jax.generation.sampling import Sampling, Score
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
@@ -26,6 +29,7 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 Backend = Literal["jax", "torch"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Rebuild = Callable[[ModelConfig, Any], Any]  # from architecture and parameters to an engine
 ROWS = 16  # prompts decoded together
 
 
@@ -38,6 +42,8 @@ class Engine(Protocol):
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]: ...
 
+    def score(self, ids: Sequence[int]) -> Iterator[list[Score]]: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextChunk:
@@ -48,16 +54,22 @@ class TextChunk:
     prompt_tokens: int
     seconds: float = 0.0  # since the request started
     seconds_to_first: float | None = None  # until the first token; None before or without a token
+    weights: int | str | None = None  # the step of a run, or its export
     reason: str | None = None  # why the text ended: eos, length, context, stop string or cancelled
 
 
 class Completer:
     """An engine with its tokenizer. `about` describes the back end to users."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, about: str = "", stop_ids: Sequence[int] = ()):
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, about: str = "", stop_ids: Sequence[int] = (),
+        rebuild: Rebuild | None = None,
+    ):  # fmt: skip
         self.engine, self.tokenizer, self.about = engine, tokenizer, about
+        self.rebuild = rebuild  # makes an engine of other weights
         self.stop_ids = tuple({tokenizer.eos_id, *stop_ids})  # `stop_ids` are the model's own
         self.num_parameters: int | None = getattr(engine, "num_parameters", None)
+        self.vocab_size = min(engine.vocab_size, tokenizer.vocab_size)
         self.context = engine.context  # the most tokens of prompt and text together
 
     def encode(self, prompt: str, special_tokens: SpecialTokens | None = None) -> list[int]:
@@ -71,8 +83,7 @@ class Completer:
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a prompt. Raises `UserError` unless model and tokenizer can read the ids."""
-        vocab_size = min(self.engine.vocab_size, self.tokenizer.vocab_size)
-        check_prompt(ids, context=self.context, vocab_size=vocab_size)
+        check_prompt(ids, context=self.context, vocab_size=self.vocab_size)
         return list(ids)
 
     def stream(
@@ -114,6 +125,20 @@ class Completer:
             yield chunk(shown + gate.held, "stop string" if gate.stopped else self.engine.stop_reason)
         finally:
             getattr(stream, "close", lambda: None)()
+            if hasattr(self.engine, "cancelled"):
+                self.engine.cancelled = lambda: False
+
+    def score(self, ids: Sequence[int], cancelled: Callable[[], bool] = lambda: False) -> Iterator[list[Score]]:
+        """Yield the scores of each id but the first, part by part, until `cancelled`. Raises `UserError`."""
+        check_prompt(ids, context=self.context + 1, vocab_size=self.vocab_size)
+        if hasattr(self.engine, "cancelled"):
+            self.engine.cancelled = cancelled
+        try:
+            for scores in self.engine.score(ids):
+                yield scores
+                if cancelled():
+                    return
+        finally:
             if hasattr(self.engine, "cancelled"):
                 self.engine.cancelled = lambda: False
 
@@ -196,6 +221,13 @@ def check_text(text: Any, name: str) -> None:
     require(half is None, f"{name} holds half a character at position {half}")
 
 
+def check_same(other: ModelConfig, config: ModelConfig) -> None:
+    """Raise `UserError` unless both architectures compute the same. Special ids may differ."""
+    names = ("bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id", "initializer_range")
+    same: dict[str, Any] = {name: getattr(config, name) for name in names}
+    require(replace(other, **same) == config, "the weights are of another architecture than the served model")
+
+
 def open_completer(
     path: str | Path,
     *,
@@ -208,22 +240,30 @@ def open_completer(
 
     Dtype "auto" is float32 on a CPU, bfloat16 on an accelerator. `special_tokens` that a prompt spells out stay
     text, or become ids if "parse". The default is as the run was trained, else "text". `step` is a checkpoint of a
-    run, by default the newest good one. Only JAX reads checkpoints.
+    run, by default the newest good one.
     """
     if backend == "torch":
-        require(step is None, f"step {step}: PyTorch reads no checkpoints; JAX does")
         try:
             from smollm_jax.serving.torch_backend import open_torch
         except ImportError as error:  # not installed, or a broken installation
             needs = f"--backend torch needs torch and transformers: {install('torch')}"
             raise UserError(f"{needs} ({one_line(error)})") from None
-        return Completer(*open_torch(path, dtype, special_tokens))
+        return Completer(*open_torch(path, dtype, special_tokens, step))
     config, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model runs the same few programs every time it is opened
         use_compilation_cache(ComputeConfig().compilation_cache_dir)
     device = jax.devices()[0]
     computed = compute_dtype(dtype, device.platform)
-    model = SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params), dtype=computed)
-    about = f"JAX, {computed.name}, on {device.device_kind}"
-    return Completer(Generator(model), tokenizer, about, config.stop_ids)
+
+    def model_of(params: Any) -> SmolLM:
+        return SmolLM.from_params(config, jax.tree.map(jax.numpy.asarray, params), dtype=computed)
+
+    def rebuild(other: ModelConfig, params: Any) -> Generator:
+        check_same(other, config)
+        engine = copy.copy(first)  # its programs serve all weights
+        engine.load(model_of(params))
+        return engine
+
+    first, about = Generator(model_of(params)), f"JAX, {computed.name}, on {device.device_kind}"
+    return Completer(first, tokenizer, about, config.stop_ids, rebuild)

@@ -4,6 +4,7 @@ A run that is still training is read again each time, so its curve grows on the 
 """
 
 import base64
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -22,6 +23,7 @@ OPENINGS = (
     "A step-by-step guide to growing tomatoes at home\n\nStep 1:",
     "The reason why the sky looks blue is",
 )
+LIVE_SECONDS = 300  # after its last record a run no longer counts as training
 MOST_POINTS, WIDTH, HEIGHT = 400, 600, 180
 LARGEST_PICTURE = 4_000_000  # bytes of loss.png
 
@@ -36,15 +38,46 @@ class Facts:
     config: Config | None = None
     step: int | None = None
     picture: Path | None = None
+    follows: bool = False  # the page takes up new checkpoints of the run
 
     @property
     def openings(self) -> tuple[str, ...]:
         """Return the run's own prompts, or else prompts for a model of textbooks."""
-        return self.config.run.sample_prompts if self.config else OPENINGS
+        return (self.config.run.sample_prompts if self.config else ()) or OPENINGS
+
+    def live(self) -> str:
+        """Return a line of HTML on the run if it is training now, else nothing."""
+        lines = self._lines()
+        if not self._is_training(lines):
+            return ""
+        total, last = self._total(), lines[-1]["step"]
+        losses = [line["loss"] for line in lines if line.get("loss") is not None]
+        loss = f" · loss {losses[-1]:.3f}" if losses else ""
+        serves = f" · the page serves step {self.step:,}" if self.step is not None else ""
+        return (
+            f'<span class="training">Training</span> step {last:,} of {total:,}{loss}{serves}'
+            f'<progress aria-label="Steps done" max="{total}" value="{last}"></progress>'
+        )
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return _lines_of(self.run, _stamp(self.run)) if self.run else []
+
+    def _total(self) -> int:
+        """Return the steps of the run, which may have been extended since the page was built."""
+        try:
+            return read_run(self.run or "").total_steps
+        except UserError:  # an imported model, or a file that is being written
+            return self.config.total_steps if self.config else 0
+
+    def _is_training(self, lines: list[dict[str, Any]]) -> bool:
+        if not self.follows or self.config is None or self.run is None or not lines:
+            return False
+        is_new = time.time() - _stamp(self.run)[1] / 1e9 < LIVE_SECONDS
+        return is_new and lines[-1]["step"] < self._total()
 
     def html(self) -> str:
         """Return table and loss curve as HTML. Reads the run's metrics again if they changed."""
-        lines = _lines_of(self.run, _stamp(self.run)) if self.run else []
+        lines = self._lines()
         rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in self._rows(lines))
         return f"<dl>{rows}</dl>{curve(lines) or self._picture()}"
 
@@ -57,11 +90,12 @@ class Facts:
             rows.append(("Parameters", f"{self.parameters:,}"))
         if self.config is None or not lines:  # an imported model has not seen the data in its settings
             return rows
-        total, last = self.config.run.steps, lines[-1]
+        total, last = self._total(), lines[-1]
         if self.step is not None:
             rows.append(("Checkpoint", f"step {self.step:,} of {total:,}"))
         if self.step is not None and last.get("step", 0) > self.step:
-            rows.append(("Run", f"is at step {last['step']:,}; a restart serves its newest checkpoint"))
+            after = "the page takes up each new checkpoint" if self.follows else "RUN as PATH serves its newest"
+            rows.append(("Run", f"is at step {last['step']:,}; {after}"))
         known = [line for line in evaluations(lines) if self.step is None or line["step"] <= self.step]
         if known:
             found = known[-1]
@@ -90,8 +124,8 @@ def _lines_of(run: Path, stamp: tuple[int, int]) -> list[dict[str, Any]]:  # noq
     return read_metrics(run)
 
 
-def read_facts(path: str, parameters: int | None, *, has_chat: bool) -> Facts:
-    """Return the facts about the run, export, other folder or Hub id `path`."""
+def read_facts(path: str, parameters: int | None, *, has_chat: bool, step: int | None = None) -> Facts:
+    """Return the facts about the run, export, other folder or Hub id `path`, and the `step` that is served."""
     folder = Path(path).expanduser()
     picture = folder / "loss.png" if (folder / "loss.png").is_file() else None
     # an export is a folder inside its run
@@ -99,7 +133,15 @@ def read_facts(path: str, parameters: int | None, *, has_chat: bool) -> Facts:
     if run is None or (run != folder and folder.name != "export"):
         return Facts(parameters, has_chat, picture=picture)
     try:
-        return Facts(parameters, has_chat, run, read_run(run), newest_step(run), picture)
+        return Facts(
+            parameters,
+            has_chat,
+            run,
+            read_run(run),
+            newest_step(run) if step is None else step,
+            picture,
+            run == folder,
+        )
     except UserError:  # the model could be opened without these facts
         return Facts(parameters, has_chat, picture=picture)
 

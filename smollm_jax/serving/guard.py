@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from smollm_jax.runtime.errors import say
+from smollm_jax.serving.limits import LONGEST_PROMPT
 from smollm_jax.serving.openai_api import error_response
-from smollm_jax.serving.scheduler import LONGEST_PROMPT
 
 LARGEST_BODY = 13 * LONGEST_PROMPT  # bytes: a character may take 12 in JSON
 LARGEST_FORM = 10_000  # bytes, for a login

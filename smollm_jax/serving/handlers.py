@@ -8,15 +8,19 @@ keeps the text's history and the conversation, so a restart of the server loses 
 import asyncio
 import contextlib
 import html
-from collections.abc import AsyncGenerator, Callable, Iterator
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
 
+from smollm_jax.generation.sampling import Sampling
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
-from smollm_jax.serving.markdown import answer_html
-from smollm_jax.serving.scheduler import LONGEST_PROMPT, QueueFull, Scheduler
+from smollm_jax.serving.limits import LONGEST_PROMPT, QueueFull, check_length, checked_stops
+from smollm_jax.serving.scheduler import Scheduler
+from smollm_jax.serving.talk import Turn, checked_talk, escaped
+from smollm_jax.serving.tokens import described
 
 SILENCE_SECONDS = 1.0  # after this the page shows what a request waits for
 REASONS = {
@@ -27,9 +31,19 @@ REASONS = {
     "cancelled": "stopped by you",
 }
 # in the order of the page's inputs
-NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "min_p", "stop")
+NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "max_new_tokens",
+    "seed",
+    "min_p",
+    "stop",
+    "weights",
+)
+LOOKS = "looks up "  # of a page's owner: writing goes before
 END = object()
-Turn = dict[str, str]  # role and content
 Values = tuple[Any, ...]  # new values of the components that a handler changes
 Growth = AsyncGenerator[Values, None]
 Prompt = tuple[list[int], Callable[[str, str], Values]]  # ids, and a function that shows new text and status
@@ -50,7 +64,15 @@ def status_line(chunk: TextChunk, seed: int) -> str:
     spent = chunk.seconds - first
     speed = [f"{rest / spent:,.1f} tokens/s"] if rest and spent > 0 else []
     reason = REASONS[chunk.reason] if chunk.reason else "writing…"
-    parts = f"**{counted(chunk.tokens)}**", *speed, f"first after {first:.2f} s", f"seed `{seed}`", reason
+    weights = [f"step {key:,}" if isinstance(key, int) else key] if (key := chunk.weights) is not None else []
+    parts = (
+        f"**{counted(chunk.tokens)}**",
+        *speed,
+        f"first after {first:.2f} s",
+        *weights,
+        f"seed `{seed}`",
+        reason,
+    )
     return " · ".join(parts)
 
 
@@ -74,20 +96,18 @@ class Handlers:
         `prepare` makes the prompt from the text box and the past.
         """
 
-        chat = prepare in {self.answer, self.answer_again}
+        chat = prepare in {self.answer, self.answer_again, self.answer_edited}
 
         async def write(typed: str, past: Any, request: gr.Request, *numbers: Any) -> Growth:
             with shown_errors():
-                ids, show = await self.scheduler.in_turn(prepare, typed, past, chat=chat)
-                named = dict(zip(NUMBERS, numbers, strict=True))
-                stops = self.scheduler.stop_strings(_stops(named.pop("stop")))
+                system = numbers[len(NUMBERS) :]  # of a chat
+                ids, show = await self.scheduler.in_turn(prepare, typed, past, *system, chat=chat)
                 # Continue asks for at least one more token, even if the model has ended the text
-                least = {"min_new_tokens": 0 if chat else 1}
-                sampling = self.scheduler.sampling(**named | least | {"seed": _seed(named["seed"])})
+                sampling, stops, weights = self.checked(numbers[: len(NUMBERS)], min_new_tokens=0 if chat else 1)
                 text, waiting = "", self.scheduler.waiting
                 yield show(text, f"waiting, {waiting} before you…" if waiting else "reading the prompt…")
-                owner = _of(request)
-                stream = self.scheduler.stream(ids, sampling, stops, **owner)
+                owner = of(request)
+                stream = self.scheduler.stream(ids, sampling, stops, **owner, weights=weights)
                 async with contextlib.aclosing(with_silences(stream, SILENCE_SECONDS)) as chunks:
                     async for chunk in chunks:
                         if chunk is None:
@@ -100,8 +120,15 @@ class Handlers:
 
         return write
 
+    def checked(self, numbers: Sequence[Any], **more: int) -> tuple[Sampling, tuple[str, ...], str]:
+        """Check the page's inputs, which are in the order of `NUMBERS`: settings, stop strings, and weights."""
+        named = dict(zip(NUMBERS, numbers, strict=True))
+        stops, weights = checked_stops(_stops(named.pop("stop"))), named.pop("weights")
+        return self.scheduler.sampling(**named | more | {"seed": _seed(named["seed"])}), stops, weights
+
     def begin(self, request: gr.Request) -> None:
         """Announce the request of a button that writes. Stop may be pressed before the request comes."""
+        self.scheduler.cancel(f"{LOOKS}{request.session_hash}")
         self.scheduler.announce(str(request.session_hash))
 
     def stop(self, request: gr.Request) -> None:
@@ -111,7 +138,9 @@ class Handlers:
     def waiting_line(self, owner: str) -> str:
         """Return what a request waits for before its first token."""
         before = self.scheduler.before(owner)
-        return f"waiting, {before} before you…" if before else "reading the prompt; a new length compiles once…"
+        if before:
+            return f"waiting, {before} before you…"
+        return "compiling for longer texts, once…" if self.scheduler.is_compiling else "reading the prompt…"
 
     def continue_text(self, text: str, _: str | None) -> Prompt:
         return self.scheduler.encode(text), lambda grown, line: (text + grown, line)
@@ -120,20 +149,33 @@ class Handlers:
         require(before is not None, "there is nothing to regenerate; press Continue first")
         return self.continue_text(before or "", None)
 
-    def answer(self, message: str, talk: Any, unsent: str = "") -> Prompt:
+    def answer(self, message: str, talk: Any, system: str | None = None, unsent: Any = "") -> Prompt:
         require(bool(message.strip()), "the message is empty; write something first")
         turns = [*checked_talk(talk), {"role": "user", "content": message}]
+        first = [{"role": "system", "content": system}] if system and system.strip() else []
 
         def show(grown: str, line: str) -> Values:
             answered = [*turns, {"role": "assistant", "content": grown}]
             return escaped(answered), line, answered, unsent
 
-        return self.scheduler.encode_chat(turns), show
+        return self.scheduler.encode_chat([*first, *turns]), show
 
-    def answer_again(self, unsent: str, talk: Any) -> Prompt:
+    def answer_again(self, unsent: str, talk: Any, system: str | None = None) -> Prompt:
         talk = checked_talk(talk)
         require(bool(talk), "there is nothing to regenerate; send a message first")
-        return self.answer(talk[-2]["content"], talk[:-2], unsent)
+        return self.answer(talk[-2]["content"], talk[:-2], system, unsent)
+
+    def answer_edited(self, edit: Any, talk: Any, system: str | None = None) -> Prompt:
+        """Answer a message that was changed. The turns after it are dropped."""
+        talk, number = checked_talk(talk), edit.get("number") if isinstance(edit, dict) else None
+        good = isinstance(number, int) and 0 <= number < len(talk) and number % 2 == 0
+        require(good and isinstance(edit.get("text"), str), "there is no such message; reload the page")
+        return self.answer(edit["text"], talk[:number], system, gr.skip())
+
+    def edited(self, edit: gr.EditData) -> dict[str, Any]:
+        """Return number and new text of a message. The chatbot holds HTML, so its editor does too."""
+        number = edit.index[0] if isinstance(edit.index, list | tuple) else edit.index
+        return {"number": number, "text": html.unescape(str(edit.value))}
 
     def undo_answer(self, message: str, talk: Any) -> Values:
         with shown_errors():
@@ -141,6 +183,19 @@ class Handlers:
         if not talk:
             return [], "nothing to undo", [], message
         return escaped(talk[:-2]), "", talk[:-2], message or talk[-2]["content"]
+
+    async def look_up(self, text: str, weights: str, request: gr.Request) -> AsyncGenerator[str, None]:
+        """Yield the probabilities of a text's tokens as JSON, or the error that prevented it."""
+        scheduler, completer, sender = self.scheduler, self.scheduler.completer, of(request)
+        yield ""  # a look-up that is cancelled must not show the one before
+        try:
+            check_length(text or "", "the text has")
+            ids = (await scheduler.in_turn(completer.tokenizer.encode, text or "")).tolist()
+            scores = await scheduler.score(ids, **sender | {"owner": LOOKS + sender["owner"]}, weights=weights)
+            if scores is not None:
+                yield await scheduler.in_turn(described, completer.tokenizer, ids, scores)
+        except (ValueError, QueueFull, RuntimeError) as error:
+            yield json.dumps({"error": str(error)})
 
     async def count(self, text: str) -> str:
         """Return how much of the context a text takes."""
@@ -178,9 +233,9 @@ class Handlers:
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                 repetition_penalty=repetition_penalty, seed=seed,
             )  # fmt: skip
-            stops = self.scheduler.stop_strings(stop)
+            stops = checked_stops(stop)
             ids, text = await self.scheduler.in_turn(self.scheduler.encode, prompt), ""
-            stream = self.scheduler.stream(ids, sampling, stops, **_of(request))
+            stream = self.scheduler.stream(ids, sampling, stops, **of(request))
             async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     text += chunk.text
@@ -195,7 +250,7 @@ class Handlers:
                     }
 
 
-def _of(request: gr.Request) -> dict[str, Any]:
+def of(request: gr.Request) -> dict[str, Any]:
     """Return a request's session, which can cancel the request, and the client's address."""
     return {"owner": str(request.session_hash), "client": request.client.host if request.client else ""}
 
@@ -226,23 +281,3 @@ async def with_silences(chunks: AsyncGenerator[TextChunk, None], seconds: float)
             if (chunk := following.result()) is END:
                 return
             yield chunk
-
-
-def checked_talk(talk: Any) -> list[Turn]:
-    """Return the turns that a browser has sent. Raises `UserError` unless user and assistant alternate."""
-    turns = [] if talk is None else talk
-    good = isinstance(turns, list) and len(turns) % 2 == 0
-    for i, turn in enumerate(turns if good else ()):
-        good = good and isinstance(turn, dict) and set(turn) == {"role", "content"}
-        good = good and turn["role"] == ("user", "assistant")[i % 2] and isinstance(turn["content"], str)
-    require(good, "the conversation is damaged; clear it and begin anew")
-    return turns
-
-
-def escaped(talk: list[Turn]) -> list[Turn]:
-    """Return a conversation as HTML that fetches nothing, because the chatbot renders HTML."""
-    shown = {
-        "user": lambda text: html.escape(text, quote=False),
-        "assistant": lambda text: answer_html(text or "…"),
-    }
-    return [turn | {"content": shown[turn["role"]](turn["content"])} for turn in talk]

@@ -22,7 +22,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.serving.completion import TextChunk
-from smollm_jax.serving.scheduler import ModelGone, QueueFull, Scheduler
+from smollm_jax.serving.jobs import ModelGone
+from smollm_jax.serving.limits import QueueFull, checked_stops
+from smollm_jax.serving.scheduler import Scheduler
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
 DEFAULT_TOKENS = 128
@@ -163,9 +165,7 @@ class Routes:
         longest = min(DEFAULT_TOKENS, self.scheduler.max_new_tokens) if longest is None else longest
         sampling = self.scheduler.sampling(max_new_tokens=longest, **asked.model_dump(include=SAMPLING_FIELDS))
         client = request.client.host if request.client else ""
-        chunks = self.scheduler.stream(
-            ids, sampling, self.scheduler.stop_strings(asked.stop or None), client=client
-        )
+        chunks = self.scheduler.stream(ids, sampling, checked_stops(asked.stop or None), client=client)
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         head["object"] = f"{kind}.chunk" if chat and asked.stream else kind

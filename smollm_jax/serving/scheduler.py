@@ -1,91 +1,60 @@
 """A bounded queue of requests served by one thread, which alone uses the model.
 
 If a reader leaves, its request leaves the queue at once or ends at the next chunk. Longest prompt, numbers and
-stop strings are checked here, so that no route can omit a limit. No Gradio or HTTP here.
+stop strings are checked by limits.py. A request holds its engine, so new weights wait for the next request.
 """
 
 import asyncio
 import contextlib
-import secrets
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.sampling import Sampling, Score
 from smollm_jax.runtime.errors import UserError, require, say
+from smollm_jax.serving import ladder
+from smollm_jax.serving.claims import Claims, begun
 from smollm_jax.serving.completion import Completer, TextChunk, check_text
+from smollm_jax.serving.jobs import END, Job, ModelGone
+from smollm_jax.serving.limits import QueueFull, check_length, checked_sampling
+from smollm_jax.serving.weights import NEWEST, Key, Weights
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.renderer import Renderer, RenderingLimit
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
-LONGEST_PROMPT = 100_000  # characters. A context of 8,192 tokens holds about 35,000 characters of English
-MOST_STOPS, LONGEST_STOP = 4, 100
 MOST_ANNOUNCED = 1_000  # requests on their way, of which Stop may be pressed already
 SECONDS_TO_CLOSE = 15
 GONE = "the model has stopped; start the server again"
-WARM_UP_TOKENS = 200  # the page's default length
-# the ranges of a request, because `Sampling` itself allows more
-RANGES = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.01, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.5, 2.0),
-    "top_k": (0, 1_000),
-    "seed": (0, 2**32 - 1),
-    "min_new_tokens": (0, 1),
-}
 ENCODING = 2  # threads at most, so that other work finds a free thread
 T = TypeVar("T")
-WHOLE = ("top_k", "seed", "max_new_tokens", "min_new_tokens")
-
-
-class QueueFull(Exception):
-    """The error of a full queue. A client can try again later."""
-
-
-class ModelGone(RuntimeError):
-    """The error after the model's thread has ended. The server must be started again."""
-
-
-@dataclass(eq=False)
-class _Job:
-    ids: Sequence[int]
-    sampling: Sampling
-    stop: tuple[str, ...]
-    loop: asyncio.AbstractEventLoop
-    owner: str | None
-    client: str
-    chunks: asyncio.Queue[TextChunk | Exception] = field(default_factory=asyncio.Queue)
-    left: threading.Event = field(default_factory=threading.Event)
-
-    def put(self, item: TextChunk | Exception) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.chunks.put_nowait, item)
-        except RuntimeError:  # the event loop of the reader is closed
-            self.left.set()
 
 
 class Scheduler:
     """The only user of a `Completer`. It serves clients in turn, and a client's requests in order of arrival."""
 
-    def __init__(self, completer: Completer, *, max_waiting: int, max_new_tokens: int):
+    def __init__(
+        self, completer: Completer, *, max_waiting: int, max_new_tokens: int, weights: Weights | None = None
+    ):  # fmt: skip
         require(max_waiting > 0, f"max_waiting={max_waiting} must be at least 1")
         require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be at least 1")
         require(completer.context > 1, "the context of the model is one token, which leaves no room for a new one")
         self.completer, self.max_waiting = completer, max_waiting
+        self.weights = weights or Weights(completer.engine)
         self.max_new_tokens = min(max_new_tokens, completer.context - 1)
-        self._queue: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._now: _Job | None = None
+        self._now: Job | None = None
         self.has_chat = bool(completer.tokenizer.chat_template)
         self._renderer = Renderer()
         self._announced: dict[str, bool] = {}  # owners of requests on their way, and whether they cancelled
         self._served: dict[str, int] = {}  # per client the number of its last served request
         self._encoding, self._rendering = asyncio.Semaphore(ENCODING), asyncio.Semaphore(1)
-        self._closed = False
+        self._claims = Claims(self.weights)
+        self._closed, self._ends = False, threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="model")
         self._thread.start()
 
@@ -93,6 +62,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Count the requests before a new request."""
         return len(self._queue) + (self._now is not None)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Return whether the running request waits for a program to compile."""
+        return getattr(self.completer.engine, "is_compiling", False)
 
     def before(self, owner: str) -> int:
         """Count the requests before the waiting request of `owner`. Returns 0 without a waiting request."""
@@ -105,22 +79,18 @@ class Scheduler:
 
         A cancelled call no longer waits for its turn. A thread cannot be ended, so the turn ends with the thread.
         """
-        turn = self._rendering if chat else self._encoding
-        await turn.acquire()
-        working = asyncio.ensure_future(asyncio.to_thread(encode, *arguments))
-        working.add_done_callback(lambda _: turn.release())
-        return await asyncio.shield(working)
+        return await asyncio.shield(await begun(self._rendering if chat else self._encoding, encode, *arguments))
 
     def encode(self, text: Any, special_tokens: SpecialTokens | None = None) -> list[int]:
         """Encode a prompt. Raises `UserError` if the prompt is no text, empty or too long."""
-        _check_length(text if isinstance(text, str) else "", "the prompt has")
+        check_length(text if isinstance(text, str) else "", "the prompt has")
         return self.completer.encode(text, special_tokens)
 
     def encode_chat(
         self, messages: list[dict[str, str]], special_tokens: SpecialTokens | None = None
     ) -> list[int]:
         """Encode a conversation under the chat template. Raises `UserError` as `encode` does."""
-        _check_length("".join(message["content"] for message in messages), "the messages have")
+        check_length("".join(message["content"] for message in messages), "the messages have")
         for message in messages:
             check_text(message["content"], "a message")
         tokenizer, render = self.completer.tokenizer, self._renderer.render
@@ -141,64 +111,69 @@ class Scheduler:
 
     def sampling(self, **numbers: Any) -> Sampling:
         """Check the numbers of a request. Draws `seed` if it is None. Raises `UserError` naming the number."""
-        if numbers.get("seed") is None:
-            numbers["seed"] = secrets.randbelow(2**32)
-        for name, value in numbers.items():
-            kind, kinds = ("whole number", int) if name in WHOLE else ("number", int | float)
-            if kinds is int and isinstance(value, float) and value.is_integer():
-                numbers[name] = value = int(value)  # noqa: PLW2901 - JavaScript has one type of number
-            low, high = RANGES.get(name, (1, self.max_new_tokens))
-            is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            good = is_number and low <= value <= high  # false for NaN and infinity
-            require(good, f"{name}={_shown(value)} must be a {kind} from {low:,} to {high:,}")
-        return Sampling(**numbers)
-
-    def stop_strings(self, stop: Any) -> tuple[str, ...]:
-        """Check the stop strings. Raises `UserError` for a wrong type, number or length."""
-        strings = (stop,) if isinstance(stop, str) else () if stop is None else stop
-        good = isinstance(strings, list | tuple) and len(strings) <= MOST_STOPS
-        good = good and all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in strings)
-        require(good, f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
-        return tuple(strings)
+        return checked_sampling(numbers, self.max_new_tokens)
 
     async def stream(
         self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *,
-        owner: str | None = None, client: str = "",
+        owner: str | None = None, client: str = "", weights: str = NEWEST,
     ) -> AsyncGenerator[TextChunk, None]:  # fmt: skip
         """Queue a request and yield its chunks. Closing the iterator ends the work. Raises `QueueFull`.
 
         `cancel(owner)` ends the work too. The last chunk then has the reason "cancelled". Clients are served in
-        turn, and the requests of one client in order. Raises `ModelGone` after the end of the thread.
+        turn, and the requests of one client in order. `weights` are a name of `Weights.choices`. Raises
+        `ModelGone` after the end of the thread.
         """
-        job = _Job(ids, sampling, stop, asyncio.get_running_loop(), owner, client)
-        with self._changed:
-            if self._closed:
-                raise ModelGone(GONE)
-            is_cancelled = owner is not None and self._announced.pop(owner, False)
-            if not is_cancelled:
-                if len(self._queue) >= self.max_waiting:
-                    self._make_room(client)
-                self._queue.append(job)
-                self._changed.notify()
-        if is_cancelled:
-            yield TextChunk(text="", prompt_tokens=len(ids), reason="cancelled")
-            return
-        try:
-            while True:
-                items = [await job.chunks.get()]
-                while not job.chunks.empty():  # a slow reader gets all waiting chunks as one
-                    items.append(job.chunks.get_nowait())
-                last = items[-1]
-                if isinstance(last, Exception):
-                    raise last
-                yield replace(last, text="".join(item.text for item in items if isinstance(item, TextChunk)))
-                if last.reason is not None:
+        cancelled = TextChunk(text="", prompt_tokens=len(ids), reason="cancelled")
+        work = partial(self.completer.stream, ids, sampling, stop)
+        async with contextlib.aclosing(self._items(work, cancelled, owner, client, weights)) as parts:
+            async for key, items in parts:  # a slow reader gets all waiting chunks as one
+                yield replace(items[-1], text="".join(item.text for item in items), weights=key)
+                if items[-1].reason is not None:
                     return
-        finally:
-            job.left.set()
-            with self._changed:
-                if job in self._queue:
-                    self._queue.remove(job)
+
+    async def score(
+        self, ids: Sequence[int], *, owner: str | None = None, client: str = "", weights: str = NEWEST
+    ) -> list[Score] | None:
+        """Queue the scoring of a text and return the scores of each id but the first. None if cancelled."""
+        work, found = partial(self.completer.score, ids), []
+        async with contextlib.aclosing(self._items(work, END, owner, client, weights)) as parts:
+            async for _, items in parts:
+                found += [score for item in items for score in item]
+        return found if len(found) == len(ids) - 1 else None
+
+    async def _items(
+        self, work: Callable[..., Iterator[Any]], cancelled: Any, owner: str | None, client: str, weights: str
+    ) -> AsyncGenerator[tuple[Key, list[Any]], None]:
+        """Queue a job. Yield the key of its weights and its items, all that are ready at a time, until `END`."""
+        async with self._claims.of(weights, client) as (key, engine):
+            job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
+            try:
+                with self._changed:
+                    if self._closed:
+                        raise ModelGone(GONE)
+                    if owner is not None and self._announced.pop(owner, False):
+                        job.items.put_nowait(cancelled)
+                    else:
+                        if len(self._queue) >= self.max_waiting:
+                            self._make_room(client)
+                        self._queue.append(job)
+                        self._changed.notify()
+                while True:
+                    items = [await job.items.get()]
+                    while not job.items.empty():
+                        items.append(job.items.get_nowait())
+                    if isinstance(items[-1], Exception):
+                        raise items[-1]
+                    if (is_over := items[-1] is END) and len(items) == 1:
+                        return
+                    yield key, items[:-1] if is_over else items
+                    if is_over:
+                        return
+            finally:
+                job.left.set()
+                with self._changed:
+                    if job in self._queue:
+                        self._queue.remove(job)
 
     def _make_room(self, client: str) -> None:
         """Refuse the newest request of the busiest client. Raises `QueueFull` unless `client` has two fewer."""
@@ -226,7 +201,7 @@ class Scheduler:
                 self._announced[owner] = True
             for job in [job for job in self._queue if job.owner == owner]:
                 self._queue.remove(job)
-                job.put(TextChunk(text="", prompt_tokens=len(job.ids), reason="cancelled"))
+                job.put(job.cancelled)
             if self._now is not None and self._now.owner == owner:
                 self._now.left.set()  # the completer's stream yields the last chunk
 
@@ -237,19 +212,14 @@ class Scheduler:
             if self._now is not None:
                 self._now.left.set()
             self._changed.notify()
+        self._ends.set()
         self._renderer.close()
+        self.weights.close()
         self._thread.join(SECONDS_TO_CLOSE)
 
-    def _warm_up(self) -> None:
-        """Compile the programs of a first request. A failure is left for that request to report."""
-        with contextlib.suppress(BaseException):
-            ids, new = self.completer.encode("Once"), min(WARM_UP_TOKENS, self.max_new_tokens)
-            sampling = Sampling(max_new_tokens=new, temperature=1.0, top_k=50, top_p=0.9)
-            with contextlib.closing(self.completer.stream(ids, sampling)) as chunks:  # type: ignore[type-var]
-                next(chunks)
-
     def _work(self) -> None:
-        self._warm_up()
+        ladder.first_rung(self.completer, self.max_new_tokens)
+        ladder.climb(self.completer, self.max_new_tokens, lambda: self.waiting > 0, self._ends)
         try:
             while (job := self._next()) is not None:
                 self._serve(job)
@@ -259,7 +229,7 @@ class Scheduler:
                 for job in self._queue:
                     job.put(ModelGone(GONE))
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Job | None:
         """Wait for the first request of the client that was served longest ago. None after `close`."""
         with self._changed:
             self._now = None
@@ -273,24 +243,15 @@ class Scheduler:
             self._served = {name: at for name, at in self._served.items() if name in here} | {job.client: count}
             return job
 
-    def _serve(self, job: _Job) -> None:
+    def _serve(self, job: Job) -> None:
         try:
-            for chunk in self.completer.stream(job.ids, job.sampling, job.stop, cancelled=job.left.is_set):
-                job.put(chunk)
+            self.completer.engine = job.engine
+            for item in job.work(job.left.is_set):
+                job.put(item)
+            job.put(END)
         except UserError as error:
             job.put(error)
         except BaseException as error:
             # whatever failed (memory, a device, a library in Rust), the thread must survive for the next request
             traceback.print_exc()
             job.put(RuntimeError(f"the model failed with {type(error).__name__}; the server's log says more"))
-
-
-def _check_length(text: str, subject: str) -> None:
-    require(len(text) <= LONGEST_PROMPT, f"{subject} {len(text):,} characters; the most is {LONGEST_PROMPT:,}")
-
-
-def _shown(value: Any) -> str:
-    """Shorten a value of any size for a message of one line."""
-    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print such an int
-        return "a number of thousands of digits"
-    return text if len(text := repr(value)) <= 40 else f"{text[:40]}…"

@@ -12,6 +12,7 @@ import gradio as gr
 
 from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.serving.guard import place_of
+from smollm_jax.serving.handlers import LOOKS
 from smollm_jax.serving.openai_api import error_response
 from smollm_jax.serving.scheduler import Scheduler
 
@@ -79,7 +80,8 @@ async def _end(page: gr.Blocks, scheduler: Scheduler, names: list[str]) -> None:
     queue = page._queue
     pending = queue.pending_messages_per_session
     for name in names:
-        scheduler.cancel(name)
+        for owner in (name, f"{LOOKS}{name}"):
+            scheduler.cancel(owner)
         await queue.clean_events(session_hash=name)
         pending.pop(name, None)
         if name in queue.pending_event_ids_session.pop(name, ()):  # a call without session has its event id

@@ -27,7 +27,8 @@ from transformers import (
 from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling
+from smollm_jax.generation.generator import ALTERNATIVES, SCORED
+from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling, Score
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.runs.load import load_model
@@ -56,8 +57,15 @@ class TorchEngine:
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
+        self._hooks: list[Any] = []
         for layer in self._model.model.layers:
-            layer.register_forward_pre_hook(self._check)
+            self._hooks.append(layer.register_forward_pre_hook(self._check))
+
+    def unload(self) -> None:
+        """Free the weights. The hooks would keep them until Python's next full collection."""
+        for hook in self._hooks:
+            hook.remove()
+        self._model = None
 
     def _check(self, *_: Any) -> None:
         if self.cancelled():
@@ -99,6 +107,27 @@ class TorchEngine:
             yield [token]
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
+        """Yield the scores of each id but the first, part by part, as `Generator.score` does."""
+        cache = DynamicCache(config=self._model.config)
+        for start in range(0, len(ids) - 1, SCORED):
+            part = list(ids[start : start + SCORED + 1])
+            part_1T = torch.tensor([part[:-1]], device=self._model.device)
+            try:
+                logits_TV = self._model(part_1T, past_key_values=cache, use_cache=True).logits[0]
+            except _Cancelled:
+                return
+            logprobs_TV = logits_TV.float().log_softmax(dim=-1)
+            best_TA, ids_TA = logprobs_TV.topk(min(ALTERNATIVES, self.vocab_size))
+            targets_T1 = torch.tensor(part[1:], device=self._model.device)[:, None]
+            logprobs = logprobs_TV.gather(1, targets_T1)[:, 0].tolist()
+            likeliest = [
+                list(zip(*pair, strict=True)) for pair in zip(ids_TA.tolist(), best_TA.tolist(), strict=True)
+            ]
+            are_best = (best_TA[:, 0] == logprobs_TV.gather(1, targets_T1)[:, 0]).tolist()
+            yield [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
+
 
 class StableTopP(LogitsProcessor):
     """Top-p as in transformers, except that the highest ids among tied tokens stay. The JAX back end does so too.
@@ -130,18 +159,21 @@ def sampling_rules(sampling: Sampling) -> LogitsProcessorList:
 
 
 def open_torch(
-    path: str | Path, dtype: str, special_tokens: SpecialTokens | None
-) -> tuple[TorchEngine, Tokenizer, str, tuple[int, ...]]:
-    """Load the model at `path`: engine, tokenizer, description and stop ids. Raises `UserError`.
+    path: str | Path, dtype: str, special_tokens: SpecialTokens | None, step: int | None = None
+) -> tuple[TorchEngine, Tokenizer, str, tuple[int, ...], Callable[[ModelConfig, Params], TorchEngine]]:
+    """Load the model at `path`: engine, tokenizer, description, stop ids, and a function that rebuilds the engine.
 
     Our own reader reads and checks a folder. It gives architecture and weights to transformers, which opens no
-    file. On its own, transformers would follow a folder to other files and to code on the Hub.
+    file. On its own, transformers would follow a folder to other files and to code on the Hub. Raises `UserError`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(dtype, device).name
-    config, params, tokenizer = load_model(path, special_tokens=special_tokens)
-    model = _transformers_model(config, params, dtype).to(device)
-    return TorchEngine(model, config), tokenizer, f"PyTorch, {dtype}, on {device}", config.stop_ids
+
+    def build(config: ModelConfig, params: Params) -> TorchEngine:
+        return TorchEngine(_transformers_model(config, params, dtype).to(device), config)
+
+    config, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
+    return build(config, params), tokenizer, f"PyTorch, {dtype}, on {device}", config.stop_ids, build
 
 
 def _transformers_model(config: ModelConfig, params: Params, dtype: str) -> Any:

@@ -32,6 +32,8 @@ def with_chat_template(tokenizer: Tokenizer, choice: str, name: str) -> tuple[To
         missing = [token for token in CHAT_TOKENS if token not in tokenizer.special_tokens]
         one = f"--tokenizer {name} has no special token {missing and missing[0]}, which chatml needs"
         require(not missing, f"{one}; give --chat-template FILE, a template of its own special tokens")
+    dated = "writes the date, so that a resumed run would read other rows"
+    require("strftime_now" not in template, f"--chat-template {chosen} {dated}; give chatml or another file")
     changed = _rewritten(tokenizer, template, {"bos_token": CHAT_TOKENS[0]} if template == CHATML else {})
     what = f"the chat template of {name}" if own else f"--chat-template {chosen}"
     try:
@@ -45,7 +47,9 @@ def with_chat_template(tokenizer: Tokenizer, choice: str, name: str) -> tuple[To
         raise UserError(f"{what} {never}; give --chat-template chatml or a file")
     text = {number: token for token, number in changed.special_tokens.items()}[end]
     if end != changed.eos_id or token_text(changed.settings.get("pad_token")) != text:
-        changed = _rewritten(changed, template, {"eos_token": text, "pad_token": text})
+        dated = "writes the date, so that a resumed run would read other rows"
+    require("strftime_now" not in template, f"--chat-template {chosen} {dated}; give chatml or another file")
+    changed = _rewritten(changed, template, {"eos_token": text, "pad_token": text})
     return changed, f"template    {'its own' if own else chosen}; a turn ends with {text}, which becomes the eos"
 
 
@@ -70,5 +74,5 @@ def _rewritten(tokenizer: Tokenizer, template: str, tokens: dict[str, str]) -> T
                 values = {key: value for key, value in values.items() if key != "chat_template"} | tokens
                 Path(folder, name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         changed = Tokenizer(folder, special_tokens=tokenizer.mode)
-    changed.template = tokenizer.template
+    changed.template, changed.spells = tokenizer.template, tokenizer.spells
     return changed

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.runtime.errors import UserError, one_line, require
-from smollm_jax.tokenizer.tokenizer import NAMED_TOKENS, Encoded, SpecialTokens, Tokenizer, token_text
+from smollm_jax.tokenizer.tokenizer import Encoded, SpecialTokens, Tokenizer
 
 # a noncharacter code point, inserted into text that would otherwise match a special token
 MARK = "\ufdd0"
@@ -52,8 +52,7 @@ def template_arguments(
     special = tokenizer.special_tokens
     if (special_tokens or tokenizer.mode) != "parse":
         messages = [{key: _mark(value, special) for key, value in message.items()} for message in messages]
-    found = {name: token_text(tokenizer.settings.get(name)) for name in NAMED_TOKENS}
-    return str(tokenizer.chat_template), messages, {name: text for name, text in found.items() if text}
+    return str(tokenizer.chat_template), messages, tokenizer.named_tokens
 
 
 def encode_rendered(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,7 +75,7 @@ class Tokenizer:
                 self._fast = self._open(spelled_out="text")
         except Exception as error:
             raise UserError(f"{folder}/tokenizer.json cannot be read: {one_line(error)}") from None
-        self.mode, self.template = special_tokens, True
+        self.mode, self.template, self.spells = special_tokens, True, True
         self.texts = self.texts_with_special = 0  # encoded so far, and how many of them spell out a special token
         self._vocab = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
@@ -138,14 +139,21 @@ class Tokenizer:
     @property
     @_no_panic()
     def fingerprint(self) -> str:
-        """Hash tokenizer.json, and any ids that `encode` adds to a text."""
+        """Hash tokenizer.json, any ids that `encode` adds to a text, and whether special tokens are spelled."""
         bare, added = (self._fast.encode("", add_special_tokens=on).ids for on in (False, self.template))
         more = b"" if added == bare else repr(added).encode()
+        more += b"spelled" if self.spells and self._spelling is not self._fast else b""
         return hashlib.sha256(self.files["tokenizer.json"] + more).hexdigest()
 
     def encode_as_of(self, fingerprint: str) -> None:
-        """Encode as the run with this `fingerprint` did. Early runs left out what the post-processor adds."""
-        self.template = self.fingerprint.startswith(fingerprint)
+        """Encode as the run with this `fingerprint` did.
+
+        Early runs left out what the post-processor adds, and with a Unigram model took spelled special tokens as
+        ids.
+        """
+        for self.spells, self.template in product((True, False), repeat=2):
+            if self.fingerprint.startswith(fingerprint):
+                return
 
     @_no_panic()
     def encode_batch(self, texts: list[str], special_tokens: SpecialTokens | None = None) -> list[np.ndarray]:
@@ -156,7 +164,7 @@ class Tokenizer:
         parse = (special_tokens or self.mode) == "parse"
         fast = self._parsing if parse else self._fast
         encoded = fast.encode_batch_fast(texts, add_special_tokens=self.template)
-        for i in () if parse or self._spelling is fast else special:
+        for i in () if parse or not self.spells or self._spelling is fast else special:
             encoded[i] = self._spelling.encode(texts[i], add_special_tokens=self.template)
         arrays = [np.asarray(one.ids, dtype=np.int32) for one in encoded]
         self._require_known(max((ids.max() for ids in arrays if ids.size), default=0))
@@ -172,7 +180,8 @@ class Tokenizer:
     @_no_panic()
     def encode_parts(self, texts: list[str], special_tokens: SpecialTokens) -> list[Encoded]:
         """Return what `encode_part` does, of several parts and with their characters."""
-        spelling = self._spelling if any(map(self._spells_special, texts)) else self._fast
+        spelled = self.spells and any(map(self._spells_special, texts))
+        spelling = self._spelling if spelled else self._fast
         fast = self._parsing if special_tokens == "parse" else spelling
         found = []
         for one in fast.encode_batch(texts, add_special_tokens=False):
@@ -219,6 +228,12 @@ class Tokenizer:
         """Return the id of each special token."""
         added = self._fast.get_added_tokens_decoder()
         return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Return the texts of the tokens with a name, such as bos_token, which a chat template may use."""
+        found = {name: token_text(self.settings.get(name)) for name in NAMED_TOKENS}
+        return {name: text for name, text in found.items() if text}
 
     def describe_special(self) -> str:
         """Return a sentence on special tokens in texts, and how many texts had any."""

@@ -7,6 +7,7 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import Config
 from smollm_jax.data.shuffle import TokenizedDocument, exclusions
+from smollm_jax.data.sources import mixture
 from smollm_jax.data.survey import HEAD, describe, survey
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.tokenizer import Tokenizer, token_text
@@ -25,10 +26,17 @@ def with_pad_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model if pad is None else replace(model, pad_token_id=pad)
 
 
-def counts_epochs(config: Config) -> bool:
-    """Return whether --epochs give the run's length: without --steps, except on the recipe's own data."""
-    data = config.data
-    return data.is_chat and config.run.steps is None and data.epochs > 0 and data.data != RECIPES["sft"].data.data
+def follows_epochs(config: Config) -> bool:
+    """Return whether --epochs give the run's length: on conversations, without --steps and --phases."""
+    is_given = config.run.steps is not None or config.run.phases != RECIPES["sft"].run.phases
+    return config.data.is_chat and config.data.epochs > 0 and not is_given
+
+
+def estimated_steps(config: Config) -> int:
+    """Return the steps of the epochs of the recipe's own data, from the steps of its two epochs."""
+    recipe = RECIPES["sft"]
+    of_one = recipe.total_steps * recipe.main_batch_size * recipe.data.seq_len / recipe.data.epochs
+    return max(round(of_one * config.data.epochs / (config.main_batch_size * config.data.seq_len)), 1)
 
 
 def survey_run(
@@ -41,13 +49,16 @@ def survey_run(
     """
     if not config.data.is_chat:
         return config
-    whole = counts_epochs(config)
+    follows = follows_epochs(config)
+    whole = follows and config.data.data != RECIPES["sft"].data.data
     tell(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
-    found = survey(config.data, tokenizer, exclusions(held), whole=whole)
+    found = survey(config.data, tokenizer, exclusions(one for one, _ in held), whole=whole)
     notes += describe(found, tokenizer, whole=whole)
-    if whole:
-        epochs, batch_size = config.data.epochs, config.main_batch_size
-        steps = max(found.rows * epochs // batch_size, 1)
-        config = replace(config, run=replace(config.run, steps=steps))
-        notes.append(f"epochs      {epochs} of {found.rows:,} rows by {batch_size} are {steps:,} steps")
-    return config
+    if not follows:
+        return config
+    epochs, batch_size = config.data.epochs, config.main_batch_size
+    rows = found.rows_of(epochs, mixture(config.data.data))
+    steps = max(rows // batch_size, 1) if whole else estimated_steps(config)
+    what = f"{rows:,} rows" if whole else "the recipe's data, by estimate"
+    notes.append(f"epochs      {epochs}, {what} by {batch_size}: {steps:,} steps")
+    return replace(config, run=replace(config.run, steps=steps))

@@ -40,10 +40,12 @@ def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> in
     with joined as job:
         with job.all_or_none():
             check_places(config)
-        return _fit(config, stop, job)
+        _fit(config, stop, job)
+    return job.exit_code  # of several processes, `join_job` has said a mistake and set its code
 
 
-def _fit(config: Config, stop: StopRequest, job: Processes) -> int:
+def _fit(config: Config, stop: StopRequest, job: Processes) -> None:
+    """Train, and set the exit code of `job`."""
     with acquire_run_dir(config, job) as run_dir:
         try:
             with closing(setup(config, run_dir, stop, job)) as run:
@@ -57,7 +59,6 @@ def _fit(config: Config, stop: StopRequest, job: Processes) -> int:
         except SourceTimeout as error:  # before training: the last checkpoint is still the newest state
             say(f"{error}; run the same command to go on")
             job.exit_code = EXIT_STOPPED
-    return job.exit_code
 
 
 @contextmanager

@@ -39,6 +39,10 @@ def report_step(run: Run, pending: Pending) -> None:
         run.progress.bad_steps_in_a_row = 0
         run.progress.nats += values["loss"].item() * int(values["targets"])
         run.progress.targets += int(values["targets"])
+    elif values.get("overflow", False):
+        run.progress.skipped_steps += 1
+        halved = f"the loss scale is now {values['loss_scale'].item():g}"
+        run.report.say(f"step {pending.step}: a gradient overflows float16; the update is skipped, {halved}")
     else:
         count_bad_step(run, pending)
     if pending.step in (1, run.config.total_steps) or pending.step % run.config.run.log_every == 0:
@@ -72,7 +76,9 @@ def write_line(run: Run) -> None:
         "ledger": run.progress.ledger,
         "peak_memory_gib": peak_memory(run.mesh.local_mesh.devices.flat[0]) / 2**30,
     }
-    peak = peak_flops(run.mesh.devices.flat[0])
+    if "loss_scale" in values:
+        line |= {"loss_scale": values["loss_scale"].item(), "skipped_steps": progress.skipped_steps}
+    peak = peak_flops(run.mesh.devices.flat[0], run.dtype)
     if peak is not None:
         flops = interval.slots * run.config.model.flops_per_token(run.config.data.seq_len)
         line["mfu"] = flops / seconds / (peak * run.mesh.size)

@@ -24,24 +24,18 @@ from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import mixture
 from smollm_jax.distributed.sharding import layout_of
-from smollm_jax.runs.load import (
-    base_record,
-    load_base,
-    load_model,
-    place_of,
-    progress_of,
-    read_run,
-    record_of,
-)
+from smollm_jax.runs.load import base_record, load_base, load_model, place_of, progress_of, read_run, record_of
 from smollm_jax.runs.records import read_metrics
+from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.adapters import frozen_base
+from smollm_jax.training.chat import follows_epochs
 from smollm_jax.training.optimizer import learning_rate_schedule
 from smollm_jax.training.run import Progress, trained_part
-from smollm_jax.training.step import State, abstract_state, base_dtype, init_state
+from smollm_jax.training.step import State, abstract_state, init_state
 
 # fields of the architecture that no weight's shape depends on
 FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
@@ -108,7 +102,7 @@ def state_at_start(start: StartState, config: Config, mesh: Mesh, checkpoints: C
     restored: State = checkpoints.restore(start.checkpoint.step, trained_part(shapes))
     if start.base is not None:
         layout = layout_of(shapes["base"])
-        held = partial(frozen_base, dtype=base_dtype(config, mesh))
+        held = partial(frozen_base, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
         restored["base"] = jax.jit(held, out_shardings=layout)(start.params)
     return restored
 
@@ -142,7 +136,7 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
         config = _completed(config, saved.model, saved.data.tokenizer)
-    if config.data.is_chat and config.run.steps is None:  # as counted at the start
+    if follows_epochs(config):  # as counted at the start
         config = replace(config, run=replace(config.run, steps=saved.total_steps))
     notes, old, name = [], found.meta["config"], config.data.tokenizer
     if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):

@@ -30,6 +30,7 @@ class Progress:
     tokens: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
+    skipped_steps: int = 0  # whose gradients overflowed float16: no fault of the data
     ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
     elapsed_seconds: float = 0.0  # from the first step on, over all starts, without time lost to a kill

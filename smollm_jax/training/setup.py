@@ -18,13 +18,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.distributed.sharding import (
-    layout_table,
-    make_mesh,
-    padded_rows,
-    row_shards,
-    shards_here,
-)
+from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.kernels.select import select_attention
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runs.convert import require_exportable
@@ -33,10 +27,11 @@ from smollm_jax.runs.lock import WRITTEN
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics, duration
 from smollm_jax.runs.records import keep_records
 from smollm_jax.runtime.devices import (
-    compute_dtype,
     device_name,
+    lacks_bfloat16,
     matmul_rate,
     peak_flops,
+    training_dtype,
     use_compilation_cache,
     use_precision_of,
 )
@@ -67,8 +62,9 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     """
     began, tell = time.monotonic(), say if job.first else lambda _: None
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    mesh, dtype = make_mesh(config), compute_dtype(config.compute.dtype, jax.default_backend())
-    select_attention(config.compute.attention, mesh.devices.flat[0], dtype)  # raises before the network is asked
+    mesh = make_mesh(config)
+    dtype = training_dtype(config.compute.dtype, device := mesh.devices.flat[0])
+    select_attention(config.compute.attention, device, dtype)  # raises before the network is asked
     checkpoints = CheckpointManager(
         run_dir / "checkpoints", keep_last=config.run.keep_last, keep_every=config.run.keep_every, processes=job
     )
@@ -91,7 +87,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         config = config if resumes else survey_run(config, tokenizer, held, start.notes, tell)
         loader = Loader(config, tokenizer, held, shards=shards_here(mesh, config), resumes=resumes)
         stream = PrefetchLoader(loader, found.meta["cursor"] if found else None)
-    job.require_same(stream.loader.fixed, "files of --data, or documents held out of them")
+    job.require_same(stream.loader.fixed | {"steps": config.total_steps}, "files of --data or documents held out")
     if job.first:
         keep_config(config, run_dir)
     use_precision_of(dtype)
@@ -104,7 +100,6 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
     computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
-    nll = make_scorer(config, mesh, dtype, ops)
     progress = Progress(**found.meta["progress"]) if found else Progress()
     state = state_at_start(start, config, mesh, checkpoints)
     checkpoints.newest = step = progress.step
@@ -112,9 +107,9 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
-        mesh=mesh, dtype=dtype, steps=steps, nll=nll, checkpoints=checkpoints, state=state, report=report,
-        progress=progress, saved=step, evaluated=job.gather(evaluated)[0], ledgers=ledgers,
-        computed=computed, base=start.base, kernels=False if ops.kernels == "plain" else None,
+        mesh=mesh, dtype=dtype, steps=steps, nll=make_scorer(config, mesh, dtype, ops), checkpoints=checkpoints,
+        state=state, report=report, progress=progress, saved=step, evaluated=job.gather(evaluated)[0],
+        ledgers=ledgers, computed=computed, base=start.base, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
@@ -218,7 +213,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     phases = ", then ".join(f"{p.steps:,} steps of {p.batch_size} x {T}" for p in config.phases)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     memory = compiled_bytes(run.steps[max(run.steps)]) / 2**30
-    peak = peak_flops(device)
+    peak = peak_flops(device, run.dtype)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
     source = config.run.init_from
@@ -237,6 +232,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"model       {model.num_parameters:,} parameters{_trained(run)}, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
         f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
+        *([f"dtype       {_scaling(run)}"] if run.dtype.name == "float16" else []),
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
         f"optimizer   AdamW, peak learning rate {config.learning_rate:g}, {optimizer.schedule}, "
@@ -254,6 +250,14 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     if run.job.first and any(mesh.shape[axis] > 1 for axis in ("fsdp", "tensor")):
         lines += ["layout", *(f"  {line}" for line in layout_table(run.state["params"]))]
     run.report.say("\n".join(lines))
+
+
+def _scaling(run: Run) -> str:
+    """Describe how float16 is computed, and why if nobody has asked for it."""
+    chosen = run.config.compute.dtype == "auto" and lacks_bfloat16(device := run.mesh.devices.flat[0])
+    why = f"{device.device_kind} has no bfloat16: " if chosen else ""
+    now = float(run.state["loss_scale"]["scale"])
+    return f"{why}float16 with a loss scale, now {now:,g}; a step that overflows is skipped, and halves it"
 
 
 def _time(run: Run) -> str:

@@ -23,8 +23,9 @@ from smollm_jax.kernels.shard import per_device
 from smollm_jax.model.loss import summed_nll, targets_of
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import Adapters, Policy, SmolLM, init_params
-from smollm_jax.runtime.devices import compute_dtype
+from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.training.adapters import frozen_base, init_adapters
+from smollm_jax.training.loss_scale import factor_of, first_scale, next_scale, overflowed
 from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 State = dict[str, Any]
@@ -45,24 +46,20 @@ def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
 
     With adapters `params` are the base.
     """
-    made = partial(create, config, dtype=base_dtype(config, mesh))
-    return jax.jit(made, out_shardings=layout_of(abstract_state(config, mesh)))(params)
+    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    return jax.jit(make, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> State:
     """Return shapes, dtypes and layout of the state, without its arrays."""
-    return with_layout(jax.eval_shape(partial(create, config, dtype=base_dtype(config, mesh)), None), mesh)
-
-
-def base_dtype(config: Config, mesh: Mesh) -> Any:
-    """Return the dtype of a frozen base: the compute dtype."""
-    return compute_dtype(config.compute.dtype, mesh.devices.flat[0].platform)
+    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    return with_layout(jax.eval_shape(make, None), mesh)
 
 
 def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> State:
     """Return the state as `init_state` does, in the layout that the caller's jit gives it.
 
-    `dtype` is of a frozen base.
+    `dtype` is the compute dtype. A frozen base is held in it. With float16 the state has `loss_scale` too.
     """
     if params is None:
         params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
@@ -71,7 +68,8 @@ def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> S
         frozen = {"base": frozen_base(params, dtype)}
         params = init_adapters(config.adapter, config.model, frozen["base"], config.run.seed)
     opt_state = make_optimizer(config.optimizer).init(params)
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0)} | frozen
+    made = {"params": params, "opt_state": opt_state, "step": jnp.int32(0), **frozen}
+    return made | ({"loss_scale": first_scale()} if dtype == jnp.float16 else {})
 
 
 def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
@@ -84,19 +82,23 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
-    With a fourth argument, the frozen base, `params` are adapters.
-    `ops` are the functions for the devices of `mesh`, by default `select_step_ops`.
+    A fourth argument multiplies the sum and, before they are rounded, the gradients of the logits. With `base`,
+    the frozen weights, `params` are adapters. `ops` are the functions for the devices of `mesh`, by default
+    `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
 
-    def nll(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, base: Any = None) -> jax.Array:
-        adapters = None if base is None else Adapters(params, config.adapter.scale)
-        weights = params if base is None else base
+    def nll(
+        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, factor: jax.Array | None = None,
+        *, base: Any = None,
+    ) -> jax.Array:  # fmt: skip
+        weights, adapters = (params, None) if base is None else (base, Adapters(params, config.adapter.scale))
         model = SmolLM.from_params(config.model, weights, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
         x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]), adapters)
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
+            weights_BT = weights_BT if factor is None else weights_BT * factor
             return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT)
 
     return nll
@@ -139,17 +141,19 @@ def make_step(
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
     nll_of = make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-    gradients = _accumulated(jax.value_and_grad(nll_of), config.compute.grad_accum)
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
 
     def step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
     ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
-        frozen = {name: state[name] for name in ("base",) if name in state}
-        nll, grads = gradients(params, tokens, segment_ids, *frozen.values())
+        loss_scale = state.get("loss_scale")  # of float16 alone
+        factors = [] if loss_scale is None else [factor_of(loss_scale, tokens.size)]
+        value_and_grad = jax.value_and_grad(partial(nll_of, base=state.get("base")))
+        nll, grads = _accumulated(value_and_grad, config.compute.grad_accum)(params, tokens, segment_ids, *factors)
         targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
-        scale = 1.0 / jnp.maximum(targets, 1)
+        mean = 1.0 / jnp.maximum(targets, 1)
+        nll, scale = (nll / factors[0], mean / factors[0]) if factors else (nll, mean)
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
@@ -165,33 +169,31 @@ def make_step(
 
         params, opt_state = jax.lax.cond(finite & counts, update, lambda *same: same, params, state["opt_state"])
         metrics = {
-            "loss": nll * scale,
-            "grad_norm": norm,
-            "learning_rate": jnp.float32(learning_rate),
-            "targets": targets,
-            "finite": finite,
-            "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
-        }
+            "loss": nll * mean, "grad_norm": norm, "learning_rate": jnp.float32(learning_rate), "targets": targets,
+            "finite": finite, "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
+        }  # fmt: skip
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + counts} | frozen, metrics
+        after = state | {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
+        if loss_scale is not None:
+            overflow = overflowed(loss_scale, nll, norm)
+            after["loss_scale"] = next_scale(loss_scale, overflow=overflow, finite=finite, counts=counts)
+            metrics |= {"overflow": overflow, "loss_scale": after["loss_scale"]["scale"]}
+        return after, metrics
 
     return step
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
-    """Return `value_and_grad(params, tokens, segment_ids)` summed over `parts` micro-batches, one at a time.
-
-    Further arguments are the same for each.
-    """
+    """Return `value_and_grad(params, tokens, segment_ids, *more)` summed over `parts` micro-batches in turn."""
     if parts == 1:
         return value_and_grad
 
-    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array, *same: Any) -> tuple[jax.Array, Any]:
+    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array, *more: Any) -> tuple[jax.Array, Any]:
         def add(total: Any, micro: Any) -> tuple[Any, None]:
-            found = value_and_grad(params, *micro, *same)
+            found = value_and_grad(params, *micro, *more)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), None
 

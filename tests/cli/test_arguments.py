@@ -29,7 +29,7 @@ from tests.support.paths import ROOT
         (["--decay-steps", "5"], "decay_steps=5 belongs to --schedule wsd"),
         (["--schedule", "wsd", "--warmup-steps", "80", "--decay-steps", "80", "--steps", "100"], "together"),
         (["--seq-len", "9000"], "seq_len=9000 must not exceed the model's max_seq_len=8192"),
-        (["--dtype", "float16"], "float16"),
+        (["--dtype", "float8"], "float8"),
         (["--phases", "5x"], "must read STEPSxBATCH"),
         (["--beta2", "1"], "beta2=1.0 must be in [0, 1)"),
         (["--final-learning-rate", "1"], "must not be above"),

@@ -51,7 +51,8 @@ def test_a_file_keeps_its_rows_and_order_and_each_row_is_as_alone(folder, source
     assert [row["sampling"]["seed"] for row in made] == [3, 4, 5, 6, 7]
     assert made[0]["completion"] != made[1]["completion"]  # another seed
     assert {row["finish_reason"] for row in made} <= {"length", "eos"}
-    assert {row["model"] for row in made} == {str(folder)}
+    about = {"path": str(folder), "step": None, "by": "JAX, float32, on cpu", "special_tokens": "text"}
+    assert [row["model"] for row in made] == [about] * len(ROWS)
     capsys.readouterr()
     for row in made:
         seed = ("--max-new-tokens", "6", "--temperature", "1.5", "--seed", row["sampling"]["seed"])
@@ -96,6 +97,8 @@ def test_an_interrupted_file_continues_with_the_first_row_that_has_no_result(fol
         (b"{}\n", (), "row 1"),
         (None, ("--temperature", "0.5"), "row 1 has another sampling"),
         (None, ("--stop", "x"), "row 1 has another sampling"),
+        (None, ("--dtype", "bfloat16"), "row 1 has another model"),
+        (None, ("--special-tokens", "parse"), "row 1 has another model"),
         (b"\n" * 9, (), "more rows than"),
     ],
 )

@@ -145,7 +145,7 @@ def test_dropped_conversations_are_counted_and_nothing_but_such_is_one_line(fold
     config = config_of(folder, "c.jsonl", epochs=2)
     *_, (_, cursor) = batches_until_end(batches_of(config, tokenizer))
     assert (cursor["dropped"], cursor["skipped"]) == (2, 0)
-    with pytest.raises(UserError, match="none of its 2 conversations has an answer that fits --seq-len 4"):
+    with pytest.raises(UserError, match="none of 2 conversations has an answer that fits --seq-len 4"):
         next(batches_of(config_of(folder, "c.jsonl", seq_len=4, epochs=0), tokenizer))
 
 

@@ -9,6 +9,7 @@ from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.chat import encode_conversations, fitted
 from smollm_jax.data.conversations import conversation_of
 from smollm_jax.data.documents import Document
+from smollm_jax.data.shuffle import tokenize
 from smollm_jax.data.sources import open_source
 from smollm_jax.data.survey import describe, survey
 from smollm_jax.runtime.errors import UserError
@@ -112,6 +113,13 @@ def test_plain_text_stays_text_and_a_run_on_text_reads_no_conversation(tmp_path)
         documents_of(path, data_kind="text")
 
 
+def test_a_text_ends_as_the_base_model_s_texts_do_and_not_as_a_turn(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "the cat"}, {"messages": TALK}])
+    (_, text), (_, talk) = tokenize(iter(documents_of(path)), tokenizer, config_of(path))
+    assert text[-1] == tokenizer.special_tokens["<|endoftext|>"] != tokenizer.eos_id
+    assert tokenizer.special_tokens["<|endoftext|>"] not in np.where(talk < 0, ~talk, talk)
+
+
 def encoded(talk, tokenizer, size, **changes):
     config = config_of("unread", seq_len=size - 1, **changes)
     (one,) = encode_conversations([fake(talk)], tokenizer, config)
@@ -182,3 +190,21 @@ def test_the_survey_counts_what_is_trained_cut_and_dropped(tmp_path, tokenizer):
     answer = talks[0][-1]["content"]
     assert f"<|im_start|>assistant\n[[{answer}<|im_end|>]]" in lines
     assert "<|im_end|> ends a turn and is trained" in lines
+
+
+def test_a_mixture_lasts_as_long_as_it_has_its_shares(tmp_path, tokenizer):
+    talks = write_rows(tmp_path / "talks.jsonl", [{"messages": TALK}] * 30)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "the cat sat on the mat"}] * 90)
+    alone = survey(config_of(talks), tokenizer, {}, whole=True)
+    assert alone.rows_of(3, [(str(talks), 1.0)]) == 3 * alone.rows
+    found = survey(config_of(f"{talks}=0.5,{texts}=0.5"), tokenizer, {}, whole=True)
+    fewest = min(found.tokens_of.values())
+    assert found.rows_of(2, [(str(talks), 0.5), (str(texts), 0.5)]) == int(found.rows * 4 * fewest / found.tokens)
+    assert sum(found.tokens_of.values()) == found.tokens
+
+
+def test_a_run_on_text_takes_no_object_in_the_place_of_a_text_for_a_row(tmp_path):
+    for value in ({"messages": TALK}, {}):
+        path = write_rows(tmp_path / "a.jsonl", [{"text": value}])
+        with pytest.raises(UserError, match="row 0, cannot be read: text is dict, not text"):
+            documents_of(path, data_kind="text")

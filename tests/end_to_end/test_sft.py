@@ -1,7 +1,6 @@
 """Fine-tuning on conversations, from a base model to a folder that chats, and exact after kill -9."""
 
 import json
-import logging
 import math
 from dataclasses import replace
 
@@ -27,20 +26,11 @@ from smollm_jax.training.step import create, make_nll, make_step
 from smollm_jax.training.verify_resume import verify_resume
 from tests.support.texts import make_talks, make_texts, write_rows
 
+pytestmark = pytest.mark.usefixtures("settings_restored")
 MODEL = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=24,
     max_seq_len=256, initializer_range=0.3,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def settings_put_back():
-    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
-    before, handlers = {name: getattr(jax.config, name) for name in options}, logging.root.handlers[:]
-    yield
-    logging.root.handlers[:] = handlers
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +69,7 @@ def test_the_start_shows_what_is_trained_and_the_steps_are_counted_from_the_epoc
     assert "<|im_end|> ends a turn and is trained" in told
     assert "<|im_start|>assistant\n[[" in told
     config = from_dict(json.loads((run / "config.json").read_text()))
-    assert f"are {config.total_steps:,} steps" in told
+    assert f": {config.total_steps:,} steps" in told
     lines = read_metrics(run)
     assert lines[-1]["step"] == config.total_steps
     assert (config.learning_rate, config.warmup_steps) == (1e-3, config.total_steps // 10)

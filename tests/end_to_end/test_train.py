@@ -1,14 +1,12 @@
 """Runs from end to end: what a user starts, stops, kills and starts again."""
 
 import json
-import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,18 +20,8 @@ from smollm_jax.training.fit import fit
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, assert_same_run, ended, leaves, records, wait_for_step
 
+pytestmark = pytest.mark.usefixtures("settings_restored")
 SHORT = "--steps 6 --eval-every 3 --checkpoint-every 4 --sample-tokens 4".split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _restored():
-    """Put back what a run sets in its process."""
-    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
-    before, handlers = {name: getattr(jax.config, name) for name in options}, logging.root.handlers[:]
-    yield
-    logging.root.handlers[:] = handlers
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def flags_of(run_dir, cache, corpus, tokenizer, data=None):
@@ -123,6 +111,43 @@ def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
     _, err = ended(train(*settings))
     assert "starts      from checkpoint" in err
     assert_same_run(tmp_path / "straight", run)
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_float16_goes_on_bit_for_bit(train, tmp_path):
+    settings = "--phases 20x4 --dtype float16 --checkpoint-every 7 --eval-every 10 --sample-tokens 4".split()
+    ended(train(*settings, run="straight"))
+    process = train(*settings)
+    wait_for_step(tmp_path / "run", 12, process)
+    process.kill()
+    process.wait()
+    _, err = ended(train(*settings))
+    assert "starts      from checkpoint" in err
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_in_float16_survives_overflow_and_resumes_with_its_scale(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr("smollm_jax.training.loss_scale.FIRST", 2.0**32)
+    settings = "--steps 30 --dtype float16 --eval-every 0 --no-export --log-every 1".split()
+    fitted(*settings, run="straight")
+    _, err = fitted(*settings, "--stop-after", "11")
+    assert "float16 with a loss scale, now 4.29497e+09; a step that overflows is skipped" in err
+    assert "step 1: a gradient overflows float16; the update is skipped, the loss scale is now 2.1" in err
+    scales = [read_params(tmp_path / "run/checkpoints", group="loss_scale")[1]]
+    _, err = fitted(*settings)
+    assert f"now {float(scales[0]['scale']):,g};" in err
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    scales = [read_params(tmp_path / run / "checkpoints", group="loss_scale")[1] for run in ("straight", "run")]
+    lines = records(tmp_path / "run")
+    last = max(line["step"] for line in lines if line["loss"] is None)
+    assert [int(scale["good_steps"]) for scale in scales] == [30 - last] * 2
+    assert lines[0]["loss_scale"] > lines[-1]["loss_scale"] == scales[0]["scale"]
+    assert lines[-1]["skipped_steps"] > 1
+    assert lines[-1]["bad_steps"] == 0
+    assert lines[-1]["loss"] < lines[0]["step_loss"]
+    _, err = fitted(*settings[:2], *settings[4:], code=2)
+    assert "the run computed in float16, and would go on in float32; give --dtype float16" in err
 
 
 @pytest.mark.slow

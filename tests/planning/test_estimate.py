@@ -9,9 +9,17 @@ from smollm_jax.config.architecture import MODELS
 from smollm_jax.kernels.cpu import wide_linear
 from smollm_jax.model.ops import Ops, reference_linear
 from smollm_jax.model.transformer import SmolLM, init_params
-from smollm_jax.planning.estimate import estimate, flops_per_token, memory_bytes, residual_bytes, sent_bytes
-from smollm_jax.planning.plan import POLICIES, step_of
+from smollm_jax.planning.estimate import (
+    COMPUTE_SHARE,
+    estimate,
+    flops_per_token,
+    memory_bytes,
+    residual_bytes,
+    sent_bytes,
+)
+from smollm_jax.planning.plan import POLICIES, as_dict, make_plan, step_of
 from smollm_jax.planning.topology import CHIPS, topology_of
+from smollm_jax.runtime.devices import peak_flops
 
 WEIGHTS = MODELS["135M"].num_parameters
 
@@ -48,8 +56,37 @@ def test_a_step_takes_the_longer_of_computing_and_memory_and_then_its_messages()
     slow = CHIPS["gpu-h100"]._replace(memory_bytes_per_second=1e9)
     assert estimate(step(), slow)["step_seconds"] > estimate(step(), slow)["memory_seconds"] > longer
     flops = MODELS["135M"].flops_per_token(2_048) * 32 * 2_048 / 8
-    assert found["compute_seconds"] >= flops / (0.5 * 989e12)
+    assert found["compute_seconds"] >= flops / (COMPUTE_SHARE * 989e12)
     assert found["mfu"] == pytest.approx(flops / found["step_seconds"] / 989e12)
+
+
+def test_the_estimate_agrees_with_the_one_measured_step():
+    """One H200, 135M, 32 x 2,048 in bfloat16: benchmarks/RESULTS.md."""
+    found = estimate(step(topology="gpu-h200:1"), CHIPS["gpu-h200"])
+    assert found["tokens_per_second"] == pytest.approx(407_999, rel=0.01)
+    assert found["mfu"] == pytest.approx(0.42, abs=0.005)
+
+
+@pytest.mark.parametrize("name", [name for name in CHIPS if "gpu" in name])
+def test_every_gpu_of_the_table_is_planned_with_its_own_peak(name):
+    chip = CHIPS[name]
+    half = jnp.dtype("bfloat16" if float(chip.compute_capability) >= 8 else "float16")
+    peaks = [peak_flops(chip, jnp.dtype(dtype)) for dtype in (half, "float32")]
+    assert peaks[0] > peaks[1] > 8e12
+    assert (peak_flops(chip, jnp.dtype("bfloat16")) is None) == (name == "gpu-t4")
+    found = as_dict(make_plan(parse(["--steps", "9", "--batch-size", "4", "--dtype", "float32"]), f"{name}:1"))
+    assert found["estimate"]["mfu"] <= COMPUTE_SHARE
+
+
+@pytest.mark.parametrize(
+    ("kind", "bfloat16"),
+    [("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA L40S", 362),
+     ("NVIDIA L4", 121), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA B200", 2_250), ("Tesla T4", None),
+     ("cpu", None)],
+)  # fmt: skip
+def test_a_device_has_the_peak_of_its_own_name(kind, bfloat16):
+    device = CHIPS["gpu-t4"]._replace(device_kind=kind)
+    assert peak_flops(device, jnp.dtype("bfloat16")) == (bfloat16 and bfloat16 * 1e12)
 
 
 def test_padding_costs_the_time_of_rows():

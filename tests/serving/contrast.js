@@ -11,7 +11,7 @@
   const check = (element, text, colour) => {
     const style = getComputedStyle(element);
     const seen = element.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true });
-    if (!text.trim() || !seen || element.closest('[disabled]')) return;
+    if (!text.trim() || !seen || element.closest('[disabled], [aria-hidden=true]')) return;
     let back = [255, 255, 255, 1], opacity = 1;
     const layers = [];
     for (let one = element; one; one = one.parentElement) {

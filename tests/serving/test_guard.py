@@ -1,8 +1,10 @@
 """The guard before every route, without a model: hosts, sizes, times, guesses and what is logged."""
 
 import asyncio
+import gc
 import json
 import socket
+import sys
 import threading
 import time
 
@@ -12,7 +14,7 @@ pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
-from smollm_jax.serving import guard  # noqa: E402
+from smollm_jax.serving import app, guard  # noqa: E402
 from smollm_jax.serving.app import hosts_of, listen, server_of  # noqa: E402
 from smollm_jax.serving.guard import MOST_FAILURES, Guard, Hosts, Refused, check_json  # noqa: E402
 
@@ -145,6 +147,26 @@ def test_who_guesses_too_often_waits_and_nobody_else(path, wrong):
     assert ask(guarded, path).headers["retry-after"]
     assert ask(guarded, path, client="10.0.0.2").status_code == wrong
     assert ask(guarded, "/config").status_code == wrong  # the page itself is not a guess
+
+
+def test_a_request_does_not_wait_for_a_thread_that_traces_a_program(monkeypatch):
+    """With Python's 5 ms between switches a request waits for up to 0.4 s beside the ladder of the full model."""
+    seen = {}
+
+    class Stands:
+        def run(self, **_):
+            seen.update(interval=sys.getswitchinterval(), frozen=gc.get_freeze_count())
+
+    monkeypatch.setattr(app, "server_of", lambda *_, **__: Stands())
+    before = sys.getswitchinterval()
+    gc.unfreeze()
+    try:
+        with listen("127.0.0.1", 0) as listening:
+            app.run(None, listening, "127.0.0.1")
+    finally:
+        sys.setswitchinterval(before)
+    assert seen["interval"] <= 0.001
+    assert seen["frozen"] > 10_000
 
 
 @pytest.mark.parametrize("proxied", [False, True])

@@ -7,7 +7,9 @@ import pytest
 
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.serving.completion import Completer
-from smollm_jax.serving.scheduler import ModelGone, QueueFull, Scheduler
+from smollm_jax.serving.jobs import ModelGone
+from smollm_jax.serving.limits import QueueFull
+from smollm_jax.serving.scheduler import Scheduler
 from smollm_jax.tokenizer.load import train_tokenizer
 from tests.support.server import TEXTS, chat_tokenizer
 

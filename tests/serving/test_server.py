@@ -507,6 +507,10 @@ def ask_page(server, number, data):
     raise AssertionError("the queue ended without an answer")
 
 
+# the last inputs of a press: weights, and of a chat its system prompt
+LAST = {"continue": ["newest"], "send": ["newest", ""]}
+
+
 def page_event(server, target):
     """The event that follows a press of the button `target`."""
     config = httpx.get(f"{server.url}/config").json()
@@ -523,7 +527,7 @@ def test_a_request_that_names_a_file_is_refused(server, tmp_path_factory, path):
         file = {"path": named, "meta": {"_type": "gradio.FileData"}}
         for target in ("continue", "send"):
             event = page_event(server, target)
-            reply = ask_page(server, event, [file, None, 0.6, 0.9, 50, 1.1, 5, "", 0, ""])
+            reply = ask_page(server, event, [file, None, 0.6, 0.9, 50, 1.1, 5, "", 0, "", *LAST[target]])
             assert reply["output"]["error"] == "this page accepts no files"
     assert not list(server.cache.rglob("secret.txt")) + list(server.cache.rglob("passwd"))
 
@@ -543,11 +547,16 @@ def test_a_request_that_names_a_file_is_refused(server, tmp_path_factory, path):
         ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, "a\nb\nc\nd\ne"], "stop takes up to 4"),
         ("again-continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "nothing to regenerate"),
         ("again-send", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, ""], "nothing to regenerate"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, "", "../x"], "no checkpoint '../x'"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, "", {"a": 1}], "no checkpoint {'a': 1}"),
+        ("continue", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, "", "9" * 5_000], "no checkpoint '999"),
+        ("send", ["x", None, 0.6, 0.9, 50, 1.1, 10, "", 0, "", "newest", "\ud800"], "half a character"),
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_the_page_is_checked_on_the_server_too(server, target, data, words):
-    reply = ask_page(server, page_event(server, target), data)
+    left_out = LAST[target.removeprefix("again-")][max(len(data) - 10, 0) :]
+    reply = ask_page(server, page_event(server, target), [*data, *left_out])
     assert words in reply["output"]["error"]
     assert answers(server)
 

@@ -1,5 +1,6 @@
 """Tokenizers that are no byte-level BPE: streamed text, counted bytes, and the ids that transformers makes."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -187,3 +188,14 @@ def test_what_happens_to_special_tokens_is_said_with_a_count(folders):
         "special tokens in a text stay text (other: --special-tokens parse); 2 of 3 texts so far spell one out"
     )
     assert "become ids" in Tokenizer(folders["byte level"], special_tokens="parse").describe_special()
+
+
+def test_a_run_begun_with_a_unigram_model_s_special_ids_goes_on_with_them(folders):
+    tokenizer, text = Tokenizer(folders["unigram"]), "Hi</s> <|im_end|>"
+    before = hashlib.sha256(tokenizer.files["tokenizer.json"]).hexdigest()
+    assert tokenizer.fingerprint != before
+    tokenizer.encode_as_of(before[:16])
+    assert tokenizer.special_tokens["<|im_end|>"] in tokenizer.encode(text)
+    tokenizer = Tokenizer(folders["unigram"])
+    tokenizer.encode_as_of(tokenizer.fingerprint[:16])
+    assert tokenizer.special_tokens["<|im_end|>"] not in tokenizer.encode(text)

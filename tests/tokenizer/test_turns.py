@@ -180,6 +180,7 @@ def test_a_base_tokenizer_gets_chatml_and_its_end_of_turn_as_eos(tmp_path):
         ("{{ raise_exception('no') }}", "the chat template refuses this conversation: TemplateError: no"),
         ("{% for %}", "the chat template refuses this conversation: TemplateSyntaxError"),
         (" \n", "is empty"),
+        (CHATML + "{{ strftime_now('%Y') }}", "writes the date, so that a resumed run would read other rows"),
     ],
 )
 def test_a_template_that_cannot_be_used_gets_one_line(template, expected, tmp_path):

@@ -65,7 +65,7 @@ def test_at_the_start_adapters_change_nothing(dora):
     mesh, state = started(config)
     nll = make_nll(config, dtype=jnp.float32, remat="none")
     plain = jax.jit(nll)(numpy_params(TINY), *batch())
-    with_adapters = jax.jit(nll)(state["params"], *batch(), state["base"])
+    with_adapters = jax.jit(nll)(state["params"], *batch(), base=state["base"])
     np.testing.assert_allclose(with_adapters, plain, rtol=1e-6)
     whole = flatten(whole_weights(config, state, mesh), "/")
     for name, leaf in flatten(numpy_params(TINY), "/").items():
@@ -79,7 +79,7 @@ def test_the_gradients_of_a_and_b_are_those_of_the_merged_weight(remat):
     _, state = started(config)
     adapters, base = moved(state["params"]), numpy_params(TINY)
     nll, scale = make_nll(config, dtype=jnp.float32, remat=remat), 5.0 / 3
-    found = flatten(jax.jit(jax.grad(nll))(adapters, *batch(), base), "/")
+    found = flatten(jax.jit(jax.grad(nll))(adapters, *batch(), base=base), "/")
     of_merged = flatten(jax.jit(jax.grad(nll))(merge(base, adapters, scale), *batch()), "/")
     named, inputs = flatten(adapters, "/"), {"blocks/attention/o": 2}
     for path in config.adapter.targets:
@@ -116,7 +116,7 @@ def test_dora_is_its_formula_and_the_norm_is_a_constant_of_the_gradient():
         whole = weights[name] + scale * np.einsum(letters, named[f"{name}_A"], named[f"{name}_B"])
         norms[name] = np.sqrt(np.sum(whole**2, axis=tuple(range(1, whole.ndim - 1)), keepdims=True))
     nll = make_nll(config, dtype=jnp.float32, remat="none")
-    found = flatten(jax.jit(jax.grad(nll))(adapters, *batch(), base), "/")
+    found = flatten(jax.jit(jax.grad(nll))(adapters, *batch(), base=base), "/")
     expected = jax.jit(jax.grad(lambda named: nll(formula(named, norms), *batch())))(named)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())

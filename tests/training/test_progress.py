@@ -34,6 +34,7 @@ class Recorded(list):
 def run():
     config = Config(run=RunConfig(phases="100x4", log_every=1000, checkpoint_every=3), data=DataConfig(seq_len=32))
     return SimpleNamespace(
+        dtype=np.dtype("float32"),
         config=config, job=Processes(), report=Recorded(), progress=Progress(), ledgers={}, interval=Interval(),
         mesh=SimpleNamespace(
             devices=np.array(jax.devices()[:1] * 4), size=4,
@@ -69,7 +70,7 @@ def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run
 
 
 def test_mfu_is_the_flops_of_all_positions_over_the_peak_of_all_devices(run, monkeypatch):
-    monkeypatch.setattr(progress, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(progress, "peak_flops", lambda *_: 1e12)
     report_step(run, pending(2, targets=10))
     run.interval.began = time.monotonic() - 5
     write_line(run)
@@ -146,6 +147,18 @@ def test_no_checkpoint_in_a_row_of_bad_steps_and_one_after_it(run):
     run.progress.step = 6
     assert (run.progress.bad_steps, run.progress.bad_steps_in_a_row) == (1, 0)
     assert save_due(run)
+
+
+def test_a_step_that_overflows_float16_is_skipped_and_no_bad_step(run):
+    count = 2 * run.config.optimizer.max_bad_steps
+    for step in range(3, 3 + count):
+        one = pending(step, targets=10, finite=False)
+        one.metrics |= {"overflow": np.bool(True), "loss_scale": np.float32(32_768)}
+        report_step(run, one)
+    assert (run.progress.bad_steps, run.progress.bad_steps_in_a_row) == (0, 0)
+    write_line(run)
+    line = run.report[-1]
+    assert (line["loss_scale"], line["skipped_steps"], line["bad_steps"]) == (32_768, count, 0)
 
 
 @pytest.mark.parametrize(
