@@ -4,12 +4,13 @@ The text beside or below a field is its help. A number has one home: the default
 preset that differs from it. This module imports nothing heavy, so that `--help` answers at once.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
-from smollm_jax.config.adapters import AdapterConfig
+from smollm_jax.config.adapters import AdapterConfig, adapter_shapes
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
@@ -279,6 +280,13 @@ class Config:
         if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
             return self.total_steps // 5 if given is None else given
         return 0 if schedule == "constant" else self.total_steps - self.warmup_steps
+
+    @property
+    def trained_parameters(self) -> int:
+        """Return the number of parameters that have an optimizer: of the adapters, or all."""
+        if not self.adapter.is_on:
+            return self.model.num_parameters
+        return sum(map(math.prod, adapter_shapes(self.adapter, self.model).values()))
 
     @property
     def run_dir(self) -> str:

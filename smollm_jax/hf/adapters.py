@@ -27,7 +27,11 @@ SUFFIX = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_ve
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "modules_to_save": (None, []), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
-    "layer_replication": (None,), "lora_bias": (False,), "target_parameters": (None, []),
+    "layer_replication": (None,), "lora_bias": (False,), "target_parameters": (None, []), "use_qalora": (False,),
+    "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,),
+    "monteclora_config": (None,),
+    # others, such as pissa and loftq, change the base
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
@@ -69,9 +73,9 @@ def peft_tensors(config: AdapterConfig, model: ModelConfig) -> Iterator[tuple[st
 
 
 def write_adapters(
-    folder: Path, adapters: Params, config: AdapterConfig, model: ModelConfig, *, base: dict[str, str]
+    folder: Path, adapters: Params, config: AdapterConfig, model: ModelConfig, *, base: dict[str, Any]
 ) -> None:
-    """Write the two files of PEFT into `folder`. `base` has the path and hash of the frozen weights."""
+    """Write the two files of PEFT into `folder`. `base` has the path and SHA-256 of the frozen weights."""
     from safetensors.numpy import save_file
 
     named, values = flatten(adapters, "/"), {}

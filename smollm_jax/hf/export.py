@@ -18,7 +18,7 @@ import numpy as np
 from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.hf.adapters import open_adapters, read_adapters, write_adapters
-from smollm_jax.hf.card import About, adapter_card, model_card
+from smollm_jax.hf.card import About, model_card
 from smollm_jax.hf.config_json import generation_config, hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, refuse_foreign, write_card
@@ -141,7 +141,7 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
 
 def export_adapters(
     adapters: Params, settings: AdapterConfig, config: ModelConfig, out: str | Path,
-    *, base: dict[str, str], tokenizer_folder: Path, about: About, verify: bool, aside: bool,
+    *, base: dict[str, Any], tokenizer_folder: Path, about: About, verify: bool, aside: bool,
 ) -> str:  # fmt: skip
     """Write adapters as PEFT's folder with a tokenizer, check it, then move it to `out`.
 
@@ -160,7 +160,9 @@ def export_adapters(
                 if not np.array_equal(np.asarray(leaf).view(np.uint32), read[name].view(np.uint32)):
                     raise RuntimeError(f"{name} reads back otherwise than it was written")
             checked = "adapters read back bit for bit"
-        write_card(part, adapter_card(settings, about, base=base["path"], checked=checked))
+        written = open_adapters(part).settings
+        card = model_card(config, about, dtype="float32", checked=checked, picture=None, adapter=written)
+        write_card(part, card)
         _make_way(out, part, aside=aside)
     return checked
 

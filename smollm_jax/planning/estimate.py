@@ -4,12 +4,10 @@ No device and no compiler confirms these figures: XLA's own counts take the body
 long as the slower of computing and memory traffic, plus its messages. Messages overlap with neither.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from smollm_jax.config.architecture import ModelConfig
@@ -70,10 +68,6 @@ class Step:
             return 0
         merged = bytes_a_device(base["blocks"]) if self.remat == "none" else 0
         return bytes_a_device(base) + merged
-
-    @property
-    def trained_parameters(self) -> int:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state["params"]))
 
     @property
     def optimizer_bytes(self) -> int:

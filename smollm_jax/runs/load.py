@@ -121,7 +121,9 @@ def read_whole(run: Path, config: Config, step: int | None) -> tuple[VerifiedChe
 def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[ModelConfig, Any, Tokenizer]:
     """Return the model of a PEFT folder, merged with its base in f32. Its own tokenizer goes before the base's."""
     found = open_adapters(folder)
-    model, params, tokenizer = load_model(found.base, special_tokens=special_tokens)
+    one = f"{folder} goes over other adapters, {found.base}; merge them first: python -m smollm_jax import"
+    require(not is_adapter_folder(expand_home(found.base)), one)
+    model, params, tokenizer = _open_base(found.base, None, special_tokens)
     check_base(found.base, params, found.base_hash)
     adapters, scale = read_adapters(found, model)
     if (folder / "tokenizer.json").is_file():
@@ -129,18 +131,20 @@ def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[
     return model.ending_at([tokenizer.eos_id, *model.stop_ids]), merge(params, adapters, scale), tokenizer
 
 
-def record_of(source: str, params: Any) -> dict[str, str]:
-    """Return path and hash of the weights that adapters go over. A folder's path is absolute."""
-    return {"path": place_of(source), "sha256": weights_hash(params)}
+def open_for_adapters(source: str) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
+    """Return a model as `load_model` does, and the record of its weights: place, step of a run, and hash."""
+    step = newest_step(source) if is_run(source) else None
+    model, params, tokenizer = load_model(source, step)
+    return model, params, tokenizer, place_of(source) | {"step": step, "sha256": weights_hash(params)}
 
 
-def place_of(source: str) -> str:
-    """Return the absolute path of a folder, or a Hub id as it is."""
-    folder = expand_home(source)
-    return str(folder.absolute()) if folder.is_dir() else source
+def place_of(source: str) -> dict[str, str]:
+    """Return the part of a record that says where the weights are: an absolute path, or a Hub id as it is."""
+    path = expand_home(source)
+    return {"path": str(path.absolute()) if path.exists() else source}
 
 
-def base_record(found: VerifiedCheckpoint) -> dict[str, str]:
+def base_record(found: VerifiedCheckpoint) -> dict[str, Any]:
     """Return the record of the base in a checkpoint of adapters. Raises `UserError` if it is damaged."""
     base = found.meta.get("base")
     is_whole = isinstance(base, dict) and all(isinstance(base.get(name), str) for name in ("path", "sha256"))
@@ -148,13 +152,22 @@ def base_record(found: VerifiedCheckpoint) -> dict[str, str]:
     return dict(base or {})
 
 
-def load_base(base: dict[str, str], model: ModelConfig) -> Any:
+def load_base(base: dict[str, Any], model: ModelConfig) -> Any:
     """Return the weights on record. Raises `UserError` if they are gone, or are other weights now."""
-    theirs, params, _ = load_model(base["path"])
+    theirs, params, _ = _open_base(base["path"], base.get("step") if is_run(base["path"]) else None, None)
     same = parameter_shapes(theirs) == parameter_shapes(model)
     require(same, f"{base['path']} is another base than the adapters were trained on: its shapes differ")
     check_base(base["path"], params, base["sha256"])
     return params
+
+
+def _open_base(
+    path: str, step: int | None, special_tokens: SpecialTokens | None
+) -> tuple[ModelConfig, Any, Tokenizer]:
+    try:
+        return load_model(path, step, special_tokens=special_tokens)
+    except UserError as error:
+        raise UserError(f"the base of the adapters is missing: {error}") from None
 
 
 def check_base(path: str, params: Any, recorded: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Start adapters over a frozen base, and merge them for an evaluation."""
+"""Start adapters over a frozen base, and merge them to decode samples."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ def init_adapters(config: AdapterConfig, model: ModelConfig, base: Any, seed: in
 
 
 def whole_weights(config: Config, state: dict[str, Any], mesh: Mesh) -> Any:
-    """Return the weights of a train state as a model has them, adapters merged in f32, laid out by name."""
+    """Return the weights of a train state, laid out by name, with any adapters merged in f32."""
     if not config.adapter.is_on:
         return state["params"]
     arguments = state["base"], state["params"], config.adapter.scale
@@ -49,4 +49,6 @@ def whole_weights(config: Config, state: dict[str, Any], mesh: Mesh) -> Any:
 
 
 def _merged(base: Any, adapters: Any, scale: float) -> Any:
-    return unflatten(apply_adapters(flatten(base, "/"), flatten(adapters, "/"), scale), "/")
+    named = flatten(base, "/")
+    merged = apply_adapters(named, flatten(adapters, "/"), scale)
+    return unflatten({name: leaf.astype(named[name].dtype) for name, leaf in merged.items()}, "/")

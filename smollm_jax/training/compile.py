@@ -18,7 +18,16 @@ from smollm_jax.model.ops import Ops
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runtime.devices import memory_bytes
 from smollm_jax.runtime.errors import require, say
-from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, abstract_state, make_nll, make_step
+from smollm_jax.training.step import (
+    BATCH_AXES,
+    HEAD_AXIS,
+    State,
+    abstract_state,
+    make_nll,
+    make_step,
+    trained_part,
+    weights_of,
+)
 
 
 def compile_step(
@@ -105,7 +114,7 @@ def compile_within(
 
     Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
     """
-    gather, here, parameters = checkpoints.processes.gather, mesh.local_mesh.devices, config.model.num_parameters
+    gather, here, parameters = checkpoints.processes.gather, mesh.local_mesh.devices, config.trained_parameters
     memory = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size)))
     steps, remat = compile_steps(
         config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops,
@@ -113,7 +122,7 @@ def compile_within(
     )  # fmt: skip
     needed = max(gather(compiled_bytes(steps[max(steps)])))
     # on a CPU, the memory of a step leaves out the memory of a save
-    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
+    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(trained_part(abstract_state(config, mesh)))
     checkpoints.beside_the_step = needed + copied <= memory
     less = "--grad-accum 2 or more, or a smaller --batch-size, needs less"
     needs = f"the step needs {needed / 2**30:.1f} GiB a device"
@@ -126,14 +135,16 @@ def compile_within(
 
 
 def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., jax.Array]:
-    """Return `nll(params, tokens, segment_ids)` of rows that all processes have."""
-    state = abstract_state(config, mesh)
-    # a frozen base has the names and dims of whole weights
-    rows, layout = sharded(mesh, BATCH_AXES), layout_of(state.get("base", state["params"]))
+    """Return `nll(weights, tokens, segment_ids)` of rows that all processes have, with `weights_of` the state."""
+    rows, layout = sharded(mesh, BATCH_AXES), layout_of(weights_of(abstract_state(config, mesh)))
     nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
-    compiled = jax.jit(nll_of, in_shardings=(layout, rows, rows))
+    compiled = jax.jit(partial(_of_weights, nll_of), in_shardings=(layout, rows, rows))
 
-    def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
-        return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+    def nll(weights: State, *arrays: np.ndarray) -> jax.Array:
+        return compiled(weights, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
 
     return nll
+
+
+def _of_weights(function: Callable[..., jax.Array], weights: State, *arrays: jax.Array) -> jax.Array:
+    return function(weights["params"], *arrays, base=weights.get("base"))

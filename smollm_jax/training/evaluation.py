@@ -33,7 +33,7 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.chat import prompt_ids
 from smollm_jax.training.run import Run, save
-from smollm_jax.training.step import make_nll
+from smollm_jax.training.step import make_nll, weights_of
 
 # a greedy base model repeats itself. Samples at these settings show what it learned, and hardly vary
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
@@ -119,7 +119,7 @@ def evaluate_run(run: Run) -> None:
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
         running = _until_stopped(run, islice(batches, config.data.eval_batches * parts))
-        score = score_batches(run.nll, whole_weights(config, run.state, run.mesh), running)
+        score = score_batches(run.nll, weights_of(run.state), running)
         texts = sample(run)
     if run.interrupted:
         return

@@ -6,7 +6,6 @@ on the command line must fit the weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,15 @@ from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import mixture
 from smollm_jax.distributed.sharding import layout_of
-from smollm_jax.runs.load import base_record, load_base, load_model, place_of, progress_of, read_run, record_of
+from smollm_jax.runs.load import (
+    base_record,
+    load_base,
+    load_model,
+    open_for_adapters,
+    place_of,
+    progress_of,
+    read_run,
+)
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.runtime.errors import require
@@ -34,8 +41,8 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.adapters import frozen_base
 from smollm_jax.training.chat import follows_epochs
 from smollm_jax.training.optimizer import learning_rate_schedule
-from smollm_jax.training.run import Progress, trained_part
-from smollm_jax.training.step import State, abstract_state, init_state
+from smollm_jax.training.run import Progress
+from smollm_jax.training.step import State, abstract_state, init_state, trained_part
 
 # fields of the architecture that no weight's shape depends on
 FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
@@ -50,7 +57,7 @@ class StartState:
     checkpoint: VerifiedCheckpoint | None = None
     params: Any = None  # f32 weights, and the tokenizer that they were trained with
     tokenizer: Tokenizer | None = None
-    base: dict[str, str] | None = None  # path and hash of `params` if adapters go over them
+    base: dict[str, Any] | None = None  # place and hash of `params` if adapters go over them
     notes: list[str] = field(default_factory=list)
 
 
@@ -74,14 +81,14 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
         source = str(run_dir)
     if source is None:
         return StartState(config)
-    model, params, tokenizer = load_model(source)
+    if config.adapter.is_on:
+        own = Path(source).resolve() == run_dir.resolve()
+        require(not own, f"adapters need their base in a place of its own; give --run-dir other than {run_dir}")
+        model, params, tokenizer, base = open_for_adapters(source)
+    else:
+        (model, params, tokenizer), base = load_model(source), None
     config = replace(config, run=replace(config.run, init_from=source))
-    start = StartState(_completed(config, model, source), params=params, tokenizer=tokenizer)
-    if not config.adapter.is_on:
-        return start
-    own = Path(source).exists() and Path(source).resolve() == run_dir.resolve()
-    require(not own, f"adapters go over weights that stay where they are; give --init-from other than {source}")
-    return replace(start, base=record_of(source, params))
+    return StartState(_completed(config, model, source), params=params, tokenizer=tokenizer, base=base)
 
 
 def with_base(start: StartState) -> StartState:
@@ -90,7 +97,7 @@ def with_base(start: StartState) -> StartState:
         return start
     assert start.checkpoint is not None
     base = base_record(start.checkpoint)
-    base = base | {"path": place_of(start.config.run.init_from or base["path"])}
+    base |= place_of(start.config.run.init_from or base["path"])
     return replace(start, base=base, params=load_base(base, start.config.model))
 
 
@@ -101,9 +108,8 @@ def state_at_start(start: StartState, config: Config, mesh: Mesh, checkpoints: C
     shapes = abstract_state(config, mesh)
     restored: State = checkpoints.restore(start.checkpoint.step, trained_part(shapes))
     if start.base is not None:
-        layout = layout_of(shapes["base"])
-        held = partial(frozen_base, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
-        restored["base"] = jax.jit(held, out_shardings=layout)(start.params)
+        base = frozen_base(start.params, training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+        restored["base"] = jax.jit(lambda same: same, out_shardings=layout_of(shapes["base"]))(base)
     return restored
 
 

@@ -20,6 +20,7 @@ from smollm_jax.generation.generator import Generator
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.step import trained_part
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Run:
     ledgers: dict[int, str]  # batch hash per step on record at the start: a step trained again must have the same
     interval: Interval = field(default_factory=Interval)
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
-    base: dict[str, str] | None  # path and hash of the weights under the adapters, None without adapters
+    base: dict[str, Any] | None  # place and hash of the weights under the adapters, None without adapters
     kernels: bool | None  # False if samples must not use kernels because the steps do not
     clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
     generator: Generator | None = None  # decodes the samples, None before the first evaluation
@@ -133,11 +134,6 @@ def save(run: Run) -> None:
     with run.job.watchdog.patient("a save"):
         run.checkpoints.save(step, trained_part(run.state), meta)
     run.saved = step
-
-
-def trained_part(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds of a train state, or of its shapes: all but a frozen base."""
-    return {name: part for name, part in state.items() if name != "base"}
 
 
 def count_seconds(run: Run) -> None:

@@ -45,8 +45,8 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
 from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
 from smollm_jax.training.restore import StartState, resolve_start, state_at_start, vocabulary_follows
-from smollm_jax.training.run import Progress, Run, trained_part
-from smollm_jax.training.step import abstract_state
+from smollm_jax.training.run import Progress, Run
+from smollm_jax.training.step import abstract_state, trained_part
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
@@ -216,7 +216,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     peak = peak_flops(device, run.dtype)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
-    source = config.run.init_from
+    source, trained = config.run.init_from, "adapters" if run.base else "parameters"
     start = "from fresh weights" if source is None else f"from the weights of {source}"
     if run.progress.step:
         start = f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
@@ -231,7 +231,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"{axes and f': {axes}'}{processes}",
         f"model       {model.num_parameters:,} parameters{_trained(run)}, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
-        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
+        f"compute     {run.dtype.name} over float32 {trained}, remat {remat}, {memory:.2f} GiB a device",
         *([f"dtype       {_scaling(run)}"] if run.dtype.name == "float16" else []),
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
@@ -272,9 +272,7 @@ def _time(run: Run) -> str:
 
 def _trained(run: Run) -> str:
     """Count the parameters that adapters train."""
-    if run.base is None:
-        return ""
-    return f" frozen, {sum(leaf.size for leaf in jax.tree.leaves(run.state['params'])):,} trained in adapters"
+    return "" if run.base is None else f" frozen, {run.config.trained_parameters:,} trained in adapters"
 
 
 def _held_out(run: Run) -> str:

@@ -46,7 +46,10 @@ def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
 
     With adapters `params` are the base.
     """
-    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    dtype = training_dtype(config.compute.dtype, mesh.devices.flat[0])
+    if config.adapter.is_on and params is not None:  # on the host: the device need not hold the base in f32
+        params = frozen_base(params, dtype)
+    make = partial(create, config, dtype=dtype)
     return jax.jit(make, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
@@ -54,6 +57,16 @@ def abstract_state(config: Config, mesh: Mesh) -> State:
     """Return shapes, dtypes and layout of the state, without its arrays."""
     make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
     return with_layout(jax.eval_shape(make, None), mesh)
+
+
+def trained_part(state: State) -> State:
+    """Return what a checkpoint holds of a train state, or of its shapes: all but a frozen base."""
+    return {name: part for name, part in state.items() if name != "base"}
+
+
+def weights_of(state: State) -> State:
+    """Return what a forward pass needs of a train state, or of its shapes: parameters and any frozen base."""
+    return {name: state[name] for name in ("params", "base") if name in state}
 
 
 def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> State:

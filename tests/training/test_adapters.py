@@ -1,7 +1,5 @@
-"""Low-rank adapters: their formula, their gradients, and runs that train them."""
+"""Low-rank adapters: their formula, their gradients, and a step that trains them alone."""
 
-import json
-import shutil
 from dataclasses import replace
 
 import jax
@@ -9,36 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
-from smollm_jax.config.adapters import AdapterConfig, adapter_shapes
-from smollm_jax.config.architecture import PARAMETER_DIMS
+from smollm_jax.config.adapters import AdapterConfig, adapter_shapes, apply_adapters
+from smollm_jax.config.architecture import MODELS, PARAMETER_DIMS
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
 from smollm_jax.distributed.sharding import make_mesh
-from smollm_jax.hf.adapters import merge, open_adapters, read_adapters
-from smollm_jax.hf.export import compare_merged, export_folder
-from smollm_jax.hf.reader import read_folder
-from smollm_jax.runs.convert import export_run
-from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.errors import UserError
-from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.runtime.trees import flatten, unflatten
-from smollm_jax.tokenizer.load import train_tokenizer
 from smollm_jax.training.adapters import whole_weights
-from smollm_jax.training.fit import fit
-from smollm_jax.training.step import init_state, make_nll, make_step
-from tests.support.hf_folders import TINY, assert_same_bits, numpy_params
-from tests.support.runs import assert_same_run
+from smollm_jax.training.step import abstract_state, init_state, make_nll, make_step, trained_part
+from tests.support.hf_folders import TINY, numpy_params
 
-TEXT = "the water cycle moves water between the sea and the land, and some of it falls again as rain or snow "
+LETTERS = {  # of A·B, an independent statement of which dims are inputs
+    "q": "ldr,lrnh->ldnh", "k": "ldr,lrkh->ldkh", "v": "ldr,lrkh->ldkh", "o": "lnhr,lrd->lnhd",
+    "gate": "ldr,lrf->ldf", "up": "ldr,lrf->ldf", "down": "lfr,lrd->lfd",
+}  # fmt: skip
 
 
-def config_of(rank=3, **adapter):
+def config_of(rank=3, mesh="data=1", **adapter):
     return Config(
         model=TINY,
         run=RunConfig(phases="20x4", init_from="base"),
         data=DataConfig(seq_len=12),
-        compute=ComputeConfig(loss_chunk=16, dtype="float32"),
+        compute=ComputeConfig(loss_chunk=16, dtype="float32", mesh=mesh, attention="plain"),
         adapter=AdapterConfig(lora_rank=rank, **adapter),
     )
 
@@ -48,117 +39,166 @@ def batch(rows=4, length=12):
     return tokens, np.ones_like(tokens)
 
 
-def started(config):
-    mesh = make_mesh(config, jax.devices()[:1])
-    return mesh, init_state(config, mesh, numpy_params(TINY))
+def random_adapters(config, seed=1):
+    """Adapters that change the weights: at the start of a run B is zero."""
+    rng, shapes = np.random.default_rng(seed), adapter_shapes(config.adapter, TINY)
+    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def moved(adapters, seed=1):
-    """Adapters that change the weights: B is zero at the start."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.05, x.shape), np.float32), adapters)
+def products(config, adapters):
+    """s·A·B by path, in the shape of the matrix."""
+    return {
+        path: config.adapter.scale
+        * np.einsum(LETTERS[path.split("/")[-1]], adapters[f"{path}_A"], adapters[f"{path}_B"])
+        for path in config.adapter.targets
+    }
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_at_the_start_adapters_change_nothing(dora):
-    config = config_of(dora=dora)
-    mesh, state = started(config)
-    nll = make_nll(config, dtype=jnp.float32, remat="none")
-    plain = jax.jit(nll)(numpy_params(TINY), *batch())
-    with_adapters = jax.jit(nll)(state["params"], *batch(), base=state["base"])
-    np.testing.assert_allclose(with_adapters, plain, rtol=1e-6)
-    whole = flatten(whole_weights(config, state, mesh), "/")
-    for name, leaf in flatten(numpy_params(TINY), "/").items():
-        np.testing.assert_allclose(whole[name], leaf, rtol=2e-6)
+def lengths(W):
+    """The length over the inputs: all dims between layer and output. `o` and `down` have one output dim."""
+    return np.sqrt(np.sum(W**2, axis=tuple(range(1, W.ndim - 1)), keepdims=True))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_gradients_of_a_and_b_are_those_of_the_merged_weight(remat):
-    """With G the gradient of W + s·A·B: dA = s·G·Bᵀ and dB = s·Aᵀ·G."""
-    config = config_of(lora_alpha=5.0)
-    _, state = started(config)
-    adapters, base = moved(state["params"]), numpy_params(TINY)
-    nll, scale = make_nll(config, dtype=jnp.float32, remat=remat), 5.0 / 3
-    found = flatten(jax.jit(jax.grad(nll))(adapters, *batch(), base=base), "/")
-    of_merged = flatten(jax.jit(jax.grad(nll))(merge(base, adapters, scale), *batch()), "/")
-    named, inputs = flatten(adapters, "/"), {"blocks/attention/o": 2}
+def test_lora_adds_the_scaled_product_and_leaves_other_weights_alone():
+    config, base = config_of(lora_alpha=5.0, lora_targets="o,v,down,gate"), flatten(numpy_params(TINY), "/")
+    adapters = random_adapters(config)
+    merged, added = apply_adapters(base, adapters, config.adapter.scale), products(config, adapters)
+    assert config.adapter.scale == 5.0 / 3
+    assert set(added) == {f"blocks/{x}" for x in ("attention/v", "attention/o", "mlp/gate", "mlp/down")}
+    for name, leaf in base.items():
+        np.testing.assert_allclose(merged[name], leaf + added.get(name, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_gives_each_output_its_learned_length():
+    config, base = config_of(dora=True, lora_targets="o,down"), flatten(numpy_params(TINY), "/")
+    adapters = random_adapters(config)
+    merged = apply_adapters(base, adapters, config.adapter.scale)
+    for path, product in products(config, adapters).items():
+        whole = base[path] + product
+        magnitude = adapters[f"{path}_m"].reshape(len(whole), *(1 for _ in whole.shape[1:-1]), -1)
+        np.testing.assert_allclose(merged[path], magnitude * whole / lengths(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_the_norm_of_dora_is_a_constant_of_the_gradient():
+    """Liu et al. 2024, section 4.3: with G the gradient of the matrix and n constant, W + s·A·B has G·m/n."""
+    config, base = config_of(dora=True, lora_targets="down"), flatten(numpy_params(TINY), "/")
+    path, adapters = "blocks/mlp/down", random_adapters(config)
+    G = np.random.default_rng(3).normal(size=base[path].shape).astype(np.float32)
+
+    def weighted(adapters):
+        return jnp.sum(G * apply_adapters(base, adapters, config.adapter.scale, jax.lax.stop_gradient)[path])
+
+    found = jax.jit(jax.grad(weighted))({name: jnp.asarray(x) for name, x in adapters.items()})
+    whole = base[path] + products(config, adapters)[path]
+    inner = config.adapter.scale * G * adapters[f"{path}_m"][:, None] / lengths(whole)
+    expected = {
+        "A": np.einsum("lfd,lrd->lfr", inner, adapters[f"{path}_B"]),
+        "B": np.einsum("lfd,lfr->lrd", inner, adapters[f"{path}_A"]),
+        "m": np.sum(G * whole / lengths(whole), axis=1),
+    }
+    for part, value in expected.items():
+        np.testing.assert_allclose(found[f"{path}_{part}"], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_computes_with_merged_weights_forward_and_backward():
+    """With G the gradient of W + s·A·B: dA = s·G·Bᵀ and dB = s·Aᵀ·G. At the start adapters change nothing."""
+    config = config_of(lora_targets="q,o,down")
+    base, nll = numpy_params(TINY), make_nll(config, dtype=jnp.float32, remat="none")
+    apart = jax.jit(jax.value_and_grad(lambda adapters: nll(adapters, *batch(), base=base)))
+    whole = jax.jit(jax.value_and_grad(lambda params: nll(params, *batch())))
+    start = init_state(config, make_mesh(config), base)["params"]
+    np.testing.assert_allclose(apart(start)[0], whole(base)[0], rtol=1e-6)
+    named = random_adapters(config)
+    merged = flatten(base, "/") | {
+        path: flatten(base, "/")[path] + product for path, product in products(config, named).items()
+    }
+    loss, found = apart(unflatten(named, "/"))
+    expected_loss, of_merged = whole(unflatten(merged, "/"))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    found, of_merged, scale = flatten(found, "/"), flatten(of_merged, "/"), config.adapter.scale
     for path in config.adapter.targets:
+        of_A, of_B, of_W = LETTERS[path.split("/")[-1]].replace("->", ",").split(",")
         A, B, G = named[f"{path}_A"], named[f"{path}_B"], np.asarray(of_merged[path])
-        rows = int(np.prod(G.shape[1 : 1 + inputs.get(path, 1)]))
-        A2, B2, G2 = A.reshape(len(A), rows, 3), B.reshape(len(B), 3, -1), G.reshape(len(G), rows, -1)
-        expected = scale * G2 @ B2.swapaxes(1, 2), scale * A2.swapaxes(1, 2) @ G2
+        expected = np.einsum(f"{of_W},{of_B}->{of_A}", G, B), np.einsum(f"{of_W},{of_A}->{of_B}", G, A)
         for part, value in zip("AB", expected, strict=True):
-            ours = np.asarray(found[f"{path}_{part}"]).reshape(value.shape)
-            np.testing.assert_allclose(ours, value, rtol=2e-4, atol=1e-4 * np.abs(value).max())
+            value = scale * value  # noqa: PLW2901
+            np.testing.assert_allclose(found[f"{path}_{part}"], value, rtol=2e-3, atol=1e-4 * np.abs(value).max())
 
 
-def test_dora_is_its_formula_and_the_norm_is_a_constant_of_the_gradient():
-    config = config_of(dora=True, lora_targets="o,down")
-    _, state = started(config)
-    adapters, base = moved(state["params"]), numpy_params(TINY)
-    scale = config.adapter.scale
-    named, weights = flatten(adapters, "/"), flatten(base, "/")
-    path = "blocks/attention/o"
-
-    def formula(adapters, norms):
-        merged = dict(weights)
-        for name, letters in ((path, "lnhr,lrd->lnhd"), ("blocks/mlp/down", "lfr,lrd->lfd")):
-            whole = weights[name] + scale * jnp.einsum(letters, adapters[f"{name}_A"], adapters[f"{name}_B"])
-            norm = jnp.sqrt(jnp.sum(whole**2, axis=tuple(range(1, whole.ndim - 1)), keepdims=True))
-            ours = adapters[f"{name}_m"].reshape(norm.shape)
-            merged[name] = ours * whole / (norm if norms is None else norms[name])
-        return unflatten(merged, "/")
-
-    ours = flatten(merge(base, adapters, scale), "/")
-    np.testing.assert_allclose(ours[path], flatten(formula(named, None), "/")[path], rtol=1e-5)
-    norms = {}
-    for name, letters in ((path, "lnhr,lrd->lnhd"), ("blocks/mlp/down", "lfr,lrd->lfd")):
-        whole = weights[name] + scale * np.einsum(letters, named[f"{name}_A"], named[f"{name}_B"])
-        norms[name] = np.sqrt(np.sum(whole**2, axis=tuple(range(1, whole.ndim - 1)), keepdims=True))
-    nll = make_nll(config, dtype=jnp.float32, remat="none")
-    found = flatten(jax.jit(jax.grad(nll))(adapters, *batch(), base=base), "/")
-    expected = jax.jit(jax.grad(lambda named: nll(formula(named, norms), *batch())))(named)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())
-
-
-def test_a_step_trains_adapters_alone():
-    config = config_of(rank=2, dora=True, lora_targets="q,v")
-    mesh, state = started(config)
-    step = jax.jit(make_step(config, mesh, dtype=jnp.float32, remat="none"))
-    after = state
-    for _ in range(2):  # A has no gradient while B is zero
-        after, _ = step(after, *batch())
-    assert_same_bits(state["base"], after["base"])
-    shapes = {name: leaf.shape for name, leaf in flatten(after["params"], "/").items()}
-    assert shapes == adapter_shapes(config.adapter, TINY)
-    assert {name.split("/")[-1] for name in shapes} == {"q_A", "q_B", "q_m", "v_A", "v_B", "v_m"}
+def test_a_step_trains_adapters_alone_over_a_base_in_the_compute_dtype():
+    config = config_of(rank=2, dora=True, lora_targets="q,down")
+    config = replace(config, compute=replace(config.compute, dtype="bfloat16"))
+    mesh, base = make_mesh(config), numpy_params(TINY)
+    state = init_state(config, mesh, base)
+    rounded = {n: x if n.endswith("scale") else x.astype(jnp.bfloat16) for n, x in flatten(base, "/").items()}
+    for name, leaf in flatten(state["base"], "/").items():
+        assert leaf.dtype == rounded[name].dtype
+        np.testing.assert_array_equal(leaf, rounded[name])
+    step = jax.jit(make_step(config, mesh, dtype=jnp.bfloat16, remat="none"))
+    after, _ = step(state, *batch())
+    after, metrics = step(after, *batch())  # A has no gradient while B is zero
+    assert np.isfinite(metrics["grad_norm"])
+    for name, leaf in flatten(after["base"], "/").items():
+        np.testing.assert_array_equal(leaf, rounded[name])
+    trained = flatten(after["params"], "/")
+    assert {name.split("/")[-1] for name in trained} == {"q_A", "q_B", "q_m", "down_A", "down_B", "down_m"}
+    assert all(leaf.dtype == jnp.float32 for leaf in trained.values())
     for before, now in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(after["params"]), strict=True):
         assert not np.array_equal(before, now)
+    whole = flatten(whole_weights(config, after, mesh), "/")
+    merged = apply_adapters(rounded, {name: np.asarray(x) for name, x in trained.items()}, config.adapter.scale)
+    for name, leaf in whole.items():
+        assert leaf.dtype == rounded[name].dtype
+        np.testing.assert_allclose(np.float32(leaf), np.float32(merged[name]), rtol=1e-2, atol=1e-6)
 
 
-def test_the_base_is_held_in_the_compute_dtype():
-    config = config_of()
-    config = replace(config, compute=replace(config.compute, dtype="bfloat16"))
-    mesh, state = started(config)
-    assert state["base"]["blocks"]["attention"]["q"].dtype == jnp.bfloat16
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))
-    _, metrics = jax.jit(make_step(config, mesh, dtype=jnp.bfloat16, remat="none"))(state, *batch())
-    assert np.isfinite(metrics["grad_norm"])
-    assert metrics["grad_norm"] > 0
-    assert set(PARAMETER_DIMS) > set(config.adapter.targets)
+def test_optimizer_and_checkpoint_hold_adapters_alone():
+    """LoRA of rank 16 on every matrix of 1.7B: 18 M parameters and two moments each, no copy of the base."""
+    config = Config(
+        preset="1.7B", model=MODELS["1.7B"], run=RunConfig(init_from="base"), adapter=AdapterConfig(lora_rank=16)
+    )
+    state = abstract_state(config, make_mesh(config, jax.devices()[:1]))
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.items()}
+    D, F, L = 2_048, 8_192, 24
+    assert config.trained_parameters == sizes["params"] == 16 * L * (4 * (D + D) + 3 * (D + F))
+    assert 2 * sizes["params"] <= sizes["opt_state"] < 2 * sizes["params"] + 10
+    assert sizes["base"] == config.model.num_parameters == 1_711_376_384
+    assert set(trained_part(state)) == {"params", "opt_state", "step"}
+    assert set(flatten(state["base"], "/")) == set(PARAMETER_DIMS) - {"head"}
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_mesh():
+    def after_a_step(mesh):
+        config = config_of(rank=2, dora=True, mesh=mesh, lora_targets="q,o,down")
+        devices = make_mesh(config)
+        state = init_state(config, devices, numpy_params(TINY))
+        like, moved = state["params"], unflatten(random_adapters(config), "/")
+        state["params"] = jax.tree.map(lambda x, new: jax.device_put(new, x.sharding), like, moved)
+        step = jax.jit(make_step(config, devices, dtype=jnp.float32, remat="full"))
+        state, metrics = step(state, *batch())
+        whole = flatten(whole_weights(config, state, devices), "/")
+        layouts = {name: leaf.sharding.spec for name, leaf in flatten(like, "/").items()}
+        return float(metrics["loss"]), {name: np.asarray(leaf) for name, leaf in whole.items()}, layouts
+
+    loss, weights, layouts = after_a_step("data=1,fsdp=2,tensor=2")
+    one_loss, of_one, _ = after_a_step("data=1")
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+    for name, leaf in weights.items():
+        np.testing.assert_allclose(leaf, of_one[name], rtol=2e-3, atol=2e-5)
+    assert {axis for spec in layouts.values() for axis in spec} == {None, "fsdp", "tensor"}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            "--lora-rank 4 --lora-targets q,embedding",
-            "lora_targets='embedding': expected some of q, k, v",
-        ),
+        ("--lora-rank 4 --lora-targets q,embedding", "lora_targets='embedding': expected some of q, k, v"),
         ("--lora-rank 4 --lora-targets q,q", "names a matrix twice"),
+        ("--lora-rank -1", "lora_rank=-1"),
+        ("--lora-rank 4 --lora-alpha 0", "lora_alpha=0"),
         ("--dora", "dora=True is for adapters: give --lora-rank"),
         ("--lora-alpha 4", "lora_alpha=4.0 is for adapters: give --lora-rank"),
+        ("--lora-targets q", "lora_targets=q is for adapters: give --lora-rank"),
         ("--recipe quickstart --lora-rank 4", "lora_rank=4 needs the weights of a base: give --init-from"),
     ],
 )
@@ -166,125 +206,3 @@ def test_flags_that_cannot_be_are_refused(flags, message):
     base = [] if "quickstart" in flags else ["--init-from", "base"]
     with pytest.raises(UserError, match=message):
         parse([*flags.split(), *base])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A base, texts, and a run of six steps with adapters on it."""
-    folder = tmp_path_factory.mktemp("adapters")
-    train_tokenizer([TEXT], TINY.vocab_size).save(folder / "tokenizer")
-    params = jax.tree.map(lambda x: x * 0.2, numpy_params(TINY, 3))
-    for name, seed in (("base", 3), ("other", 4)):
-        params = jax.tree.map(lambda x: x * 0.2, numpy_params(TINY, seed))
-        export_folder(params, TINY, folder / name, tokenizer_folder=folder / "tokenizer", verify=False)
-    rows = [json.dumps({"text": f"{i} {TEXT * (1 + i % 3)}"}) for i in range(60)]
-    (folder / "texts.jsonl").write_text("\n".join(rows))
-    train(folder, "run")
-    return folder
-
-
-def without(words, more):
-    """The flags and values that `more` does not give anew. `--dora` has no value."""
-    pairs = [(w, words[i + 1]) for i, w in enumerate(words) if w.startswith("--") and w != "--dora"]
-    kept = [word for pair in pairs if pair[0] not in more for word in pair]
-    return kept + ([] if "--no-dora" in more else ["--dora"])
-
-
-def train(folder, run, *more):
-    words = (
-        f"--init-from {folder / 'base'} --data {folder / 'texts.jsonl'} --run-dir {folder / run} "
-        "--lora-rank 4 --dora --steps 6 --batch-size 4 --seq-len 32 --warmup-steps 1 --shuffle-window 8 "
-        "--learning-rate 0.02 --eval-documents 5 --eval-batches 2 --sample-tokens 2 --log-every 1 --eval-every 3 "
-        "--checkpoint-every 2 --dtype float32"
-    ).split()
-    with StopRequest() as stop:
-        return fit(parse([*without(words, more), *more]), stop)
-
-
-def test_a_run_learns_and_its_model_is_base_and_adapters(trained):
-    lines = [json.loads(line) for line in (trained / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert losses[-1] < losses[0]
-    found, adapters = read_params(trained / "run" / "checkpoints")
-    assert set(flatten(adapters, "/")) == set(adapter_shapes(AdapterConfig(lora_rank=4, dora=True), TINY))
-    assert found.meta["base"]["path"] == str(trained / "base")
-    assert not any(name.startswith("base") for name in found.leaves)
-    _, params, _ = load_model(trained / "run")
-    _, base = read_folder(trained / "base")
-    assert_same_bits(params, merge(base, adapters, 2.0))
-
-
-def test_the_export_is_a_folder_of_adapters_that_opens_with_its_base(trained):
-    folder = trained / "run" / "export"
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"], settings["use_dora"]) == (4, 8.0, True)
-    assert_same_bits(load_model(folder)[1], load_model(trained / "run")[1])
-    _, adapters = read_params(trained / "run" / "checkpoints")
-    read, scale = read_adapters(open_adapters(folder), TINY)
-    assert_same_bits(read, adapters)
-    assert scale == 2.0
-
-
-def test_a_stopped_run_resumes_exactly_and_finds_its_base_again(trained):
-    train(trained, "pieces", "--stop-after", "3")
-    train(trained, "pieces")
-    assert_same_run(trained / "run", trained / "pieces")
-
-
-def test_a_base_that_moved_is_found_where_the_flag_says(trained, tmp_path):
-    train(trained, "moved", "--stop-after", "2")
-    shutil.copytree(trained / "base", tmp_path / "elsewhere")
-    assert train(trained, "moved", "--init-from", str(tmp_path / "elsewhere")) == 0
-    assert_same_run(trained / "run", trained / "moved")
-
-
-def test_another_base_is_refused(trained, tmp_path):
-    train(trained, "another", "--stop-after", "2")
-    with pytest.raises(UserError, match="other is another base than the adapters were trained on"):
-        train(trained, "another", "--init-from", str(trained / "other"))
-    folder = shutil.copytree(trained / "run" / "export", tmp_path / "adapters")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": str(trained / "other")})
-    )
-    with pytest.raises(UserError, match="other is another base than the adapters were trained on"):
-        load_model(folder)
-
-
-def test_merge_writes_a_whole_model_whose_logits_agree(trained, tmp_path):
-    _, checked = export_run(trained / "run", tmp_path / "whole", merge=True)
-    assert "logits of the merged weights differ from base and adapters by" in checked
-    assert_same_bits(read_folder(tmp_path / "whole")[1], load_model(trained / "run")[1])
-
-
-def test_merge_refuses_weights_that_do_not_agree(trained, tmp_path):
-    _, adapters = read_params(trained / "run" / "checkpoints")
-    _, base = read_folder(trained / "base")
-    with pytest.raises(RuntimeError, match="of the largest; at most 1e-03 is allowed"):
-        compare_merged(base, adapters, 2.0, base, trained / "base")
-    with pytest.raises(RuntimeError, match="give --dtype float32"):
-        export_run(trained / "run", tmp_path / "rounded", merge=True, dtype="bfloat16")
-    assert not (tmp_path / "rounded").exists()
-
-
-def test_merge_is_for_adapters(trained, tmp_path):
-    train(trained, "full", "--lora-rank", "0", "--no-dora", "--steps", "2")
-    with pytest.raises(UserError, match="--merge is for runs with adapters"):
-        export_run(trained / "full", tmp_path / "whole", merge=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"peft_type": "IA3"}, "peft_type='IA3'; LORA can be read"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
-        ({"r": 0}, "says r=0; expected a number above 0"),
-        ({"r": 5}, r"expected shape \(5, 24\) from the base, got \(4, 24\)"),
-    ],
-)
-def test_adapters_that_cannot_be_read_are_refused(trained, tmp_path, change, message):
-    folder = shutil.copytree(trained / "run" / "export", tmp_path / "adapters")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | change))
-    with pytest.raises(UserError, match=message):
-        load_model(folder)
