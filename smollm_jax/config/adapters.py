@@ -4,6 +4,7 @@ An adapter changes a frozen matrix W by s·A·B, with s = alpha / rank (LoRA, Hu
 also learns the length of each output's weights. The formula serves numpy and JAX arrays, in training and on merge.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,10 @@ class AdapterConfig:
         """Return the paths of the adapted matrices, in the order of the model's tree."""
         asked = {target.strip() for target in self.lora_targets.split(",")}
         return tuple(path for path in ADAPTED if path.split("/")[-1] in asked)
+
+    def trained_parameters(self, model: ModelConfig) -> int:
+        """Return the number of parameters that have an optimizer: of the adapters, or all."""
+        return sum(map(math.prod, adapter_shapes(self, model).values())) if self.is_on else model.num_parameters
 
 
 def adapter_shapes(config: AdapterConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:

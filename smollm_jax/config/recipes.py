@@ -53,4 +53,25 @@ RECIPES = {
         ),
         optimizer=OptimizerConfig(learning_rate=None, schedule="cosine", beta2=0.999, weight_decay=0.0),
     ),
+    # alignment-handbook, recipes/smollm2/dpo: answers of up to 1,024 tokens, 128 pairs a step, two epochs of the
+    # 61,135 pairs. A row holds about two pairs; other data is counted
+    "dpo": Config(
+        recipe="dpo",
+        run=RunConfig(
+            phases="955x64",
+            seed=42,
+            init_from="runs/sft",
+            eval_every=100,
+            checkpoint_every=100,
+            sample_prompts=QUESTIONS,
+        ),
+        data=DataConfig(
+            data_kind="pairs",
+            data="HuggingFaceH4/ultrafeedback_binarized",
+            split="train_prefs",
+            seq_len=2_048,
+            epochs=2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-6, schedule="cosine", beta2=0.999, weight_decay=0.0),
+    ),
 }

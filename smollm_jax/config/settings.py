@@ -4,21 +4,21 @@ The text beside or below a field is its help. A number has one home: the default
 preset that differs from it. This module imports nothing heavy, so that `--help` answers at once.
 """
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
-from smollm_jax.config.adapters import AdapterConfig, adapter_shapes
+from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.phases import Phase, parse_phases, resize
+from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
 # of each recipe, at most a tenth of the run
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31}
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
 # alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
 SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -90,8 +90,9 @@ class ComputeConfig:
 class DataConfig:
     """What is read, and how it becomes batches."""
 
-    data_kind: Literal["text", "chat"] = "text"
-    """text: every document is trained on; chat: rows may hold messages, conversations or prompt and completion."""
+    data_kind: Literal["text", "chat", "pairs"] = "text"
+    """text: every document is trained on; chat: also messages, conversations or prompt and completion; pairs:
+    chosen and rejected."""
     data: str = "HuggingFaceTB/smollm-corpus:cosmopedia-v2"
     """OWNER/NAME:CONFIG, a .jsonl/.parquet/.txt file, folder or glob, builtin:python-docs. A=0.7,B=0.3 mixes."""
     split: str = "train"  # Split of a Hub dataset.
@@ -124,14 +125,19 @@ class DataConfig:
         check_fields(self)
         unread = self.eval_data is not None and not self.eval_documents
         require(not unread, f"eval_data={self.eval_data} is read, so eval_documents=0 must be above 0")
-        for name in ("loss_on", "chat_template"):
+        for name, kinds in (("loss_on", ("chat",)), ("chat_template", ("chat", "pairs"))):
             value = getattr(self, name)
-            fits = self.data_kind == "chat" or value == getattr(DataConfig, name)
+            fits = self.data_kind in kinds or value == getattr(DataConfig, name)
             require(fits, f"{name}={value} is for conversations: give --data-kind chat, or --recipe sft")
 
     @property
     def is_chat(self) -> bool:
-        return self.data_kind == "chat"
+        """Return whether rows hold whole conversations, as `is_pairs` data does too."""
+        return self.data_kind != "text"
+
+    @property
+    def is_pairs(self) -> bool:
+        return self.data_kind == "pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +217,14 @@ class Config:
     """All settings of a run."""
 
     recipe: str = setting("replica", resume="free")
-    """replica: the seed's run. smollm2: the published recipe. quickstart: minutes on a CPU. sft: conversations."""
+    """replica: the seed's run. smollm2: the published recipe. quickstart: minutes on a CPU. sft: conversations.
+    dpo: pairs of answers."""
     preset: str = setting("135M", resume="free")
     """Architecture: 135M, 360M, 1.7B or quickstart. The flags under `model` change single numbers."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -226,6 +234,9 @@ class Config:
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
         has_base = self.run.init_from is not None or not self.adapter.is_on
         require(has_base, f"lora_rank={self.adapter.lora_rank} needs the weights of a base: give --init-from")
+        changed = ", ".join(f"{name}={value}" for name, value in vars(self.preference).items())
+        used = self.data.is_pairs or self.preference == PreferenceConfig()
+        require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")
         steps, warmup, decay = self.total_steps, self.warmup_steps, self.decay_steps
         require(steps < 2**31, f"steps={steps} must be below 2**31")
         for size in (phase.batch_size for phase in self.phases):
@@ -280,13 +291,6 @@ class Config:
         if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
             return self.total_steps // 5 if given is None else given
         return 0 if schedule == "constant" else self.total_steps - self.warmup_steps
-
-    @property
-    def trained_parameters(self) -> int:
-        """Return the number of parameters that have an optimizer: of the adapters, or all."""
-        if not self.adapter.is_on:
-            return self.model.num_parameters
-        return sum(map(math.prod, adapter_shapes(self.adapter, self.model).values()))
 
     @property
     def run_dir(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.packing import Batch, Packer
 
+SECOND = -(2**30)  # added to the first token of the second of two segments
 BUFFER = 128  # documents. More would fill rows of short conversations no better, and cost time at a resume
 D = TypeVar("D")
 
@@ -20,6 +21,12 @@ D = TypeVar("D")
 def new_packer(config: DataConfig) -> Any:
     """Return the packer of a kind of data: `BestFitPacker` for conversations, else `Packer`."""
     return (BestFitPacker if config.is_chat else Packer)(config.seq_len)
+
+
+def ids_of(tokens: np.ndarray) -> np.ndarray:
+    """Return the ids of tokens with the marks of `context` and `SECOND` removed."""
+    tokens = np.where(tokens < SECOND, tokens - SECOND, tokens)
+    return np.where(tokens < 0, ~tokens, tokens)
 
 
 def context(ids: np.ndarray) -> np.ndarray:
@@ -39,6 +46,8 @@ class Piece(Generic[D]):
 
 class BestFitPacker(Generic[D]):
     """A buffer of documents, and the rows made of them. Documents hold tokens as `context` gives them.
+
+    A document may be of two segments, with `SECOND` added to the `context` that the second begins with.
 
     A document longer than a row is divided into rows, each of which begins with the last token of the one before.
     """
@@ -101,9 +110,10 @@ class BestFitPacker(Generic[D]):
 
 
 def _fill(tokens: np.ndarray, segment_ids: np.ndarray, row: list[Piece[D]]) -> None:
-    at = 0
-    for segment, piece in enumerate(row, 1):
-        part, is_target = piece.tokens, piece.tokens >= 0
-        tokens[at : at + len(part)] = np.where(is_target, part, ~part)
-        segment_ids[at : at + len(part)] = np.where(is_target, segment, -segment)
-        at += len(part)
+    at = segment = 0
+    for piece in row:
+        part = piece.tokens
+        segment_of = segment + 1 + np.cumsum(part < SECOND)
+        tokens[at : at + len(part)] = ids_of(part)
+        segment_ids[at : at + len(part)] = np.where(part >= 0, segment_of, -segment_of)
+        at, segment = at + len(part), int(segment_of[-1])

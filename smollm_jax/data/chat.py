@@ -1,12 +1,13 @@
-"""Turn conversations into tokens for a row, and mark the targets of the loss."""
+"""Turn conversations and pairs into tokens for a row, and mark the targets of the loss."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.best_fit import context
+from smollm_jax.data.best_fit import SECOND, context, ids_of
 from smollm_jax.data.documents import Document
 from smollm_jax.runtime.errors import UserError, one_line
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -14,6 +15,27 @@ from smollm_jax.tokenizer.turns import Rendered, TemplateMisfit, Trainable, enco
 
 logger = logging.getLogger(__name__)
 NOTHING = Rendered("", [], [])
+
+
+def encode_to_fit(
+    documents: Sequence[Document], tokenizer: Tokenizer, settings: DataConfig
+) -> list[tuple[np.ndarray, int]]:
+    """Return the tokens of conversations or pairs, each with its length before any cut.
+
+    The tokens are as `fitted` or `fitted_pair` gives them. Raises `UserError` as `encode_conversations` does.
+    """
+    size = settings.seq_len + 1
+    if not settings.is_pairs:
+        encoded = encode_conversations(documents, tokenizer, settings)
+        return [(fitted(one, size), len(one.ids)) for one in encoded]
+    answers = []
+    for document in documents:
+        pair = document.conversation
+        assert pair is not None
+        answers += [document, replace(document, conversation=replace(pair, messages=pair.rejected))]
+    both = encode_conversations(answers, tokenizer, settings)
+    pairs = zip(both[::2], both[1::2], strict=True)
+    return [(fitted_pair(one, other, size), len(one.ids) + len(other.ids)) for one, other in pairs]
 
 
 def encode_conversations(
@@ -48,7 +70,7 @@ def _rendered(document: Document, tokenizer: Tokenizer, settings: DataConfig) ->
 
 def spoken_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Return the UTF-8 bytes of text of each token as `fitted` gives it, int32 (n,). A special token has none."""
-    return tokenizer.token_bytes[np.where(tokens < 0, ~tokens, tokens)]
+    return tokenizer.token_bytes[ids_of(tokens)]
 
 
 def fitted(one: Trainable, size: int) -> np.ndarray:
@@ -61,3 +83,18 @@ def fitted(one: Trainable, size: int) -> np.ndarray:
         length = max((int(end) for end in one.ends if end <= size), default=0)
     ids, trained = one.ids[:length], one.trained[:length]
     return np.where(trained, ids, context(ids)) if trained[1:].any() else ids[:0]
+
+
+def fitted_pair(chosen: Trainable, rejected: Trainable, size: int) -> np.ndarray:
+    """Return the tokens of a pair for a row of `size`, int32 (n,), as `BestFitPacker` takes two segments.
+
+    If the row does not hold both, an answer's end is cut. Each keeps half of the row, or what the other leaves.
+    Empty if the answers are then equal, or one has no target left.
+    """
+    lengths = [len(one.ids) for one in (chosen, rejected)]
+    most = max(size // 2, size - min(lengths)) if sum(lengths) > size else size
+    sides = [np.where(one.trained, one.ids, context(one.ids))[:most] for one in (chosen, rejected)]
+    if np.array_equal(sides[0], sides[1]) or not all((side[1:] >= 0).any() for side in sides):
+        return chosen.ids[:0]
+    sides[1][0] = context(rejected.ids[0]) + np.int32(SECOND)
+    return np.concatenate(sides)

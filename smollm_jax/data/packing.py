@@ -20,7 +20,8 @@ class Batch:
 
     Segments count from 1 in each row, and 0 is padding. If a process makes only some rows, its rows begin at
     `first_row`. `text_bytes`, in a batch to score, holds the UTF-8 bytes of text that each token stands for. In a
-    conversation, a token that is read and is no target has the segment -s instead of s.
+    conversation, a token that is read and is no target has the segment -s instead of s. Of pairs of answers, the
+    chosen have the odd segments, each followed by the rejected.
     """
 
     tokens: np.ndarray

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from smollm_jax.data.conversations import FORMATS, format_of
+from smollm_jax.data.conversations import FORMATS, PAIRS, format_of
 from smollm_jax.runtime.errors import UserError, one_line, require, say_once
 
 Cursor = dict[str, Any]
@@ -39,29 +39,35 @@ class Record:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read of a row: `text`, or in `chat` data any conversation.
+    """The columns to read of a row: `text`, or in chat data any conversation, or a pair of answers.
 
-    In `chat` data a value is a dict of columns, else the text.
+    `kind` is a `data_kind`. Of text a value is the text, else a dict of columns.
     """
 
     text: str
-    chat: bool = False
+    kind: str = "text"
 
     def among(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the columns to read of those with `names`. Empty if they are not there."""
         names = tuple(names)
-        return (self.chat and format_of(names)) or ((self.text,) if self.text in names else ())
+        if self.kind == "pairs":
+            return format_of(names, PAIRS)
+        return (self.kind == "chat" and format_of(names, FORMATS)) or ((self.text,) if self.text in names else ())
 
     def required(self, names: Iterable[str], path: str) -> tuple[str, ...]:
         """Return what `among` returns. Raises `UserError` if that is nothing."""
         names = tuple(names)
         wanted = ", ".join(" and ".join(map(repr, columns)) for columns in FORMATS)
-        wanted = f"none of the columns {wanted}, {self.text!r}" if self.chat else f"no column {self.text!r}"
-        require(bool(self.among(names)), f"{path} has {wanted} but {', '.join(names)}; give --text-column")
+        none, remedy = f"none of the columns {wanted}, {self.text!r}", "give --text-column"
+        wanted = none if self.kind == "chat" else f"no column {self.text!r}"
+        if self.kind == "pairs":
+            missing = next((name for name in PAIRS[-1] if name not in names), "")
+            wanted, remedy = f"no column {missing!r}", "a pair has 'chosen' and 'rejected'"
+        require(bool(self.among(names)), f"{path} has {wanted} but {', '.join(names)}; {remedy}")
         return self.among(names)
 
     def value(self, row: dict[str, Any]) -> Any:
-        return row if self.chat else row[self.text]
+        return row[self.text] if self.kind == "text" else row
 
 
 def read_parquet(
@@ -127,7 +133,8 @@ def _value_of(line: str, columns: Columns, path: str, row: int) -> tuple[Any, st
     if row == 0:  # the setting is wrong. In a later row, the row is wrong
         columns.required(value, path)
     elif not columns.among(value):
-        missing = "conversation" if columns.chat else repr(columns.text)
+        named = {"chat": "conversation", "pairs": "pair of chosen and rejected"}
+        missing = named.get(columns.kind, repr(columns.text))
         return None, f"no {missing} but {', '.join(value)}"
     return columns.value({name: value[name] for name in columns.among(value)}), ""
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.chat import encode_conversations, fitted
+from smollm_jax.data.chat import encode_to_fit
 from smollm_jax.data.documents import Document
 from smollm_jax.data.readers import Cursor
 from smollm_jax.data.sources import START, WHOLE, Shard, Source
@@ -66,9 +66,9 @@ def _tokens(group: list[Document], tokenizer: Tokenizer, settings: DataConfig | 
     end = tokenizer.eos_id
     if settings is not None and settings.is_chat:
         places = [i for i, document in enumerate(group) if document.conversation]
-        encoded = encode_conversations([group[i] for i in places], tokenizer, settings)
+        encoded = encode_to_fit([group[i] for i in places], tokenizer, settings)
         end = tokenizer.special_tokens.get(EOS, end)  # a text ends as the base model's do, not as a turn
-        talks = {i: fitted(one, settings.seq_len + 1) for i, one in zip(places, encoded, strict=True)}
+        talks = {i: tokens for i, (tokens, _) in zip(places, encoded, strict=True)}
     texts = iter(tokenizer.encode_batch([one.text for i, one in enumerate(group) if i not in talks]))
     for i in range(len(group)):
         ids = talks[i] if i in talks else next(texts)
@@ -141,8 +141,10 @@ class ShuffledSource:
                 empty = f"--data {self.source.name} holds no document to train on{where}"
                 raise UserError(f"{empty}; held-out documents do not count")
             if window.following["epoch"] > state["epoch"] and not state["tokens"]:
-                longest = f"none of {state['dropped']:,} conversations{where} has an answer that fits --seq-len"
-                raise UserError(f"--data {self.source.name}: {longest} {self.source.settings.seq_len}")
+                settings, what = self.source.settings, f"conversations{where} has an answer that fits"
+                what = f"pairs{where} has two different answers that fit" if settings.is_pairs else what
+                none = f"none of {state['dropped']:,} {what} --seq-len {settings.seq_len}"
+                raise UserError(f"--data {self.source.name}: {none}")
             state |= window.following
             self._current = None
         return None

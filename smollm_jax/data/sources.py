@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import xxhash
 
+from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.settings import DataConfig
 from smollm_jax.data.documents import Document, content_of
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
@@ -63,7 +64,7 @@ class Source:
 
     def __init__(self, name: str, files: list[str], sizes: list[int], prints: list[str], settings: DataConfig):
         self.name, self.files, self.sizes, self.settings = name, files, sizes, settings
-        self.columns = Columns(settings.text_column, chat=settings.data_kind == "chat")
+        self.columns = Columns(settings.text_column, settings.data_kind)
         self.fingerprint = " ".join(prints)
         self.closed = threading.Event()
 
@@ -86,6 +87,7 @@ class Source:
         `SourceTimeout`, or `UserError` naming what is wrong.
         """
         cursor, skipped, tries = cursor or START, [] if skipped is None else skipped, 0
+        column, chat = self.columns.text, self.settings.is_chat
         parts = [sum(self.sizes[i :: shard.count]) for i in range(shard.count)]
         by_file = shard.count == 1 or 0 < max(parts) <= UNEVEN * min(parts)
         while cursor["file"] < len(self.files):
@@ -97,10 +99,12 @@ class Source:
             try:
                 for record in self.records(cursor, WHOLE.has if by_file else shard.has):
                     cursor, tries = record.after, 0
-                    text, conversation, fault = content_of(record.value, self.columns.text, chat=self.columns.chat)
+                    text, conversation, fault = content_of(record.value, column, chat=chat)
                     if fault := record.fault or fault:
                         self._bad(f"{path}, row {record.row}, cannot be read: {fault}", skipped)
                     elif text.strip():
+                        is_pair = conversation is not None or not self.settings.is_pairs
+                        require(is_pair, f"{path} holds texts; a pair has the columns 'chosen' and 'rejected'")
                         yield Document(text, self.name, path, record.row, cursor, conversation=conversation)
             except Exception as error:
                 if not _is_of_the_file(error):
@@ -209,7 +213,7 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
         return PythonDocsSource(settings)
     if not looks_local(spec):
         return HubSource(spec, settings, resumes=resumes)
-    if settings.split != DataConfig.split:
+    if settings.split not in {recipe.data.split for recipe in RECIPES.values()}:
         say_once(f"--split {settings.split} is for datasets on the Hub; {spec} is read as a whole")
     return LocalSource(spec, settings)
 

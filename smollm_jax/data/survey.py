@@ -7,8 +7,8 @@ from itertools import chain, islice
 import numpy as np
 
 from smollm_jax.config.settings import DataConfig
-from smollm_jax.data.best_fit import BestFitPacker
-from smollm_jax.data.chat import encode_conversations, fitted
+from smollm_jax.data.best_fit import BestFitPacker, ids_of
+from smollm_jax.data.chat import encode_to_fit
 from smollm_jax.data.documents import Document
 from smollm_jax.data.shuffle import TOKENIZED_TOGETHER, tokenize, without
 from smollm_jax.data.sources import mixture, open_source
@@ -72,8 +72,8 @@ def survey(config: DataConfig, tokenizer: Tokenizer, excluded: dict[int, int], *
     found, documents = Survey(config.seq_len, end), _documents(config, excluded, None if whole else HEAD)
     while group := list(islice(documents, TOKENIZED_TOGETHER)):
         talks = [document for document in group if document.conversation]
-        for document, one in zip(talks, encode_conversations(talks, tokenizer, config), strict=True):
-            found.add(fitted(one, config.seq_len + 1), len(one.ids), document.source, talk=True)
+        for document, (tokens, length) in zip(talks, encode_to_fit(talks, tokenizer, config), strict=True):
+            found.add(tokens, length, document.source, talk=True)
         for document, ids in tokenize((document for document in group if not document.conversation), tokenizer):
             found.add(ids, len(ids), document.source, talk=False)
     found.finish()
@@ -92,22 +92,25 @@ def marked(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     parts = []
     pieces = np.split(tokens, np.flatnonzero(np.diff(tokens >= 0)) + 1)
     for piece in pieces:
-        text = tokenizer.decode(np.where(piece < 0, ~piece, piece), skip_special=False)
+        text = tokenizer.decode(ids_of(piece), skip_special=False)
         parts.append(f"{OPEN}{text}{CLOSE}" if piece[0] >= 0 else text)
     return "".join(parts)
 
 
-def describe(found: Survey, tokenizer: Tokenizer, *, whole: bool) -> list[str]:
+def describe(found: Survey, tokenizer: Tokenizer, *, whole: bool, pairs: bool = False) -> list[str]:
     """Return lines that say what `survey` found, with a conversation and its trained tokens marked."""
     read = "all data" if whole else f"the first {HEAD:,} of each source"
     texts = f" and {found.texts:,} texts" if found.texts else ""
     end = tokenizer.decode([turn_end(tokenizer) or 0], skip_special=False)
+    what, lost, why = "conversations", "turns that do not fit", "no answer fits"
+    if pairs:
+        what, lost, why = "pairs", "the end of an answer", "their answers are equal or do not fit"
     lines = [
-        f"talks       {found.conversations:,} conversations{texts}, by {read}: {found.tokens:,} tokens, "
+        f"talks       {found.conversations:,} {what}{texts}, by {read}: {found.tokens:,} tokens, "
         f"{found.trained / max(found.tokens, 1):.1%} of them trained",
         f"turns       {end} ends a turn and is trained {found.ends:,} times",
-        f"lengths     the longest has {found.longest:,} tokens; {found.cut:,} lose turns that do not fit, "
-        f"{found.dropped:,} are dropped because no answer fits",
+        f"lengths     the longest has {found.longest:,} tokens; {found.cut:,} lose {lost}, "
+        f"{found.dropped:,} are dropped because {why}",
     ]
     if found.first is not None:
         shown = found.first[:SHOWN_TOKENS]

@@ -44,7 +44,7 @@ class AdapterFolder(NamedTuple):
     folder: Path
 
 
-def weights_hash(params: Params) -> str:
+def weights_sha256(params: Params) -> str:
     """Return the SHA-256 of f32 weights in the order of their names."""
     digest = hashlib.sha256()
     for name, leaf in sorted(flatten(params, "/").items()):

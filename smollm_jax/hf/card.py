@@ -9,6 +9,10 @@ from smollm_jax.config.architecture import ModelConfig
 BASE = "A base model: it continues text and follows no instructions."
 INSTRUCT = "An instruct model: it was fine-tuned on conversations, and answers through its chat template."
 ADAPTERS = " This folder holds adapters alone, which change the weights of their base."
+PREFERRED = (
+    "An instruct model: direct preference optimization trained it on pairs of a chosen and a rejected answer. "
+    "It answers through its chat template."
+)
 LICENSE = "apache-2.0"  # of SmolLM2. Edit the card if other terms apply
 PLACE = "PATH"  # of the folder, until it is pushed
 # https://huggingface.co/docs/huggingface_hub: letters, digits, "-", "_" and "." on both sides of the slash
@@ -33,6 +37,8 @@ class About:
     """What it wrote after the prompt."""
     chat: bool = False
     """Whether it was fine-tuned on conversations."""
+    pairs: bool = False
+    """Whether the conversations were pairs of answers."""
 
 
 def model_card(
@@ -52,10 +58,11 @@ def model_card(
     head += [f"base_model: {about.base_model}"] if about.base_model else []
     head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
     head += ["tags:", "- llama", "- smollm", "- jax", *(["- lora"] if adapter else [])]
+    kind = PREFERRED if about.pairs else INSTRUCT if about.chat else BASE
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {' '.join(about.title.split())}",
-        f"Trained with smollm-jax. {INSTRUCT if about.chat else BASE}{ADAPTERS if adapter else ''}",
+        f"Trained with smollm-jax. {kind}{ADAPTERS if adapter else ''}",
         f"| | |\n|---|---|\n{table}",
         *([f"![loss]({picture})"] if picture else []),
         _use_gguf(gguf) if gguf else _use_peft(adapter, about) if adapter else _use_transformers(about),

@@ -24,7 +24,7 @@ from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, refuse_foreign, write_card
 from smollm_jax.hf.reader import INDEX, read_config, read_folder
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import expand_home, moved_aside, named_failure, written_aside
+from smollm_jax.runtime.files import expand_home, moved_aside, named_failure, read_json, written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
@@ -104,6 +104,7 @@ def export_folder(
             require(tokenizer.vocab_size <= config.vocab_size, f"the tokenizer in {tokenizer_folder} has {sizes}")
             # its files alone: the folder may be another model's, with a config.json of its own
             tokenizer.save(part)
+            _name_context(part / "tokenizer_config.json", tokenizer, config)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
         if verify and compare is not None:
             checked += f"; {compare(read_folder(part)[1], part)}"
@@ -214,6 +215,13 @@ def save_hf(model: Any, path: str | Path, tokenizer: Any = None) -> None:
             (tokenizer.save if isinstance(tokenizer, Tokenizer) else tokenizer.save_pretrained)(folder)
             tokenizer = folder
         export_folder(params_of(model), model.config, path, tokenizer_folder=tokenizer)
+
+
+def _name_context(settings: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Write the context as `model_max_length`, in tokens, unless there is one: transformers assumes 1e30."""
+    if settings.is_file() and not tokenizer.settings.get("model_max_length"):
+        values = read_json(settings) | {"model_max_length": config.max_seq_len}
+        settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _make_way(out: Path, part: Path, *, aside: bool) -> None:

@@ -116,6 +116,8 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data) if not looks_local(spec)]
     optimizer, places = config.optimizer, ("device", "platform", "dtype")
     english = {spec for recipe in RECIPES.values() for spec, _ in mixture(recipe.data.data)}
+    preference, is_pairs = config.preference, config.data.is_pairs
+    smoothed = f", label smoothing {preference.label_smoothing:g}" if preference.label_smoothing else ""
     began = config.run.init_from or found.meta.get("imported_from")
     rows = {
         "Recipe": config.recipe,
@@ -124,7 +126,8 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Tokens": progress.get("tokens"),
         "Batch (sequences)": config.main_batch_size,
         "Sequence length": config.data.seq_len,
-        "Loss on": config.data.loss_on if config.data.is_chat else None,
+        "Loss on": config.data.loss_on if config.data.data_kind == "chat" else None,
+        "Pair loss": f"{preference.pair_loss}, beta {preference.beta:g}{smoothed}" if is_pairs else None,
         "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
         "Peak learning rate": config.learning_rate,
         "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
@@ -132,8 +135,9 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Gradient norm clipped at": optimizer.clip_norm,
         "Seed": config.run.seed,
         "Began with": began,
-        "Held-out loss (nats per token)": held_out.get("eval_loss"),
-        "Held-out bits per byte": held_out.get("eval_bits_per_byte"),
+        f"Held-out loss ({'a pair' if is_pairs else 'nats per token'})": held_out.get("eval_loss"),
+        "Held-out accuracy (chosen above rejected)": held_out.get("eval_rewards/accuracies"),
+        f"Held-out bits per byte{' of the chosen answers' * is_pairs}": held_out.get("eval_bits_per_byte"),
         "Computed on": ", ".join(str(computed[x]) for x in places if x in computed) or None,
         "Devices": computed.get("devices"),
         "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
@@ -150,6 +154,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         prompt=prompt or (config.run.sample_prompts or ("Once upon a time",))[0],
         sample=sample,
         chat=config.data.is_chat,
+        pairs=is_pairs,
     )
 
 

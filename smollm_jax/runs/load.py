@@ -13,7 +13,7 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.hf.adapters import is_adapter_folder, merge, open_adapters, read_adapters, weights_hash
+from smollm_jax.hf.adapters import is_adapter_folder, merge, open_adapters, read_adapters, weights_sha256
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.gguf_model import read_gguf
 from smollm_jax.hf.reader import is_gguf, local_folder, read_folder
@@ -135,7 +135,7 @@ def open_for_adapters(source: str) -> tuple[ModelConfig, Any, Tokenizer, dict[st
     """Return a model as `load_model` does, and the record of its weights: place, step of a run, and hash."""
     step = newest_step(source) if is_run(source) else None
     model, params, tokenizer = load_model(source, step)
-    return model, params, tokenizer, place_of(source) | {"step": step, "sha256": weights_hash(params)}
+    return model, params, tokenizer, place_of(source) | {"step": step, "sha256": weights_sha256(params)}
 
 
 def place_of(source: str) -> dict[str, str]:
@@ -172,7 +172,7 @@ def _open_base(
 
 def check_base(path: str, params: Any, recorded: str | None) -> None:
     """Raise `UserError` unless the weights have the hash on record, if there is one."""
-    same = recorded is None or weights_hash(params) == recorded
+    same = recorded is None or weights_sha256(params) == recorded
     require(same, f"{path} is another base than the adapters were trained on; bring back its weights")
 
 

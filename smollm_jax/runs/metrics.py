@@ -18,6 +18,7 @@ from typing import Any, cast
 from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
+from smollm_jax.config.preference import FIGURES
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import BETWEEN, SAMPLES_OF
 from smollm_jax.runtime.errors import one_line, printable, say
@@ -25,8 +26,8 @@ from smollm_jax.runtime.notebook import progress_bar
 
 # the groups in which TensorBoard shows the fields of a line. Other fields are left out
 TAGS = {
-    "train": ("loss", "step_loss"),
-    "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens"),
+    "train": ("loss", "step_loss", *FIGURES),
+    "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens", *(f"eval_{name}" for name in FIGURES)),
     "optimizer": ("learning_rate", "grad_norm", "bad_steps", "loss_scale", "skipped_steps"),
     "speed": ("tokens_per_second", "step_seconds", "mfu", "eval_seconds", "peak_memory_gib"),
     "data": ("tokens", "data_wait_seconds", "skipped_documents"),

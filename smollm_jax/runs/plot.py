@@ -31,7 +31,7 @@ def plot(run_dir: Path, picture: Path) -> bool:
 
     lines = read_metrics(run_dir)
     train = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
-    held_out = evaluations(lines)
+    held_out, unit = evaluations(lines), "a pair" if any("pairs" in x for x in lines) else "nats a token"
     if not train:
         return False
     figure = Figure(figsize=(8, 4.5), dpi=130)
@@ -43,10 +43,10 @@ def plot(run_dir: Path, picture: Path) -> bool:
         points, last, orange = [(x["step"], x["eval_loss"]) for x in held_out], held_out[-1], "#c8502d"
         axes.plot(*zip(*points, strict=True), "o-", color=orange, markersize=4, linewidth=1.2, label="held out")
         axes.annotate(
-            f"{last['eval_loss']:.3f} nats a token\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
+            f"{last['eval_loss']:.3f} {unit}\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
             xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.set_title(run_dir.resolve().name, parse_math=False)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from smollm_jax.config.recipes import QUESTIONS
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.load import is_run, newest_step, read_run
 from smollm_jax.runs.records import evaluations, read_metrics
@@ -44,6 +45,12 @@ class Facts:
     def openings(self) -> tuple[str, ...]:
         """Return the run's own prompts, or else prompts for a model of textbooks."""
         return (self.config.run.sample_prompts if self.config else ()) or OPENINGS
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Return the run's own questions to its chat model, or else questions to any."""
+        own = self.config.run.sample_prompts if self.config and self.config.data.is_chat else ()
+        return own or QUESTIONS
 
     def live(self) -> str:
         """Return a line of HTML on the run if it is training now, else nothing."""

@@ -84,6 +84,11 @@
     end(text) { busy(false); record(text, from); return []; },
     beginChat() { busy(true); return []; },
     endChat(typed, talk) { busy(false); keep({ talk, message: typed }); return []; },
+    // a question never replaces what a person has typed
+    ask(typed, question, all) {
+      document.querySelector('#message textarea')?.focus();
+      return typed.trim() && !all.includes(typed) ? `${typed}\n${question}` : question;
+    },
     undo: () => step(-1, 'nothing to undo'),
     redo: () => step(1, 'nothing to redo'),
     open(text) { record(sheet()?.value); record(text); follow = false; return [text, '']; },

@@ -70,7 +70,7 @@ def build_page(scheduler: Scheduler, name: str, *, with_key: bool, facts: Facts 
                         sheet = notebook(handlers, [preset, *numbers], weights, facts.openings)
                     if has_chat:
                         with gr.Tab("Chat", id="chat"):
-                            chat(page, handlers, [*numbers, weights])
+                            chat(page, handlers, [*numbers, weights], facts.questions)
                     if has_run:
                         with gr.Tab("Compare", id="compare"):
                             pickers += comparison(page, handlers, numbers, facts.openings[0])
@@ -179,8 +179,8 @@ def notebook(handlers: Handlers, given: Inputs, weights: gr.Dropdown, openings: 
     )  # fmt: skip
     for button, script in ((undo, "undo"), (redo, "redo")):
         button.click(None, None, [sheet, line], js=f"() => window.notebook.{script}()", **BROWSER)  # type: ignore[union-attr]
-    with gr.Row(elem_id="openings"):
-        gr.Markdown("Openings", elem_id="openings-title")
+    with gr.Row(elem_id="openings", elem_classes="chips"):
+        gr.Markdown("Openings")
         for opening in openings:
             chip = gr.Button(opening.split("\n")[0], size="sm")
             js = f"() => window.notebook.open({json.dumps(opening)})"
@@ -188,7 +188,7 @@ def notebook(handlers: Handlers, given: Inputs, weights: gr.Dropdown, openings: 
     return sheet
 
 
-def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
+def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs, questions: Sequence[str]) -> None:
     """Add a conversation under the model's chat template."""
     talk = gr.JSON([], visible=False)
     # Gradio's own buttons would copy the escaped text
@@ -218,6 +218,12 @@ def chat(page: gr.Blocks, handlers: Handlers, numbers: Inputs) -> None:
         scripts=("beginChat", "beginChat", "endChat"),
     )  # fmt: skip
     undo.click(handlers.undo_answer, held, outputs, **QUICK).then(None, held, None, js=save, **BROWSER)
+    with gr.Row(elem_id="questions", elem_classes="chips"):
+        gr.Markdown("Questions")
+        for question in questions:
+            chip = gr.Button(question.split("\n")[0], size="sm")
+            js = f"(typed) => window.notebook.ask(typed, {json.dumps(question)}, {json.dumps(questions)})"
+            chip.click(None, box, box, js=js, **BROWSER)
     restored = page.load(
         None, [*held, system], [*held, system], js="(...v) => window.notebook.restoreTalk(...v)", **BROWSER
     )

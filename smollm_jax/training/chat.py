@@ -26,15 +26,20 @@ def with_pad_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return model if pad is None else replace(model, pad_token_id=pad)
 
 
+def recipe_of(config: Config) -> Config:
+    """Return the recipe for conversations, or for pairs of answers, whichever the data are."""
+    return RECIPES["dpo" if config.data.is_pairs else "sft"]
+
+
 def follows_epochs(config: Config) -> bool:
     """Return whether --epochs give the run's length: on conversations, without --steps and --phases."""
-    is_given = config.run.steps is not None or config.run.phases != RECIPES["sft"].run.phases
+    is_given = config.run.steps is not None or config.run.phases != recipe_of(config).run.phases
     return config.data.is_chat and config.data.epochs > 0 and not is_given
 
 
 def estimated_steps(config: Config) -> int:
     """Return the steps of the epochs of the recipe's own data, from the steps of its two epochs."""
-    recipe = RECIPES["sft"]
+    recipe = recipe_of(config)
     of_one = recipe.total_steps * recipe.main_batch_size * recipe.data.seq_len / recipe.data.epochs
     return max(round(of_one * config.data.epochs / (config.main_batch_size * config.data.seq_len)), 1)
 
@@ -50,10 +55,10 @@ def survey_run(
     if not config.data.is_chat:
         return config
     follows = follows_epochs(config)
-    whole = follows and config.data.data != RECIPES["sft"].data.data
+    whole = follows and config.data.data != recipe_of(config).data.data
     tell(f"talks       reading {'all data, to count its epochs' if whole else f'the first {HEAD:,} documents'}")
     found = survey(config.data, tokenizer, exclusions(one for one, _ in held), whole=whole)
-    notes += describe(found, tokenizer, whole=whole)
+    notes += describe(found, tokenizer, whole=whole, pairs=config.data.is_pairs)
     if not follows:
         return config
     epochs, batch_size = config.data.epochs, config.main_batch_size

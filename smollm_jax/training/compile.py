@@ -1,6 +1,7 @@
 """Compile the train step for every batch size of a run, within device memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import are_shared, bytes_a_device, layout_of, on_devices, padded_rows, sharded
 from smollm_jax.kernels.select import select_checked_ops, select_ops
 from smollm_jax.model.ops import Ops
+from smollm_jax.model.preference import pairs_per_row
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runtime.devices import memory_bytes
 from smollm_jax.runtime.errors import require, say
@@ -23,6 +26,7 @@ from smollm_jax.training.step import (
     HEAD_AXIS,
     State,
     abstract_state,
+    make_logprobs,
     make_nll,
     make_step,
     trained_part,
@@ -30,9 +34,31 @@ from smollm_jax.training.step import (
 )
 
 
+@dataclass(frozen=True)
+class PairStep:
+    """A compiled step of pairs, after a forward pass of its own for the log-probs.
+
+    The reference model's come from the same program, so that its rounding drops out of the first loss.
+    """
+
+    logprobs: jax.stages.Compiled
+    step: jax.stages.Compiled
+
+    def __call__(self, state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array) -> Any:
+        """Return (state, metrics). The `others` are the reference's sums of log-probs, and any votes."""
+        logprobs = self.logprobs(weights_of(state), tokens, segment_ids)
+        return self.step(state, tokens, segment_ids, logprobs, *others)
+
+    def memory_analysis(self) -> Any:
+        return self.step.memory_analysis()
+
+
+Step = jax.stages.Compiled | PairStep
+
+
 def compile_step(
     config: Config, mesh: Mesh, batch_size: int, *, dtype: Any, remat: Policy, ops: Ops | None = None
-) -> jax.stages.Compiled:
+) -> Step:
     """Compile the step for batches of `batch_size` rows, padded for the mesh.
 
     The state is donated and keeps its layout. `ops` as in `make_step`.
@@ -46,10 +72,17 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(layout_of(state), sharded(mesh)),
     )
-    return step.lower(state, rows, rows, *([votes] if are_shared(mesh.devices.flat) else [])).compile()
+    last = [votes] if are_shared(mesh.devices.flat) else []
+    if not config.data.is_pairs:
+        return step.lower(state, rows, rows, *last).compile()
+    sums = jax.ShapeDtypeStruct((shape[0], pairs_per_row(shape[1] - 1), 2), jnp.float32, sharding=rows.sharding)
+    pair_sums = partial(_of_weights, make_logprobs(config, mesh, dtype=dtype, ops=ops))
+    logprobs = jax.jit(pair_sums, out_shardings=rows.sharding)
+    forward = logprobs.lower(weights_of(state), rows, rows).compile()
+    return PairStep(forward, step.lower(state, rows, rows, sums, sums, *last).compile())
 
 
-def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+def compiled_bytes(compiled: Step) -> int:
     """Return the bytes of device memory that a program needs, arguments included. 0 if unknown."""
     memory = compiled.memory_analysis()
     if memory is None:
@@ -62,7 +95,7 @@ def compile_steps(
     config: Config, mesh: Mesh,
     *, dtype: Any, memory_bytes: int, agree: Callable[[bool], bool] = bool, ops: Ops | None = None,
     before: Policy = "none", tell: Callable[[str], None] = lambda _: None,
-) -> tuple[dict[int, jax.stages.Compiled], Policy]:  # fmt: skip
+) -> tuple[dict[int, Step], Policy]:  # fmt: skip
     """Return a compiled step for each batch size, and the remat policy of all.
 
     `remat="auto"` takes the first of none, dots and full with which the largest batch fits `memory_bytes`. Raises
@@ -109,12 +142,13 @@ def select_agreed_ops(config: Config, mesh: Mesh, dtype: Any, processes: Process
 
 def compile_within(
     config: Config, mesh: Mesh, dtype: Any, checkpoints: CheckpointManager, ops: Ops, *, before: Policy
-) -> tuple[dict[int, jax.stages.Compiled], Policy, list[str]]:
+) -> tuple[dict[int, Step], Policy, list[str]]:
     """Return the steps, the remat policy that fits, and a note if memory is scarce.
 
     Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
     """
-    gather, here, parameters = checkpoints.processes.gather, mesh.local_mesh.devices, config.trained_parameters
+    gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
+    parameters = config.adapter.trained_parameters(config.model)
     memory = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size)))
     steps, remat = compile_steps(
         config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops,
@@ -134,9 +168,27 @@ def compile_within(
     return steps, remat, [note] if needed > memory else []
 
 
-def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., jax.Array]:
-    """Return `nll(weights, tokens, segment_ids)` of rows that all processes have, with `weights_of` the state."""
+def remat_before(found: VerifiedCheckpoint | None) -> Policy:
+    """Return the remat policy of a checkpoint's steps, "none" if it names none."""
+    told = found.meta.get("computed", {}).get("remat") if found else None
+    return told if told in POLICIES else "none"
+
+
+def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., Any]:
+    """Return `nll(weights, tokens, segment_ids)` of rows that all processes have, with `weights_of` the state.
+
+    Of pairs, return the sums of `make_logprobs` in its place, as a NumPy array.
+    """
     rows, layout = sharded(mesh, BATCH_AXES), layout_of(weights_of(abstract_state(config, mesh)))
+    if config.data.is_pairs:
+        pair_sums = partial(_of_weights, make_logprobs(config, mesh, dtype=dtype, ops=ops))
+        pairs_of = jax.jit(pair_sums, in_shardings=(layout, rows, rows), out_shardings=sharded(mesh))
+
+        def logprobs(weights: State, *arrays: np.ndarray) -> np.ndarray:
+            whole = pairs_of(weights, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+            return np.asarray(whole.addressable_data(0))[: len(arrays[0])]
+
+        return logprobs
     nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
     compiled = jax.jit(partial(_of_weights, nll_of), in_shardings=(layout, rows, rows))
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig
-from smollm_jax.data.heldout import batches_in_order, pack_to_score
+from smollm_jax.data.heldout import batches_in_order
 from smollm_jax.data.loader import check_vocab
 from smollm_jax.data.packing import Batch, are_targets
 from smollm_jax.distributed.sharding import make_mesh, on_one_device
@@ -32,6 +32,7 @@ from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.chat import prompt_ids
+from smollm_jax.training.reference import eval_batches, score_pairs
 from smollm_jax.training.run import Run, save
 from smollm_jax.training.step import make_nll, weights_of
 
@@ -112,28 +113,31 @@ def evaluate_run(run: Run) -> None:
     """
     if run.interrupted:
         return
-    began, config, parts = time.monotonic(), run.config, run.config.compute.grad_accum
-    batches = pack_to_score(
-        run.heldout, run.tokenizer, config.data.seq_len, config.main_batch_size // parts, chat=config.data.is_chat
-    )
+    began = time.monotonic()
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
-        running = _until_stopped(run, islice(batches, config.data.eval_batches * parts))
-        score = score_batches(run.nll, weights_of(run.state), running)
+        running = _until_stopped(run, eval_batches(run))
+        scores = (score_pairs if run.config.data.is_pairs else score_texts)(run, running)
         texts = sample(run)
     if run.interrupted:
         return
     line: dict[str, Any] = {"step": run.progress.step, "time": time.time()}
     if run.heldout:
-        line |= {
-            "eval_loss": finite_or_none(score.loss),
-            "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
-            "eval_tokens": score.tokens,
-        }
+        line |= scores
     line["eval_seconds"] = time.monotonic() - began
     with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)
     run.evaluated = run.progress.step
+
+
+def score_texts(run: Run, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Return the fields of a metrics line on held-out texts and conversations."""
+    score = score_batches(run.nll, weights_of(run.state), batches)
+    return {
+        "eval_loss": finite_or_none(score.loss),
+        "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
+        "eval_tokens": score.tokens,
+    }
 
 
 def _until_stopped(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -116,6 +116,8 @@ def dispatch(run: Run, ballot: Ballot) -> Pending | None:
     padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
     with run.job.watchdog.step(rows, f"step {step}"):
         arrays = [on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids)]
+        if run.reference is not None:
+            arrays.append(on_devices(run.reference.of(batch), padded, batch.first_row, run.mesh))
         if run.job.several:
             vote, layout = np.full(1, ballot.vote, np.int32), sharded(run.mesh, MESH_AXES)
             arrays.append(jax.make_array_from_callback((run.mesh.size,), layout, lambda _: vote))

@@ -8,6 +8,7 @@ import time
 
 import jax
 
+from smollm_jax.config.preference import FIGURES
 from smollm_jax.data.batch_hash import extend
 from smollm_jax.data.loader import merge_cursors
 from smollm_jax.distributed.watchdog import LONGEST_SECONDS
@@ -37,8 +38,9 @@ def report_step(run: Run, pending: Pending) -> None:
     run.report.progress(pending.step)
     if values["finite"]:
         run.progress.bad_steps_in_a_row = 0
-        run.progress.nats += values["loss"].item() * int(values["targets"])
-        run.progress.targets += int(values["targets"])
+        counted = int(values.get("pairs", values["targets"]))
+        run.progress.nats += values["loss"].item() * counted
+        run.progress.targets += counted
     elif values.get("overflow", False):
         run.progress.skipped_steps += 1
         halved = f"the loss scale is now {values['loss_scale'].item():g}"
@@ -87,8 +89,11 @@ def write_line(run: Run) -> None:
         line |= {
             "packed_tokens_per_second": interval.filled / seconds,
             "padding_share": 1 - int(values["filled"]) / slots,
-            "dropped_conversations": dropped,
+            "dropped_pairs" if run.config.data.is_pairs else "dropped_conversations": dropped,
         }
+    if run.config.data.is_pairs:
+        line |= {"pairs": int(values["pairs"])}
+        line |= {name: finite_or_none(values[name].item()) for name in FIGURES}
     run.report.train(line)
     run.interval, progress.nats, progress.targets = Interval(), 0.0, 0
 

@@ -20,6 +20,7 @@ from smollm_jax.generation.generator import Generator
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.compile import Step
 from smollm_jax.training.step import trained_part
 
 
@@ -35,7 +36,7 @@ class Progress:
     ledger: str = ""  # running hash of all batches so far
     cursor: dict[str, Any] | None = None
     elapsed_seconds: float = 0.0  # from the first step on, over all starts, without time lost to a kill
-    # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets
+    # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets or pairs
     nats: float = 0.0
     targets: int = 0
 
@@ -84,7 +85,7 @@ class Run:
     heldout: list[TokenizedDocument]
     mesh: jax.sharding.Mesh
     dtype: Any
-    steps: dict[int, jax.stages.Compiled]
+    steps: dict[int, Step]
     nll: Callable[..., jax.Array]
     checkpoints: CheckpointManager
     state: dict[str, Any]
@@ -99,6 +100,7 @@ class Run:
     kernels: bool | None  # False if samples must not use kernels because the steps do not
     clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
     generator: Generator | None = None  # decodes the samples, None before the first evaluation
+    reference: Any = None  # of pairs, the `training.reference.Reference`
 
     @property
     def interrupted(self) -> bool:
@@ -131,6 +133,8 @@ def save(run: Run) -> None:
     }
     if run.base is not None:
         meta["base"] = run.base
+    if run.reference is not None:
+        meta["reference"] = run.reference.digest
     with run.job.watchdog.patient("a save"):
         run.checkpoints.save(step, trained_part(run.state), meta)
     run.saved = step

@@ -20,7 +20,7 @@ from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.kernels.select import select_attention
-from smollm_jax.model.transformer import POLICIES, Policy
+from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.lock import WRITTEN
@@ -43,7 +43,14 @@ from smollm_jax.tokenizer.chat_setup import with_chat_template
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
-from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
+from smollm_jax.training.compile import (
+    compile_within,
+    compiled_bytes,
+    make_scorer,
+    remat_before,
+    select_agreed_ops,
+)
+from smollm_jax.training.reference import prepare_reference
 from smollm_jax.training.restore import StartState, resolve_start, state_at_start, vocabulary_follows
 from smollm_jax.training.run import Progress, Run
 from smollm_jax.training.step import abstract_state, trained_part
@@ -95,9 +102,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     shapes = abstract_state(config, mesh)
     checkpoints.prepare(trained_part(shapes))  # while the compiler works
-    told = found.meta.get("computed", {}).get("remat") if found else None
-    before: Policy = told if told in POLICIES else "none"
-    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=before)
+    steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=remat_before(found))
     computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     progress = Progress(**found.meta["progress"]) if found else Progress()
@@ -111,6 +116,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         state=state, report=report, progress=progress, saved=step, evaluated=job.gather(evaluated)[0],
         ledgers=ledgers, computed=computed, base=start.base, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
+    run.reference = prepare_reference(run, found)
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
     log_summary(run, remat, notes, seconds=time.monotonic() - began)
@@ -216,7 +222,8 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     peak = peak_flops(device, run.dtype)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
-    source, trained = config.run.init_from, "adapters" if run.base else "parameters"
+    source, count = config.run.init_from, config.adapter.trained_parameters(model)
+    trained, frozen = ("parameters", "") if run.base is None else ("adapters", f" frozen, {count:,} trained")
     start = "from fresh weights" if source is None else f"from the weights of {source}"
     if run.progress.step:
         start = f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
@@ -229,7 +236,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
         f"{axes and f': {axes}'}{processes}",
-        f"model       {model.num_parameters:,} parameters{_trained(run)}, {model.num_layers} layers, "
+        f"model       {model.num_parameters:,} parameters{frozen}, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
         f"compute     {run.dtype.name} over float32 {trained}, remat {remat}, {memory:.2f} GiB a device",
         *([f"dtype       {_scaling(run)}"] if run.dtype.name == "float16" else []),
@@ -268,11 +275,6 @@ def _time(run: Run) -> str:
     seconds = positions * config.model.flops_per_token(T) / rate
     shorter = "; --recipe quickstart takes minutes" if seconds > LONG_SECONDS else ""
     return f"{duration(seconds)} by the speed of a matmul; the first steps will tell{shorter}"
-
-
-def _trained(run: Run) -> str:
-    """Count the parameters that adapters train."""
-    return "" if run.base is None else f" frozen, {run.config.trained_parameters:,} trained in adapters"
 
 
 def _held_out(run: Run) -> str:

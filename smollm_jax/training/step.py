@@ -20,8 +20,9 @@ from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import BATCH_AXES, layout_of, with_layout
 from smollm_jax.kernels.select import select_ops
 from smollm_jax.kernels.shard import per_device
-from smollm_jax.model.loss import summed_nll, targets_of
+from smollm_jax.model.loss import summed_nll, targets_of, token_logprobs
 from smollm_jax.model.ops import Ops
+from smollm_jax.model.preference import pair_step, sums_per_answer
 from smollm_jax.model.transformer import Adapters, Policy, SmolLM, init_params
 from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.training.adapters import frozen_base, init_adapters
@@ -95,26 +96,62 @@ def make_nll(
 ) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
-    A fourth argument multiplies the sum and, before they are rounded, the gradients of the logits. With `base`,
-    the frozen weights, `params` are adapters. `ops` are the functions for the devices of `mesh`, by default
-    `select_step_ops`.
+    A fourth argument, (B, T) f32, takes the place of the weights of `targets_of`. They multiply the gradients of
+    the logits before these are rounded. With `base`, the frozen weights, `params` are adapters. `ops` are the
+    functions for the devices of `mesh`, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
+    features = partial(_features, config, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
 
     def nll(
-        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, factor: jax.Array | None = None,
+        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, given_BT: jax.Array | None = None,
         *, base: Any = None,
     ) -> jax.Array:  # fmt: skip
-        weights, adapters = (params, None) if base is None else (base, Adapters(params, config.adapter.scale))
-        model = SmolLM.from_params(config.model, weights, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]), adapters)
+        x_BTD, head_VD = features(params, base, tokens_BT1, segment_ids_BT1)
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            weights_BT = weights_BT if factor is None else weights_BT * factor
-            return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT)
+            return head_nll(x_BTD, head_VD, targets_BT, weights_BT if given_BT is None else given_BT)
 
     return nll
+
+
+def _features(
+    config: Config, params: Any, base: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, **how: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return the features of all tokens but the last, (B, T, D), and the head, of the model that is trained."""
+    weights, adapters = (params, None) if base is None else (base, Adapters(params, config.adapter.scale))
+    model = SmolLM.from_params(config.model, weights, **how)
+    return model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]), adapters), model.head_VD
+
+
+def make_logprobs(
+    config: Config, mesh: Mesh | None = None, *, dtype: Any, ops: Ops | None = None
+) -> Callable[..., jax.Array]:
+    """Return `logprobs(params, tokens_BT1, segment_ids_BT1)`: sums per answer of pairs, (B, P, 2) f32.
+
+    One micro-batch of the step is computed at a time. `ops` and `base` as in `make_nll`.
+    """
+    ops = ops or select_step_ops(config, mesh, dtype)
+    chunked = partial(token_logprobs, chunk_tokens=config.compute.loss_chunk_for("none", on_gpu=ops.on_gpu))
+    rows = PartitionSpec(BATCH_AXES)
+    each = per_device(mesh, chunked, in_specs=(rows, PartitionSpec(), rows), out_specs=(rows, rows))
+
+    def of_rows(params: Any, base: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
+        x_BTD, head_VD = _features(config, params, base, tokens_BT1, segment_ids_BT1, dtype=dtype, ops=ops)
+        with jax.named_scope("head"):
+            logprobs_BT, _ = each(x_BTD, head_VD, tokens_BT1[:, 1:])
+            return sums_per_answer(logprobs_BT, segment_ids_BT1)
+
+    def logprobs(params: Any, tokens: jax.Array, segment_ids: jax.Array, *, base: Any = None) -> jax.Array:
+        parts = config.compute.grad_accum
+        if parts == 1 or len(tokens) % parts:
+            return of_rows(params, base, tokens, segment_ids)
+        micros = _micro_batches(parts, tokens, segment_ids)
+        found = jax.lax.map(lambda micro: of_rows(params, base, *micro), micros)
+        return found.swapaxes(0, 1).reshape(len(tokens), *found.shape[2:])
+
+    return logprobs
 
 
 def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[..., jax.Array]:
@@ -146,10 +183,11 @@ def make_step(
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:  # fmt: skip
     """Return the pure train step: (state, tokens (B, T+1), segment_ids (B, T+1)) to (state, metrics).
 
-    The rows after the first `batch_size` are padding. `ops` as in `make_nll`. With several processes a fourth
-    argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The step counts for
-    nothing if a vote is `VOID`. A step after the end of the data counts for nothing: no vote is `GO`, no row has a
-    target. A step without finite gradients leaves parameters and moments as they were.
+    For pairs, two arguments follow: the sums of log-probs of `make_logprobs` and the reference's. With several
+    processes a last argument holds the vote of each device, and `metrics["votes"]` the number of each kind. The
+    rows after the first `batch_size` are padding. `ops` as in `make_nll`. The step counts for nothing if a vote is
+    `VOID`. A step after the end of the data counts for nothing: no vote is `GO`, no row has a target. A step
+    without finite gradients leaves parameters and moments as they were.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
@@ -157,23 +195,24 @@ def make_step(
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
 
     def step(
-        state: State, tokens: jax.Array, segment_ids: jax.Array, votes: jax.Array | None = None
+        state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
+        pairs, weights, votes = _inputs(config, segment_ids, others)
         loss_scale = state.get("loss_scale")  # of float16 alone
-        factors = [] if loss_scale is None else [factor_of(loss_scale, tokens.size)]
+        are_targets = targets_of(tokens, segment_ids)[1]
+        factor = None if loss_scale is None else factor_of(loss_scale, tokens.size)
+        if factor is not None:
+            weights = [weight * factor for weight in weights or [are_targets]]
         value_and_grad = jax.value_and_grad(partial(nll_of, base=state.get("base")))
-        nll, grads = _accumulated(value_and_grad, config.compute.grad_accum)(params, tokens, segment_ids, *factors)
-        targets = jnp.sum(targets_of(tokens, segment_ids)[1])  # exact below 2**24
-        mean = 1.0 / jnp.maximum(targets, 1)
-        nll, scale = (nll / factors[0], mean / factors[0]) if factors else (nll, mean)
+        nll, grads = _accumulated(value_and_grad, config.compute.grad_accum)(params, tokens, segment_ids, *weights)
+        targets = jnp.sum(are_targets)  # exact below 2**24
+        mean = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
+        nll, scale = (nll, mean) if factor is None else (nll / factor, mean / factor)
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
-        cast, counts = None, jnp.bool(True)
-        if votes is not None:
-            cast = jnp.stack([jnp.sum(votes == int(kind)) for kind in Vote])
-            counts = (cast[Vote.VOID] == 0) & ((cast[Vote.GO] > 0) | (targets > 0))
+        cast, counts = _counted(votes, targets)
 
         @jax.named_scope("optimizer")
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -187,6 +226,7 @@ def make_step(
         }  # fmt: skip
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
+        metrics |= {name: x if name == "pairs" else x * mean for name, x in pairs.items()}  # a loss of their own
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
         after = state | {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
@@ -199,20 +239,42 @@ def make_step(
     return step
 
 
+def _inputs(
+    config: Config, segment_ids: jax.Array, others: tuple[jax.Array, ...]
+) -> tuple[dict[str, jax.Array], list[jax.Array], jax.Array | None]:
+    """Return sums over pairs and the weights of targets, as `pair_step` does, and any votes."""
+    if not config.data.is_pairs:
+        return {}, [], others[0] if others else None
+    logprobs_BP2, reference_BP2, *votes = others
+    pairs, weights_BT = pair_step(logprobs_BP2, reference_BP2, segment_ids, config.preference)
+    return pairs, [weights_BT], votes[0] if votes else None
+
+
+def _counted(votes: jax.Array | None, targets: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Return the number of votes of each kind, None without votes, and whether the step counts."""
+    if votes is None:
+        return None, jnp.bool(True)
+    cast = jnp.stack([jnp.sum(votes == int(kind)) for kind in Vote])
+    return cast, (cast[Vote.VOID] == 0) & ((cast[Vote.GO] > 0) | (targets > 0))
+
+
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
-    """Return `value_and_grad(params, tokens, segment_ids, *more)` summed over `parts` micro-batches in turn."""
+    """Return `value_and_grad(params, *arrays of rows)` summed over `parts` micro-batches, one at a time."""
     if parts == 1:
         return value_and_grad
 
-    def gradients(params: Any, tokens: jax.Array, segment_ids: jax.Array, *more: Any) -> tuple[jax.Array, Any]:
+    def gradients(params: Any, *rows: jax.Array) -> tuple[jax.Array, Any]:
         def add(total: Any, micro: Any) -> tuple[Any, None]:
-            found = value_and_grad(params, *micro, *more)
+            found = value_and_grad(params, *micro)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), None
 
-        # every A-th row goes together, so that each device keeps its own rows
-        micros = tuple(x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1) for x in (tokens, segment_ids))
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, micros)[0]
+        return jax.lax.scan(add, zero, _micro_batches(parts, *rows))[0]
 
     return gradients
+
+
+def _micro_batches(parts: int, *rows: jax.Array) -> tuple[jax.Array, ...]:
+    # every A-th row goes together, so that each device keeps its own rows
+    return tuple(x.reshape(-1, parts, x.shape[1]).swapaxes(0, 1) for x in rows)

@@ -19,7 +19,7 @@ import pytest
 from tests.support.markdown import Block, blocks, commands
 from tests.support.paths import ROOT
 from tests.support.server import Server
-from tests.support.texts import make_talks, write_rows
+from tests.support.texts import make_pairs, make_talks, write_rows
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ADDRESS = "http://127.0.0.1:7860"
@@ -58,12 +58,12 @@ RULES = [
     Rule(r"gcloud ", reason="needs Google Cloud"),
     Rule(r"python train_jax\.py .*--coordinator ", reason="needs two hosts; tests/end_to_end/test_jobs.py"),
     Rule(r"python train_jax\.py .*--mesh ", reason="needs eight devices; tests/distributed has them"),
-    Rule(r".* HuggingFaceTB/", reason="needs the Hub"),
+    Rule(r".* HuggingFace(TB|H4)/", reason="needs the Hub"),
     Rule(r"python train_jax\.py --resume "),
     Rule(r"python train_jax\.py --config ", ["--steps", "4"]),
     Rule(r"python train_jax\.py --init-from ", ["--seq-len", "32", *SHORT]),
     Rule(r"python train_jax\.py --recipe smollm2", ["--data", "texts/*.jsonl", *NEW, "--batch-size", "16"]),
-    Rule(r"python train_jax\.py --recipe sft", TALK),
+    Rule(r"python train_jax\.py --recipe (sft|dpo)", TALK),
     Rule(r"python train_jax\.py --recipe quickstart --tokenizer", ROOM, swap=("train:4096", "train:300")),
     Rule(r"(\w+=\S+ )?python train_jax\.py --recipe quickstart", SCORED, swap=("-after 800", "-after 2")),
     Rule(r"python train_jax\.py$", ["--data", "texts/*.jsonl", *NEW]),
@@ -151,6 +151,7 @@ class Place:
             (folder / name).write_text("\n".join(lines) + "\n")
         for name in ("chats.jsonl", "questions.jsonl"):
             write_rows(folder / name, [{"messages": talk} for talk in make_talks(60)])
+        write_rows(folder / "pairs.jsonl", make_pairs(60))
 
     def run(self, command: str) -> str:
         """Run a command as its rule says; returns what it printed to stdout."""

@@ -1,10 +1,10 @@
 """Hold runs against figures and a checkpoint that commit af5194b left on 2026-11-27.
 
-A refactor must not change them. They may change with a commit that means to change a result and says so: train the
-same settings at that commit, record again, and name the commit in figures.json. (generation_config.json has had
-sampling settings since 2026-11-28.) Batch hashes and files are the
-same on every machine; losses and weights are the same bits only on the CPU and the jax release they were recorded
-with, so elsewhere they are compared to 1e-3.
+A refactor must not change them. They may change with a commit that means to change a result and says so: train
+the same settings at that commit, record again, and name the commit in figures.json. (Since 2026-11-28
+generation_config.json has sampling settings, and tokenizer_config.json has model_max_length.) Batch hashes and
+files are the same on every machine; losses and weights are the same bits only on the CPU and the jax release they
+were recorded with, so elsewhere they are compared to 1e-3.
 """
 
 import hashlib

@@ -114,6 +114,7 @@ def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.release  # the test above kills, the one below resumes with a loss scale
 def test_a_killed_run_in_float16_goes_on_bit_for_bit(train, tmp_path):
     settings = "--phases 20x4 --dtype float16 --checkpoint-every 7 --eval-every 10 --sample-tokens 4".split()
     ended(train(*settings, run="straight"))

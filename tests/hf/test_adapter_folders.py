@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from smollm_jax.config.adapters import AdapterConfig, adapter_shapes, apply_adapters
-from smollm_jax.hf.adapters import open_adapters, read_adapters, weights_hash
+from smollm_jax.hf.adapters import open_adapters, read_adapters, weights_sha256
 from smollm_jax.hf.card import About
 from smollm_jax.hf.export import export_adapters, export_folder
 from smollm_jax.hf.publish import push
@@ -29,7 +29,7 @@ def place(tmp_path_factory, tokenizer_folder):
     for seed, name in enumerate(("base", "other")):
         export_folder(numpy_params(TINY, seed), TINY, path / name, tokenizer_folder=tokenizer_folder, verify=False)
     adapters = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in SHAPES.items()}
-    record = {"path": str(path / "base"), "sha256": weights_hash(read_folder(path / "base")[1])}
+    record = {"path": str(path / "base"), "sha256": weights_sha256(read_folder(path / "base")[1])}
     export_adapters(
         unflatten(adapters, "/"), SETTINGS, TINY, path / "adapters", base=record, about=About(title="mine"),
         tokenizer_folder=tokenizer_folder, verify=True, aside=False,

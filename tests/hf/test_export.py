@@ -1,5 +1,7 @@
 """Export: the bits come back, transformers agrees, and nothing is overwritten."""
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,6 +170,19 @@ def test_a_whole_foreign_folder_as_tokenizer_brings_nothing_but_its_tokenizer(tm
     export_folder(numpy_params(TINY), TINY, tmp_path / "out", tokenizer_folder=folder, verify=False)
     assert read_folder(tmp_path / "out")[0] == TINY
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_a_tokenizer_learns_the_context_unless_it_knows_its_own_longest_text(tmp_path, tokenizer_folder):
+    longest = []
+    for own in ({}, {"model_max_length": 77}):
+        shutil.copytree(tokenizer_folder, given := tmp_path / f"given{len(own)}")
+        file = given / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | own))
+        out = tmp_path / f"out{len(own)}"
+        export_folder(numpy_params(TINY), TINY, out, tokenizer_folder=given, verify=False)
+        longest.append(AutoTokenizer.from_pretrained(out).model_max_length)
+    assert longest == [TINY.max_seq_len, 77]
+    assert (out / "tokenizer_config.json").read_bytes() == file.read_bytes()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_folder):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.config.adapters import AdapterConfig, adapter_shapes
-from smollm_jax.hf.adapters import merge, open_adapters, read_adapters, weights_hash, write_adapters
+from smollm_jax.hf.adapters import merge, open_adapters, read_adapters, weights_sha256, write_adapters
 from smollm_jax.hf.export import TEXT, export_folder
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import Adapters, SmolLM
@@ -51,7 +51,7 @@ def test_peft_gives_our_logits(base, tmp_path, case):
     shapes = adapter_shapes(config, TINY)
     adapters = unflatten({n: rng.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()}, "/")
     _, params = read_folder(base)
-    record = {"path": str(base), "sha256": weights_hash(params)}
+    record = {"path": str(base), "sha256": weights_sha256(params)}
     write_adapters(tmp_path, adapters, config, TINY, base=record)
     theirs = torch_logits(peft.PeftModel.from_pretrained(llama(base), str(tmp_path)))
 

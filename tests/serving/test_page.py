@@ -8,6 +8,9 @@ import pytest
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
+
+from smollm_jax.config.recipes import QUESTIONS  # noqa: E402
+
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 pytestmark = [
     pytest.mark.slow,
@@ -247,6 +250,20 @@ def test_a_chat_answers_again_and_takes_back(page):
     chat.click("#undo-send")
     page.wait(lambda: said.count() == 0)
     assert chat.input_value("#message textarea") == "Who are you?"
+
+
+def test_a_question_is_put_into_the_message_and_replaces_nothing_that_was_typed(page):
+    chat = page.page
+    chat.get_by_role("tab", name="Chat").click()
+    message = chat.locator("#message textarea")
+    page.set(message="")
+    for question in QUESTIONS:
+        chat.locator("#questions").get_by_text(question).click()
+        page.wait(lambda question=question: message.input_value() == question)
+    assert chat.evaluate("() => document.activeElement === document.querySelector('#message textarea')")
+    page.set(message="Listen.")
+    chat.locator("#questions").get_by_text(QUESTIONS[0]).click()
+    page.wait(lambda: message.input_value() == f"Listen.\n{QUESTIONS[0]}")
 
 
 def test_a_chat_shows_an_image_from_elsewhere_as_words(page):

@@ -36,6 +36,16 @@ def make_talks(count, *, seed=0, longest=12):
     return talks
 
 
+def make_pairs(count, *, seed=0, longest=12):
+    """Pairs of answers to the talks of `make_talks`, the rejected one shorter. Every tenth has equal answers."""
+    rng = random.Random(seed)
+    pairs = []
+    for i, talk in enumerate(make_talks(count, seed=seed, longest=longest)):
+        other = {"role": "assistant", "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))}
+        pairs.append({"chosen": talk, "rejected": talk if i % 10 == 4 else [*talk[:-1], other]})
+    return pairs
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

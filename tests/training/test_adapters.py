@@ -160,7 +160,9 @@ def test_optimizer_and_checkpoint_hold_adapters_alone():
     state = abstract_state(config, make_mesh(config, jax.devices()[:1]))
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.items()}
     D, F, L = 2_048, 8_192, 24
-    assert config.trained_parameters == sizes["params"] == 16 * L * (4 * (D + D) + 3 * (D + F))
+    assert (
+        config.adapter.trained_parameters(config.model) == sizes["params"] == 16 * L * (4 * (D + D) + 3 * (D + F))
+    )
     assert 2 * sizes["params"] <= sizes["opt_state"] < 2 * sizes["params"] + 10
     assert sizes["base"] == config.model.num_parameters == 1_711_376_384
     assert set(trained_part(state)) == {"params", "opt_state", "step"}
