@@ -18,6 +18,7 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import looks_local, mixture
+from smollm_jax.hf.adapters import SETTINGS
 from smollm_jax.hf.adapters import merge as merged
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
@@ -72,10 +73,13 @@ def export_run(
     require(settings.is_on or not merge, f"--merge is for runs with adapters; {run_dir} trained whole weights")
     if settings.is_on and not merge:
         require(dtype == "float32", f"--dtype {dtype} is for whole models; adapters are written in float32")
-        return found.step, export_adapters(
-            params, settings, model, out, base=base_record(found), tokenizer_folder=tokenizer, about=about,
-            verify=verify, aside=aside,
+        base = base_record(found)
+        checked = export_adapters(
+            params, settings, model, out, base=base, tokenizer_folder=tokenizer, about=about, verify=verify,
+            aside=aside,
         )  # fmt: skip
+        opens = f"; PEFT opens no run: export {base['path']}, and name that folder in {SETTINGS}"
+        return found.step, checked + (opens if is_run(base["path"]) else "")
     if merge:
         base = load_base(base_record(found), config.model)
         compare = partial(compare_merged, base, params, settings.scale)

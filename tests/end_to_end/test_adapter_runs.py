@@ -1,5 +1,6 @@
 """Runs that train adapters: what is kept, resumed, opened and exported."""
 
+import math
 import shutil
 
 import jax
@@ -21,7 +22,7 @@ from smollm_jax.tokenizer.load import train_tokenizer
 from smollm_jax.training.fit import fit
 from tests.support.hf_folders import TINY, assert_same_bits, numpy_params
 from tests.support.runs import assert_same_run
-from tests.support.texts import make_texts, write_rows
+from tests.support.texts import make_pairs, make_talks, make_texts, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("settings_restored")]
 
@@ -110,6 +111,28 @@ def test_a_run_over_a_run_keeps_the_step_of_its_base(place):
     (place / "first").rename(place / "gone")
     with pytest.raises(UserError, match="the base of the adapters is missing: there is no folder"):
         load_model(place / "second")
+
+
+@pytest.mark.parametrize("recipe", [pytest.param("sft", marks=pytest.mark.release), "dpo"])
+def test_adapters_train_on_conversations_and_on_pairs(place, recipe):
+    rows = {"sft": [{"messages": talk} for talk in make_talks(40)], "dpo": make_pairs(40)}[recipe]
+    write_rows(place / f"{recipe}.jsonl", rows)
+    train_tokenizer(make_texts(50), 300, chat=True).save(place / "chat")
+    export_folder(numpy_params(TINY), TINY, place / recipe, tokenizer_folder=place / "chat", verify=False)
+    flags = (
+        f"--recipe {recipe} --init-from {place / recipe} --data {place / recipe}.jsonl --seq-len 96 --steps 3 "
+        f"--lora-rank 2 --dora --batch-size 4 --learning-rate 0.01 --eval-documents 4 --eval-every 3 "
+        f"--log-every 1 --sample-tokens 0 --mesh data=1 --compilation-cache-dir {place.parent / 'compiled'} "
+        f"--run-dir {place}/run-{recipe}"
+    )
+    with StopRequest() as stop:
+        assert fit(parse(flags.split()), stop) == 0
+    run = place / f"run-{recipe}"
+    if recipe == "dpo":  # the reference is the base: adapters change nothing yet
+        assert read_metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "An instruct model" in (run / "export" / "README.md").read_text()
+    assert (run / "export" / "chat_template.jinja").exists()
+    assert_same_bits(load_model(run / "export")[1], load_model(run)[1])
 
 
 def test_merge_is_for_adapters(place):

@@ -14,6 +14,7 @@ from smollm_jax.runtime.trees import unflatten
 from smollm_jax.tokenizer.load import train_tokenizer
 from tests.support.hf_folders import TINY, numpy_params
 
+pytestmark = pytest.mark.slow
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 20))
