@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class AdapterFolder(NamedTuple):
-    """What a folder of PEFT holds: place and hash of its base, if on record, settings, and arrays by our path."""
+    """A PEFT folder: the place of its base, the hash of its base if on record, and its settings."""
 
     base: str
     base_hash: str | None

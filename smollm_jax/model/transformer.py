@@ -158,7 +158,10 @@ class SmolLM(nnx.Module):
     def features(
         self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None, adapters: Adapters | None = None
     ) -> jax.Array:
-        """Return final normed hidden states (B, T, D). `segment_ids_BT` keeps the documents of a row apart."""
+        """Return final normed hidden states (B, T, D). `segment_ids_BT` keeps the documents of a row apart.
+
+        With `adapters`, each layer adds them to its weights.
+        """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)

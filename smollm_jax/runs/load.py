@@ -167,7 +167,8 @@ def _open_base(
     try:
         return load_model(path, step, special_tokens=special_tokens)
     except UserError as error:
-        raise UserError(f"the base of the adapters is missing: {error}") from None
+        moved = "adapter_config.json or --init-from can name its new place"
+        raise UserError(f"the base of the adapters cannot be opened; {moved}: {error}") from None
 
 
 def check_base(path: str, params: Any, recorded: str | None) -> None:
