@@ -92,7 +92,7 @@ class Run:
     report: RunMetrics | NullMetrics
     progress: Progress
     saved: int  # step of the last checkpoint begun
-    evaluated: int  # last step whose evaluation is on record
+    evaluated: int  # last step whose evaluation is on record, else -1
     ledgers: dict[int, str]  # batch hash per step on record at the start: a step trained again must have the same
     interval: Interval = field(default_factory=Interval)
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
@@ -148,9 +148,13 @@ def count_seconds(run: Run) -> None:
 
 
 def evaluation_due(run: Run) -> bool:
-    """Return whether the current step is evaluated: every --eval-every steps, and the last."""
+    """Return whether the current step is evaluated: every --eval-every steps, and the last.
+
+    Step 0, before the first one, is evaluated if --eval-on-start asks for it.
+    """
     every, step = run.config.run.eval_every, run.progress.step
-    return every > 0 and (step % every == 0 or step == run.config.total_steps)
+    asked = step > 0 or run.config.run.eval_on_start
+    return every > 0 and asked and (step % every == 0 or step == run.config.total_steps)
 
 
 def save_step(run: Run) -> bool:

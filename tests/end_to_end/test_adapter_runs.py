@@ -109,7 +109,7 @@ def test_a_run_over_a_run_keeps_the_step_of_its_base(place):
     assert train(place, "first") == 0
     assert_same_bits(load_model(place / "second")[1], before)
     (place / "first").rename(place / "gone")
-    with pytest.raises(UserError, match="the base of the adapters cannot be opened; .*: there is no folder"):
+    with pytest.raises(UserError, match=r"the base of the adapters cannot be opened; .*: there is no folder"):
         load_model(place / "second")
 
 

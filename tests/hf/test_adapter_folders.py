@@ -128,7 +128,7 @@ def test_the_card_says_that_it_is_an_adapter_and_the_folder_can_be_pushed(place)
         ({"r": 5}, r"expected shape \(5, 24\) from the base, got \(4, 24\)"),
         ({"use_dora": False}, "holds tensor .*lora_magnitude_vector, which the base does not have"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path=None; expected a name"),
-        ({"base_model_name_or_path": "/nowhere"}, "the base of the adapters cannot be opened; .*: there is no folder"),
+        ({"base_model_name_or_path": "/nowhere"}, "the base of the adapters cannot be opened"),
     ],
 )  # fmt: skip
 def test_adapters_that_cannot_be_read_are_refused(place, tmp_path, change, message):
