@@ -9,17 +9,14 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
-from smollm_jax.config.phases import Phase, parse_phases, resize
+from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, parse_phases, resize
 from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
-# of each recipe, at most a tenth of the run
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
-# alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
-SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
 RUNS = "runs"  # the folder of runs without --run-dir
 MESH_AXES = ("data", "fsdp", "tensor")
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
@@ -233,10 +230,13 @@ class Config:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
+        has_base = self.run.init_from is not None or not self.adapter.is_on
+        require(has_base, f"lora_rank={self.adapter.lora_rank} needs the weights of a base: give --init-from")
         changed = ", ".join(f"{name}={value}" for name, value in vars(self.preference).items())
         used = self.data.is_pairs or self.preference == PreferenceConfig()
         require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")

@@ -23,8 +23,8 @@ from smollm_jax.runtime.retry import download_snapshot
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files to download from the Hub: no pickles and no code
-WANTED = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
-          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+WANTED = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", INDEX, "tokenizer*",
+          "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 DOWNLOAD_SECONDS = 600.0  # weights of gigabytes may break off several times on the way
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without rounding
@@ -47,9 +47,9 @@ def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
     if extra := [name for name in more if not name.endswith("rotary_emb.inv_freq")]:
         lacks = f"which a Llama of this config.json does not have ({len(extra)} such)"
         raise UserError(f"{folder} holds tensor {extra[0]}, {lacks}")
-    params = from_hf(lambda name: _read_tensor(where[stored[name]], stored[name]), config)
+    params = from_hf(lambda name: read_tensor(where[stored[name]], stored[name]), config)
     if config.tie_embeddings and HEAD in where:
-        head = _read_tensor(where[HEAD], HEAD).astype(np.float32)
+        head = read_tensor(where[HEAD], HEAD).astype(np.float32)
         differs = f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true"
         require(np.array_equal(head, params["embedding"]), differs)
     return config, params
@@ -115,7 +115,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             instead = f" but {pickles[0]}, a pickle, which can run code" if pickles else ""
             raise UserError(f"{folder} has no {file.name}{instead}; only safetensors are read")
-        with _opened(file) as tensors_of:
+        with opened(file) as tensors_of:
             names = list(tensors_of.keys())
         for name in names:
             require(name not in where, f"{folder}: tensor {name} stands in more than one file")
@@ -140,7 +140,7 @@ def _weight_map(file: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(file: Path, part: str = "") -> Iterator[Any]:
+def opened(file: Path, part: str = "") -> Iterator[Any]:
     """Open a safetensors file. Raises `UserError` if the file, or the part read from it, is damaged."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from safetensors import SafetensorError, safe_open
@@ -155,8 +155,8 @@ def _opened(file: Path, part: str = "") -> Iterator[Any]:
         raise UserError(f"{file}{part} cannot be read, it may be cut short: {one_line(error)}") from None
 
 
-def _read_tensor(file: Path, name: str) -> np.ndarray:
-    with _opened(file, f", tensor {name},") as tensors_of:
+def read_tensor(file: Path, name: str) -> np.ndarray:
+    with opened(file, f", tensor {name},") as tensors_of:
         value = tensors_of.get_tensor(name)
     held = f"tensor {name} holds {value.dtype.name}"
     require(value.dtype.name in READABLE, f"{held}; {', '.join(READABLE)} can be read")
