@@ -17,11 +17,11 @@ PACKAGE = ROOT / "smollm_jax"
 # From the ground up: a package, what it may import beside itself, and its budget of lines: today's number, which
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
-    "runtime": ("", 1_021),
+    "runtime": ("", 1_030),
     "config": ("runtime", 887),
-    "tokenizer": ("runtime", 868),
+    "tokenizer": ("runtime", 869),
     "model": ("config runtime", 704),
-    "data": ("tokenizer config runtime", 2_140),
+    "data": ("tokenizer config runtime", 2_141),
     "distributed": ("config runtime", 552),
     "kernels": ("model config runtime", 1_183),
     "hf": ("model tokenizer config runtime", 1_853),
@@ -31,9 +31,9 @@ HOUSE = {
     "evaluation": ("runs generation kernels model tokenizer config runtime", 640),
     "training": (
         "evaluation runs generation kernels checkpoint data distributed model tokenizer config runtime",
-        2_491,
+        2_499,
     ),
-    "serving": ("runs generation hf model tokenizer config runtime", 2_920),
+    "serving": ("runs generation hf model tokenizer config runtime", 2_924),
     "planning": ("training kernels distributed model config runtime", 502),
     "cli": (
         "planning training evaluation serving runs generation hf checkpoint distributed tokenizer config runtime",
@@ -41,7 +41,7 @@ HOUSE = {
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_222, 20_090
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_231, 20_113
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

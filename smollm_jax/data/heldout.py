@@ -17,7 +17,7 @@ from smollm_jax.data.documents import Document
 from smollm_jax.data.packing import Batch, pack
 from smollm_jax.data.shuffle import TokenizedDocument, exclusions, text_hash, tokenize, without
 from smollm_jax.data.sources import mixture, open_source
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 
 HELD_OUT_EVERY = 10  # every Nth document from the head of a source, until there are enough
@@ -35,7 +35,8 @@ def held_out(config: DataConfig, tokenizer: Tokenizer, *, resumes: bool = False)
     name = config.eval_data or config.data
     if config.eval_documents and not documents:
         count = sum(1 for _ in islice(chain.from_iterable(_all_documents(config, name)), HELD_OUT_EVERY))
-        few = f"{name} holds {count} documents{'' if config.eval_data else ', of which every 10th is held out'}"
+        require(count > 0, f"{name} holds no document; is it the right file?")
+        few = f"{name} holds {count} documents, too few to hold any out"
         lines = "; in a .txt file a blank line ends a document, and a file without one is one document"
         raise UserError(f"{few}{lines if '.txt' in name else ''}; give --eval-data, or --eval-documents 0")
     return [one for one in tokenize(documents, tokenizer, config) if len(one[1])]

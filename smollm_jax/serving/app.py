@@ -144,6 +144,7 @@ def run(
     """Print the address and serve until SIGINT or SIGTERM. `share` opens a tunnel and receives its name."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}", flush=True)
+    say("open it in a browser; Ctrl-C ends the server")
     server = server_of(app, frames="" if on_space else "'self'", proxied=on_space)
     gc.freeze()  # else a request of many lists makes the collector scan all libraries: everyone waits a second
     sys.setswitchinterval(SWITCH_SECONDS)

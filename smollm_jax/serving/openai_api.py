@@ -157,6 +157,10 @@ class Routes:
         longest = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         return await self._answer(ids, asked, longest, request, chat=True)
 
+    async def no_chat(self) -> Any:
+        """Refuse a chat with a model that has no chat template."""
+        raise HTTPException(404, f"{self.model!r} has no chat template; its texts are at /v1/completions")
+
     async def _answer(
         self, ids: list[int], asked: BaseRequest, longest: Any, request: Request, *, chat: bool = False
     ) -> Any:
@@ -260,8 +264,7 @@ def add_routes(app: FastAPI, scheduler: Scheduler, *, model: str, api_key: str |
     routes, router = Routes(scheduler, model), APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
     router.get("/models")(routes.models)
     router.post("/completions")(routes.completions)
-    if scheduler.has_chat:
-        router.post("/chat/completions")(routes.chat_completions)
+    router.post("/chat/completions")(routes.chat_completions if scheduler.has_chat else routes.no_chat)
     app.include_router(router)
 
     async def explain(_: Request, error: Any) -> JSONResponse:

@@ -31,7 +31,8 @@ def with_chat_template(tokenizer: Tokenizer, choice: str, name: str) -> tuple[To
     if template == CHATML:
         missing = [token for token in CHAT_TOKENS if token not in tokenizer.special_tokens]
         one = f"--tokenizer {name} has no special token {missing and missing[0]}, which chatml needs"
-        require(not missing, f"{one}; give --chat-template FILE, a template of its own special tokens")
+        other = "or give --chat-template FILE, with a template of its own special tokens"
+        require(not missing, f"{one}; train the base with --tokenizer train:VOCAB:chat, {other}")
     dated = "writes the date, so that a resumed run would read other rows"
     require("strftime_now" not in template, f"--chat-template {chosen} {dated}; give chatml or another file")
     changed = _rewritten(tokenizer, template, {"bos_token": CHAT_TOKENS[0]} if template == CHATML else {})

@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from smollm_jax.config.serialization import to_dict
@@ -18,7 +19,7 @@ from smollm_jax.runs.lock import RunLock
 from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.places import check_places
 from smollm_jax.runs.records import evaluations, read_metrics
-from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, one_line, say
+from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, UserError, install, one_line, say
 from smollm_jax.runtime.files import moved_aside
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.runtime.trees import flatten
@@ -146,7 +147,8 @@ def conclude(run: Run) -> int:
     print(f"{result}; export in {run.run_dir / 'export'}")
     prompt, *_ = *run.config.run.sample_prompts, "Once upon a time"
     where, prompt = shlex.quote(str(run.run_dir)), shlex.quote(prompt)
-    run.report.say(f"next        python -m smollm_jax serve {where}")
+    needs = "" if find_spec("gradio") else f"{install('serve')} && "
+    run.report.say(f"next        {needs}python -m smollm_jax serve {where}")
     talk = f"chat {where}" if run.config.data.is_chat else f"generate {where} --prompt {prompt}"
     run.report.say(f"            python -m smollm_jax {talk}")
     return 0

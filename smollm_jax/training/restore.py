@@ -34,7 +34,7 @@ from smollm_jax.runs.load import (
 )
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.devices import training_dtype
-from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -172,7 +172,13 @@ def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
     if config.data.tokenizer == default.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     if config.model == default.model:
-        return replace(config, model=model)
+        length, longest = config.data.seq_len, model.max_seq_len
+        if longest < length == default.data.seq_len:
+            say(
+                f"rows        have {longest:,} tokens, all that the weights can read; the recipe's have {length:,}"
+            )
+            length = longest
+        return replace(config, model=model, data=replace(config.data, seq_len=length))
     for name, theirs in vars(model).items():
         ours = getattr(config.model, name)
         require(

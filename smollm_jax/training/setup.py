@@ -233,7 +233,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         reads = "its own part of the data" if own else f"all of the data: --shards {count} would divide it"
         processes = f", {count} processes; each reads {reads}"
     lines = [
-        f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
+        f"recipe      {config.recipe}, {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
         f"{axes and f': {axes}'}{processes}",
         f"model       {model.num_parameters:,} parameters{frozen}, {model.num_layers} layers, "

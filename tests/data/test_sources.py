@@ -454,7 +454,7 @@ def test_of_a_single_text_the_end_is_held_out_and_never_trained_on(tmp_path):
 @pytest.mark.parametrize("text", ["one", "word"])
 def test_a_text_too_short_to_hold_out_its_end_is_one_line(tmp_path, text):
     path = write_jsonl(tmp_path / "a.jsonl", [text])
-    with pytest.raises(ValueError, match="holds 1 documents, of which every 10th is held out"):
+    with pytest.raises(ValueError, match="holds 1 documents, too few to hold any out"):
         held_out(DataConfig(data=str(path)), small_tokenizer())
 
 

@@ -1,7 +1,10 @@
 """A run, an export and an import are one and the same model to whoever opens them."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
 from smollm_jax.runs.convert import about_run, export_run, import_run
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
+from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.load import train_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.families import tokenizer_folder
@@ -322,3 +326,28 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
     (tmp_path / "run/config.json").write_text(json.dumps(values))
     english = model_card(CONFIG, about_run(tmp_path / "run", found), dtype="float32", checked="", picture=None)
     assert "\nlanguage: en\n" in english
+
+
+@pytest.mark.parametrize(("lost", "told"), [
+    ("checkpoints", "is a run without checkpoints; its export can be opened"),
+    ("config.json", "is a run without config.json; its export can be opened"),
+    ("tokenizer", "tokenizer is missing; restore it, or open"),
+])  # fmt: skip
+def test_a_run_that_has_lost_a_part_says_which(folder, tmp_path, lost, told):
+    import_run(folder, broken := tmp_path / "run")
+    (broken / "export").mkdir(exist_ok=True)
+    (shutil.rmtree if (broken / lost).is_dir() else os.remove)(broken / lost)
+    with pytest.raises(UserError, match=told):
+        load_model(broken)
+
+
+@pytest.mark.parametrize(("path", "told"), [
+    ("models/b", r"there is no folder models/b; models holds a$"),
+    ("runs/quickstart", r"there is no folder runs/quickstart; runs holds nothing$"),
+])  # fmt: skip
+def test_the_hub_is_not_asked_for_a_folder_beside_others_nor_for_a_run(tmp_path, monkeypatch, path, told):
+    monkeypatch.setattr("smollm_jax.hf.reader.download_snapshot", Mock(side_effect=AssertionError("asked")))
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=told):
+        load_model(path)

@@ -1,11 +1,14 @@
 """The records of a run."""
 
+import fcntl
 import io
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
+import termios
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from smollm_jax.runs.metrics import RunMetrics, duration
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import keep_records, read_metrics
+from smollm_jax.runtime.notebook import progress_bar
 
 
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
@@ -52,6 +56,16 @@ def test_a_warning_is_written_around_the_progress_bar(tmp_path, monkeypatch):
     assert "step 3\n" in shown
     assert "3/10" in shown
     assert logging.root.handlers == handlers
+
+
+def test_a_terminal_without_a_size_gets_lines_and_no_bar(monkeypatch):
+    both, size = os.openpty(), [24, 0]
+    with os.fdopen(both[1], "w") as screen:
+        monkeypatch.setattr("sys.stderr", screen)
+        for size[1], has_bar in ((0, False), (80, True)):
+            fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+            assert (progress_bar() is not None) == has_bar
+    os.close(both[0])
 
 
 DAMAGED = [b"\xff\xfe", b"[3]", b"7", b"null", b'{"loss": 2}', b'{"step": "x"}', b'{"step": true, "loss": 1}',
