@@ -36,8 +36,10 @@ class Mutant:
 
 
 EVALUATION, PROGRESS = "tests/training/test_evaluation.py", "tests/training/test_progress.py"
+TREE, OF_RUNS = "tests/evaluation/test_prefix_tree.py", "tests/evaluation/test_tasks_of_runs.py"
 LOADER, STEP = "tests/data/test_loader.py", "tests/training/test_step.py"
 PREFERENCE = "tests/training/test_preference.py"
+ADAPTERS = "tests/training/test_adapters.py"
 
 # The first nineteen survived all tests of 2026-11-27, before there was an oracle for the figures that people read.
 MUTANTS: tuple[Mutant, ...] = (
@@ -57,6 +59,21 @@ MUTANTS: tuple[Mutant, ...] = (
            "batch_size), None)", EVALUATION),
     Mutant("evaluation shrinks with --grad-accum", "training/reference.py",
            "config.data.eval_batches * parts", "config.data.eval_batches", EVALUATION),
+    Mutant("answers see each other", "model/attention.py", "< end_BT[:, None, seen]",
+           "< end_BT[:, None, seen] + 999", TREE),
+    Mutant("positions in the row, not in the text", "evaluation/prefix_tree.py",
+           "ids[shared:], np.arange(shared, len(ids))", "ids[shared:], new", TREE),
+    Mutant("the token before scored", "evaluation/prefix_tree.py",
+           "self._path[len(ids) - len(request.targets) :]", "self._path[len(ids) - len(request.targets) - 1 : -1]",
+           TREE),
+    Mutant("greedy if one token is", "evaluation/scorer.py", "are_argmax[here].all()", "are_argmax[here].any()",
+           TREE),
+    Mutant("--limit ignored", "evaluation/tasks.py", "task_dict=tasks, limit=limit", "task_dict=tasks, limit=None",
+           OF_RUNS),
+    Mutant("the card has another step's scores", "runs/convert.py", 'if x["step"] == step for name, score',
+           "for name, score", OF_RUNS),
+    Mutant("published beside a share, not percent", "evaluation/published.py", 'f"{100 * score:.1f}"',
+           'f"{score:.1f}"', "tests/evaluation/test_smollm2.py"),
     Mutant("mixture by documents", "data/shuffle.py", 'state["tokens"] += len(',
            'state["tokens"] += 1 + 0 * len(', LOADER + " -k mixture"),
     Mutant("tokens counts steps", "training/progress.py", 'run.progress.tokens += int(values["targets"])',
@@ -77,8 +94,8 @@ MUTANTS: tuple[Mutant, ...] = (
            LOADER + " -k own_order"),
     Mutant("skipped documents not reported", "training/progress.py",
            'int(pending.cursor.get(kind, 0)) if pending.cursor', "0 if pending.cursor", PROGRESS),
-    Mutant("documents see each other", "model/attention.py", "index_S[None, None] >= start_BT[..., None]",
-           "index_S[None, None] >= 0 * start_BT[..., None]", "tests/model/test_transformer.py"),
+    Mutant("documents see each other", "model/attention.py", "[None, None] >= start_BT[..., None]",
+           "[None, None] >= 0 * start_BT[..., None]", "tests/model/test_transformer.py"),
     Mutant("RoPE of neighbours", "model/ops.py", "second * cos + first * sin",
            "second * cos - first * sin", "tests/model/test_transformer.py"),
     Mutant("first update at rate zero", "training/optimizer.py",
@@ -87,12 +104,18 @@ MUTANTS: tuple[Mutant, ...] = (
            "[rise, after], [warmup + 1])", "tests/training"),
     Mutant("no clip", "training/optimizer.py", "jnp.minimum(1.0, max_norm / norm)", "1.0",
            "tests/training"),
-    Mutant("norms decay", "training/optimizer.py", '!= "scale"', '!= "nothing"', "tests/training"),
+    Mutant("norms decay", "training/optimizer.py", '("scale", "_m")', '("nothing",)', "tests/training"),
     Mutant("targets across documents", "model/loss.py", "(jnp.abs(before) == after) & (after > 0)",
            "after > 0", "tests/model tests/training/test_step.py"),
     Mutant("the last micro-batch alone", "training/step.py", "jax.tree.map(jnp.add, total, found), None",
            "found, None", STEP),
     Mutant("a bad step updates", "training/step.py", "lax.cond(finite & counts", "lax.cond(counts", STEP),
+    Mutant("adapters without their scale", "config/adapters.py", "scale * A, B, m, constant)",
+           "A, B, m, constant)", ADAPTERS),
+    Mutant("DoRA's norm has a gradient", "config/adapters.py", "constant(lengths(", "(lengths(", ADAPTERS),
+    Mutant("the base is saved too", "training/step.py", 'if name != "base"}', 'if name != "nothing"}', ADAPTERS),
+    Mutant("adapters A and B swapped", "hf/adapters.py", '"A": ".lora_A.weight", "B": ".lora_B.weight"',
+           '"A": ".lora_B.weight", "B": ".lora_A.weight"', "tests/hf/test_adapter_folders.py"),
     Mutant("loss over positions", "training/step.py",
            '1.0 / jnp.maximum(pairs.get("pairs", targets), 1)', "1.0 / tokens.size", STEP),
     Mutant("no end of text", "data/shuffle.py", "np.append(ids, np.int32(end))", "ids",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from smollm_jax import __version__
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
@@ -18,17 +19,28 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import looks_local, mixture
+from smollm_jax.hf.adapters import SETTINGS
+from smollm_jax.hf.adapters import merge as merged
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
-from smollm_jax.hf.export import export_folder
+from smollm_jax.hf.export import compare_merged, export_adapters, export_folder
 from smollm_jax.hf.gguf_export import export_gguf
 from smollm_jax.hf.gguf_file import read_file
 from smollm_jax.hf.publish import refuse_foreign, refuse_links
 from smollm_jax.hf.reader import is_gguf, local_folder
-from smollm_jax.runs.load import is_run, load_model, progress_of, read_run, with_ids_of
+from smollm_jax.runs.load import (
+    base_record,
+    is_run,
+    load_base,
+    load_model,
+    progress_of,
+    read_run,
+    read_whole,
+    with_ids_of,
+)
 from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import evaluations, last_sample, read_metrics
+from smollm_jax.runs.records import evaluations, last_sample, read_metrics, scores_in
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import clean_left_overs, expand_home, held_in, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer
@@ -42,21 +54,39 @@ def export_run(
     dtype: str = "float32",
     verify: bool = True,
     aside: bool = False,
+    merge: bool = False,
 ) -> tuple[int, str]:
     """Export checkpoint `step` of a run, by default the newest good one, to `out`.
 
-    Returns the step, and a sentence on how the folder was compared with the run. Raises `UserError` if `run_dir`
-    is no run, or `out` holds something else and `aside` is false. Raises `RuntimeError` if the written folder does
-    not agree with the checkpoint. No folder is left then.
+    Adapters are written as PEFT's folder, or with `merge` as a whole model. Returns the step, and a sentence on
+    how the folder was compared with the run. Raises `UserError` if `run_dir` is no run, or `out` holds something
+    else and `aside` is false. Raises `RuntimeError` if the written folder does not agree with the checkpoint. No
+    folder is left then.
     """
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
     if not aside:  # before gigabytes are read
         refuse_foreign(out, out)
     found, params = read_params(run_dir / "checkpoints", step)
-    model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
+    tokenizer, about = run_dir / "tokenizer", about_run(run_dir, found)
+    model = with_ids_of(config.model, load_tokenizer(str(tokenizer)))
+    settings, compare = config.adapter, None
+    require(settings.is_on or not merge, f"--merge is for runs with adapters; {run_dir} trained whole weights")
+    if settings.is_on and not merge:
+        require(dtype == "float32", f"--dtype {dtype} is for whole models; adapters are written in float32")
+        base = base_record(found)
+        checked = export_adapters(
+            params, settings, model, out, base=base, tokenizer_folder=tokenizer, about=about, verify=verify,
+            aside=aside,
+        )  # fmt: skip
+        opens = f"; PEFT opens no run: export {base['path']}, and name that folder in {SETTINGS}"
+        return found.step, checked + (opens if is_run(base["path"]) else "")
+    if merge:
+        base = load_base(base_record(found), config.model)
+        compare = partial(compare_merged, base, params, settings.scale)
+        params = merged(base, params, settings.scale)
     return found.step, export_folder(
-        params, model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", about=about_run(run_dir, found),
+        params, model, out, dtype=dtype, tokenizer_folder=tokenizer, about=about, compare=compare,
         curve=partial(draw, run_dir), verify=verify, aside=aside,
     )  # fmt: skip
 
@@ -72,7 +102,7 @@ def export_model(
     refuse_foreign(out, out)  # before gigabytes are read
     if is_run(path):
         path = expand_home(path)
-        found, params = read_params(path / "checkpoints", step)
+        found, params = read_whole(path, read_run(path), step)
         about, tokenizer = about_run(path, found), load_tokenizer(str(path / "tokenizer"))
         model = with_ids_of(read_run(path).model, tokenizer)
     else:
@@ -113,6 +143,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         f"Held-out loss ({'a pair' if is_pairs else 'nats per token'})": held_out.get("eval_loss"),
         "Held-out accuracy (chosen above rejected)": held_out.get("eval_rewards/accuracies"),
         f"Held-out bits per byte{' of the chosen answers' * is_pairs}": held_out.get("eval_bits_per_byte"),
+        **_scores(lines, found.step),
         "Computed on": ", ".join(str(computed[x]) for x in places if x in computed) or None,
         "Devices": computed.get("devices"),
         "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
@@ -122,7 +153,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     prompt, sample = last_sample(run_dir, found.step)
     return About(
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
-        rows=rows if progress else {"Began with": began},
+        rows=rows if progress else {"Began with": began, **_scores(lines, found.step)},
         datasets=tuple(name for name in sources if REPO.fullmatch(name)),
         language="en" if english.issuperset(spec for spec, _ in mixture(config.data.data)) else None,
         base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
@@ -131,6 +162,14 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         chat=config.data.is_chat,
         pairs=is_pairs,
     )
+
+
+def _scores(lines: list[dict[str, Any]], step: int) -> dict[str, str]:
+    """Return the scores on tasks of the checkpoint at `step` with their standard errors, the newest of each."""
+    found = {name: score for x in lines if x["step"] == step for name, score in scores_in(x).items()}
+    errors = {name: f" ± {error:.4f}" for name, error in found.items()}
+    names = [name for name in found if not name.endswith("_stderr")]
+    return {f"Score {name}": f"{found[name]:.4f}{errors.get(f'{name}_stderr', '')}" for name in names}
 
 
 def require_exportable(model: ModelConfig) -> None:

@@ -28,6 +28,7 @@ from smollm_jax.training.progress import TooManyBadSteps
 from smollm_jax.training.run import Run
 from smollm_jax.training.setup import setup
 from smollm_jax.training.step import Vote
+from smollm_jax.training.tasks import load_run_tasks
 
 
 def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> int:
@@ -47,8 +48,10 @@ def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> in
 def _fit(config: Config, stop: StopRequest, job: Processes) -> None:
     """Train, and set the exit code of `job`."""
     with acquire_run_dir(config, job) as run_dir:
+        tasks = load_run_tasks(config, job)
         try:
             with closing(setup(config, run_dir, stop, job)) as run:
+                run.tasks = tasks
                 try:
                     with job.watchdog.limit():
                         verdict = train(run)
@@ -127,8 +130,10 @@ def conclude(run: Run) -> int:
     step, total = run.progress.step, run.config.total_steps
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens in {duration(run.progress.elapsed_seconds)}"
-    for last in evaluations(read_metrics(run.run_dir))[-1:]:
-        result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
+    scores = evaluations(read_metrics(run.run_dir))
+    for last in scores[-1:]:
+        first = f" ({scores[0]['eval_loss']:.4f} before the first step)" if scores[0]["step"] == 0 < step else ""
+        result += f", held-out loss {last['eval_loss']:.4f}{first}, {last['eval_bits_per_byte']:.4f} bits per byte"
     if not run.config.run.export:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0

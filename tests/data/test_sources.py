@@ -17,8 +17,9 @@ from smollm_jax.data import readers, sources
 from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.data.python_docs import python_docs
+from smollm_jax.data.python_questions import python_preferences, python_questions
 from smollm_jax.data.shuffle import without
-from smollm_jax.data.sources import mixture, open_source
+from smollm_jax.data.sources import QUESTIONS, mixture, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
@@ -252,7 +253,7 @@ def test_a_missing_or_unreadable_source_is_one_clear_line(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ValueError, match=r"is none of \.jsonl"):
         texts_of(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match="only built-in source"):
+    with pytest.raises(ValueError, match="built-in sources are builtin:python-docs and"):
         texts_of("builtin:poems")
 
 
@@ -272,6 +273,44 @@ def test_the_built_in_prose_is_distinct_and_resumes():
     source = open_source("builtin:python-docs", DataConfig())
     third = [document for document, _ in zip(source.documents(), range(3), strict=False)][2]
     assert next(source.documents(third.cursor)).text == texts[3]
+
+
+def test_the_built_in_questions_are_conversations_about_distinct_functions_and_resume():
+    chat = DataConfig(data_kind="chat")
+    found = [document.conversation for document in open_source(QUESTIONS, chat).documents()]
+    assert len({one.messages[0]["content"] for one in found}) == len(found) > 2_000
+    assert {len(one.messages) for one in found} == {2, 4, 6}
+    (one,) = (one.messages for one in found if " shutil.disk_usage" in one.messages[0]["content"])
+    assert one[1]["content"] == "Return disk usage statistics about the given path."
+    assert not [one for one in found if "(self" in one.text or "__" in one.messages[0]["content"]]
+    source = open_source(QUESTIONS, chat)
+    third = [document for document, _ in zip(source.documents(), range(3), strict=False)][2]
+    assert next(source.documents(third.cursor)).conversation == found[3]
+
+
+def test_a_built_in_preference_is_the_own_answer_to_that_about_a_neighbour():
+    rows = python_preferences()
+    answers = {one["messages"][0]["content"]: one["messages"][1]["content"] for one in python_questions()}
+    assert len(rows) > 2_000
+    for row in rows:
+        assert row["chosen"] == answers[row["prompt"]] != row["rejected"]
+        assert row["rejected"] in answers.values()
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "told"),
+    [
+        (
+            QUESTIONS,
+            "text",
+            r"--data builtin:python-questions has no rows of --data-kind text; it has chat, pairs",
+        ),
+        ("builtin:questions", "chat", "the built-in sources are builtin:python-docs and builtin:python-questions"),
+    ],
+)
+def test_a_built_in_source_of_another_kind_or_name_is_refused(spec, kind, told):
+    with pytest.raises(ValueError, match=told):
+        open_source(spec, DataConfig(data_kind=kind))
 
 
 def test_weights_of_a_mixture():
