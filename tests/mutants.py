@@ -38,6 +38,7 @@ class Mutant:
 EVALUATION, PROGRESS = "tests/training/test_evaluation.py", "tests/training/test_progress.py"
 TREE, OF_RUNS = "tests/evaluation/test_prefix_tree.py", "tests/evaluation/test_tasks_of_runs.py"
 LOADER, STEP = "tests/data/test_loader.py", "tests/training/test_step.py"
+PREFERENCE = "tests/training/test_preference.py"
 ADAPTERS = "tests/training/test_adapters.py"
 
 # The first nineteen survived all tests of 2026-11-27, before there was an oracle for the figures that people read.
@@ -134,6 +135,22 @@ MUTANTS: tuple[Mutant, ...] = (
            "jax.random.key)(0 * seed_B)", "tests/generation"),
     Mutant("stop string shown in part", "serving/completion.py", "for n in range(len(stop)) if text.endswith",
            "for n in range(len(stop) - 1) if text.endswith", "tests/serving/test_completion.py"),
+    Mutant("sign of the margin", "model/preference.py", "settings.label_smoothing, beta * margin_BP",
+           "settings.label_smoothing, -beta * margin_BP", PREFERENCE),
+    Mutant("beta dropped", "model/preference.py", "settings.label_smoothing, beta * margin_BP",
+           "settings.label_smoothing, margin_BP", PREFERENCE),
+    Mutant("reference ignored", "model/preference.py", "logprobs_BP2 - reference_BP2", "logprobs_BP2", PREFERENCE),
+    Mutant("chosen and rejected swapped", "model/preference.py",
+           "chosen_BP, rejected_BP = ratio_BP2[..., 0], ratio_BP2[..., 1]",
+           "rejected_BP, chosen_BP = ratio_BP2[..., 0], ratio_BP2[..., 1]", PREFERENCE),
+    Mutant("label smoothing of one side", "model/preference.py", " - smoothing * jax.nn.log_sigmoid(-z_BP)", "",
+           PREFERENCE),
+    Mutant("loss of pairs by their tokens", "training/step.py", 'pairs.get("pairs", targets)', "targets",
+           PREFERENCE),
+    Mutant("equal answers trained on", "data/chat.py", "np.array_equal(sides[0], sides[1]) or", "",
+           "tests/data/test_pairs.py"),
+    Mutant("pairs known by tokens alone", "training/reference.py", " + kind.astype(np.int8).tobytes()", "",
+           "tests/end_to_end/test_dpo.py -k known"),
 )  # fmt: skip
 
 

@@ -40,10 +40,17 @@ class StepWork:
         return self.batch_size * self.config.data.seq_len
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return random tokens, and segment ids that cut each row into documents at random: (B, T+1)."""
+        """Return random tokens, and segment ids that cut each row into documents at random: (B, T+1).
+
+        Of conversations and pairs, the documents have equal lengths, and their first halves are no targets.
+        """
         rng = np.random.default_rng(self.seed)
         shape = (self.batch_size, self.config.data.seq_len + 1)
         tokens = rng.integers(0, self.config.model.vocab_size, shape).astype(np.int32)
+        if self.config.data.is_chat:
+            part, place = np.divmod(np.arange(shape[1], dtype=np.int32) * self.documents, shape[1])
+            row = np.where(2 * place < shape[1], -part - 1, part + 1)
+            return tokens, np.broadcast_to(row, shape).astype(np.int32)
         segment_ids = np.ones(shape, np.int32)
         for row in segment_ids:
             for cut in rng.choice(np.arange(1, shape[1]), self.documents - 1, replace=False):
@@ -148,6 +155,7 @@ def our_step(work: StepWork) -> OurStep:
 
     from smollm_jax.distributed.sharding import make_mesh, on_devices, padded_rows
     from smollm_jax.kernels.select import select_checked_ops
+    from smollm_jax.model.preference import pairs_per_row
     from smollm_jax.runtime.devices import memory_bytes, use_precision_of
     from smollm_jax.training.compile import compile_steps
     from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, init_state
@@ -165,7 +173,10 @@ def our_step(work: StepWork) -> OurStep:
     compiled, remat = compile_steps(config, mesh, dtype=dtype, memory_bytes=limit, ops=ops)
     seconds = time.perf_counter() - began
     program, rows = compiled[work.batch_size], padded_rows(work.batch_size, mesh, config.compute.grad_accum)
-    batch = [on_devices(array, rows, 0, mesh) for array in work.rows()]
+    arrays = [*work.rows()]
+    if config.data.is_pairs:  # the reference's log-probs
+        arrays.append(np.zeros((work.batch_size, pairs_per_row(config.data.seq_len), 2), np.float32))
+    batch = [on_devices(array, rows, 0, mesh) for array in arrays]
     state = init_state(config, mesh)
 
     def run() -> Any:

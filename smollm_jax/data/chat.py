@@ -86,7 +86,7 @@ def fitted(one: Trainable, size: int) -> np.ndarray:
 
 
 def fitted_pair(chosen: Trainable, rejected: Trainable, size: int) -> np.ndarray:
-    """Return the tokens of a pair for a row of `size`, int32 (n,), as `BestFitPacker` takes two segments.
+    """Return a pair's tokens for a row of `size`, int32 (n,): two segments for a `BestFitPacker`.
 
     If the row does not hold both, an answer's end is cut. Each keeps half of the row, or what the other leaves.
     Empty if the answers are then equal, or one has no target left.

@@ -2,8 +2,8 @@
 
 `messages` are objects of role and content, `conversations` objects of from and value. A prompt with its completion
 is a text or a list of messages each. After any system message, a user's and an assistant's turns alternate. A pair
-has the columns `chosen` and `rejected`: whole conversations, whose longest common beginning is the prompt, or
-answers to the column `prompt`.
+has the columns `chosen` and `rejected`. They hold whole conversations that begin with one prompt, or answers to
+the column `prompt`.
 """
 
 import json

@@ -33,7 +33,7 @@ def sums_per_answer(value_BT: jax.Array, segment_ids_BT1: jax.Array) -> jax.Arra
 
 
 def pair_losses(ratio_BP2: jax.Array, lengths_BP2: jax.Array, settings: PreferenceConfig) -> jax.Array:
-    """Return the loss of each pair, (B, P) f32, by the log-ratios of policy and reference.
+    """Return the loss of each pair, (B, P) f32, from log-ratios of policy and reference.
 
     A log-ratio is the policy's sum of log-probs minus the reference's. Sources: sigmoid arXiv 2305.18290, and its
     authors' note on noisy labels. ipo 2310.12036, by the mean per token as in TRL. apo_zero 2408.06266.

@@ -147,7 +147,7 @@ def weights_hash(params: Any) -> str:
 
 
 def _computed(run: Run, about: dict[str, Any]) -> Reference:
-    """Compute the sums on the batches of the run, until its last step or until every pair came once."""
+    """Compute the sums on the batches of the run, up to its last step or until every pair was seen."""
     run.report.say(f"reference   computing the log-probs of up to {run.config.total_steps:,} steps")
     reference, batches = Reference(about), BatchIterator(run.stream.loader, None)
     complete = False
@@ -179,7 +179,7 @@ def _computed(run: Run, about: dict[str, Any]) -> Reference:
 
 
 def _seen_once(cursor: dict[str, Any]) -> bool:
-    """Return whether all documents with a part left come from a second epoch, so that each was seen."""
+    """Return whether every pair was seen: all documents with a part left are of a later epoch."""
     states = (state for lane in cursor["lanes"].values() for state in lane["sources"])
     return all(state["epoch"] > 0 or state["ended"] for state in states)
 

@@ -76,6 +76,14 @@ def test_train_gives_speed_memory_and_compile_time_of_each_batch_size(ran):
 
 
 @pytest.mark.slow
+def test_fine_tuning_compares_steps_of_the_same_tokens(ran):
+    found, _ = ran("fine_tuning", *ALONE, "--batch-size", "1")
+    assert [row["side"] for row in found["rows"]] == ["pre-training", "SFT", "DPO"]
+    assert all(positive(row["tokens/s"]) and positive(row["time over SFT's"]) for row in found["rows"])
+    assert found["rows"][1]["time over SFT's"]["median"] == 1
+
+
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("more", [[], pytest.param(["--alone"], marks=pytest.mark.release)])
 def test_train_sets_the_peer_beside_ours(ran, more):

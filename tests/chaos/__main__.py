@@ -1,8 +1,9 @@
 """Stop runs at random moments in random ways and compare what comes of them: `python -m tests.chaos`.
 
-A scenario is a small run over what makes resuming hard: phases, epochs, a mixture, the end of the data. It is
-run straight once; then again and again in pieces, each stopped somewhere else, until it is finished. Ledger,
-losses, samples, parameters, optimizer state and cursor must be those of the straight run, bit for bit.
+A scenario is a small run over what makes resuming hard: phases, epochs, a mixture, conversations, pairs of
+answers, the end of the data. It is run straight once; then again and again in pieces, each stopped somewhere else,
+until it is finished. Ledger, losses, samples, parameters, optimizer state and cursor must be those of the straight
+run, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from smollm_jax.checkpoint.listing import steps_in
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, OptimizerConfig, RunConfig
+from smollm_jax.runs.lock import REFERENCE
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import EXIT_STOPPED
 from smollm_jax.runtime.signals import AGAIN_SECONDS
@@ -68,6 +72,15 @@ class Target:
     def first_second(self) -> None:
         self.pause(1.0)
 
+    @property
+    def words(self) -> str:
+        """What this process has logged."""
+        return self.run_dir.with_suffix(".log").read_text()[self.log_from :]
+
+    def reference(self) -> None:
+        self.wait(lambda: "reference   computing" in self.words)
+        self.pause(0.5)
+
     def compile(self) -> None:
         self.wait((self.run_dir / "config.json").exists)
         self.pause(2.0)
@@ -104,6 +117,7 @@ class Target:
 MOMENTS = {
     "first second": Target.first_second,
     "compile": Target.compile,
+    "reference log-probs": Target.reference,
     "step": Target.step,
     "save": Target.save,
     "evaluation": Target.evaluation,
@@ -111,6 +125,13 @@ MOMENTS = {
     "last second": Target.last_second,
 }
 WAYS = ("kill -9", "SIGTERM", "Ctrl-C", "SIGTERM twice")
+
+
+def moments(config: Config, run_dir: Path) -> list[str]:
+    """The moments to choose from. A run on pairs computes its reference log-probs once, so often stop it there."""
+    usual = [name for name in MOMENTS if name != "reference log-probs"]
+    is_ahead = config.data.is_pairs and not (run_dir / REFERENCE).exists()
+    return usual + ["reference log-probs"] * (len(usual) if is_ahead else 0)
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,11 @@ def stop(target: Target, way: str, moment: str) -> Stop:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return Stop(way, moment, True, f"still there {time.monotonic() - sent:.0f} s after {way}")
+        # before our handlers stand, Python may lose a Ctrl-C in a callback of its imports: then this was a kill -9
+        lost = way == "Ctrl-C" and not heard
+        return Stop(
+            way, moment, True, None if lost else f"still there {time.monotonic() - sent:.0f} s after {way}"
+        )
     if way == "kill -9" and code == 0:  # it was done a moment before
         return Stop(way, moment, False)
     if code == EXIT_STOPPED and (broken := promise_broken(target)):
@@ -165,9 +190,7 @@ def hears_signals(process: subprocess.Popen[str]) -> bool:
 
 def promise_broken(target: Target) -> str | None:
     """What is wrong when the run said at which step it stopped, and that this was saved."""
-    said = re.findall(
-        r"stopped at step ([\d,]+) of", target.run_dir.with_suffix(".log").read_text()[target.log_from :]
-    )
+    said = re.findall(r"stopped at step ([\d,]+) of", target.words)
     saved = (steps_in(target.run_dir / "checkpoints") or [0])[0]
     if said and int(said[-1].replace(",", "")) != saved:
         return f"said that step {said[-1]} was saved; the newest checkpoint is {saved}"
@@ -189,6 +212,11 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
         {"prompt": one, "completion": other} for one, other in zip(texts["a"][::2], texts["a"][1::2], strict=True)
     ]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    pairs = [
+        {"prompt": one[:40], "chosen": other[:60], "rejected": third[:60]}
+        for one, other, third in zip(texts["a"][::3], texts["a"][1::3], texts["a"][2::3], strict=True)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     base = Config(
         model=ModelConfig(
             vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -219,6 +247,17 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
                 shards=2,
             ),
         },
+        "pairs": {
+            "data": replace(
+                base.data,
+                data_kind="pairs",
+                data=f"{folder}/pairs.jsonl",
+                seq_len=192,
+                tokenizer=str(folder / "chat-tokenizer"),
+                shards=2,
+            ),
+            "preference": PreferenceConfig(beta=0.1),
+        },
         "end of the data": {
             "data": replace(base.data, epochs=3),
             "run": replace(base.run, phases="900x4", eval_every=30, checkpoint_every=7, export=True),
@@ -236,14 +275,14 @@ def quiet(config: Config) -> subprocess.Popen[str]:
     return start(config, stdout=log, stderr=log)
 
 
-def in_pieces(config: Config, straight: Path, seed: int) -> tuple[list[Stop], str | None]:
-    """Stop a run until it is finished; the stops, and what differs from the straight run in the end."""
+def in_pieces(config: Config, straight: Path, seed: int, most: int) -> tuple[list[Stop], str | None]:
+    """Stop a run up to `most` times, then let it finish. The stops, and what differs from the straight run."""
     rng, run_dir, stops = random.Random(seed), Path(config.run_dir), []
-    while len(stops) < STOPS_A_RUN:
+    while len(stops) < most:
         log = run_dir.with_suffix(".log")
         log_from = len(log.read_text()) if log.exists() else 0
         target = Target(config, quiet(config), run_dir, rng, log_from)
-        made = stop(target, rng.choice(WAYS), rng.choice(list(MOMENTS)))
+        made = stop(target, rng.choice(WAYS), rng.choice(moments(config, run_dir)))
         if not made.hit and made.wrong is None:
             break
         stops.append(made)
@@ -255,23 +294,30 @@ def in_pieces(config: Config, straight: Path, seed: int) -> tuple[list[Stop], st
 
 
 def chaos(
-    folder: Path, *, stops: int, seed: int, jobs: int, cache: Path
+    folder: Path, *, stops: int, seed: int, jobs: int, cache: Path, only: Sequence[str] = ()
 ) -> tuple[list[tuple[Stop, bool]], list[str]]:
-    """At least `stops` stops over all scenarios; each with whether its run came out exact, and what went wrong."""
+    """At least `stops` stops over all scenarios, or the named ones. Each with whether its run came out exact, and
+    what went wrong."""
     made: list[tuple[Stop, bool]] = []
     wrong: list[str] = []
     # a shell's background job ignores Ctrl-C, and so would all that it starts until their handlers stand
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    plans = scenarios(folder, cache)
-    for name, config in plans.items():
-        code = quiet(in_folder(config, folder / f"straight {name}")).wait()
-        assert code == 0, (folder / f"straight {name}.log").read_text()
+    plans = {name: config for name, config in scenarios(folder, cache).items() if not only or name in only}
+    first, most = {name: threading.Lock() for name in plans}, min(stops, STOPS_A_RUN)
+
+    def straight(name: str) -> Path:
+        run_dir = folder / f"straight {name}"
+        with first[name]:
+            if not run_dir.exists():
+                code = quiet(in_folder(plans[name], run_dir)).wait()
+                assert code == 0, run_dir.with_suffix(".log").read_text()
+        return run_dir
 
     def one(number: int) -> None:
         name = list(plans)[number % len(plans)]
         run_dir = folder / f"run-{number}"
         done, difference = in_pieces(
-            in_folder(plans[name], run_dir), folder / f"straight {name}", seed * 100_000 + number
+            in_folder(plans[name], run_dir), straight(name), seed * 100_000 + number, most
         )
         problems = [made.wrong for made in done if made.wrong] + ([difference] if difference else [])
         wrong.extend(f"{name}, {run_dir}: {problem}" for problem in problems)
@@ -310,12 +356,18 @@ def main() -> int:
     parser.add_argument("--stops", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SCENARIO", help="conversations, pairs, ...")
     settings = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     began = time.monotonic()
     made, wrong = chaos(
-        folder, stops=settings.stops, seed=settings.seed, jobs=settings.jobs, cache=folder / "compiled"
+        folder,
+        stops=settings.stops,
+        seed=settings.seed,
+        jobs=settings.jobs,
+        cache=folder / "compiled",
+        only=settings.only,
     )
     print(table(made))
     print(f"{len(made)} stops in {time.monotonic() - began:.0f} s, seed {settings.seed}", file=sys.stderr)

@@ -92,11 +92,17 @@ def test_a_missing_column_is_named(tmp_path):
         list(open_source(str(path), config_of(path)).documents())
 
 
-@pytest.mark.parametrize("name", ["a.txt", "builtin:python-docs"])
-def test_texts_are_no_pairs(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", "holds texts; a pair has the columns 'chosen' and 'rejected'"),
+        ("builtin:python-docs", "has no rows of --data-kind pairs"),
+    ],
+)
+def test_texts_are_no_pairs(name, message, tmp_path):
     (tmp_path / "a.txt").write_text("the cat\n\nreads")
     spec = name if name.startswith("builtin") else str(tmp_path / name)
-    with pytest.raises(UserError, match="holds texts; a pair has the columns 'chosen' and 'rejected'"):
+    with pytest.raises(UserError, match=message):
         list(open_source(spec, config_of(spec)).documents())
 
 

@@ -21,18 +21,10 @@ from smollm_jax.tokenizer.load import load_tokenizer, train_tokenizer
 from smollm_jax.training.fit import fit
 from smollm_jax.training.reference import FIGURES, Reference, pair_keys
 from smollm_jax.training.step import make_logprobs
-from smollm_jax.training.verify_resume import verify_resume
 from tests.end_to_end.test_sft import MODEL
 from tests.support.texts import make_pairs, make_texts, write_rows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def settings_put_back():
-    options = ("jax_default_matmul_precision", "jax_compilation_cache_dir")
-    before = {name: getattr(jax.config, name) for name in options}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("settings_restored")
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +182,3 @@ def test_pairs_are_known_by_their_tokens_and_targets(finished):
         Reference({}).of(batch)
     with pytest.raises(UserError, match="is missing"):
         Reference.load(finished[0] / "nothing.npz")
-
-
-@pytest.mark.slow
-def test_kill_9_and_resume_are_exact_for_pairs(place, tmp_path):
-    flags = flags_of(place, "killed", "--shuffle-window", "16", "--steps", "24", "--shards", "2")
-    flags += ["--grad-accum", "2"]
-    result = verify_resume(parse(flags), tmp_path, steps=20)
-    assert result.exact, result.compared
-    assert result.resumes >= 1

@@ -11,8 +11,10 @@ import pytest
 
 from smollm_jax.checkpoint.listing import list_checkpoints
 from smollm_jax.runs.lock import RunLock
+from smollm_jax.training.reference import Reference
 from tests.support.paths import ROOT
 from tests.support.runs import TINY, records, wait_for_step
+from tests.support.texts import chat_tokenizer, make_pairs, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +127,22 @@ def test_two_processes_train_like_one(job, tmp_path, flags):
     assert_same_losses(tmp_path / "one", tmp_path / "run")
     assert "2 processes; each reads its own part of the data" in words_of(tmp_path)
     assert [info.verdict for info in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["good"] * 3
+
+
+def test_two_processes_train_on_pairs_like_one(job, tmp_path):
+    """Each has its own pairs, whose reference log-probs all share."""
+    write_rows(tmp_path / "pairs.jsonl", make_pairs(80))
+    chat_tokenizer().save(tmp_path / "chat")
+    flags = ["--data-kind", "pairs", "--seq-len", "192", "--tokenizer", str(tmp_path / "chat")]
+    flags += ["--beta", "0.1", "--learning-rate", "1e-3"]
+    data = str(tmp_path / "pairs.jsonl")
+    assert codes(job(1, *flags, devices=1, run="one", data=data)) == [0], words_of(tmp_path, "one", 1)
+    assert codes(job(2, *flags, "--mesh", "data=2,fsdp=2", data=data)) == [0, 0], words_of(tmp_path)
+    assert_same_losses(tmp_path / "one", tmp_path / "run")
+    one, both = (Reference.load(tmp_path / name / "reference.npz").sums for name in ("one", "run"))
+    assert one.keys() == both.keys()
+    for key, sums in one.items():
+        assert both[key] == pytest.approx(sums, rel=2e-4)
 
 
 def test_a_process_may_have_nothing_but_padding(job, tmp_path):

@@ -159,8 +159,14 @@ def step_of(batch, parts, mesh):
 @pytest.mark.parametrize(
     ("parts", "mesh"), [(2, ""), pytest.param(1, "data=2,tensor=2", marks=pytest.mark.slow)], ids=str
 )
-def test_a_step_is_the_same_in_parts_and_on_several_devices(batch, parts, mesh):
-    assert step_of(batch, parts, mesh) == pytest.approx(step_of(batch, 1, ""), rel=1e-4)
+def test_a_step_has_the_mean_loss_of_its_pairs_in_parts_and_on_several_devices(
+    batch, pairs, programs, parts, mesh
+):
+    whole = step_of(batch, 1, "")
+    assert step_of(batch, parts, mesh) == pytest.approx(whole, rel=1e-4)
+    sums, reference = (programs[0](init_params(TINY, n), batch.tokens, batch.segment_ids) for n in (1, 2))
+    totals, _ = jax.jit(pair_step, static_argnums=3)(sums, reference, batch.segment_ids, LOSSES["sigmoid"])
+    assert whole["loss"] == pytest.approx(float(totals["loss"]) / len(pairs), rel=1e-4)
 
 
 def test_equal_models_have_the_loss_ln_2_and_no_reward(batch):
