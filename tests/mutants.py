@@ -36,6 +36,7 @@ class Mutant:
 
 
 EVALUATION, PROGRESS = "tests/training/test_evaluation.py", "tests/training/test_progress.py"
+TREE, OF_RUNS = "tests/evaluation/test_prefix_tree.py", "tests/evaluation/test_tasks_of_runs.py"
 LOADER, STEP = "tests/data/test_loader.py", "tests/training/test_step.py"
 ADAPTERS = "tests/training/test_adapters.py"
 
@@ -57,6 +58,21 @@ MUTANTS: tuple[Mutant, ...] = (
            "batch_size), None)", EVALUATION),
     Mutant("evaluation shrinks with --grad-accum", "training/reference.py",
            "config.data.eval_batches * parts", "config.data.eval_batches", EVALUATION),
+    Mutant("answers see each other", "model/attention.py", "< end_BT[:, None, seen]",
+           "< end_BT[:, None, seen] + 999", TREE),
+    Mutant("positions in the row, not in the text", "evaluation/prefix_tree.py",
+           "ids[shared:], np.arange(shared, len(ids))", "ids[shared:], new", TREE),
+    Mutant("the token before scored", "evaluation/prefix_tree.py",
+           "self._path[len(ids) - len(request.targets) :]", "self._path[len(ids) - len(request.targets) - 1 : -1]",
+           TREE),
+    Mutant("greedy if one token is", "evaluation/scorer.py", "are_argmax[here].all()", "are_argmax[here].any()",
+           TREE),
+    Mutant("--limit ignored", "evaluation/tasks.py", "task_dict=tasks, limit=limit", "task_dict=tasks, limit=None",
+           OF_RUNS),
+    Mutant("the card has another step's scores", "runs/convert.py", 'if x["step"] == step for name, score',
+           "for name, score", OF_RUNS),
+    Mutant("published beside a share, not percent", "evaluation/published.py", 'f"{100 * score:.1f}"',
+           'f"{score:.1f}"', "tests/evaluation/test_smollm2.py"),
     Mutant("mixture by documents", "data/shuffle.py", 'state["tokens"] += len(',
            'state["tokens"] += 1 + 0 * len(', LOADER + " -k mixture"),
     Mutant("tokens counts steps", "training/progress.py", 'run.progress.tokens += int(values["targets"])',
@@ -77,8 +93,8 @@ MUTANTS: tuple[Mutant, ...] = (
            LOADER + " -k own_order"),
     Mutant("skipped documents not reported", "training/progress.py",
            'int(pending.cursor.get(kind, 0)) if pending.cursor', "0 if pending.cursor", PROGRESS),
-    Mutant("documents see each other", "model/attention.py", "index_S[None, None] >= start_BT[..., None]",
-           "index_S[None, None] >= 0 * start_BT[..., None]", "tests/model/test_transformer.py"),
+    Mutant("documents see each other", "model/attention.py", "[None, None] >= start_BT[..., None]",
+           "[None, None] >= 0 * start_BT[..., None]", "tests/model/test_transformer.py"),
     Mutant("RoPE of neighbours", "model/ops.py", "second * cos + first * sin",
            "second * cos - first * sin", "tests/model/test_transformer.py"),
     Mutant("first update at rate zero", "training/optimizer.py",

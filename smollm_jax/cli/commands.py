@@ -1,4 +1,4 @@
-"""Define the commands export, import, evaluate, push, checkpoints, batch, plan and verify-resume.
+"""Define the commands export, import, push, checkpoints, batch, plan and verify-resume.
 
 Results go to stdout, everything else to stderr. A command is a function: its signature gives the flags, its
 docstring the help. A command imports what it needs when it runs, so that `--help` answers at once.
@@ -13,13 +13,11 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from smollm_jax.cli.arguments import check_model, parse
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.cli.arguments import parse
 from smollm_jax.runtime.errors import EXIT_FAILED, require, say
 from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
-Dtype = Literal["float32", "bfloat16"]
 FileDtype = Literal["float32", "bfloat16", "f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 DTYPES = {"hf": ("float32", "bfloat16"), "gguf": get_args(FileDtype)[2:]}  # the default first
 
@@ -84,58 +82,6 @@ def import_(path: Positional, *, out: str) -> int:
     model = import_run(path, out)
     say(f"{model.num_parameters:,} parameters; continue with: python train_jax.py --init-from {out} --data ...")
     print(out)
-    return 0
-
-
-def evaluate(
-    path: Positional,
-    *,
-    data: str,
-    data_kind: Literal["text", "chat"] = "text",
-    loss_on: Literal["assistant", "all"] = "assistant",
-    text_column: str = DataConfig.text_column,
-    split: str = DataConfig.split,
-    seq_len: int | None = None,
-    batch_size: int = 8,
-    max_batches: int | None = None,
-    on_bad_data: Literal["stop", "skip"] = "stop",
-    dtype: Dtype = "float32",
-    special_tokens: Literal["text", "parse"] | None = None,
-) -> int:
-    """Score a model on text: loss, perplexity and bits per byte, as one JSON line.
-
-    For example: smollm evaluate runs/quickstart --data texts.jsonl
-
-    Args:
-        path: Run, exported folder or Hub id.
-        data: Any source that train_jax.py reads.
-        data_kind: text, or chat for conversations, which go through the model's chat template.
-        loss_on: What counts of a conversation.
-        text_column: Column that holds the text.
-        split: Split of a Hub dataset.
-        seq_len: Tokens per sequence. Default: the run's own, else 2,048 or the model's context if shorter.
-        batch_size: Sequences per batch.
-        max_batches: Maximum number of batches. Default: all the data.
-        on_bad_data: What to do with a row that cannot be read: stop, or skip it with a line.
-        dtype: Compute dtype.
-        special_tokens: Special tokens that a text spells out. text: they stay text; parse: they become ids, as in
-            transformers. Default: as the run was trained, else text.
-    """
-    check_model(path)
-    from smollm_jax.runs.places import check_data
-
-    check_data(data)
-    from smollm_jax.training.evaluation import evaluate_model
-
-    settings = DataConfig(
-        data=data, data_kind=data_kind, loss_on=loss_on, text_column=text_column, split=split,
-        on_bad_data=on_bad_data,
-    )  # fmt: skip
-    result = evaluate_model(
-        path, settings, seq_len=seq_len, batch_size=batch_size, max_batches=max_batches, dtype=dtype,
-        special_tokens=special_tokens,
-    )  # fmt: skip
-    print(json.dumps(result))
     return 0
 
 

@@ -12,6 +12,7 @@ from smollm_jax import __version__
 from smollm_jax.cli import commands
 from smollm_jax.cli.arguments import ABOUT, Command, parse, parse_command
 from smollm_jax.cli.chat import chat
+from smollm_jax.cli.evaluate import evaluate
 from smollm_jax.cli.generate import generate
 from smollm_jax.cli.serve import serve
 from smollm_jax.runtime.devices import has_accelerator, quiet_libtpu
@@ -19,7 +20,7 @@ from smollm_jax.runtime.errors import EXIT_STOPPED, UserError, run_main, say
 from smollm_jax.runtime.signals import StopRequest, leave
 
 SIMPLE: tuple[Command, ...] = (
-    serve, chat, generate, commands.evaluate, commands.export, commands.import_, commands.push,
+    serve, chat, generate, evaluate, commands.export, commands.import_, commands.push,
     commands.checkpoints, commands.batch,
 )  # fmt: skip
 # these take the flags of train too, beside their own

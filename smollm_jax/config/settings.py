@@ -12,15 +12,12 @@ from typing import Literal
 from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
-from smollm_jax.config.phases import Phase, parse_phases, resize
+from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, parse_phases, resize
 from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
-# of each recipe, at most a tenth of the run
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
-# alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
-SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
+RUNS = "runs"  # the folder of runs without --run-dir
 MESH_AXES = ("data", "fsdp", "tensor")
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
 
@@ -204,6 +201,9 @@ class RunConfig:
     """Keep the checkpoint of every Nth step permanently (0: none)."""
     sample_prompts: tuple[str, ...] = setting(PROMPTS, resume="free")  # Prompts continued at each evaluation.
     sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample (0: no samples).
+    eval_tasks: str = setting("", resume="free")
+    """Tasks scored at each evaluation: names of lm_eval or YAML files, by commas. Needs the extra eval."""
+    eval_task_limit: int = setting(200, "0 or more", resume="free")  # Documents per task (0: all).
     export: bool = setting(True, resume="free")  # Write a Hugging Face folder to RUN/export at the end.
 
     def __post_init__(self) -> None:
@@ -211,6 +211,8 @@ class RunConfig:
         require(self.seed < 2**32, f"seed={self.seed} must be below 2**32")
         require(all(map(str.strip, self.sample_prompts)), "sample_prompts: every prompt must have text")
         parse_phases(self.phases)
+        scored = not self.eval_tasks or self.eval_every > 0
+        require(scored, f"eval_tasks={self.eval_tasks} are scored at evaluations, so eval_every=0 must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,4 +297,4 @@ class Config:
 
     @property
     def run_dir(self) -> str:
-        return str(expand_home(self.run.run_dir or f"runs/{self.recipe}"))
+        return str(expand_home(self.run.run_dir or f"{RUNS}/{self.recipe}"))

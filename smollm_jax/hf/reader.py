@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import RUNS
 from smollm_jax.hf.config_json import LARGEST_SIZE, model_config, token_ids
 from smollm_jax.hf.gguf_file import SUFFIX
 from smollm_jax.hf.mapping import Params, from_hf, tensors
@@ -89,12 +90,15 @@ def is_gguf(path: str | Path) -> bool:
 def check_place(path: str | Path) -> Path:
     """Return `path` with ~ expanded. Raises `UserError` if it is no folder or .gguf file and no id."""
     folder = expand_home(path)
-    require(
-        folder.is_dir()
-        or is_gguf(path)
-        or (str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))),
-        f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
-    )
+    if folder.is_dir() or is_gguf(path):
+        return folder
+    is_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+    # the Hub is not asked for a folder beside others, nor for a run before the first
+    if is_id and (folder.parent.is_dir() or folder.parent.name == RUNS):
+        others = sorted(other.name for other in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        held = f"{folder.parent} holds {', '.join(others[:5]) or 'nothing'}{' and more' if others[5:] else ''}"
+        raise UserError(f"there is no folder {path}; {held}")
+    require(is_id, f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M")
     return folder
 
 

@@ -73,11 +73,33 @@ def _backward(kept, do_BTNH):
 packed_attention.defvjp(_forward, _backward)
 
 
+def tree_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, end_BT: jax.Array) -> jax.Array:
+    """Compute attention in rows of trees in depth-first order: (B, T, N, H).
+
+    A token sees itself and its ancestors. The subtree of token i goes up to `end_BT[:, i]`, which is not part of
+    it. No gradient is meant to be taken.
+    """
+    K = k_BTKH.shape[2]
+    q_BKGTH, k_BKSH, v_BKSH = _by_group(q_BTNH, K), _heads_first(k_BTKH), _heads_first(v_BTKH)
+    outs, index_T = [], jnp.arange(q_BTNH.shape[1])
+    for rows in _blocks(q_BTNH.shape[1]):
+        seen = slice(0, rows.stop)
+        own_BTS = index_T[rows][None, :, None] < end_BT[:, None, seen]
+        scores_BKGTS = _masked_scores(q_BKGTH[:, :, :, rows], k_BKSH[:, :, seen], own_BTS)
+        outs.append(_dot(jax.nn.softmax(scores_BKGTS, axis=-1), v_BKSH[:, :, seen], (4,), (2,)))
+    return _by_head(jnp.concatenate(outs, axis=3)).astype(q_BTNH.dtype)
+
+
 def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, start_BT: jax.Array) -> jax.Array:
     """Return scores of the last T positions. `MASKED` outside a query's own document and after the query."""
+    return _masked_scores(q_BKGTH, k_BKSH, jnp.arange(k_BKSH.shape[2])[None, None] >= start_BT[..., None])
+
+
+def _masked_scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, own_BTS: jax.Array) -> jax.Array:
+    """Return scores of the last T positions, `MASKED` outside of `own_BTS` and after the query."""
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     index_S = jnp.arange(S)
-    own_BTS = (index_S[None, None] >= start_BT[..., None]) & (index_S[None] <= index_S[S - T :, None])[None]
+    own_BTS &= (index_S[None] <= index_S[S - T :, None])[None]
     scores_BKGTS = _dot(q_BKGTH, k_BKSH, (4,), (3,)) * q_BKGTH.shape[-1] ** -0.5
     return jnp.where(own_BTS[:, None, None], scores_BKGTS, MASKED)
 

@@ -166,6 +166,16 @@ class SmolLM(nnx.Module):
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)
         positions_BT = jnp.arange(start_BT.shape[1])[None] - start_BT
+        return self.features_at(tokens_BT, positions_BT, start_BT, adapters)
+
+    def features_at(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        start_BT: jax.Array,
+        adapters: Adapters | None = None,
+    ) -> jax.Array:
+        """Return what `features` does, of tokens at given positions. `ops.attention` takes `start_BT`."""
         with jax.named_scope("projections"):
             rope = rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)

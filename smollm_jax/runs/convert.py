@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from smollm_jax import __version__
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
@@ -39,7 +40,7 @@ from smollm_jax.runs.load import (
 )
 from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import evaluations, last_sample, read_metrics
+from smollm_jax.runs.records import evaluations, last_sample, read_metrics, scores_in
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import clean_left_overs, expand_home, held_in, write_json_atomic, written_aside
 from smollm_jax.tokenizer.load import load_tokenizer
@@ -142,6 +143,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         f"Held-out loss ({'a pair' if is_pairs else 'nats per token'})": held_out.get("eval_loss"),
         "Held-out accuracy (chosen above rejected)": held_out.get("eval_rewards/accuracies"),
         f"Held-out bits per byte{' of the chosen answers' * is_pairs}": held_out.get("eval_bits_per_byte"),
+        **_scores(lines, found.step),
         "Computed on": ", ".join(str(computed[x]) for x in places if x in computed) or None,
         "Devices": computed.get("devices"),
         "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
@@ -151,7 +153,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     prompt, sample = last_sample(run_dir, found.step)
     return About(
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
-        rows=rows if progress else {"Began with": began},
+        rows=rows if progress else {"Began with": began, **_scores(lines, found.step)},
         datasets=tuple(name for name in sources if REPO.fullmatch(name)),
         language="en" if english.issuperset(spec for spec, _ in mixture(config.data.data)) else None,
         base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
@@ -160,6 +162,14 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         chat=config.data.is_chat,
         pairs=is_pairs,
     )
+
+
+def _scores(lines: list[dict[str, Any]], step: int) -> dict[str, str]:
+    """Return the scores on tasks of the checkpoint at `step` with their standard errors, the newest of each."""
+    found = {name: score for x in lines if x["step"] == step for name, score in scores_in(x).items()}
+    errors = {name: f" ± {error:.4f}" for name, error in found.items()}
+    names = [name for name in found if not name.endswith("_stderr")]
+    return {f"Score {name}": f"{found[name]:.4f}{errors.get(f'{name}_stderr', '')}" for name in names}
 
 
 def require_exportable(model: ModelConfig) -> None:

@@ -89,12 +89,14 @@ def load_model(
     if is_run(path):
         config, path = read_run(path), expand_home(path)
         found, params = read_whole(path, config, step)
+        require((path / "tokenizer").is_dir(), f"{path}/tokenizer is missing; restore it, or open {path}/export")
         tokenizer = load_tokenizer(
             str(path / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
         if "progress" in found.meta:  # an import has none
             tokenizer.encode_as_of(progress_of(found)[1]["tokenizer"])
         return config.model, params, tokenizer
+    refuse_broken_run(expand_home(path))
     require(step is None, f"{path} is not a run, so it has no step {step}")
     if is_gguf(path):
         model, params, tokenizer = read_gguf(expand_home(path))
@@ -108,6 +110,21 @@ def load_model(
     sizes = f"{tokenizer.vocab_size} entries, the model only {model.vocab_size}"
     require(tokenizer.vocab_size <= model.vocab_size, f"{path}: the tokenizer has {sizes}")
     return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
+
+
+def refuse_broken_run(folder: Path) -> None:
+    """Raise `UserError` for a run folder that has lost its config.json or its checkpoints."""
+    try:
+        values = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    except ValueError:
+        return  # its reader says more
+    without = "config.json" if values is None and (folder / "checkpoints").is_dir() else ""
+    without = "checkpoints" if isinstance(values, dict) and {"run", "data"} <= values.keys() else without
+    export = folder / "export"
+    instead = (
+        f"its export can be opened: {export}" if export.is_dir() else "train it again, or open another folder"
+    )
+    require(not without, f"{folder} is a run without {without}; {instead}")
 
 
 def read_whole(run: Path, config: Config, step: int | None) -> tuple[VerifiedCheckpoint, Any]:

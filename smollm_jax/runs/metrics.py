@@ -20,7 +20,7 @@ from tqdm.contrib.logging import tqdm_logging_redirect
 
 from smollm_jax.config.preference import FIGURES
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import BETWEEN, SAMPLES_OF
+from smollm_jax.runs.records import BETWEEN, OF_TASKS, SAMPLES_OF, scores_in
 from smollm_jax.runtime.errors import one_line, printable, say
 from smollm_jax.runtime.notebook import progress_bar
 
@@ -97,6 +97,9 @@ class RunMetrics:
                 f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
                 f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
             )
+        scores = [f"{name} {value:.4f}" for name, value in scores_in(line).items() if not name.endswith("_stderr")]
+        if scores:
+            self.say(f"step {step}: {', '.join(scores)}")
         for prompt, text in samples[:1]:
             self.say(f"  {prompt}{BETWEEN}{' '.join(text.split())}")
         draw(self.run_dir, self.run_dir / "loss.png", self.say)
@@ -117,8 +120,9 @@ class RunMetrics:
     def _record(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
-            if name in TAG_OF and value is not None:
-                self._board.write(line["step"], summary=partial(_summary, "scalar", TAG_OF[name], value))
+            tag = name if name.startswith(OF_TASKS) else TAG_OF.get(name)
+            if tag is not None and value is not None:
+                self._board.write(line["step"], summary=partial(_summary, "scalar", tag, value))
 
 
 class NullMetrics:

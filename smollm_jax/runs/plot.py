@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from smollm_jax.runs.records import evaluations, read_metrics
+from smollm_jax.runs.records import evaluations, read_metrics, scores_in
 from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.runtime.files import written_aside
 
@@ -46,16 +47,34 @@ def plot(run_dir: Path, picture: Path) -> bool:
             f"{last['eval_loss']:.3f} {unit}\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
             xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
         )  # fmt: skip
+    curves = [*axes.get_legend_handles_labels()[0], *_plot_scores(axes, lines)]
     axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.set_title(run_dir.resolve().name, parse_math=False)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(handles=curves, frameon=False)
     figure.tight_layout()
     with written_aside(picture) as part:
         figure.savefig(part, format="png")
     return True
+
+
+def _plot_scores(axes: Any, lines: list[dict[str, Any]]) -> list[Any]:
+    """Plot the scores on tasks, one for each task, on an axis of their own at the right. Returns the curves."""
+    points = [(line["step"], name, value) for line in lines for name, value in scores_in(line).items()]
+    names = {name for _, name, _ in points if not name.endswith("_stderr")}
+    # of several figures, acc_norm says most: it does not depend on the length of an answer
+    chosen = {name.partition("/")[0]: name for name in sorted(names, key=lambda name: ("acc_norm" in name, name))}
+    if not chosen:
+        return []
+    right, curves = axes.twinx(), []
+    for i, name in enumerate(chosen.values()):
+        own = sorted((step, value) for step, other, value in points if other == name)
+        curves += right.plot(*zip(*own, strict=True), "--", marker=".", linewidth=1, color=f"C{i + 2}", label=name)
+    right.set_ylabel("score on tasks")
+    right.spines["top"].set_visible(False)
+    return curves
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from smollm_jax.runtime.files import read_whole, written_aside
 
 SAMPLES_OF = "=== step "
+OF_TASKS = "tasks/"  # begins the name of a score on a task
 BETWEEN = "⟶"  # a prompt and its continuation
 
 
@@ -21,6 +23,24 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines of evaluations whose results are finite."""
     return [x for x in lines if None not in (x.get("eval_loss"), x.get("eval_bits_per_byte"))]
+
+
+def record_scores(run_dir: Path, step: int, scores: dict[str, float]) -> None:
+    """Append the scores of a checkpoint on tasks to metrics.jsonl."""
+    line = json.dumps({"step": step, "time": time.time()} | as_fields(scores))
+    with open(run_dir / "metrics.jsonl", "ab") as file:  # one write, because the run may be writing too
+        file.write(f"{line}\n".encode())
+
+
+def as_fields(scores: dict[str, float]) -> dict[str, float]:
+    """Return scores on tasks, by names such as hellaswag/acc_norm, as fields of a line of metrics.jsonl."""
+    return {f"{OF_TASKS}{name}": score for name, score in scores.items()}
+
+
+def scores_in(line: dict[str, Any]) -> dict[str, float]:
+    """Return the scores on tasks in a line of metrics.jsonl, by names such as hellaswag/acc_norm."""
+    found = {name: x for name, x in line.items() if name.startswith(OF_TASKS) and _is_number(x, int | float)}
+    return {name.removeprefix(OF_TASKS): x for name, x in found.items()}
 
 
 def _lines(path: Path) -> list[str]:

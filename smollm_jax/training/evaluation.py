@@ -21,11 +21,10 @@ from smollm_jax.data.heldout import batches_in_order
 from smollm_jax.data.loader import check_vocab
 from smollm_jax.data.packing import Batch, are_targets
 from smollm_jax.distributed.sharding import make_mesh, on_one_device
-from smollm_jax.generation.generator import Generator
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import is_run, load_model, read_run
 from smollm_jax.runs.metrics import finite_or_none
+from smollm_jax.runs.records import as_fields
 from smollm_jax.runtime.devices import use_precision_of
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.tokenizer.streaming import TextOfIds
@@ -33,8 +32,9 @@ from smollm_jax.tokenizer.tokenizer import SpecialTokens
 from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.chat import prompt_ids
 from smollm_jax.training.reference import eval_batches, score_pairs
-from smollm_jax.training.run import Run, save
+from smollm_jax.training.run import Run, loaded_generator, save
 from smollm_jax.training.step import make_nll, weights_of
+from smollm_jax.training.tasks import score_on_tasks
 
 # a greedy base model repeats itself. Samples at these settings show what it learned, and hardly vary
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 0.7, 0.95
@@ -106,7 +106,7 @@ def evaluate_model(
 
 
 def evaluate_run(run: Run) -> None:
-    """Record held-out loss, if a text is held out, and samples, and draw loss.png.
+    """Record held-out loss, if a text is held out, samples and scores on tasks, and draw loss.png.
 
     A stopped evaluation is left to the next start. While the main thread compiles for minutes, another thread
     handles a stop request by calling `save`.
@@ -115,15 +115,17 @@ def evaluate_run(run: Run) -> None:
         return
     began = time.monotonic()
     away = run.stop.away(None if run.job.several else partial(save, run))
-    with away, run.job.watchdog.patient("a batch of an evaluation, or samples"):
+    with away, run.job.watchdog.patient("a batch of an evaluation, samples or tasks"):
         running = _until_stopped(run, eval_batches(run))
         scores = (score_pairs if run.config.data.is_pairs else score_texts)(run, running)
         texts = sample(run)
+        on_tasks = score_on_tasks(run)
     if run.interrupted:
         return
     line: dict[str, Any] = {"step": run.progress.step, "time": time.time()}
     if run.heldout:
         line |= scores
+    line |= as_fields(on_tasks)
     line["eval_seconds"] = time.monotonic() - began
     with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)
@@ -156,11 +158,7 @@ def sample(run: Run) -> list[tuple[str, str]]:
     params = on_one_device(whole_weights(run.config, run.state, run.mesh), run.mesh)
     if not run.job.first:
         return []
-    model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
-    if run.generator is None:
-        run.generator = Generator(model, kernels=run.kernels)
-    else:
-        run.generator.load(model)
+    generator = loaded_generator(run, params)
     # a chat model answers greedily: another answer is then due to the training alone
     temperature = 0.0 if run.config.data.is_chat else SAMPLE_TEMPERATURE
     sampling = Sampling(
@@ -170,8 +168,8 @@ def sample(run: Run) -> list[tuple[str, str]]:
     texts = []
     for prompt in settings.sample_prompts:
         ids = prompt_ids(run.config, run.tokenizer, prompt)
-        pieces, text = run.generator.stream(ids, sampling), TextOfIds(run.tokenizer, ids)
+        pieces, text = generator.stream(ids, sampling), TextOfIds(run.tokenizer, ids)
         new = chain.from_iterable(takewhile(lambda _: not run.interrupted, pieces))
         texts.append((prompt, text.feed(list(new)) + text.rest()))
-    run.generator.unload()  # the next step needs the memory
+    generator.unload()  # the next step needs the memory
     return texts

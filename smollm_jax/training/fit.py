@@ -28,6 +28,7 @@ from smollm_jax.training.progress import TooManyBadSteps
 from smollm_jax.training.run import Run
 from smollm_jax.training.setup import setup
 from smollm_jax.training.step import Vote
+from smollm_jax.training.tasks import load_run_tasks
 
 
 def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> int:
@@ -47,8 +48,10 @@ def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> in
 def _fit(config: Config, stop: StopRequest, job: Processes) -> None:
     """Train, and set the exit code of `job`."""
     with acquire_run_dir(config, job) as run_dir:
+        tasks = load_run_tasks(config, job)
         try:
             with closing(setup(config, run_dir, stop, job)) as run:
+                run.tasks = tasks
                 try:
                     with job.watchdog.limit():
                         verdict = train(run)

@@ -16,7 +16,9 @@ from smollm_jax.config.settings import Config
 from smollm_jax.data.loader import PrefetchLoader, merge_cursors
 from smollm_jax.data.shuffle import TokenizedDocument
 from smollm_jax.distributed.processes import Processes
+from smollm_jax.evaluation.scorer import Scorer
 from smollm_jax.generation.generator import Generator
+from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
@@ -100,6 +102,8 @@ class Run:
     kernels: bool | None  # False if samples must not use kernels because the steps do not
     clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
     generator: Generator | None = None  # decodes the samples, None before the first evaluation
+    tasks: Any = None  # of --eval-tasks, loaded, in the first process
+    scorer: Scorer | None = None  # scores the tasks
     reference: Any = None  # of pairs, the `training.reference.Reference`
 
     @property
@@ -116,6 +120,16 @@ class Run:
         self.stream.close()
         self.checkpoints.close()
         self.report.close()
+
+
+def loaded_generator(run: Run, params: Any) -> Generator:
+    """Return the run's generator with `params`, which are on one device. To be unloaded after use."""
+    model = SmolLM.from_params(run.config.model, params, dtype=run.dtype)
+    if run.generator is None:
+        run.generator = Generator(model, kernels=run.kernels)
+    else:
+        run.generator.load(model)
+    return run.generator
 
 
 def save(run: Run) -> None:

@@ -76,7 +76,7 @@ def _short(config: Config, run_dir: Path, steps: int) -> Config:
     """Return the same run up to `steps`, with checkpoints in between to resume from."""
     run = replace(
         config.run, run_dir=str(run_dir), new_run=False, stop_after=steps, export=False, log_every=1, eval_every=0,
-        checkpoint_every=max(steps // (KILLS + 1), 1), keep_last=2,
+        eval_tasks="", checkpoint_every=max(steps // (KILLS + 1), 1), keep_last=2,
     )  # fmt: skip
     return replace(config, run=run)
 

@@ -98,7 +98,7 @@ def test_every_flag_that_is_suggested_exists(capsys):
 def test_a_command_without_its_arguments_names_the_missing_one():
     for argv, words in (
         (["export", "x"], "--out is missing"),
-        (["evaluate", "x"], "--data is missing"),
+        (["batch", "x"], "--step is missing"),
         (["push"], "FOLDER is missing"),
     ):
         with pytest.raises(UserError, match=f"^{words}; see smollm {argv[0]} --help"):

@@ -1,0 +1,1 @@
+"""Score a model on the tasks of lm-evaluation-harness."""
