@@ -202,6 +202,8 @@ class RunConfig:
     """Keep the checkpoint of every Nth step permanently (0: none)."""
     sample_prompts: tuple[str, ...] = setting(PROMPTS, resume="free")  # Prompts continued at each evaluation.
     sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample (0: no samples).
+    report_to: str = setting("tensorboard", resume="free")
+    """Where the figures go beside metrics.jsonl: tensorboard, trackio, wandb, by commas (empty: nowhere)."""
     eval_tasks: str = setting("", resume="free")
     """Tasks scored at each evaluation: names of lm_eval or YAML files, by commas. Needs the extra eval."""
     eval_task_limit: int = setting(200, "0 or more", resume="free")  # Documents per task (0: all).

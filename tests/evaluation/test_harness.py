@@ -158,6 +158,21 @@ def test_a_mistake_is_told_in_a_line(folder, flags, words, monkeypatch):
         command("evaluate", [str(folder), *flags], "smollm")
 
 
+def test_a_mistake_in_a_task_is_told_in_a_line(folder, tasks, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        f"task: wrong\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{question}}"\n'
+        'doc_to_choice: "{{[question, answers]}}"\ndoc_to_target: 0\n'
+    )
+    with pytest.raises(UserError, match=r"wrong.yaml could not be loaded: ValueError"):
+        command("evaluate", [str(folder), "--tasks", str(file), "--output", str(tmp_path)], "smollm")
+    flags = ["--tasks", tasks.split(",")[0], "--num-fewshot", "50"]
+    with pytest.raises(UserError, match=r"quiz.yaml failed in lm_eval: ValueError: Sample larger"):
+        command("evaluate", [str(folder), *flags, "--output", str(tmp_path)], "smollm")
+
+
 def test_without_the_extra_a_line_says_how_to_install_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(UserError, match=r"need lm_eval: pip install .*eval"):
