@@ -38,6 +38,7 @@ class Mutant:
 EVALUATION, PROGRESS = "tests/training/test_evaluation.py", "tests/training/test_progress.py"
 TREE, OF_RUNS = "tests/evaluation/test_prefix_tree.py", "tests/evaluation/test_tasks_of_runs.py"
 LOADER, STEP = "tests/data/test_loader.py", "tests/training/test_step.py"
+ADAPTERS = "tests/training/test_adapters.py"
 
 # The first nineteen survived all tests of 2026-11-27, before there was an oracle for the figures that people read.
 MUTANTS: tuple[Mutant, ...] = (
@@ -67,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("greedy if one token is", "evaluation/scorer.py", "are_argmax[here].all()", "are_argmax[here].any()",
            TREE),
     Mutant("--limit ignored", "evaluation/tasks.py", "task_dict=tasks, limit=limit", "task_dict=tasks, limit=None",
-           OF_RUNS),
+           "tests/evaluation/test_harness.py -k prints_a_table"),
     Mutant("the card has another step's scores", "runs/convert.py", 'if x["step"] == step for name, score',
            "for name, score", OF_RUNS),
     Mutant("published beside a share, not percent", "evaluation/published.py", 'f"{100 * score:.1f}"',
@@ -102,12 +103,18 @@ MUTANTS: tuple[Mutant, ...] = (
            "[rise, after], [warmup + 1])", "tests/training"),
     Mutant("no clip", "training/optimizer.py", "jnp.minimum(1.0, max_norm / norm)", "1.0",
            "tests/training"),
-    Mutant("norms decay", "training/optimizer.py", '!= "scale"', '!= "nothing"', "tests/training"),
+    Mutant("norms decay", "training/optimizer.py", '("scale", "_m")', '("nothing",)', "tests/training"),
     Mutant("targets across documents", "model/loss.py", "(jnp.abs(before) == after) & (after > 0)",
            "after > 0", "tests/model tests/training/test_step.py"),
     Mutant("the last micro-batch alone", "training/step.py", "jax.tree.map(jnp.add, total, found), None",
            "found, None", STEP),
     Mutant("a bad step updates", "training/step.py", "lax.cond(finite & counts", "lax.cond(counts", STEP),
+    Mutant("adapters without their scale", "config/adapters.py", "scale * A, B, m, constant)",
+           "A, B, m, constant)", ADAPTERS),
+    Mutant("DoRA's norm has a gradient", "config/adapters.py", "constant(lengths(", "(lengths(", ADAPTERS),
+    Mutant("the base is saved too", "training/step.py", 'if name != "base"}', 'if name != "nothing"}', ADAPTERS),
+    Mutant("adapters A and B swapped", "hf/adapters.py", '"A": ".lora_A.weight", "B": ".lora_B.weight"',
+           '"A": ".lora_B.weight", "B": ".lora_A.weight"', "tests/hf/test_adapter_folders.py"),
     Mutant("loss over positions", "training/step.py",
            '1.0 / jnp.maximum(pairs.get("pairs", targets), 1)', "1.0 / tokens.size", STEP),
     Mutant("no end of text", "data/shuffle.py", "np.append(ids, np.int32(end))", "ids",

@@ -14,7 +14,7 @@ from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, require
 from smollm_jax.runtime.signals import Interrupt
 
-GROUPS = ("run", "data", "optimizer", "compute", "model")
+GROUPS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default_factory)]
 
 
 def train(

@@ -30,8 +30,11 @@ def export(
     format: Literal["hf", "gguf"] = "hf",
     dtype: FileDtype | None = None,
     verify: bool = True,
+    merge: bool = False,
 ) -> int:
     """Write a Hugging Face folder that AutoModelForCausalLM loads, or a GGUF file for llama.cpp and Ollama.
+
+    Adapters become a folder that PEFT loads, or a whole model with --merge.
 
     For example: smollm export runs/quickstart --out my-model
 
@@ -43,17 +46,19 @@ def export(
         dtype: Dtype of the file. hf: float32 keeps the bits of the checkpoint and is the default; or bfloat16.
             gguf: f16, the default, or another of the shorter names; q8_0 halves it with next to no loss.
         verify: Compare what was written with the checkpoint, and remove it if they differ.
+        merge: Merge adapters with their base in float32, and write a whole model.
     """
     given = dtype or DTYPES[format][0]
     expected = f"--format {format} writes {', '.join(DTYPES[format])}; --dtype {given} came"
     require(given in DTYPES[format], expected)
+    require(not merge or format == "hf", "a GGUF file always has adapters merged; leave --merge out")
     from smollm_jax.runs.convert import export_model, export_run
 
     try:
         if format == "gguf":
             written, checked = export_model(run, out, step=step, dtype=given, verify=verify)
         else:
-            exported, checked = export_run(run, out, step=step, dtype=given, verify=verify)
+            exported, checked = export_run(run, out, step=step, dtype=given, verify=verify, merge=merge)
             written, checked = Path(out), f"step {exported:,}: {checked}"
     except RuntimeError as error:
         say(f"error: the export was rolled back: {error}")

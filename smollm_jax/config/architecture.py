@@ -24,6 +24,24 @@ PARAMETER_DIMS = {
     "head": "VD",
 }
 
+# How many dims of each matrix, after the layer dim, are its inputs. An adapter goes around these matrices.
+ADAPTED = {
+    "blocks/attention/q": 1,
+    "blocks/attention/k": 1,
+    "blocks/attention/v": 1,
+    "blocks/attention/o": 2,
+    "blocks/mlp/gate": 1,
+    "blocks/mlp/up": 1,
+    "blocks/mlp/down": 1,
+}
+
+
+def adapter_dims(path: str) -> dict[str, str]:
+    """Return the dims of the adapter arrays A, B and m of a matrix. R is the rank."""
+    dims, count = PARAMETER_DIMS[path].removeprefix("L"), ADAPTED[path]
+    inputs, outputs = dims[:count], dims[count:]
+    return {"A": f"L{inputs}R", "B": f"LR{outputs}", "m": f"L{outputs}"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -95,12 +113,17 @@ MODELS = {
 }  # fmt: skip
 
 
-def parameter_shapes(config: ModelConfig, *, one_layer: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter by its path. `one_layer` leaves the layer dim out."""
-    sizes = {
+def sizes_of(config: ModelConfig) -> dict[str, int]:
+    """Return the size of each dim by its letter."""
+    return {
         "V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size, "L": config.num_layers,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim,
     }  # fmt: skip
+
+
+def parameter_shapes(config: ModelConfig, *, one_layer: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter by its path. `one_layer` leaves the layer dim out."""
+    sizes = sizes_of(config)
     return {
         path: tuple(sizes[letter] for letter in dims if not (one_layer and letter == "L"))
         for path, dims in PARAMETER_DIMS.items()

@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
+from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
-from smollm_jax.config.phases import Phase, parse_phases, resize
+from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, parse_phases, resize
 from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
-# of each recipe, at most a tenth of the run
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
-# alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
-SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
+RUNS = "runs"  # the folder of runs without --run-dir
 MESH_AXES = ("data", "fsdp", "tensor")
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
 
@@ -195,6 +193,7 @@ class RunConfig:
     log_every: int = setting(10, "at least 1", resume="free")  # Steps between reports.
     eval_every: int = setting(500, "0 or more", resume="free")
     """Steps between evaluations, with one more at the end (0: never)."""
+    eval_on_start: bool = setting(False, resume="free")  # Evaluate before the first step as well.
     checkpoint_every: int = setting(500, "0 or more", resume="free")
     """Steps between checkpoints, with one more at the end (0: only at the end)."""
     keep_last: int = setting(3, "at least 1", resume="free")  # Newest checkpoints kept.
@@ -202,8 +201,7 @@ class RunConfig:
     """Keep the checkpoint of every Nth step permanently (0: none)."""
     sample_prompts: tuple[str, ...] = setting(PROMPTS, resume="free")  # Prompts continued at each evaluation.
     sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample (0: no samples).
-    report_to: str = setting("tensorboard", resume="free")
-    """Where the figures go beside metrics.jsonl: tensorboard, trackio, wandb, by commas (empty: nowhere)."""
+    report_to: str = setting("tensorboard", resume="free")  # Trackers: tensorboard, trackio, wandb, by commas.
     eval_tasks: str = setting("", resume="free")
     """Tasks scored at each evaluation: names of lm_eval or YAML files, by commas. Needs the extra eval."""
     eval_task_limit: int = setting(200, "0 or more", resume="free")  # Documents per task (0: all).
@@ -214,8 +212,7 @@ class RunConfig:
         require(self.seed < 2**32, f"seed={self.seed} must be below 2**32")
         require(all(map(str.strip, self.sample_prompts)), "sample_prompts: every prompt must have text")
         parse_phases(self.phases)
-        scored = not self.eval_tasks or self.eval_every > 0
-        require(scored, f"eval_tasks={self.eval_tasks} are scored at evaluations, so eval_every=0 must be above 0")
+        require(not self.eval_tasks or self.eval_every > 0, "eval_tasks need evaluations: eval_every above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +230,13 @@ class Config:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         require(self.recipe in WARMUP_STEPS, f"recipe={self.recipe} must be one of {', '.join(WARMUP_STEPS)}")
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
+        has_base = self.run.init_from is not None or not self.adapter.is_on
+        require(has_base, f"lora_rank={self.adapter.lora_rank} needs the weights of a base: give --init-from")
         changed = ", ".join(f"{name}={value}" for name, value in vars(self.preference).items())
         used = self.data.is_pairs or self.preference == PreferenceConfig()
         require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")
@@ -297,4 +297,4 @@ class Config:
 
     @property
     def run_dir(self) -> str:
-        return str(expand_home(self.run.run_dir or f"runs/{self.recipe}"))
+        return str(expand_home(self.run.run_dir or f"{RUNS}/{self.recipe}"))

@@ -102,7 +102,10 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, columns: Columns, wanted:
     json_lines = not path.endswith(".txt")
     with raw:
         file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
-        file.seek(start["byte"])
+        if file is raw:
+            file.seek(start["byte"])
+        else:
+            _pass_over(file, start["byte"])
         lines = _lines(file, raw)
         row = piece = None
         for row, (piece, end) in enumerate(lines if json_lines else _paragraphs(lines), start["row"]):
@@ -121,6 +124,12 @@ def read_text(raw: BinaryIO, path: str, start: Cursor, columns: Columns, wanted:
                 yield Record(value, row, {**start, "row": row + 1, "byte": start["byte"] + end}, fault)
         if row == 0 and piece and not json_lines and (count := piece.count(b"\n")) >= MANY_LINES:
             say_once(f"{path} is one document of {count + 1:,} lines: a blank line would end a document")
+
+
+def _pass_over(file: BinaryIO, size: int) -> None:
+    """Read `size` bytes of a packed file as `_lines` would, so that damage further on costs the same lines."""
+    while size > 0 and (line := file.readline(min(size, LONGEST_BYTES))):
+        size -= len(line)
 
 
 def _value_of(line: str, columns: Columns, path: str, row: int) -> tuple[Any, str]:

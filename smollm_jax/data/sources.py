@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,12 +24,13 @@ from smollm_jax.data.documents import Document, content_of
 from smollm_jax.data.hub_files import BLOCK_BYTES, HubReader, list_files
 from smollm_jax.data.local_files import SUFFIXES, data_files, require_known
 from smollm_jax.data.python_docs import python_docs
+from smollm_jax.data.python_questions import python_preferences, python_questions
 from smollm_jax.data.readers import Columns, Cursor, Record, RowFilter, read_parquet, read_text
 from smollm_jax.runtime.errors import SourceTimeout, UserError, one_line, require, say_once
 from smollm_jax.runtime.retry import FRESH_SECONDS, WAYS_OUT
 
 START: Cursor = {"file": 0, "row": 0, "byte": 0}
-BUILTIN = "builtin:python-docs"
+DOCS, QUESTIONS = "builtin:python-docs", "builtin:python-questions"
 UNEVEN = 1.1  # how much larger one shard of whole files may be than another: all shards give as many rows
 PARSE_TRIES = 3  # fresh reads of a Hub file before it is called corrupt
 # The hash of a local file covers all of it if the source is small, else this many probes spread over the
@@ -180,24 +181,37 @@ class HubSource(Source):
         return cast(BinaryIO, raw if self.files[i].endswith(".parquet") else io.BufferedReader(raw, BLOCK_BYTES))
 
 
-class PythonDocsSource(Source):
-    """The prose inside every CPython, as one file."""
+class BuiltInSource(Source):
+    """What every CPython carries, as one file: prose, or questions about it with their answers."""
 
-    def __init__(self, settings: DataConfig):
+    def __init__(self, spec: str, settings: DataConfig):
+        """Raise `UserError` if the source has no rows of the kind that is read."""
+        rows = BUILT_IN[spec].get(settings.data_kind)
+        of_kind = f"--data {spec} has no rows of --data-kind {settings.data_kind}"
+        if rows is None:
+            raise UserError(f"{of_kind}; it has {', '.join(BUILT_IN[spec])}")
+        self.rows = rows()
         version = ".".join(map(str, sys.version_info[:3]))
-        prints = [_short_hash(version, *python_docs())]
-        super().__init__(BUILTIN, [f"{BUILTIN} of Python {version}"], [], prints, settings)
+        prints = [_short_hash(version, *self.rows)]
+        super().__init__(spec, [f"{spec} of Python {version}"], [], prints, settings)
 
     def records(self, start: Cursor, wanted: RowFilter) -> Iterator[Record]:
-        for row, text in enumerate(python_docs()[start["row"] :], start["row"]):
+        for row, value in enumerate(self.rows[start["row"] :], start["row"]):
             if wanted(row):
-                yield Record(text, row, {**start, "row": row + 1})
+                yield Record(value, row, {**start, "row": row + 1})
+
+
+# of each built-in source, what gives its rows to each kind of data
+BUILT_IN: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
+    DOCS: {"text": python_docs, "chat": python_docs},
+    QUESTIONS: {"chat": python_questions, "pairs": python_preferences},
+}
 
 
 def check_source(spec: str) -> None:
     """Raise `UserError` for a built-in source or local files that are not there. Opens nothing."""
     if spec.startswith("builtin:"):
-        require(spec == BUILTIN, f"--data {spec}: the only built-in source is {BUILTIN}")
+        require(spec in BUILT_IN, f"--data {spec}: the built-in sources are {' and '.join(BUILT_IN)}")
     elif looks_local(spec):
         data_files(spec)
 
@@ -210,7 +224,7 @@ def open_source(spec: str, settings: DataConfig, *, resumes: bool = False) -> So
     """
     if spec.startswith("builtin:"):
         check_source(spec)
-        return PythonDocsSource(settings)
+        return BuiltInSource(spec, settings)
     if not looks_local(spec):
         return HubSource(spec, settings, resumes=resumes)
     if settings.split not in {recipe.data.split for recipe in RECIPES.values()}:

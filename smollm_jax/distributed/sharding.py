@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from smollm_jax.config.architecture import PARAMETER_DIMS
+from smollm_jax.config.architecture import ADAPTED, PARAMETER_DIMS, adapter_dims
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.runtime.errors import require
 
@@ -24,8 +24,13 @@ BATCH_AXES = ("data", "fsdp")
 
 # The dims of each parameter, and the dims each axis prefers, best first: an axis takes the first dim that it
 # divides and that leaves one for the axis after it. Layers are scanned, so never divided. H comes last: attention
-# contracts H, so its sums would cross devices. Norms are too small to divide.
+# contracts H, so its sums would cross devices. Norms are too small to divide. An adapter without such
+# dims stays whole.
 DIMS = {name: dims for path, dims in PARAMETER_DIMS.items() if (name := path.split("/")[-1]) != "scale"}
+ADAPTER_DIMS = {
+    f"{path.split('/')[-1]}_{part}": dims for path in ADAPTED for part, dims in adapter_dims(path).items()
+}
+DIMS |= ADAPTER_DIMS
 PREFERRED = {"tensor": "NKFVDH", "fsdp": "DFVNKH"}
 
 
@@ -121,6 +126,8 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes = [axis for axis in PREFERRED if mesh.shape[axis] > 1]
     divided = ([d for d in PREFERRED[axis] if d in sizes and sizes[d] % mesh.shape[axis] == 0] for axis in axes)
     found = next((dims for dims in product(*divided) if len(set(dims)) == len(dims)), None)
+    if found is None and name in ADAPTER_DIMS:
+        return PartitionSpec()
     asked = ",".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
     each = "each axis needs one of its own; give numbers that divide them"
     require(found is not None, f"--mesh {asked} divides no dim of {name} {sizes}: {each}")

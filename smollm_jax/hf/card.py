@@ -8,6 +8,7 @@ from smollm_jax.config.architecture import ModelConfig
 
 BASE = "A base model: it continues text and follows no instructions."
 INSTRUCT = "An instruct model: it was fine-tuned on conversations, and answers through its chat template."
+ADAPTERS = " This folder holds adapters alone, which change the weights of their base."
 PREFERRED = (
     "An instruct model: direct preference optimization trained it on pairs of a chosen and a rejected answer. "
     "It answers through its chat template."
@@ -41,25 +42,30 @@ class About:
 
 
 def model_card(
-    config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None, gguf: str | None = None
-) -> str:
-    """Return Markdown with the front matter that the Hub reads. `gguf` is the file's name if it is a GGUF file."""
-    rows = {"Parameters": f"{config.num_parameters:,}", "File dtype": dtype}
+    config: ModelConfig, about: About, *, dtype: str, checked: str, picture: str | None, gguf: str | None = None,
+    adapter: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Return Markdown with the front matter that the Hub reads. `gguf` is the file's name if it is a GGUF file.
+
+    `adapter` is adapter_config.json if the folder holds adapters alone.
+    """
+    rows = {"Parameters": f"{config.num_parameters:,}", "File dtype": dtype} | _adapter_rows(adapter)
     rows |= {label: _cell(value) for label, value in about.rows.items() if value is not None}
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
-    library = "llama.cpp" if gguf else "transformers"
+    library = "llama.cpp" if gguf else "peft" if adapter else "transformers"
     head = [f"license: {LICENSE}", f"library_name: {library}", "pipeline_tag: text-generation"]
     head += [f"language: {about.language}"] if about.language else []
     head += [f"base_model: {about.base_model}"] if about.base_model else []
     head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
-    head += ["tags:", "- llama", "- smollm", "- jax"]
+    head += ["tags:", "- llama", "- smollm", "- jax", *(["- lora"] if adapter else [])]
+    kind = PREFERRED if about.pairs else INSTRUCT if about.chat else BASE
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {' '.join(about.title.split())}",
-        f"Trained with smollm-jax. {PREFERRED if about.pairs else INSTRUCT if about.chat else BASE}",
+        f"Trained with smollm-jax. {kind}{ADAPTERS if adapter else ''}",
         f"| | |\n|---|---|\n{table}",
         *([f"![loss]({picture})"] if picture else []),
-        _use_gguf(gguf) if gguf else _use_transformers(about),
+        _use_gguf(gguf) if gguf else _use_peft(adapter, about) if adapter else _use_transformers(about),
         *([f"A sample from the end of the training:\n\n{_quoted(_sample(about))}"] if about.sample else []),
         f"Check at export: {checked}.",
     ]
@@ -83,6 +89,27 @@ def _use_transformers(about: About) -> str:
 from transformers import pipeline
 
 write = pipeline("text-generation", "{PLACE}")
+print({_call(about)})
+```"""
+
+
+def _adapter_rows(adapter: dict[str, Any] | None) -> dict[str, str]:
+    if adapter is None:
+        return {}
+    kind = "DoRA" if adapter["use_dora"] else "LoRA"
+    sizes = f"{kind}, rank {adapter['r']}, alpha {adapter['lora_alpha']:g}"
+    matrices = ", ".join(adapter["target_modules"])
+    return {"Adapters": f"{sizes}, on {matrices}", "Base": _cell(adapter["base_model_name_or_path"])}
+
+
+def _use_peft(adapter: dict[str, Any], about: About) -> str:
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+base = AutoModelForCausalLM.from_pretrained({adapter["base_model_name_or_path"]!r})
+model = PeftModel.from_pretrained(base, "{PLACE}")
+write = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{PLACE}"))
 print({_call(about)})
 ```"""
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
+from smollm_jax.hf.adapters import open_adapters, read_adapters, write_adapters
 from smollm_jax.hf.card import About, model_card
 from smollm_jax.hf.config_json import generation_config, hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.hf.publish import CURVE, refuse_foreign, write_card
-from smollm_jax.hf.reader import INDEX, read_folder
+from smollm_jax.hf.reader import INDEX, read_config, read_folder
 from smollm_jax.runtime.errors import UserError, one_line, require, say
 from smollm_jax.runtime.files import expand_home, moved_aside, named_failure, read_json, written_aside
 from smollm_jax.runtime.trees import flatten, unflatten
@@ -82,9 +84,11 @@ def export_folder(
     curve: Path | Callable[[Path], bool] | None = None,
     verify: bool = True,
     aside: bool = False,
+    compare: Callable[[Params, Path], str] | None = None,
 ) -> str:
     """Write a Hugging Face folder, check it, then move it to `out`. Returns a sentence on the check.
 
+    `compare` checks the parameters of the written folder further, and returns what it found.
     `curve` is a picture, or draws one at a path and returns whether it did. An older unchanged export is replaced.
     If `out` holds anything else, it is renamed if `aside` is true. Otherwise raises `UserError`. Raises
     `RuntimeError` if the check fails: an older export stays.
@@ -102,6 +106,8 @@ def export_folder(
             tokenizer.save(part)
             _name_context(part / "tokenizer_config.json", tokenizer, config)
         checked = check(part, params, config, dtype) if verify else "not checked (--no-verify)"
+        if verify and compare is not None:
+            checked += f"; {compare(read_folder(part)[1], part)}"
         if isinstance(curve, Path):
             shutil.copyfile(curve, part / CURVE)
         drawn = curve(part / CURVE) if callable(curve) else curve is not None
@@ -115,11 +121,11 @@ def export_folder(
 def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
     """Compare a written folder with `params`. Returns what was compared, raises `RuntimeError` on a difference."""
     try:
-        read_config, read = read_folder(folder)
+        config_read, read = read_folder(folder)
     except ValueError as error:
         raise RuntimeError(f"the export cannot be read back: {error}") from None
-    if read_config != config:
-        raise RuntimeError(f"config.json reads back as {read_config}, not {config}")
+    if config_read != config:
+        raise RuntimeError(f"config.json reads back as {config_read}, not {config}")
     read_back = flatten(read, "/")
     for name, leaf in flatten(params, "/").items():
         ours = leaf.astype(dtype).astype(np.float32)
@@ -131,7 +137,60 @@ def check(folder: Path, params: Params, config: ModelConfig, dtype: str) -> str:
         import transformers  # noqa: F401
     except ImportError:
         return f"read back through our own import, bit for bit{NO_TORCH}"
-    return f"{_compare_logits(folder, read_config, read)}; bits read back equal"
+    return f"{_compare_logits(folder, config_read, read)}; bits read back equal"
+
+
+def export_adapters(
+    adapters: Params, settings: AdapterConfig, config: ModelConfig, out: str | Path,
+    *, base: dict[str, Any], tokenizer_folder: Path, about: About, verify: bool, aside: bool,
+) -> str:  # fmt: skip
+    """Write adapters as PEFT's folder with a tokenizer, check it, then move it to `out`.
+
+    Returns and raises as `export_folder` does.
+    """
+    out = Path(os.path.realpath(out))
+    with written_aside(out) as part:
+        _make_way(out, part, aside=aside)
+        part.mkdir(parents=True)
+        write_adapters(part, adapters, settings, config, base=base)
+        Tokenizer(tokenizer_folder).save(part)
+        checked = "not checked (--no-verify)"
+        if verify:
+            read = flatten(read_adapters(open_adapters(part), config)[0], "/")
+            for name, leaf in flatten(adapters, "/").items():
+                if not np.array_equal(np.asarray(leaf).view(np.uint32), read[name].view(np.uint32)):
+                    raise RuntimeError(f"{name} reads back otherwise than it was written")
+            checked = "adapters read back bit for bit"
+        written = open_adapters(part).settings
+        card = model_card(config, about, dtype="float32", checked=checked, picture=None, adapter=written)
+        write_card(part, card)
+        _make_way(out, part, aside=aside)
+    return checked
+
+
+def compare_merged(base: Params, adapters: Params, scale: float, merged: Params, folder: Path) -> str:
+    """Compare logits of a merged folder with base and adapters apart. Raises `RuntimeError` if they differ."""
+    import jax
+    import jax.numpy as jnp
+
+    from smollm_jax.model.transformer import Adapters, SmolLM
+
+    config = read_config(folder)
+    tokens = Tokenizer(folder).encode(TEXT)[None, : min(CHECKED_TOKENS, config.max_seq_len)]
+
+    @jax.jit
+    def logits(params: Params, adapters: Params | None) -> jax.Array:
+        model = SmolLM.from_params(config, params)
+        apart = None if adapters is None else Adapters(adapters, scale)
+        return model.features(jnp.asarray(tokens), adapters=apart) @ model.head_VD.T
+
+    with jax.default_matmul_precision("highest"):
+        apart, together = np.asarray(logits(base, adapters)), np.asarray(logits(merged, None))
+    difference = float(np.abs(apart - together).max() / np.abs(apart).max())
+    found = f"logits of the merged weights differ from base and adapters by {difference:.1e} of the largest"
+    if not difference <= LARGEST_DIFFERENCE:
+        raise RuntimeError(f"{found}; at most {LARGEST_DIFFERENCE:.0e} is allowed, give --dtype float32")
+    return found
 
 
 def load_hf(path: str | Path) -> Any:

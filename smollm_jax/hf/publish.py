@@ -11,6 +11,8 @@ from pathlib import Path
 
 import xxhash
 
+from smollm_jax.hf.adapters import SETTINGS, is_adapter_folder, open_adapters
+from smollm_jax.hf.adapters import WEIGHTS as ADAPTERS
 from smollm_jax.hf.card import PLACE, REPO
 from smollm_jax.hf.config_json import model_config
 from smollm_jax.hf.reader import INDEX, tensor_files
@@ -22,7 +24,7 @@ from smollm_jax.tokenizer.tokenizer import FILES
 ANSWER_SECONDS, SLOWEST_BYTES = 60.0, 50_000  # of the Hub, which may accept and never answer. Bytes per second
 CARD, CURVE = "README.md", "loss.png"
 # exact names: a person keeps notes beside an export, under names such as tokenizer_notes.md
-NAMES = {"config.json", "generation_config.json", INDEX, *FILES, CARD, CURVE}
+NAMES = {"config.json", "generation_config.json", INDEX, *FILES, CARD, CURVE, SETTINGS, ADAPTERS}
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
 RECORD = re.compile(rb"\n<!-- written by smollm-jax, as the checksums tell: (.*) -->\n\Z")
 
@@ -83,9 +85,12 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     require(folder.is_dir(), f"there is no folder {folder}; python -m smollm_jax export makes one")
     is_run = (folder / "checkpoints").is_dir()
     require(not is_run, f"{folder} is a run; push {folder / 'export'}, or the folder that export wrote")
-    require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
-    model_config(read_json(folder / "config.json"))
-    tensor_files(folder)  # raises if weights are missing
+    if is_adapter_folder(folder):
+        open_adapters(folder)
+    else:
+        require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
+        model_config(read_json(folder / "config.json"))
+        tensor_files(folder)  # raises if weights are missing
     files = sorted(path for path in folder.iterdir() if path.is_file() and is_exported(path.name))
     for path in files:
         require(

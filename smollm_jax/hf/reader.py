@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.settings import RUNS
 from smollm_jax.hf.config_json import LARGEST_SIZE, model_config, token_ids
 from smollm_jax.hf.gguf_file import SUFFIX
 from smollm_jax.hf.mapping import Params, from_hf, tensors
@@ -22,8 +23,8 @@ from smollm_jax.runtime.retry import download_snapshot
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files to download from the Hub: no pickles and no code
-WANTED = ("config.json", "generation_config.json", "*.safetensors", INDEX, "tokenizer*", "*.jinja",
-          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+WANTED = ("config.json", "generation_config.json", "adapter_config.json", "*.safetensors", INDEX, "tokenizer*",
+          "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 DOWNLOAD_SECONDS = 600.0  # weights of gigabytes may break off several times on the way
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 READABLE = ("float32", "bfloat16", "float16")  # f32 holds each of these without rounding
@@ -46,9 +47,9 @@ def read_folder(path: str | Path) -> tuple[ModelConfig, Params]:
     if extra := [name for name in more if not name.endswith("rotary_emb.inv_freq")]:
         lacks = f"which a Llama of this config.json does not have ({len(extra)} such)"
         raise UserError(f"{folder} holds tensor {extra[0]}, {lacks}")
-    params = from_hf(lambda name: _read_tensor(where[stored[name]], stored[name]), config)
+    params = from_hf(lambda name: read_tensor(where[stored[name]], stored[name]), config)
     if config.tie_embeddings and HEAD in where:
-        head = _read_tensor(where[HEAD], HEAD).astype(np.float32)
+        head = read_tensor(where[HEAD], HEAD).astype(np.float32)
         differs = f"{folder}: lm_head.weight differs from the embedding though tie_word_embeddings is true"
         require(np.array_equal(head, params["embedding"]), differs)
     return config, params
@@ -89,12 +90,15 @@ def is_gguf(path: str | Path) -> bool:
 def check_place(path: str | Path) -> Path:
     """Return `path` with ~ expanded. Raises `UserError` if it is no folder or .gguf file and no id."""
     folder = expand_home(path)
-    require(
-        folder.is_dir()
-        or is_gguf(path)
-        or (str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))),
-        f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M",
-    )
+    if folder.is_dir() or is_gguf(path):
+        return folder
+    is_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+    # the Hub is not asked for a folder beside others, nor for a run before the first
+    if is_id and (folder.parent.is_dir() or folder.parent.name == RUNS):
+        others = sorted(other.name for other in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        held = f"{folder.parent} holds {', '.join(others[:5]) or 'nothing'}{' and more' if others[5:] else ''}"
+        raise UserError(f"there is no folder {path}; {held}")
+    require(is_id, f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M")
     return folder
 
 
@@ -111,7 +115,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
             instead = f" but {pickles[0]}, a pickle, which can run code" if pickles else ""
             raise UserError(f"{folder} has no {file.name}{instead}; only safetensors are read")
-        with _opened(file) as tensors_of:
+        with opened(file) as tensors_of:
             names = list(tensors_of.keys())
         for name in names:
             require(name not in where, f"{folder}: tensor {name} stands in more than one file")
@@ -136,7 +140,7 @@ def _weight_map(file: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(file: Path, part: str = "") -> Iterator[Any]:
+def opened(file: Path, part: str = "") -> Iterator[Any]:
     """Open a safetensors file. Raises `UserError` if the file, or the part read from it, is damaged."""
     import ml_dtypes  # noqa: F401 - lets numpy hold bf16
     from safetensors import SafetensorError, safe_open
@@ -151,8 +155,8 @@ def _opened(file: Path, part: str = "") -> Iterator[Any]:
         raise UserError(f"{file}{part} cannot be read, it may be cut short: {one_line(error)}") from None
 
 
-def _read_tensor(file: Path, name: str) -> np.ndarray:
-    with _opened(file, f", tensor {name},") as tensors_of:
+def read_tensor(file: Path, name: str) -> np.ndarray:
+    with opened(file, f", tensor {name},") as tensors_of:
         value = tensors_of.get_tensor(name)
     held = f"tensor {name} holds {value.dtype.name}"
     require(value.dtype.name in READABLE, f"{held}; {', '.join(READABLE)} can be read")

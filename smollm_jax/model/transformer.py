@@ -13,19 +13,20 @@ G = N/K · H head width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from smollm_jax.config.adapters import apply_adapters
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.model.attention import starts_of
 from smollm_jax.model.ops import PRODUCT, REFERENCE, Ops, Rope, cheap
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
-from smollm_jax.runtime.trees import flatten
+from smollm_jax.runtime.trees import flatten, unflatten
 
 Params = dict[str, Any]
 Policy = Literal["none", "dots", "full"]
@@ -33,6 +34,13 @@ POLICIES: tuple[Policy, ...] = ("none", "dots", "full")  # from the fastest to t
 _policies = jax.checkpoint_policies
 # what the backward pass does not recompute
 KEPT = {"dots": _policies.save_only_these_names(PRODUCT), "full": _policies.nothing_saveable}
+
+
+class Adapters(NamedTuple):
+    """Stacked adapter arrays by path (config/adapters.py), and their scale."""
+
+    params: Params
+    scale: float
 
 
 def rope_angles(positions_BT: jax.Array, *, head_dim: int, theta: float) -> Rope:
@@ -147,20 +155,34 @@ class SmolLM(nnx.Module):
         """Return the weights (V, D) that turn features into logits. Tied weights are the embedding itself."""
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
-    def features(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """Return final normed hidden states (B, T, D). `segment_ids_BT` keeps the documents of a row apart."""
+    def features(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None, adapters: Adapters | None = None
+    ) -> jax.Array:
+        """Return final normed hidden states (B, T, D). `segment_ids_BT` keeps the documents of a row apart.
+
+        With `adapters`, each layer adds them to its weights.
+        """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         start_BT = starts_of(segment_ids_BT)
-        return self.features_at(tokens_BT, jnp.arange(start_BT.shape[1])[None] - start_BT, start_BT)
+        positions_BT = jnp.arange(start_BT.shape[1])[None] - start_BT
+        return self.features_at(tokens_BT, positions_BT, start_BT, adapters)
 
-    def features_at(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array) -> jax.Array:
+    def features_at(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        start_BT: jax.Array,
+        adapters: Adapters | None = None,
+    ) -> jax.Array:
         """Return what `features` does, of tokens at given positions. `ops.attention` takes `start_BT`."""
         with jax.named_scope("projections"):
             rope = rope_angles(positions_BT, head_dim=self.config.head_dim, theta=self.config.rope_theta)
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BTD: jax.Array, weights: Any) -> jax.Array:
+            if adapters is not None:
+                weights = _adapted(weights, adapters.scale)
             return nnx.merge(graphdef, weights)(x_BTD, rope, start_BT, self.ops)
 
         apply = layer
@@ -171,8 +193,11 @@ class SmolLM(nnx.Module):
         apply = self.ops.wrap_layer(apply)
         with jax.named_scope("embedding"):
             x_BTD = self.ops.embed(self.embedding[...], tokens_BT).astype(self.dtype)
+        layers: Any = stacked
+        if adapters is not None:
+            layers = stacked, adapters.params["blocks"]
         with jax.named_scope("layers"):
-            x_BTD, _ = jax.lax.scan(lambda x, each: (apply(x, each), None), x_BTD, stacked, unroll=self.unroll)
+            x_BTD, _ = jax.lax.scan(lambda x, each: (apply(x, each), None), x_BTD, layers, unroll=self.unroll)
         return self.final_norm(x_BTD)
 
     def __call__(self, tokens_BT: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -198,6 +223,20 @@ def init_params(config: ModelConfig, seed: int, *, scale_residual: bool = False)
 def params_of(model: SmolLM) -> Params:
     """Return the parameters as nested dicts of arrays, layers stacked on their first dim."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def _adapted(weights: tuple[nnx.State, Params], scale: float) -> nnx.State:
+    """Return a layer's weights with its adapters in them, f32 as `Ops` expect.
+
+    The kernels then need no form with adapters. A compute dtype rounds the sum, as it rounds weights in training.
+    """
+    state, trained = weights
+    block, adapters = (flatten({"blocks": tree}, "/") for tree in (nnx.to_pure_dict(state), trained))
+    with jax.named_scope("adapters"):
+        block = {name: leaf.astype(jnp.float32) for name, leaf in block.items()}
+        merged = apply_adapters(block, adapters, scale, jax.lax.stop_gradient)
+    nnx.replace_by_pure_dict(state, unflatten(merged, "/")["blocks"])
+    return state
 
 
 def _normal(config: ModelConfig, rngs: nnx.Rngs, path: str) -> nnx.Param:

@@ -52,8 +52,27 @@ class Step:
         return self.rows_per_chip * self.config.data.seq_len
 
     @cached_property
+    def state(self) -> dict[str, Any]:
+        return abstract_state(self.config, self.mesh)
+
+    @property
     def parameters_per_chip(self) -> int:
-        return bytes_a_device(abstract_state(self.config, self.mesh)["params"]) // 4
+        """Return the trained parameters on one chip: of adapters, or all."""
+        return bytes_a_device(self.state["params"]) // 4
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Return the bytes on one chip of a frozen base, and of its layers' weights with adapters in them."""
+        base = self.state.get("base")
+        if base is None:
+            return 0
+        merged = bytes_a_device(base["blocks"]) if self.remat == "none" else 0
+        return bytes_a_device(base) + merged
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Return the bytes of the moments on one chip."""
+        return bytes_a_device(self.state["opt_state"])
 
 
 def estimate(step: Step, chip: Chip) -> dict[str, float]:
@@ -113,8 +132,9 @@ def traffic_bytes(step: Step) -> float:
 def memory_bytes(step: Step) -> int:
     """Return the bytes per chip that the step needs at once. Used if the devices have no compiler here.
 
-    The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer.
-    With remat, all residuals of one layer count too. One chunk of logits and its gradient count as well.
+    The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer. A
+    frozen base counts in the compute dtype. With remat, all residuals of one layer count too. One chunk of logits
+    and its gradient count as well.
     """
     model, compute, dtype_bytes = step.config.model, step.config.compute, step.dtype.itemsize
     tokens = step.tokens_per_chip // compute.grad_accum
@@ -124,7 +144,7 @@ def memory_bytes(step: Step) -> int:
     chunk_tokens = min(compute.loss_chunk_for(step.remat, on_gpu=on_gpu), tokens)
     chunk = model.vocab_size * (chunk_tokens * 10 + model.hidden_size * 4)
     state = step.parameters_per_chip * (STATE_BYTES + 4 + dtype_bytes)
-    return int(state + tokens * per_token / step.mesh.shape["tensor"] + chunk)
+    return int(state + step.frozen_bytes + tokens * per_token / step.mesh.shape["tensor"] + chunk)
 
 
 def residual_bytes(model: ModelConfig, remat: Policy) -> int:

@@ -69,7 +69,8 @@ def attempt(config: Config, topology: Topology, remat: Policy) -> Plan:
     else:
         needed = memory_bytes(step)
     devices = topology.devices
-    needed += beside_the_step(devices[0].platform, config.model.num_parameters, devices=len(devices))
+    trained = config.adapter.trained_parameters(config.model)
+    needed += beside_the_step(devices[0].platform, trained, devices=len(devices))
     return Plan(topology=topology, step=step, memory_bytes=needed)
 
 
@@ -151,6 +152,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "chips": step.mesh.size,
         "mesh": dict(step.mesh.shape),
         "parameters": model.num_parameters,
+        "trained_parameters": config.adapter.trained_parameters(config.model),
+        "optimizer_memory_bytes": step.optimizer_bytes,
         "batch_size": step.batch_size,
         "batch_a_chip": step.rows_per_chip,
         "seq_len": config.data.seq_len,

@@ -19,14 +19,25 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import looks_local, mixture
+from smollm_jax.hf.adapters import SETTINGS
+from smollm_jax.hf.adapters import merge as merged
 from smollm_jax.hf.card import REPO, About
 from smollm_jax.hf.config_json import hf_config
-from smollm_jax.hf.export import export_folder
+from smollm_jax.hf.export import compare_merged, export_adapters, export_folder
 from smollm_jax.hf.gguf_export import export_gguf
 from smollm_jax.hf.gguf_file import read_file
 from smollm_jax.hf.publish import refuse_foreign, refuse_links
 from smollm_jax.hf.reader import is_gguf, local_folder
-from smollm_jax.runs.load import is_run, load_model, progress_of, read_run, with_ids_of
+from smollm_jax.runs.load import (
+    base_record,
+    is_run,
+    load_base,
+    load_model,
+    progress_of,
+    read_run,
+    read_whole,
+    with_ids_of,
+)
 from smollm_jax.runs.metrics import duration
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import evaluations, last_sample, read_metrics, scores_in
@@ -43,21 +54,39 @@ def export_run(
     dtype: str = "float32",
     verify: bool = True,
     aside: bool = False,
+    merge: bool = False,
 ) -> tuple[int, str]:
     """Export checkpoint `step` of a run, by default the newest good one, to `out`.
 
-    Returns the step, and a sentence on how the folder was compared with the run. Raises `UserError` if `run_dir`
-    is no run, or `out` holds something else and `aside` is false. Raises `RuntimeError` if the written folder does
-    not agree with the checkpoint. No folder is left then.
+    Adapters are written as PEFT's folder, or with `merge` as a whole model. Returns the step, and a sentence on
+    how the folder was compared with the run. Raises `UserError` if `run_dir` is no run, or `out` holds something
+    else and `aside` is false. Raises `RuntimeError` if the written folder does not agree with the checkpoint. No
+    folder is left then.
     """
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
     if not aside:  # before gigabytes are read
         refuse_foreign(out, out)
     found, params = read_params(run_dir / "checkpoints", step)
-    model = with_ids_of(config.model, load_tokenizer(str(run_dir / "tokenizer")))
+    tokenizer, about = run_dir / "tokenizer", about_run(run_dir, found)
+    model = with_ids_of(config.model, load_tokenizer(str(tokenizer)))
+    settings, compare = config.adapter, None
+    require(settings.is_on or not merge, f"--merge is for runs with adapters; {run_dir} trained whole weights")
+    if settings.is_on and not merge:
+        require(dtype == "float32", f"--dtype {dtype} is for whole models; adapters are written in float32")
+        base = base_record(found)
+        checked = export_adapters(
+            params, settings, model, out, base=base, tokenizer_folder=tokenizer, about=about, verify=verify,
+            aside=aside,
+        )  # fmt: skip
+        opens = f"; PEFT opens no run: export {base['path']}, and name that folder in {SETTINGS}"
+        return found.step, checked + (opens if is_run(base["path"]) else "")
+    if merge:
+        base = load_base(base_record(found), config.model)
+        compare = partial(compare_merged, base, params, settings.scale)
+        params = merged(base, params, settings.scale)
     return found.step, export_folder(
-        params, model, out, dtype=dtype, tokenizer_folder=run_dir / "tokenizer", about=about_run(run_dir, found),
+        params, model, out, dtype=dtype, tokenizer_folder=tokenizer, about=about, compare=compare,
         curve=partial(draw, run_dir), verify=verify, aside=aside,
     )  # fmt: skip
 
@@ -73,7 +102,7 @@ def export_model(
     refuse_foreign(out, out)  # before gigabytes are read
     if is_run(path):
         path = expand_home(path)
-        found, params = read_params(path / "checkpoints", step)
+        found, params = read_whole(path, read_run(path), step)
         about, tokenizer = about_run(path, found), load_tokenizer(str(path / "tokenizer"))
         model = with_ids_of(read_run(path).model, tokenizer)
     else:

@@ -10,9 +10,10 @@ from typing import Any
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint, find_checkpoint, open_checkpoint, steps_in
 from smollm_jax.checkpoint.manager import read_params
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.hf.adapters import is_adapter_folder, merge, open_adapters, read_adapters, weights_sha256
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.gguf_model import read_gguf
 from smollm_jax.hf.reader import is_gguf, local_folder, read_folder
@@ -87,24 +88,110 @@ def load_model(
     """
     if is_run(path):
         config, path = read_run(path), expand_home(path)
-        found, params = read_params(path / "checkpoints", step)
+        found, params = read_whole(path, config, step)
+        require((path / "tokenizer").is_dir(), f"{path}/tokenizer is missing; restore it, or open {path}/export")
         tokenizer = load_tokenizer(
             str(path / "tokenizer"), special_tokens=special_tokens or config.data.special_tokens
         )
         if "progress" in found.meta:  # an import has none
             tokenizer.encode_as_of(progress_of(found)[1]["tokenizer"])
         return config.model, params, tokenizer
+    refuse_broken_run(expand_home(path))
     require(step is None, f"{path} is not a run, so it has no step {step}")
     if is_gguf(path):
         model, params, tokenizer = read_gguf(expand_home(path))
         tokenizer.mode = special_tokens or "text"
         return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
     folder = local_folder(path)
+    if is_adapter_folder(folder):
+        return _merged_folder(folder, special_tokens)
     model, params = read_folder(folder)
     tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
     sizes = f"{tokenizer.vocab_size} entries, the model only {model.vocab_size}"
     require(tokenizer.vocab_size <= model.vocab_size, f"{path}: the tokenizer has {sizes}")
     return model.ending_at([*model.stop_ids, tokenizer.eos_id]), params, tokenizer
+
+
+def refuse_broken_run(folder: Path) -> None:
+    """Raise `UserError` for a run folder that has lost its config.json or its checkpoints."""
+    try:
+        values = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    except ValueError:
+        return  # its reader says more
+    without = "config.json" if values is None and (folder / "checkpoints").is_dir() else ""
+    without = "checkpoints" if isinstance(values, dict) and {"run", "data"} <= values.keys() else without
+    export = folder / "export"
+    instead = (
+        f"its export can be opened: {export}" if export.is_dir() else "train it again, or open another folder"
+    )
+    require(not without, f"{folder} is a run without {without}; {instead}")
+
+
+def read_whole(run: Path, config: Config, step: int | None) -> tuple[VerifiedCheckpoint, Any]:
+    """Return a checkpoint, by default the newest good one, and its weights with any adapters merged in f32."""
+    found, params = read_params(run / "checkpoints", step)
+    if config.adapter.is_on:
+        params = merge(load_base(base_record(found), config.model), params, config.adapter.scale)
+    return found, params
+
+
+def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[ModelConfig, Any, Tokenizer]:
+    """Return the model of a PEFT folder, merged with its base in f32. Its own tokenizer goes before the base's."""
+    found = open_adapters(folder)
+    one = f"{folder} goes over other adapters, {found.base}; merge them first: python -m smollm_jax import"
+    require(not is_adapter_folder(expand_home(found.base)), one)
+    model, params, tokenizer = _open_base(found.base, None, special_tokens)
+    check_base(found.base, params, found.base_hash)
+    adapters, scale = read_adapters(found, model)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
+    return model.ending_at([tokenizer.eos_id, *model.stop_ids]), merge(params, adapters, scale), tokenizer
+
+
+def open_for_adapters(source: str) -> tuple[ModelConfig, Any, Tokenizer, dict[str, Any]]:
+    """Return a model as `load_model` does, and the record of its weights: place, step of a run, and hash."""
+    step = newest_step(source) if is_run(source) else None
+    model, params, tokenizer = load_model(source, step)
+    return model, params, tokenizer, place_of(source) | {"step": step, "sha256": weights_sha256(params)}
+
+
+def place_of(source: str) -> dict[str, str]:
+    """Return the part of a record that says where the weights are: an absolute path, or a Hub id as it is."""
+    path = expand_home(source)
+    return {"path": str(path.absolute()) if path.exists() else source}
+
+
+def base_record(found: VerifiedCheckpoint) -> dict[str, Any]:
+    """Return the record of the base in a checkpoint of adapters. Raises `UserError` if it is damaged."""
+    base = found.meta.get("base")
+    is_whole = isinstance(base, dict) and all(isinstance(base.get(name), str) for name in ("path", "sha256"))
+    require(is_whole, f"checkpoint {found.step} is damaged: its meta.json lacks the base of its adapters")
+    return dict(base or {})
+
+
+def load_base(base: dict[str, Any], model: ModelConfig) -> Any:
+    """Return the weights on record. Raises `UserError` if they are gone, or are other weights now."""
+    theirs, params, _ = _open_base(base["path"], base.get("step") if is_run(base["path"]) else None, None)
+    same = parameter_shapes(theirs) == parameter_shapes(model)
+    require(same, f"{base['path']} is another base than the adapters were trained on: its shapes differ")
+    check_base(base["path"], params, base["sha256"])
+    return params
+
+
+def _open_base(
+    path: str, step: int | None, special_tokens: SpecialTokens | None
+) -> tuple[ModelConfig, Any, Tokenizer]:
+    try:
+        return load_model(path, step, special_tokens=special_tokens)
+    except UserError as error:
+        moved = "adapter_config.json or --init-from can name its new place"
+        raise UserError(f"the base of the adapters cannot be opened; {moved}: {error}") from None
+
+
+def check_base(path: str, params: Any, recorded: str | None) -> None:
+    """Raise `UserError` unless the weights have the hash on record, if there is one."""
+    same = recorded is None or weights_sha256(params) == recorded
+    require(same, f"{path} is another base than the adapters were trained on; bring back its weights")
 
 
 def with_ids_of(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

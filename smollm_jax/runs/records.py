@@ -69,14 +69,14 @@ def _is_number(value: Any, kind: Any) -> bool:
 def keep_records(run_dir: Path, step: int) -> tuple[int, dict[int, str]]:
     """Cut metrics.jsonl and samples.txt back to `step`, because the run repeats later steps.
 
-    Returns the last step whose evaluation is kept. Also returns the batch hash of every step on record, even of
-    later steps: a repeated step must agree.
+    Returns the last step whose evaluation is kept, else -1, and the batch hash of every step on record. Hashes of
+    later steps are among them: a repeated step must agree.
     """
     metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
     lines = read_metrics(run_dir)
     kept = [values for values in lines if values["step"] <= step]
     evaluated = max(
-        (values["step"] for values in kept if {"eval_seconds", "eval_loss"} & values.keys()), default=0
+        (values["step"] for values in kept if {"eval_seconds", "eval_loss"} & values.keys()), default=-1
     )
 
     def is_kept(line: str) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.distributed.processes import Processes
@@ -20,7 +21,17 @@ from smollm_jax.model.preference import pairs_per_row
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.runtime.devices import memory_bytes
 from smollm_jax.runtime.errors import require, say
-from smollm_jax.training.step import BATCH_AXES, HEAD_AXIS, abstract_state, make_logprobs, make_nll, make_step
+from smollm_jax.training.step import (
+    BATCH_AXES,
+    HEAD_AXIS,
+    State,
+    abstract_state,
+    make_logprobs,
+    make_nll,
+    make_step,
+    trained_part,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,9 @@ class PairStep:
     logprobs: jax.stages.Compiled
     step: jax.stages.Compiled
 
-    def __call__(self, state: Any, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array) -> Any:
+    def __call__(self, state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array) -> Any:
         """Return (state, metrics). The `others` are the reference's sums of log-probs, and any votes."""
-        logprobs = self.logprobs(state["params"], tokens, segment_ids)
+        logprobs = self.logprobs(weights_of(state), tokens, segment_ids)
         return self.step(state, tokens, segment_ids, logprobs, *others)
 
     def memory_analysis(self) -> Any:
@@ -65,8 +76,9 @@ def compile_step(
     if not config.data.is_pairs:
         return step.lower(state, rows, rows, *last).compile()
     sums = jax.ShapeDtypeStruct((shape[0], pairs_per_row(shape[1] - 1), 2), jnp.float32, sharding=rows.sharding)
-    logprobs = jax.jit(make_logprobs(config, mesh, dtype=dtype, ops=ops), out_shardings=rows.sharding)
-    forward = logprobs.lower(state["params"], rows, rows).compile()
+    pair_sums = partial(_of_weights, make_logprobs(config, mesh, dtype=dtype, ops=ops))
+    logprobs = jax.jit(pair_sums, out_shardings=rows.sharding)
+    forward = logprobs.lower(weights_of(state), rows, rows).compile()
     return PairStep(forward, step.lower(state, rows, rows, sums, sums, *last).compile())
 
 
@@ -135,7 +147,8 @@ def compile_within(
 
     Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
     """
-    gather, here, parameters = checkpoints.processes.gather, mesh.local_mesh.devices, config.model.num_parameters
+    gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
+    parameters = config.adapter.trained_parameters(config.model)
     memory = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size)))
     steps, remat = compile_steps(
         config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops,
@@ -143,7 +156,7 @@ def compile_within(
     )  # fmt: skip
     needed = max(gather(compiled_bytes(steps[max(steps)])))
     # on a CPU, the memory of a step leaves out the memory of a save
-    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(abstract_state(config, mesh))
+    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(trained_part(abstract_state(config, mesh)))
     checkpoints.beside_the_step = needed + copied <= memory
     less = "--grad-accum 2 or more, or a smaller --batch-size, needs less"
     needs = f"the step needs {needed / 2**30:.1f} GiB a device"
@@ -155,25 +168,35 @@ def compile_within(
     return steps, remat, [note] if needed > memory else []
 
 
+def remat_before(found: VerifiedCheckpoint | None) -> Policy:
+    """Return the remat policy of a checkpoint's steps, "none" if it names none."""
+    told = found.meta.get("computed", {}).get("remat") if found else None
+    return told if told in POLICIES else "none"
+
+
 def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) -> Callable[..., Any]:
-    """Return `nll(params, tokens, segment_ids)` of rows that all processes have.
+    """Return `nll(weights, tokens, segment_ids)` of rows that all processes have, with `weights_of` the state.
 
     Of pairs, return the sums of `make_logprobs` in its place, as a NumPy array.
     """
-    rows, layout = sharded(mesh, BATCH_AXES), layout_of(abstract_state(config, mesh)["params"])
+    rows, layout = sharded(mesh, BATCH_AXES), layout_of(weights_of(abstract_state(config, mesh)))
     if config.data.is_pairs:
-        pair_sums = make_logprobs(config, mesh, dtype=dtype, ops=ops)
+        pair_sums = partial(_of_weights, make_logprobs(config, mesh, dtype=dtype, ops=ops))
         pairs_of = jax.jit(pair_sums, in_shardings=(layout, rows, rows), out_shardings=sharded(mesh))
 
-        def logprobs(params: Any, *arrays: np.ndarray) -> np.ndarray:
-            whole = pairs_of(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+        def logprobs(weights: State, *arrays: np.ndarray) -> np.ndarray:
+            whole = pairs_of(weights, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
             return np.asarray(whole.addressable_data(0))[: len(arrays[0])]
 
         return logprobs
     nll_of = make_nll(config, mesh, dtype=dtype, remat="none", ops=ops)
-    compiled = jax.jit(nll_of, in_shardings=(layout, rows, rows))
+    compiled = jax.jit(partial(_of_weights, nll_of), in_shardings=(layout, rows, rows))
 
-    def nll(params: Any, *arrays: np.ndarray) -> jax.Array:
-        return compiled(params, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
+    def nll(weights: State, *arrays: np.ndarray) -> jax.Array:
+        return compiled(weights, *(on_devices(x, padded_rows(len(x), mesh), 0, mesh) for x in arrays))
 
     return nll
+
+
+def _of_weights(function: Callable[..., jax.Array], weights: State, *arrays: jax.Array) -> jax.Array:
+    return function(weights["params"], *arrays, base=weights.get("base"))

@@ -29,10 +29,11 @@ from smollm_jax.runtime.devices import use_precision_of
 from smollm_jax.runtime.errors import require, say
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
+from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.chat import prompt_ids
 from smollm_jax.training.reference import eval_batches, score_pairs
 from smollm_jax.training.run import Run, loaded_generator, save
-from smollm_jax.training.step import make_nll
+from smollm_jax.training.step import make_nll, weights_of
 from smollm_jax.training.tasks import score_on_tasks
 
 # a greedy base model repeats itself. Samples at these settings show what it learned, and hardly vary
@@ -133,7 +134,7 @@ def evaluate_run(run: Run) -> None:
 
 def score_texts(run: Run, batches: Iterable[Batch]) -> dict[str, Any]:
     """Return the fields of a metrics line on held-out texts and conversations."""
-    score = score_batches(run.nll, run.state["params"], batches)
+    score = score_batches(run.nll, weights_of(run.state), batches)
     return {
         "eval_loss": finite_or_none(score.loss),
         "eval_bits_per_byte": finite_or_none(score.bits_per_byte),
@@ -154,7 +155,7 @@ def sample(run: Run) -> list[tuple[str, str]]:
     settings = run.config.run
     if not settings.sample_tokens or run.interrupted:
         return []
-    params = on_one_device(run.state["params"], run.mesh)
+    params = on_one_device(whole_weights(run.config, run.state, run.mesh), run.mesh)
     if not run.job.first:
         return []
     generator = loaded_generator(run, params)

@@ -130,8 +130,10 @@ def conclude(run: Run) -> int:
     step, total = run.progress.step, run.config.total_steps
     result = f"{'finished' if step == total else 'the data ended'}: step {step:,} of {total:,}"
     result += f", {run.progress.tokens:,} tokens in {duration(run.progress.elapsed_seconds)}"
-    for last in evaluations(read_metrics(run.run_dir))[-1:]:
-        result += f", held-out loss {last['eval_loss']:.4f}, {last['eval_bits_per_byte']:.4f} bits per byte"
+    scores = evaluations(read_metrics(run.run_dir))
+    for last in scores[-1:]:
+        first = f" ({scores[0]['eval_loss']:.4f} before the first step)" if scores[0]["step"] == 0 < step else ""
+        result += f", held-out loss {last['eval_loss']:.4f}{first}, {last['eval_bits_per_byte']:.4f} bits per byte"
     if not run.config.run.export:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0

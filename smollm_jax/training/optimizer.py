@@ -36,7 +36,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     """
 
     def decays(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "_m")), params)
 
     return optax.chain(
         _scale_and_clip(config.clip_norm),

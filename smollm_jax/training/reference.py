@@ -1,8 +1,9 @@
 """Compute the reference model's log-probs of pairs once, and keep them in the run folder.
 
-The reference model is the run's own start. Its sums come from the program that computes the policy's, on the rows
-of the steps. So a run needs no second model in memory, and its first loss is exactly the loss of equal models. A
-pair is found again by a hash of its tokens, in whatever row it stands.
+The reference model is the run's own start. Adapters change nothing there, so it is their base. Its sums come from
+the program that computes the policy's, on the rows of the steps. So a run needs no second model in memory, and its
+first loss is exactly the loss of equal models. A pair is found again by a hash of its tokens, in whatever row it
+stands.
 """
 
 import json
@@ -29,6 +30,7 @@ from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import written_aside
 from smollm_jax.training.compile import PairStep
 from smollm_jax.training.run import Run
+from smollm_jax.training.step import weights_of
 
 AFRESH = "bring the old one back, or train afresh with --new-run"
 
@@ -117,7 +119,8 @@ def prepare_reference(run: Run, found: VerifiedCheckpoint | None) -> Reference |
         return reference
     about = {
         "weights": weights_hash(run.state["params"]), "steps": run.config.total_steps,
-        "seq_len": run.config.data.seq_len, "computed": run.computed, **run.stream.loader.fixed,
+        "base": run.base and run.base["sha256"], "seq_len": run.config.data.seq_len, "computed": run.computed,
+        **run.stream.loader.fixed,
     }  # fmt: skip
     try:
         reference = Reference.load(path)
@@ -162,12 +165,12 @@ def _computed(run: Run, about: dict[str, Any]) -> Reference:
             assert isinstance(program, PairStep)
             padded = padded_rows(rows, run.mesh, run.config.compute.grad_accum)
             arrays = (on_devices(x, padded, batch.first_row, run.mesh) for x in (batch.tokens, batch.segment_ids))
-            sums = program.logprobs(run.state["params"], *arrays)
+            sums = program.logprobs(weights_of(run.state), *arrays)
             reference.add(batch, np.asarray(on_one_device(sums, run.mesh))[batch.first_row :])
     for source in batches.sources:
         source.close()
     for batch in eval_batches(run):
-        reference.add(batch, np.asarray(run.nll(run.state["params"], batch.tokens, batch.segment_ids)))
+        reference.add(batch, np.asarray(run.nll(weights_of(run.state), batch.tokens, batch.segment_ids)))
     for part in run.job.gather([[str(key), *sums] for key, sums in reference.sums.items()]):
         for key, chosen, rejected in part:
             reference.sums.setdefault(int(key), (chosen, rejected))
@@ -196,7 +199,7 @@ def score_pairs(run: Run, batches: Iterable[Batch]) -> dict[str, Any]:
     tokens = text_bytes = 0
     scored = jax.jit(pair_step, static_argnums=3)
     for batch in batches:
-        logprobs = run.nll(run.state["params"], batch.tokens, batch.segment_ids)
+        logprobs = run.nll(weights_of(run.state), batch.tokens, batch.segment_ids)
         sums, _ = scored(logprobs, run.reference.of(batch), batch.segment_ids, run.config.preference)
         figures = {name: total + float(sums[name]) for name, total in figures.items()}
         is_target = are_targets(batch.segment_ids)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint, verified_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager
@@ -21,15 +22,27 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import mixture
-from smollm_jax.runs.load import load_model, progress_of, read_run
+from smollm_jax.distributed.sharding import layout_of
+from smollm_jax.runs.load import (
+    base_record,
+    load_base,
+    load_model,
+    open_for_adapters,
+    place_of,
+    progress_of,
+    read_run,
+)
 from smollm_jax.runs.records import read_metrics
+from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.trees import flatten
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
+from smollm_jax.training.adapters import frozen_base
 from smollm_jax.training.chat import follows_epochs
 from smollm_jax.training.optimizer import learning_rate_schedule
 from smollm_jax.training.run import Progress
+from smollm_jax.training.step import State, abstract_state, init_state, trained_part
 
 # fields of the architecture that no weight's shape depends on
 FREE = {"max_seq_len", "initializer_range", "bos_token_id", "eos_token_id", "extra_eos_token_ids", "pad_token_id"}
@@ -44,6 +57,7 @@ class StartState:
     checkpoint: VerifiedCheckpoint | None = None
     params: Any = None  # f32 weights, and the tokenizer that they were trained with
     tokenizer: Tokenizer | None = None
+    base: dict[str, Any] | None = None  # place and hash of `params` if adapters go over them
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,15 +75,42 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
     is_default = source == RECIPES[config.recipe].run.init_from
     if found is not None and "progress" in found.meta:
-        return _resumed(config, found)
+        return with_base(_resumed(config, found))
     refuse_to_start_over(config, run_dir, checkpoints.folder, found)
     if found is not None and is_default:  # an import is a checkpoint without progress
         source = str(run_dir)
     if source is None:
         return StartState(config)
-    model, params, tokenizer = load_model(source)
+    if config.adapter.is_on:
+        own = Path(source).resolve() == run_dir.resolve()
+        require(not own, f"adapters need their base in a place of its own; give --run-dir other than {run_dir}")
+        model, params, tokenizer, base = open_for_adapters(source)
+    else:
+        (model, params, tokenizer), base = load_model(source), None
     config = replace(config, run=replace(config.run, init_from=source))
-    return StartState(_completed(config, model, source), params=params, tokenizer=tokenizer)
+    return StartState(_completed(config, model, source), params=params, tokenizer=tokenizer, base=base)
+
+
+def with_base(start: StartState) -> StartState:
+    """Return the start of a resumed run with the base of its adapters. Raises `UserError` if it has changed."""
+    if not start.config.adapter.is_on:
+        return start
+    assert start.checkpoint is not None
+    base = base_record(start.checkpoint)
+    base |= place_of(start.config.run.init_from or base["path"])
+    return replace(start, base=base, params=load_base(base, start.config.model))
+
+
+def state_at_start(start: StartState, config: Config, mesh: Mesh, checkpoints: CheckpointManager) -> State:
+    """Return the state before the first step of this process: fresh, or the checkpoint's over the same base."""
+    if start.checkpoint is None:
+        return init_state(config, mesh, start.params)
+    shapes = abstract_state(config, mesh)
+    restored: State = checkpoints.restore(start.checkpoint.step, trained_part(shapes))
+    if start.base is not None:
+        base = frozen_base(start.params, training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+        restored["base"] = jax.jit(lambda same: same, out_shardings=layout_of(shapes["base"]))(base)
+    return restored
 
 
 def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: VerifiedCheckpoint | None) -> None:
@@ -165,6 +206,8 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
         notes.append(f"{', '.join(schedule)} changed: all {step} updates so far stay as they were")
     else:
         refused += schedule
+    if config.adapter.is_on and "run.init_from" in refused:  # the hash of the weights decides
+        refused.remove("run.init_from")
     if set(refused) <= set(moved):
         refused = []
         notes += [f"{x} changed from {before[x]} to {now[x]}: goes on if the files are the same" for x in moved]

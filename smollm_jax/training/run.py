@@ -23,6 +23,7 @@ from smollm_jax.runs.metrics import NullMetrics, RunMetrics
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.compile import Step
+from smollm_jax.training.step import trained_part
 
 
 @dataclass
@@ -93,10 +94,11 @@ class Run:
     report: RunMetrics | NullMetrics
     progress: Progress
     saved: int  # step of the last checkpoint begun
-    evaluated: int  # last step whose evaluation is on record
+    evaluated: int  # last step whose evaluation is on record, else -1
     ledgers: dict[int, str]  # batch hash per step on record at the start: a step trained again must have the same
     interval: Interval = field(default_factory=Interval)
     computed: dict[str, Any]  # dtype, platform and number of devices, stored in each checkpoint
+    base: dict[str, Any] | None  # place and hash of the weights under the adapters, None without adapters
     kernels: bool | None  # False if samples must not use kernels because the steps do not
     clock: float = field(default_factory=time.monotonic)  # when `progress.elapsed_seconds` was counted last
     generator: Generator | None = None  # decodes the samples, None before the first evaluation
@@ -143,10 +145,12 @@ def save(run: Run) -> None:
         "config": to_dict(run.config),
         "computed": run.computed,
     }
+    if run.base is not None:
+        meta["base"] = run.base
     if run.reference is not None:
         meta["reference"] = run.reference.digest
     with run.job.watchdog.patient("a save"):
-        run.checkpoints.save(step, run.state, meta)
+        run.checkpoints.save(step, trained_part(run.state), meta)
     run.saved = step
 
 
@@ -158,9 +162,13 @@ def count_seconds(run: Run) -> None:
 
 
 def evaluation_due(run: Run) -> bool:
-    """Return whether the current step is evaluated: every --eval-every steps, and the last."""
+    """Return whether the current step is evaluated: every --eval-every steps, and the last.
+
+    Step 0, before the first one, is evaluated if --eval-on-start asks for it.
+    """
     every, step = run.config.run.eval_every, run.progress.step
-    return every > 0 and (step % every == 0 or step == run.config.total_steps)
+    asked = step > 0 or run.config.run.eval_on_start
+    return every > 0 and asked and (step % every == 0 or step == run.config.total_steps)
 
 
 def save_step(run: Run) -> bool:

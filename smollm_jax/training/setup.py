@@ -20,7 +20,7 @@ from smollm_jax.data.loader import Loader, PrefetchLoader, check_vocab
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.distributed.sharding import layout_table, make_mesh, padded_rows, row_shards, shards_here
 from smollm_jax.kernels.select import select_attention
-from smollm_jax.model.transformer import POLICIES, Policy
+from smollm_jax.model.transformer import Policy
 from smollm_jax.runs.convert import require_exportable
 from smollm_jax.runs.load import with_ids_of
 from smollm_jax.runs.lock import WRITTEN
@@ -43,11 +43,17 @@ from smollm_jax.tokenizer.chat_setup import with_chat_template
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.chat import prompt_ids, survey_run, with_pad_of
-from smollm_jax.training.compile import compile_within, compiled_bytes, make_scorer, select_agreed_ops
+from smollm_jax.training.compile import (
+    compile_within,
+    compiled_bytes,
+    make_scorer,
+    remat_before,
+    select_agreed_ops,
+)
 from smollm_jax.training.reference import prepare_reference
-from smollm_jax.training.restore import StartState, resolve_start, vocabulary_follows
+from smollm_jax.training.restore import StartState, resolve_start, state_at_start, vocabulary_follows
 from smollm_jax.training.run import Progress, Run
-from smollm_jax.training.step import abstract_state, init_state
+from smollm_jax.training.step import abstract_state, trained_part
 
 # documents from the head of the data on which a `train:VOCAB` tokenizer is trained
 TOKENIZER_DOCUMENTS = 20_000
@@ -95,12 +101,12 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     tell(f"kernels     checking {config.compute.attention} against the reference")
     ops, remarks = select_agreed_ops(config, mesh, dtype, job)
     shapes = abstract_state(config, mesh)
-    checkpoints.prepare(shapes)  # while the compiler works
+    checkpoints.prepare(trained_part(shapes))  # while the compiler works
     steps, remat, warnings = compile_within(config, mesh, dtype, checkpoints, ops, before=remat_before(found))
     computed = described(mesh, dtype, remat)
     notes = [*start.notes, *check_computed(found, computed), *remarks, *warnings]
     progress = Progress(**found.meta["progress"]) if found else Progress()
-    state = checkpoints.restore(found.step, shapes) if found else init_state(config, mesh, start.params)
+    state = state_at_start(start, config, mesh, checkpoints)
     checkpoints.newest = step = progress.step
     evaluated, ledgers = keep_records(run_dir, step) if job.first else (0, {})
     report = RunMetrics(run_dir, start=step, config=config) if job.first else NullMetrics()
@@ -108,19 +114,13 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
         mesh=mesh, dtype=dtype, steps=steps, nll=make_scorer(config, mesh, dtype, ops), checkpoints=checkpoints,
         state=state, report=report, progress=progress, saved=step, evaluated=job.gather(evaluated)[0],
-        ledgers=ledgers, computed=computed, kernels=False if ops.kernels == "plain" else None,
+        ledgers=ledgers, computed=computed, base=start.base, kernels=False if ops.kernels == "plain" else None,
     )  # fmt: skip
     run.reference = prepare_reference(run, found)
     # one of several processes cannot leave by itself
     stop.nothing_to_lose = lambda: not job.several and checkpoints.newest == run.progress.step
     log_summary(run, remat, notes, seconds=time.monotonic() - began)
     return run
-
-
-def remat_before(found: VerifiedCheckpoint | None) -> Policy:
-    """Return the remat policy of a checkpoint's steps, "none" if it names none."""
-    told = found.meta.get("computed", {}).get("remat") if found else None
-    return told if told in POLICIES else "none"
 
 
 def remove_left_overs(run_dir: Path, checkpoints: CheckpointManager) -> None:
@@ -222,7 +222,8 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
     peak = peak_flops(device, run.dtype)
     scale = "" if peak is None else f"; peak {peak / 1e12:,.0f} TFLOP/s a device"
     fitted = " (the recipe's, at most a tenth of the steps)" if optimizer.warmup_steps is None else ""
-    source = config.run.init_from
+    source, count = config.run.init_from, config.adapter.trained_parameters(model)
+    trained, frozen = ("parameters", "") if run.base is None else ("adapters", f" frozen, {count:,} trained")
     start = "from fresh weights" if source is None else f"from the weights of {source}"
     if run.progress.step:
         start = f"from checkpoint {run.progress.step:,}: {run.progress.tokens:,} tokens trained"
@@ -235,9 +236,9 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         f"recipe      {config.recipe}, {config.total_steps:,} steps: {phases}",
         f"device      {mesh.size} x {device.device_kind} ({device.platform}) of {jax.device_count()}"
         f"{axes and f': {axes}'}{processes}",
-        f"model       {model.num_parameters:,} parameters, {model.num_layers} layers, "
+        f"model       {model.num_parameters:,} parameters{frozen}, {model.num_layers} layers, "
         f"context {model.max_seq_len:,}",
-        f"compute     {run.dtype.name} over float32 parameters, remat {remat}, {memory:.2f} GiB a device",
+        f"compute     {run.dtype.name} over float32 {trained}, remat {remat}, {memory:.2f} GiB a device",
         *([f"dtype       {_scaling(run)}"] if run.dtype.name == "float16" else []),
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",

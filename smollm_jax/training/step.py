@@ -1,6 +1,7 @@
 """Make the train step: a pure function of the train state and a batch's rows.
 
-The state is a plain dict of arrays (`params`, `opt_state`, `step`). For each batch size, training/compile.py
+The state is a plain dict of arrays (`params`, `opt_state`, `step`). With adapters, `params` are the adapters, and
+`base` holds the frozen weights, which no checkpoint holds. For each batch size, training/compile.py
 compiles the step once, with the state donated and its layout pinned.
 """
 
@@ -22,8 +23,9 @@ from smollm_jax.kernels.shard import per_device
 from smollm_jax.model.loss import summed_nll, targets_of, token_logprobs
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.preference import pair_step, sums_per_answer
-from smollm_jax.model.transformer import Policy, SmolLM, init_params
+from smollm_jax.model.transformer import Adapters, Policy, SmolLM, init_params
 from smollm_jax.runtime.devices import training_dtype
+from smollm_jax.training.adapters import frozen_base, init_adapters
 from smollm_jax.training.loss_scale import factor_of, first_scale, next_scale, overflowed
 from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -41,8 +43,14 @@ class Vote(IntEnum):
 
 
 def init_state(config: Config, mesh: Mesh, params: Any | None = None) -> State:
-    """Return the state before the first update, with fresh parameters unless `params` are given."""
-    make = partial(create, config, dtype=training_dtype(config.compute.dtype, mesh.devices.flat[0]))
+    """Return the state before the first update, with fresh parameters unless `params` are given.
+
+    With adapters `params` are the base.
+    """
+    dtype = training_dtype(config.compute.dtype, mesh.devices.flat[0])
+    if config.adapter.is_on and params is not None:  # on the host: the device need not hold the base in f32
+        params = frozen_base(params, dtype)
+    make = partial(create, config, dtype=dtype)
     return jax.jit(make, out_shardings=layout_of(abstract_state(config, mesh)))(params)
 
 
@@ -52,16 +60,30 @@ def abstract_state(config: Config, mesh: Mesh) -> State:
     return with_layout(jax.eval_shape(make, None), mesh)
 
 
-def create(config: Config, params: Any | None, *, dtype: Any = None) -> State:
+def trained_part(state: State) -> State:
+    """Return what a checkpoint holds of a train state, or of its shapes: all but a frozen base."""
+    return {name: part for name, part in state.items() if name != "base"}
+
+
+def weights_of(state: State) -> State:
+    """Return what a forward pass needs of a train state, or of its shapes: parameters and any frozen base."""
+    return {name: state[name] for name in ("params", "base") if name in state}
+
+
+def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> State:
     """Return the state as `init_state` does, in the layout that the caller's jit gives it.
 
-    With the compute dtype float16 it has `loss_scale` beside the other groups.
+    `dtype` is the compute dtype. A frozen base is held in it. With float16 the state has `loss_scale` too.
     """
     if params is None:
         params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
+    frozen = {}
+    if config.adapter.is_on:
+        frozen = {"base": frozen_base(params, dtype)}
+        params = init_adapters(config.adapter, config.model, frozen["base"], config.run.seed)
     opt_state = make_optimizer(config.optimizer).init(params)
-    scale = {"loss_scale": first_scale()} if dtype == jnp.float16 else {}
-    return {"params": params, "opt_state": opt_state, "step": jnp.int32(0), **scale}
+    made = {"params": params, "opt_state": opt_state, "step": jnp.int32(0), **frozen}
+    return made | ({"loss_scale": first_scale()} if dtype == jnp.float16 else {})
 
 
 def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
@@ -75,22 +97,32 @@ def make_nll(
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
 
     A fourth argument, (B, T) f32, takes the place of the weights of `targets_of`. They multiply the gradients of
-    the logits before these are rounded. `ops` are the functions for the devices of `mesh`, by default
-    `select_step_ops`.
+    the logits before these are rounded. With `base`, the frozen weights, `params` are adapters. `ops` are the
+    functions for the devices of `mesh`, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
+    features = partial(_features, config, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
 
     def nll(
-        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, given_BT: jax.Array | None = None
-    ) -> jax.Array:
-        model = SmolLM.from_params(config.model, params, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
+        params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, given_BT: jax.Array | None = None,
+        *, base: Any = None,
+    ) -> jax.Array:  # fmt: skip
+        x_BTD, head_VD = features(params, base, tokens_BT1, segment_ids_BT1)
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            return head_nll(x_BTD, model.head_VD, targets_BT, weights_BT if given_BT is None else given_BT)
+            return head_nll(x_BTD, head_VD, targets_BT, weights_BT if given_BT is None else given_BT)
 
     return nll
+
+
+def _features(
+    config: Config, params: Any, base: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, **how: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return the features of all tokens but the last, (B, T, D), and the head, of the model that is trained."""
+    weights, adapters = (params, None) if base is None else (base, Adapters(params, config.adapter.scale))
+    model = SmolLM.from_params(config.model, weights, **how)
+    return model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]), adapters), model.head_VD
 
 
 def make_logprobs(
@@ -98,25 +130,25 @@ def make_logprobs(
 ) -> Callable[..., jax.Array]:
     """Return `logprobs(params, tokens_BT1, segment_ids_BT1)`: sums per answer of pairs, (B, P, 2) f32.
 
-    One micro-batch of the step is computed at a time. `ops` as in `make_nll`.
+    One micro-batch of the step is computed at a time. `ops` and `base` as in `make_nll`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     chunked = partial(token_logprobs, chunk_tokens=config.compute.loss_chunk_for("none", on_gpu=ops.on_gpu))
     rows = PartitionSpec(BATCH_AXES)
     each = per_device(mesh, chunked, in_specs=(rows, PartitionSpec(), rows), out_specs=(rows, rows))
 
-    def of_rows(params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
-        model = SmolLM.from_params(config.model, params, dtype=dtype, ops=ops)
-        x_BTD = model.features(tokens_BT1[:, :-1], jnp.abs(segment_ids_BT1[:, :-1]))
+    def of_rows(params: Any, base: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> jax.Array:
+        x_BTD, head_VD = _features(config, params, base, tokens_BT1, segment_ids_BT1, dtype=dtype, ops=ops)
         with jax.named_scope("head"):
-            logprobs_BT, _ = each(x_BTD, model.head_VD, tokens_BT1[:, 1:])
+            logprobs_BT, _ = each(x_BTD, head_VD, tokens_BT1[:, 1:])
             return sums_per_answer(logprobs_BT, segment_ids_BT1)
 
-    def logprobs(params: Any, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def logprobs(params: Any, tokens: jax.Array, segment_ids: jax.Array, *, base: Any = None) -> jax.Array:
         parts = config.compute.grad_accum
         if parts == 1 or len(tokens) % parts:
-            return of_rows(params, tokens, segment_ids)
-        found = jax.lax.map(lambda micro: of_rows(params, *micro), _micro_batches(parts, tokens, segment_ids))
+            return of_rows(params, base, tokens, segment_ids)
+        micros = _micro_batches(parts, tokens, segment_ids)
+        found = jax.lax.map(lambda micro: of_rows(params, base, *micro), micros)
         return found.swapaxes(0, 1).reshape(len(tokens), *found.shape[2:])
 
     return logprobs
@@ -160,7 +192,6 @@ def make_step(
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
     nll_of = make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-    gradients = _accumulated(jax.value_and_grad(nll_of), config.compute.grad_accum)
     optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
 
     def step(
@@ -173,7 +204,8 @@ def make_step(
         factor = None if loss_scale is None else factor_of(loss_scale, tokens.size)
         if factor is not None:
             weights = [weight * factor for weight in weights or [are_targets]]
-        nll, grads = gradients(params, tokens, segment_ids, *weights)
+        value_and_grad = jax.value_and_grad(partial(nll_of, base=state.get("base")))
+        nll, grads = _accumulated(value_and_grad, config.compute.grad_accum)(params, tokens, segment_ids, *weights)
         targets = jnp.sum(are_targets)  # exact below 2**24
         mean = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
         nll, scale = (nll, mean) if factor is None else (nll / factor, mean / factor)
@@ -197,7 +229,7 @@ def make_step(
         metrics |= {name: x if name == "pairs" else x * mean for name, x in pairs.items()}  # a loss of their own
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
-        after = {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
+        after = state | {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
         if loss_scale is not None:
             overflow = overflowed(loss_scale, nll, norm)
             after["loss_scale"] = next_scale(loss_scale, overflow=overflow, finite=finite, counts=counts)

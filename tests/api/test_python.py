@@ -17,6 +17,8 @@ import pytest
 
 import smollm_jax as s
 from smollm_jax.api.process import OF_JAX
+from smollm_jax.api.training import settings_of
+from smollm_jax.config.defaults import default_settings
 from smollm_jax.generation.generator import SCORED
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.signals import AGAIN_SECONDS, Interrupt
@@ -222,3 +224,11 @@ def test_a_server_runs_beside_the_model_and_ends(model, monkeypatch):
 def test_import_waits_for_nothing_and_the_blocks_of_the_page_are_listed():
     assert set(s.__all__) <= set(dir(s))
     assert (ROOT / "docs/python.md").read_text().count("```python") == 6
+
+
+def test_every_group_of_settings_has_keywords():
+    default = default_settings(recipe="replica")
+    settings = settings_of(default, {"init_from": "base", "lora_rank": 4, "steps": 10, "beta1": 0.8})
+    assert (settings.adapter.lora_rank, settings.run.steps, settings.optimizer.beta1) == (4, 10, 0.8)
+    with pytest.raises(s.UserError, match="did you mean lora_rank"):
+        settings_of(default, {"lora_rnk": 4})

@@ -211,5 +211,6 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         "data.chat_template", "model.rms_norm_eps", "model.rope_theta",
         "model.max_seq_len", "model.initializer_range",
         "model.tie_embeddings",
+        "adapter.lora_rank", "adapter.lora_alpha", "adapter.lora_targets", "adapter.dora",
         "preference.pair_loss", "preference.beta", "preference.label_smoothing",
     }  # fmt: skip

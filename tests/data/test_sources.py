@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,8 +17,9 @@ from smollm_jax.data import readers, sources
 from smollm_jax.data.heldout import head_texts, held_out
 from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.data.python_docs import python_docs
+from smollm_jax.data.python_questions import python_preferences, python_questions
 from smollm_jax.data.shuffle import without
-from smollm_jax.data.sources import mixture, open_source
+from smollm_jax.data.sources import QUESTIONS, mixture, open_source
 from tests.support.texts import make_texts, small_tokenizer, write_jsonl, write_parquet
 
 
@@ -89,6 +91,18 @@ def test_a_linked_folder_is_read_and_no_file_twice(tmp_path):
     assert texts_of(tmp_path / "texts") == ["three", "two"]
     assert texts_of(f"{tmp_path}/texts/sub/**") == ["two"]  # the pattern names the folder and its file
     assert texts_of(f"{tmp_path}/**/[ab]*") == ["one", "two"]
+
+
+def test_damage_in_a_packed_file_costs_the_same_rows_after_a_resume(tmp_path):
+    content = b"".join(b'{"text": "%d"}\n' % i for i in range(2_000))
+    packer = zlib.compressobj(wbits=31)  # as gzip, and then a block of no known kind
+    packed = packer.compress(content) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff"
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    source = open_source(str(tmp_path / "a.jsonl.gz"), DataConfig(on_bad_data="skip"))
+    documents = list(source.documents())
+    assert 1_000 < len(documents) < 2_000
+    for i in range(0, len(documents), 100):
+        assert list(source.documents(documents[i].cursor)) == documents[i + 1 :]
 
 
 @pytest.mark.parametrize("name", ["c4-train.json.gz", "part.json"])
@@ -259,6 +273,44 @@ def test_the_built_in_prose_is_distinct_and_resumes():
     source = open_source("builtin:python-docs", DataConfig())
     third = [document for document, _ in zip(source.documents(), range(3), strict=False)][2]
     assert next(source.documents(third.cursor)).text == texts[3]
+
+
+def test_the_built_in_questions_are_conversations_about_distinct_functions_and_resume():
+    chat = DataConfig(data_kind="chat")
+    found = [document.conversation for document in open_source(QUESTIONS, chat).documents()]
+    assert len({one.messages[0]["content"] for one in found}) == len(found) > 2_000
+    assert {len(one.messages) for one in found} == {2, 4, 6}
+    (one,) = (one.messages for one in found if " shutil.disk_usage" in one.messages[0]["content"])
+    assert one[1]["content"] == "Return disk usage statistics about the given path."
+    assert not [one for one in found if "(self" in one.text or "__" in one.messages[0]["content"]]
+    source = open_source(QUESTIONS, chat)
+    third = [document for document, _ in zip(source.documents(), range(3), strict=False)][2]
+    assert next(source.documents(third.cursor)).conversation == found[3]
+
+
+def test_a_built_in_preference_is_the_own_answer_to_that_about_a_neighbour():
+    rows = python_preferences()
+    answers = {one["messages"][0]["content"]: one["messages"][1]["content"] for one in python_questions()}
+    assert len(rows) > 2_000
+    for row in rows:
+        assert row["chosen"] == answers[row["prompt"]] != row["rejected"]
+        assert row["rejected"] in answers.values()
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "told"),
+    [
+        (
+            QUESTIONS,
+            "text",
+            r"--data builtin:python-questions has no rows of --data-kind text; it has chat, pairs",
+        ),
+        ("builtin:questions", "chat", "the built-in sources are builtin:python-docs and builtin:python-questions"),
+    ],
+)
+def test_a_built_in_source_of_another_kind_or_name_is_refused(spec, kind, told):
+    with pytest.raises(ValueError, match=told):
+        open_source(spec, DataConfig(data_kind=kind))
 
 
 def test_weights_of_a_mixture():

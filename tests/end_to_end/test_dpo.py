@@ -94,7 +94,9 @@ def test_the_first_loss_is_ln_2_and_training_parts_the_answers(finished):
 
 def test_metrics_hold_the_figures_of_both_answers_and_the_dropped_pairs(finished):
     run, _ = finished
-    lines, batch = read_metrics(run), first_batch(run)
+    before, *lines = read_metrics(run)
+    batch = first_batch(run)
+    assert (before["step"], before["eval_loss"]) == (0, pytest.approx(math.log(2), abs=1e-6))
     assert set(FIGURES) | {"pairs", "padding_share", "dropped_pairs"} <= lines[0].keys()
     params = init_params(MODEL, 0)
     sums = jax.jit(make_logprobs(settings_of(run), dtype=np.float32))(params, batch.tokens, batch.segment_ids)

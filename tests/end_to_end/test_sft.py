@@ -11,8 +11,9 @@ import pytest
 from smollm_jax.cli.arguments import parse
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
-from smollm_jax.data.heldout import held_out
+from smollm_jax.data.heldout import held_out, pack_to_score
 from smollm_jax.data.loader import BatchIterator, Loader
+from smollm_jax.distributed.sharding import make_mesh
 from smollm_jax.hf.export import export_folder
 from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.runs.load import load_model
@@ -21,6 +22,7 @@ from smollm_jax.runtime.errors import run_main
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.load import load_tokenizer, train_tokenizer
+from smollm_jax.training.evaluation import score_batches
 from smollm_jax.training.fit import fit
 from smollm_jax.training.step import create, make_nll, make_step
 from smollm_jax.training.verify_resume import verify_resume
@@ -101,6 +103,20 @@ def test_metrics_have_padding_dropped_and_the_loss_on_answers(finished):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert evaluations(read_metrics(run))[-1]["eval_tokens"] > 0
     assert "the cat" in (run / "samples.txt").read_text()
+
+
+def test_the_held_out_loss_before_the_first_step_is_the_base_models_own(place, finished):
+    run, _ = finished
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    tokenizer = load_tokenizer(str(run / "tokenizer"))
+    nll = jax.jit(make_nll(config, make_mesh(config, jax.devices()[:1]), dtype=np.dtype("float32"), remat="none"))
+    rows = pack_to_score(held_out(config.data, tokenizer), tokenizer, 128, 4, chat=True)
+    score = score_batches(nll, load_model(place / "base")[1], rows)
+    first, *_, last = evaluations(read_metrics(run))
+    assert first["step"] == 0
+    assert (first["eval_tokens"], first["eval_loss"]) == (score.tokens, pytest.approx(score.loss, rel=1e-5))
+    assert last["eval_loss"] < first["eval_loss"]
+    assert (run / "samples.txt").read_text().startswith("=== step 0\n")
 
 
 def test_the_export_chats_as_an_instruct_model(finished):

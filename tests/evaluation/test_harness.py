@@ -134,7 +134,7 @@ def test_the_command_prints_a_table_and_json_and_writes_results(tmp_path, folder
     (file,) = tmp_path.glob("results_*.json")
     written = json.loads(file.read_text())
     assert written["results"]["quiz"]["acc,none"] == scores["quiz/acc"]
-    assert written["config"]["limit"] == 4
+    assert written["config"]["limit"] == written["n-samples"]["quiz"]["effective"] == 4
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, 
 def test_the_settings_are_kept_and_checked(run, tasks):
     config = from_dict(read_json(run / "config.json"))
     assert (config.run.eval_tasks, config.run.eval_task_limit) == (tasks, 6)
-    with pytest.raises(UserError, match="are scored at evaluations, so eval_every=0 must be above 0"):
+    with pytest.raises(UserError, match="eval_tasks need evaluations: eval_every above 0"):
         parse(["--eval-tasks", "hellaswag", "--eval-every", "0"])
 
 

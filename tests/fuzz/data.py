@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,22 @@ from smollm_jax.data.readers import LONGEST_BYTES
 from smollm_jax.data.sources import Shard, open_source
 from tests.fuzz.mutations import Change, as_json, change_bytes, change_file, change_lines, odd_value
 from tests.fuzz.worker import Attempts
-from tests.support.texts import make_texts, small_tokenizer
+from tests.support.texts import chat_tokenizer, make_pairs, make_talks, make_texts, small_tokenizer
 
+TALKS = make_talks(30)
+ROWS = {  # of the kinds of data but text, and of all formats
+    "chat": [
+        *({"messages": talk} for talk in TALKS[::3]),
+        *({"conversations": [{"from": x["role"], "value": x["content"]} for x in talk]} for talk in TALKS[1::3]),
+        *({"prompt": talk[:-1], "completion": talk[-1:]} for talk in TALKS[2::3]),
+    ],
+    "pairs": [
+        *make_pairs(20),
+        *({"prompt": "the row", "chosen": one, "rejected": "a"} for one in ("b", "a", "")),
+        *({"prompt": pair["chosen"][:-1], "chosen": pair["chosen"][-1:], "rejected": pair["rejected"][-1:]}
+          for pair in make_pairs(10, seed=1)),
+    ],
+}  # fmt: skip
 TEXTS = [*make_texts(40), "naïve Größe 🦀", "", " \n ", "x" * 3_000]
 NAMES = ("a", "a b", "a[1]", "a=1,b", "モデル", "a\nb", "-a", "a*", "~", "a\udcff", "..a", "'\"", "x" * 200)
 LOOKED_AT = 2_000  # documents; a file of a case has fewer
@@ -30,6 +45,23 @@ def written(path: Path, content: bytes) -> None:
 
 def lines_of(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def write_rows_of(rng: random.Random | None, path: Path, kind: str) -> None:
+    """Write conversations or pairs. The first row decides what columns a file has."""
+    rows = ROWS[kind]
+    at = rng.randrange(len(rows)) if rng else 0
+    rows = rows[at:] + rows[:at]
+    if path.suffix == ".parquet":  # a column has one type
+
+        def types(row):
+            return {name: type(value) for name, value in row.items()}
+
+        rows = [row for row in rows if types(row) == types(rows[0])]
+        with path.open("wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=9)
+    else:
+        written(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def write_sound(path: Path) -> None:
@@ -126,7 +158,7 @@ class Data:
     """Sound files, made anew for each case under a name of its own, and what reads them."""
 
     def __init__(self, _: Path) -> None:
-        self.tokenizer = small_tokenizer()
+        self.tokenizer, self.chat_tokenizer = small_tokenizer(), chat_tokenizer()
 
     def case(self, rng: random.Random | None, folder: Path, outside: Path) -> tuple[str, Attempts]:
         suffix = (
@@ -137,15 +169,19 @@ class Data:
         stem = "sound" if rng is None or rng.random() < 0.7 else rng.choice(NAMES)
         path, told, settings = folder / f"{stem}{suffix}", [f"{stem!a}{suffix}"], DataConfig()
         start, shard, where = None, Shard(), str(path)
-        write_sound(path)
+        kind = "text" if rng is None else rng.choice(["text", "text", "chat", "pairs"])
+        if kind == "text" or suffix == ".txt":
+            write_sound(path)
+        else:
+            write_rows_of(rng, path, kind)
         if rng is not None:
-            if rng.random() < 0.3:
+            if rng.random() < 0.3 and kind == "text":
                 told.append(write_odd(rng, path))
             if rng.random() < 0.8 or len(told) == 1:
                 told.append(change_file(rng, path, outside, CHANGES.get(path.suffix)))
             bad = rng.choice(["skip", "skip", "stop"])
             settings = DataConfig(
-                on_bad_data=bad, text_column=rng.choice(["text"] * 9 + ["", "a.text", "\0", "id"])
+                data_kind=kind, on_bad_data=bad, text_column=rng.choice(["text"] * 9 + ["", "a.text", "\0", "id"])
             )
             if rng.random() < 0.3:
                 write_sound(folder / "other.jsonl")
@@ -153,22 +189,21 @@ class Data:
             if rng.random() < 0.2:
                 start = {"file": 0, "row": rng.choice([0, 3, 10**9]), "byte": rng.choice([0, 1, 77, 10**12])}
             shard = rng.choice([Shard()] * 3 + [Shard(1, 2), Shard(6, 7)])
-            told.append(f"{where[len(str(folder)) :]!a} {bad} {settings.text_column!r} {start} {shard}")
+            told.append(f"{kind} {where[len(str(folder)) :]!a} {bad} {settings.text_column!r} {start} {shard}")
         attempts: Attempts = []
         if "=2," not in where:
             attempts.append(("documents", partial(read, where, settings, start, shard)))
-        if rng is None or "=2," in where or rng.random() < 0.2:
+        if rng is None or "=2," in where or rng.random() < (0.2 if kind == "text" else 0.6):
             attempts.append(("loader", partial(self.load, where, settings)))
         return "; ".join(told), attempts
 
     def load(self, where: str, settings: DataConfig) -> None:
         """Make batches, and go on from the cursor of one."""
-        data = DataConfig(
-            data=where, seq_len=32, shuffle_window=16, eval_documents=2, on_bad_data=settings.on_bad_data,
-            text_column=settings.text_column, epochs=2,
-        )  # fmt: skip
+        is_text, few = settings.data_kind == "text", {"shuffle_window": 16, "eval_documents": 2, "epochs": 2}
+        data = replace(settings, data=where, seq_len=32 if is_text else 96, **few)
         config = Config(data=data, run=RunConfig(steps=4, batch_size=2))
-        loader = Loader(config, self.tokenizer, held_out(data, self.tokenizer))
+        tokenizer = self.tokenizer if is_text else self.chat_tokenizer
+        loader = Loader(config, tokenizer, held_out(data, tokenizer))
         cursor = None
         for _ in range(2):  # the second goes on from the first one's cursor
             batches = BatchIterator(loader, cursor)

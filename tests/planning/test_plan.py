@@ -228,3 +228,22 @@ def test_a_mesh_with_devices_without_rows_is_a_mistake_in_one_line():
     assert spread.stdout == ""
     assert "12 rows, the largest batch of the phases over --grad-accum, leave some of 16 devices" in spread.stderr
     assert len(spread.stderr.splitlines()) == 1
+
+
+def test_the_plan_tells_adapters_from_full_fine_tuning():
+    """1.7B on an A100. The optimizer holds two f32 moments of each trained parameter, and two counts."""
+    flags = ["--preset", "1.7B", "--init-from", "base", "--batch-size", "4", "--seq-len", "2048"]
+    full, adapters = (
+        make_plan(parse([*flags, *more]), "gpu-a100:1") for more in ([], ["--lora-rank", "16", "--dora"])
+    )
+    D, F, L = 2_048, 8_192, 24
+    trained = L * (16 * (4 * (D + D) + 3 * (D + F)) + 4 * D + 2 * F + D)  # A and B, and the length of each output
+    for plan, count in ((full, 1_711_376_384), (adapters, trained)):
+        facts = as_dict(plan)
+        assert facts["trained_parameters"] == count
+        assert 8 * count <= facts["optimizer_memory_bytes"] <= 8 * count + 16
+        assert f"trained parameters                {count:,}" in table(plan)
+    # a parameter needs 18 bytes of state, of an adapter's base 2, and 2 for the sums that backward reads
+    saved = full.memory_bytes - adapters.memory_bytes
+    blocks = 1_711_376_384 - 49_152 * D
+    assert saved == pytest.approx(18 * (1_711_376_384 - trained) - 2 * 1_711_376_384 - 2 * blocks, rel=1e-3)

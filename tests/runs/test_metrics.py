@@ -30,7 +30,7 @@ def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     assert ledgers == {1: "a", 2: "b", 3: "c"}
     assert [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines[:3]
     assert (tmp_path / "samples.txt").read_text() == "=== step 2\n  a\n  === step 9\n"
-    assert keep_records(tmp_path, 1)[0] == 0
+    assert keep_records(tmp_path, 1)[0] == -1
     assert (tmp_path / "samples.txt").read_text() == ""
 
 
@@ -83,14 +83,14 @@ def test_a_sample_moves_no_cursor_above_the_progress_bar(tmp_path, monkeypatch):
 
 def test_a_heading_of_many_digits_ends_nothing(tmp_path):
     (tmp_path / "samples.txt").write_text(f"=== step {'9' * 5_000}\n a\n")
-    assert keep_records(tmp_path, 2) == (0, {})
+    assert keep_records(tmp_path, 2) == (-1, {})
 
 
 def test_a_pipe_is_no_record(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     os.mkfifo(tmp_path / "samples.txt")
     assert read_metrics(tmp_path) == []
-    assert keep_records(tmp_path, 2) == (0, {})
+    assert keep_records(tmp_path, 2) == (-1, {})
 
 
 LINE = {"step": 3, "loss": 2.0, "tokens_per_second": 5.0, "learning_rate": 1e-3, "grad_norm": 1.0}
