@@ -91,6 +91,16 @@ def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, 
             np.testing.assert_array_equal(a, c)
 
 
+def test_adapters_are_scored_with_their_base(run, start, tasks, capsys):
+    flags = ["--init-from", str(run), "--lora-rank", "2", "--learning-rate", "0.05", "--eval-tasks", tasks]
+    folder, code = start("adapters", *flags, "--eval-task-limit", "6")
+    assert code == 0
+    line = next(line for line in read_metrics(folder) if "eval_loss" in line and line["step"] == 4)
+    capsys.readouterr()
+    command("evaluate", [str(folder), "--tasks", tasks, "--limit", "6"], "smollm")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["scores"] == scores_in(line)
+
+
 def test_the_settings_are_kept_and_checked(run, tasks):
     config = from_dict(read_json(run / "config.json"))
     assert (config.run.eval_tasks, config.run.eval_task_limit) == (tasks, 6)
