@@ -253,7 +253,7 @@ def test_a_missing_or_unreadable_source_is_one_clear_line(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ValueError, match=r"is none of \.jsonl"):
         texts_of(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match="only built-in source"):
+    with pytest.raises(ValueError, match="built-in sources are builtin:python-docs and"):
         texts_of("builtin:poems")
 
 
