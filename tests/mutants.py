@@ -69,7 +69,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("greedy if one token is", "evaluation/scorer.py", "are_argmax[here].all()", "are_argmax[here].any()",
            TREE),
     Mutant("--limit ignored", "evaluation/tasks.py", "task_dict=tasks, limit=limit", "task_dict=tasks, limit=None",
-           OF_RUNS),
+           "tests/evaluation/test_harness.py -k prints_a_table"),
     Mutant("the card has another step's scores", "runs/convert.py", 'if x["step"] == step for name, score',
            "for name, score", OF_RUNS),
     Mutant("published beside a share, not percent", "evaluation/published.py", 'f"{100 * score:.1f}"',

@@ -201,6 +201,7 @@ class RunConfig:
     """Keep the checkpoint of every Nth step permanently (0: none)."""
     sample_prompts: tuple[str, ...] = setting(PROMPTS, resume="free")  # Prompts continued at each evaluation.
     sample_tokens: int = setting(64, "0 or more", resume="free")  # Tokens per sample (0: no samples).
+    report_to: str = setting("tensorboard", resume="free")  # Trackers: tensorboard, trackio, wandb, by commas.
     eval_tasks: str = setting("", resume="free")
     """Tasks scored at each evaluation: names of lm_eval or YAML files, by commas. Needs the extra eval."""
     eval_task_limit: int = setting(200, "0 or more", resume="free")  # Documents per task (0: all).
@@ -211,8 +212,7 @@ class RunConfig:
         require(self.seed < 2**32, f"seed={self.seed} must be below 2**32")
         require(all(map(str.strip, self.sample_prompts)), "sample_prompts: every prompt must have text")
         parse_phases(self.phases)
-        scored = not self.eval_tasks or self.eval_every > 0
-        require(scored, f"eval_tasks={self.eval_tasks} are scored at evaluations, so eval_every=0 must be above 0")
+        require(not self.eval_tasks or self.eval_every > 0, "eval_tasks need evaluations: eval_every above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
 """Score a model of any kind on tasks: run, print, and keep the results."""
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,7 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import is_run, load_model, newest_step
 from smollm_jax.runs.records import record_scores
 from smollm_jax.runtime.devices import use_compilation_cache
-from smollm_jax.runtime.errors import require, say
+from smollm_jax.runtime.errors import UserError, one_line, require, say
 from smollm_jax.runtime.files import expand_home, write_json_atomic
 from smollm_jax.runtime.notebook import progress_bar
 
@@ -62,7 +64,8 @@ def evaluate_tasks(
     with Watch() as watch:
         scorer = Scorer(config, jnp.dtype(dtype))
         model = HarnessModel(config, tokenizer, scorer=scorer, params=params, generator=generator, watch=watch)
-        results = run_tasks(tasks, model, limit=limit, chat=chat)
+        with _mistake_of_a_task(names):
+            results = run_tasks(tasks, model, limit=limit, chat=chat)
     scores, seconds = scores_of(results), time.time() - began
     about = {
         "path": path, "step": step, "tasks": names, "limit": limit, "num_fewshot": num_fewshot,
@@ -80,6 +83,18 @@ def evaluate_tasks(
     if run is not None and step is not None:
         record_scores(run, step, scores)
     return tables(results, scores), about | {"scores": scores}
+
+
+@contextlib.contextmanager
+def _mistake_of_a_task(names: str) -> Iterator[None]:
+    """Raise a `UserError` for an error of lm_eval or of a task's own code, outside of our model."""
+    try:
+        yield
+    except Exception as error:
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, UserError) or any(file.endswith("evaluation/harness.py") for file in files):
+            raise
+        raise UserError(f"tasks {names} failed in lm_eval: {one_line(error)}") from None
 
 
 def tables(results: dict[str, Any], scores: dict[str, float]) -> str:

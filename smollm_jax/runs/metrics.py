@@ -19,8 +19,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import tqdm_logging_redirect
 
 from smollm_jax.config.preference import FIGURES
+from smollm_jax.config.settings import Config
 from smollm_jax.runs.plot import draw
 from smollm_jax.runs.records import BETWEEN, OF_TASKS, SAMPLES_OF, scores_in
+from smollm_jax.runs.trackers import Tracker, trackers_of
 from smollm_jax.runtime.errors import one_line, printable, say
 from smollm_jax.runtime.notebook import progress_bar
 
@@ -38,13 +40,20 @@ TAG_OF = {name: f"{group}/{name.removeprefix('eval_')}" for group, names in TAGS
 TIMED_STEPS = 3
 
 
-class RunMetrics:
-    """A writer of a run's records. The run continues at step `start` and ends at step `total`."""
+def tagged(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a line of metrics.jsonl by the names that TensorBoard and trackers show."""
+    tags = {name: name if name.startswith(OF_TASKS) else TAG_OF.get(name, "") for name in line}
+    return {tags[name]: value for name, value in line.items() if tags[name] and value is not None}
 
-    def __init__(self, run_dir: Path, *, start: int, total: int):
-        self.run_dir, self.total = run_dir, total
+
+class RunMetrics:
+    """A writer of a run's records. The run continues at step `start`, and ends at `total` or as `config` says."""
+
+    def __init__(self, run_dir: Path, *, start: int, total: int = 0, config: Config | None = None):
+        self.run_dir, self.total = run_dir, config.total_steps if config else total
         self._metrics, self._samples = (LineFile(run_dir / name) for name in ("metrics.jsonl", "samples.txt"))
-        self._board = Board(run_dir / "tensorboard", start)
+        names = trackers_of(config) if config else ["tensorboard"]
+        self._board = Board(run_dir / "tensorboard", start, is_wanted="tensorboard" in names)
         self._bar: Any = None
         self._shown = contextlib.ExitStack()
         if (bar_class := progress_bar()) is not None:
@@ -53,6 +62,8 @@ class RunMetrics:
             )
             self._bar = self._shown.enter_context(bar)
         self._began, self._start, self._first = time.monotonic(), start, 0.0
+        others = [name for name in names if config and name != "tensorboard"]
+        self._trackers = [Tracker(name, run_dir, cast(Config, config), tagged, self.say) for name in others]
 
     def progress(self, step: int) -> None:
         """Count a step. The first few steps predict how long the others will take."""
@@ -103,6 +114,8 @@ class RunMetrics:
         for prompt, text in samples[:1]:
             self.say(f"  {prompt}{BETWEEN}{' '.join(text.split())}")
         draw(self.run_dir, self.run_dir / "loss.png", self.say)
+        for tracker in self._trackers:
+            tracker.evaluation(step, samples, self.run_dir / "loss.png")
 
     def say(self, message: str) -> None:
         """Print a line to stderr, above the progress bar if there is one."""
@@ -113,16 +126,18 @@ class RunMetrics:
                 self._bar.write(printable(message), file=sys.stderr)
 
     def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
         self._shown.close()
         self._metrics.close()
         self._samples.close()
 
     def _record(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in line.items():
-            tag = name if name.startswith(OF_TASKS) else TAG_OF.get(name)
-            if tag is not None and value is not None:
-                self._board.write(line["step"], summary=partial(_summary, "scalar", tag, value))
+        for tag, value in tagged(line).items():
+            self._board.write(line["step"], summary=partial(_summary, "scalar", tag, value))
+        for tracker in self._trackers:
+            tracker.line(line)
 
 
 class NullMetrics:
@@ -166,8 +181,8 @@ def _at_once(path: str, flags: int) -> int:
 class Board:
     """A writer of TensorBoard events in the calling thread. The library's own thread hangs on a full disk."""
 
-    def __init__(self, folder: Path, start: int):
-        self._folder, self._writer, self._is_over = folder, cast(Any, None), False
+    def __init__(self, folder: Path, start: int, *, is_wanted: bool = True):
+        self._folder, self._writer, self._is_over = folder, cast(Any, None), not is_wanted
         self.write(start + 1, session_log=self._open)
 
     def _open(self) -> Any:

@@ -3,6 +3,7 @@
 from smollm_jax.config.settings import Config
 from smollm_jax.data.sources import check_source, mixture
 from smollm_jax.hf.reader import check_place
+from smollm_jax.runs.trackers import trackers_of
 from smollm_jax.runtime.files import expand_home
 from smollm_jax.tokenizer.load import check_tokenizer
 
@@ -18,6 +19,7 @@ def check_places(config: Config) -> None:
     check_data(config.data.data)
     if config.data.eval_data is not None:
         check_data(config.data.eval_data)
+    trackers_of(config)
     resumes = not config.run.new_run and any(expand_home(config.run_dir).glob("checkpoints/[0-9]*"))
     if resumes:  # with its own tokenizer and weights
         return

@@ -109,7 +109,7 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     state = state_at_start(start, config, mesh, checkpoints)
     checkpoints.newest = step = progress.step
     evaluated, ledgers = keep_records(run_dir, step) if job.first else (0, {})
-    report = RunMetrics(run_dir, start=step, total=config.total_steps) if job.first else NullMetrics()
+    report = RunMetrics(run_dir, start=step, config=config) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,
         mesh=mesh, dtype=dtype, steps=steps, nll=make_scorer(config, mesh, dtype, ops), checkpoints=checkpoints,

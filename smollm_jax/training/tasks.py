@@ -13,6 +13,7 @@ from smollm_jax.distributed.sharding import on_one_device
 from smollm_jax.evaluation.scorer import Scorer
 from smollm_jax.evaluation.tasks import Scores, load_tasks, run_tasks, scores_of
 from smollm_jax.runtime.errors import one_line, say
+from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.run import Run, loaded_generator
 
 
@@ -34,7 +35,7 @@ def score_on_tasks(run: Run) -> Scores:
     """Return the scores of the run on its tasks, by names such as hellaswag/acc_norm. Empty if stopped."""
     if not run.config.run.eval_tasks or run.interrupted:
         return {}
-    params = on_one_device(run.state["params"], run.mesh)
+    params = on_one_device(whole_weights(run.config, run.state, run.mesh), run.mesh)
     if run.tasks is None:
         return {}
     from smollm_jax.evaluation.harness import HarnessModel

@@ -156,8 +156,8 @@ class Place:
             lines = [json.dumps({"text": f"{name} {i} the cat sat on a mat " * 4}) for i in range(250)]
             (folder / name).write_text("\n".join(lines) + "\n")
         (folder / "quiz.yaml").write_text(quiz_of(ROOT / "docs" / "scores.md"))
-        question = {"question": "the cat sat on", "choices": ["a mat", "a moon"], "answer": 0}
-        write_rows(folder / "quiz.jsonl", [question] * 8)
+        asked = [{"question": f"cat {i} sat on", "choices": ["a mat", "a moon"], "answer": 0} for i in range(8)]
+        write_rows(folder / "quiz.jsonl", asked)
         for name in ("chats.jsonl", "questions.jsonl"):
             write_rows(folder / name, [{"messages": talk} for talk in make_talks(60)])
         write_rows(folder / "pairs.jsonl", make_pairs(60))

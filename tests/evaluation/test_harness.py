@@ -134,7 +134,7 @@ def test_the_command_prints_a_table_and_json_and_writes_results(tmp_path, folder
     (file,) = tmp_path.glob("results_*.json")
     written = json.loads(file.read_text())
     assert written["results"]["quiz"]["acc,none"] == scores["quiz/acc"]
-    assert written["config"]["limit"] == 4
+    assert written["config"]["limit"] == written["n-samples"]["quiz"]["effective"] == 4
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,21 @@ def test_a_mistake_is_told_in_a_line(folder, flags, words, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
     with pytest.raises(UserError, match=words):
         command("evaluate", [str(folder), *flags], "smollm")
+
+
+def test_a_mistake_in_a_task_is_told_in_a_line(folder, tasks, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        f"task: wrong\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{question}}"\n'
+        'doc_to_choice: "{{[question, answers]}}"\ndoc_to_target: 0\n'
+    )
+    with pytest.raises(UserError, match=r"wrong.yaml could not be loaded: ValueError"):
+        command("evaluate", [str(folder), "--tasks", str(file), "--output", str(tmp_path)], "smollm")
+    flags = ["--tasks", tasks.split(",")[0], "--num-fewshot", "50"]
+    with pytest.raises(UserError, match=r"quiz.yaml failed in lm_eval: ValueError: Sample larger"):
+        command("evaluate", [str(folder), *flags, "--output", str(tmp_path)], "smollm")
 
 
 def test_without_the_extra_a_line_says_how_to_install_it(folder, monkeypatch):

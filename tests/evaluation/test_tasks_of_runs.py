@@ -9,7 +9,7 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
 from smollm_jax.cli.main import command
 from smollm_jax.config.serialization import from_dict
-from smollm_jax.runs.convert import export_run
+from smollm_jax.runs.convert import _scores, export_run
 from smollm_jax.runs.plot import plot
 from smollm_jax.runs.records import read_metrics, scores_in
 from smollm_jax.runtime.errors import UserError, run_main
@@ -70,6 +70,7 @@ def test_the_card_names_the_scores_of_its_own_checkpoint(run, tmp_path):
         line = next(line for line in read_metrics(run) if line["step"] == step and "eval_loss" in line)
         score, error = line["tasks/quiz/acc"], line["tasks/quiz/acc_stderr"]
         assert f"| Score quiz/acc | `{score:.4f} ± {error:.4f}` |" in card
+    assert _scores([{"step": 2, "tasks/quiz/acc": 0.5}], 4) == {}, "of other weights"
 
 
 def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, tasks):
@@ -91,10 +92,20 @@ def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, 
             np.testing.assert_array_equal(a, c)
 
 
+def test_adapters_are_scored_with_their_base(run, start, tasks, capsys):
+    flags = ["--init-from", str(run), "--lora-rank", "2", "--learning-rate", "0.05", "--eval-tasks", tasks]
+    folder, code = start("adapters", *flags, "--eval-task-limit", "6")
+    assert code == 0
+    line = next(line for line in read_metrics(folder) if "eval_loss" in line and line["step"] == 4)
+    capsys.readouterr()
+    command("evaluate", [str(folder), "--tasks", tasks, "--limit", "6"], "smollm")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["scores"] == scores_in(line)
+
+
 def test_the_settings_are_kept_and_checked(run, tasks):
     config = from_dict(read_json(run / "config.json"))
     assert (config.run.eval_tasks, config.run.eval_task_limit) == (tasks, 6)
-    with pytest.raises(UserError, match="are scored at evaluations, so eval_every=0 must be above 0"):
+    with pytest.raises(UserError, match="eval_tasks need evaluations: eval_every above 0"):
         parse(["--eval-tasks", "hellaswag", "--eval-every", "0"])
 
 
