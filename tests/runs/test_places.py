@@ -17,7 +17,7 @@ from tests.support.paths import ROOT
 
 WRONG = {
     "--data /no/such": "matches no file",
-    "--data builtin:x": "only built-in source",
+    "--data builtin:x": "built-in sources are",
     "--data builtin:python-docs --eval-data /no/such": "matches no file",
     "--tokenizer /no/such": "no tokenizer folder",
     "--tokenizer train:3": "expected train:VOCAB",
