@@ -23,6 +23,7 @@ class Documented(NamedTuple):
     module: str
     name: str
     node: ast.AST
+    parent: ast.AST  # the module, class or function around it
     text: str
 
 
@@ -58,15 +59,16 @@ def _docstrings(path: Path, module: str) -> Iterator[Documented]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    nodes: list[tuple[str, ast.AST]] = [("", tree)]
+    nodes: list[tuple[str, ast.AST, ast.AST]] = [("", tree, tree)]
     while nodes:  # through statements alone: expressions are most of a program, and hold no docstring
-        name, node = nodes.pop()
+        name, node, parent = nodes.pop()
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             name = f"{name}.{node.name}".lstrip(".")
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = (ast.get_docstring(node) or "").encode("utf-8", "ignore").decode()
             if text:
-                yield Documented(module, name, node, text)
+                yield Documented(module, name, node, parent, text)
+            parent = node
         for field in ("body", "orelse", "finalbody", "handlers", "cases"):
             inner = getattr(node, field, ())
-            nodes += [(name, child) for child in inner] if isinstance(inner, list) else []
+            nodes += [(name, child, parent) for child in inner] if isinstance(inner, list) else []

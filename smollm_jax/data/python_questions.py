@@ -49,7 +49,10 @@ def python_questions() -> tuple[dict[str, Any], ...]:
 
 @cache
 def python_preferences() -> tuple[dict[str, Any], ...]:
-    """Return rows of the texts `prompt`, `chosen` and `rejected`. A rejected answer is another function's."""
+    """Return rows of the texts `prompt`, `chosen` and `rejected`. A rejected answer is another function's.
+
+    Row i is about the function of row i of `python_questions`, so that both hold out the same functions.
+    """
     groups: dict[str, list[str]] = defaultdict(list)
     for one in _all_asked():
         groups[one.group].append(one.purpose[1])
@@ -57,9 +60,9 @@ def python_preferences() -> tuple[dict[str, Any], ...]:
     for one in _all_asked():
         prompt, chosen = one.purpose
         others = [answer for answer in groups[one.group] if answer != chosen]
-        if others:
-            rejected = random.Random(one.name).choice(others)
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        others = others or [other.purpose[1] for other in _all_asked() if other.purpose[1] != chosen]
+        rejected = random.Random(one.name).choice(others)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return tuple(rows)
 
 
@@ -71,6 +74,7 @@ def _all_asked() -> tuple[Asked, ...]:
         answer = " ".join(one.text.partition("\n\n")[0].split())
         is_prose = answer[:1].isupper() and " " in answer and not NOT_PROSE.search(answer)
         is_public = not any(part.startswith("_") for part in parts) and parts[0] not in FEW_READERS
+        is_public = is_public and isinstance(one.parent, ast.Module | ast.ClassDef)  # no function of a function
         if one.name and is_public and is_prose and SHORTEST <= len(answer) <= LONGEST:
             asked = _asked(one, answer if answer[-1] in ".!?" else f"{answer}.")
             found[asked.name] = asked
@@ -83,12 +87,17 @@ def _asked(found: Documented, answer: str) -> Asked:
     owner, _, name = found.name.rpartition(".")
     group, full = f"{found.module}.{owner}".strip("."), f"{found.module}.{found.name}"
     choose = random.Random(full)  # of this function alone: another release of Python keeps most rows
-    more = [(choose.choice(PLACES), f"It is {'a method of' if owner else 'in the module'} `{group}`.")]
     node = found.node
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        arguments = re.sub(r"^(self|cls)(, |$)", "", ast.unparse(node.args))
-        more.append((choose.choice(CALLS), f"Call it as `{name}({arguments})`."))
-    elif isinstance(node, ast.ClassDef):
+        marks = {ast.unparse(mark) for mark in node.decorator_list}
+        is_bound, arguments = owner and "staticmethod" not in marks, ast.unparse(node.args)
+        arguments = re.sub(r"^\w+(, |$)", "", arguments) if is_bound else arguments  # without self
+        place = f"It is {'a method of' if owner else 'in the module'} `{group}`."
+        called = f"It is read as `{name}`." if "property" in marks else f"Call it as `{name}({arguments})`."
+        more = [(choose.choice(PLACES), place), (choose.choice(CALLS), called)]
+    else:
+        assert isinstance(node, ast.ClassDef)
+        more = [(choose.choice(PLACES), f"It is in the {'class' if owner else 'module'} `{group}`.")]
         methods = [one.name for one in node.body if isinstance(one, ast.FunctionDef) and one.name[0] != "_"]
         told = ", ".join(f"`{method}`" for method in methods[:MOST_METHODS])
         more += [(choose.choice(METHODS), f"It has {told}.")] if methods else []

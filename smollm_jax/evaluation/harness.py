@@ -137,8 +137,9 @@ class HarnessModel(TemplateLM):
         unknown = sorted(given.keys() - set(SAMPLING))
         require(not unknown, f"generation_kwargs of a task: {', '.join(unknown)} is not supported")
         drawn: dict[str, Any] = {"temperature": 1.0} | given if is_drawn else {}
-        stop_ids = tuple({*self._config.stop_ids, self._tokenizer.eos_id})
-        return Sampling(max_new_tokens=most, stop_ids=stop_ids, **drawn), [stop for stop in until if stop]
+        special = self._tokenizer.special_tokens  # decoding leaves these out, so they are found by their ids
+        stop_ids = {*self._config.stop_ids, self._tokenizer.eos_id, *(special[x] for x in until if x in special)}
+        return Sampling(max_new_tokens=most, stop_ids=tuple(stop_ids), **drawn), [x for x in until if x]
 
     def _write(self, prompts: list[list[int]], sampling: Sampling, stop: list[str], seeds: list[int]) -> list[str]:
         """Continue prompts together. Each has a seed of its own, because a task may repeat a prompt."""

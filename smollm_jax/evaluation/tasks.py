@@ -6,6 +6,7 @@ inside functions, after a check.
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -113,6 +114,6 @@ def scores_of(results: dict[str, Any]) -> Scores:
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, variant = key.partition(",")
-            if comma and isinstance(value, int | float):
+            if comma and isinstance(value, int | float) and math.isfinite(value):  # a mean of nothing is NaN
                 found[f"{task}/{metric}" + ("" if variant == "none" else f",{variant}")] = float(value)
     return found

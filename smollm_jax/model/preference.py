@@ -69,7 +69,7 @@ def pair_step(
     slope_BS = slope_BP2.reshape(slope_BP2.shape[0], -1)
     at_BT = jnp.clip(segment_ids_BT1[:, 1:] - 1, 0, slope_BS.shape[1] - 1)
     weights_BT = -jnp.take_along_axis(slope_BS, at_BT, axis=1) * are_targets_BT
-    reward_BP2 = settings.beta * _per_loss(ratio_BP2, lengths_BP2, settings)
+    reward_BP2 = settings.beta * ratio_BP2
     chosen_BP, rejected_BP = reward_BP2[..., 0], reward_BP2[..., 1]
     margin_BP = chosen_BP - rejected_BP
     each = (chosen_BP, rejected_BP, margin_BP, margin_BP > 0, logprobs_BP2[..., 0], logprobs_BP2[..., 1])
@@ -78,5 +78,5 @@ def pair_step(
 
 
 def _per_loss(ratio_BP2: jax.Array, lengths_BP2: jax.Array, settings: PreferenceConfig) -> jax.Array:
-    """Return log-ratios as the loss takes them: of ipo means per token, else sums."""
+    """Return log-ratios as the loss takes them: means per token for ipo, else sums."""
     return ratio_BP2 / jnp.maximum(lengths_BP2, 1) if settings.pair_loss == "ipo" else ratio_BP2

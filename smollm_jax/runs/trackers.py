@@ -49,6 +49,8 @@ class Tracker:
         self._module: Any = None
         self._run: Any = None
         with self._failure_told():
+            if _read(self._path)["id"] != self._about["id"]:  # before another tracker draws an id of its own
+                write_json_atomic(self._path, self._about)
             BackgroundTask(lambda: self._open(run_dir, to_dict(config))).result(START_SECONDS)
             for line in read_metrics(run_dir):
                 self._send(line)
@@ -56,8 +58,16 @@ class Tracker:
     def _open(self, run_dir: Path, settings: dict[str, Any]) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             self._module, about = import_module(self._name), self._about
-            more = {"id": about["id"], "dir": str(run_dir)} if self._name == "wandb" else {}
-            name = run_dir.resolve().name if self._name == "wandb" else f"{run_dir.resolve().name}-{about['id']}"
+            name = f"{run_dir.resolve().name}-{about['id']}"
+            more: dict[str, Any] = {"embed": False, "private": True}  # of trackio: no public link, no public Space
+            if self._name == "wandb":
+                # nothing but what the run records: no console, git, packages or figures of the machine
+                settings_of_wandb = self._module.Settings(
+                    console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True,
+                    x_save_requirements=False, init_timeout=START_SECONDS - 5, login_timeout=1,
+                )  # fmt: skip
+                name = run_dir.resolve().name
+                more = {"id": about["id"], "dir": str(run_dir), "settings": settings_of_wandb}
             self._run = self._module.init(project=PROJECT, name=name, config=settings, resume="allow", **more)
             if self._name == "wandb":  # its own counter would drop a step that comes after a later one
                 self._run.define_metric("*", step_metric="step")

@@ -48,9 +48,7 @@ def with_chat_template(tokenizer: Tokenizer, choice: str, name: str) -> tuple[To
         raise UserError(f"{what} {never}; give --chat-template chatml or a file")
     text = {number: token for token, number in changed.special_tokens.items()}[end]
     if end != changed.eos_id or token_text(changed.settings.get("pad_token")) != text:
-        dated = "writes the date, so that a resumed run would read other rows"
-    require("strftime_now" not in template, f"--chat-template {chosen} {dated}; give chatml or another file")
-    changed = _rewritten(changed, template, {"eos_token": text, "pad_token": text})
+        changed = _rewritten(changed, template, {"eos_token": text, "pad_token": text})
     return changed, f"template    {'its own' if own else chosen}; a turn ends with {text}, which becomes the eos"
 
 

@@ -33,7 +33,7 @@ def recipe_of(config: Config) -> Config:
 
 def follows_epochs(config: Config) -> bool:
     """Return whether --epochs give the run's length: on conversations, without --steps and --phases."""
-    is_given = config.run.steps is not None or config.run.phases != recipe_of(config).run.phases
+    is_given = config.run.steps is not None or config.run.phases != RECIPES[config.recipe].run.phases
     return config.data.is_chat and config.data.epochs > 0 and not is_given
 
 

@@ -1,7 +1,7 @@
 """Compile the train step for every batch size of a run, within device memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -181,7 +181,8 @@ def make_scorer(config: Config, mesh: Mesh, dtype: Any, ops: Ops | None = None) 
     """
     rows, layout = sharded(mesh, BATCH_AXES), layout_of(weights_of(abstract_state(config, mesh)))
     if config.data.is_pairs:
-        pair_sums = partial(_of_weights, make_logprobs(config, mesh, dtype=dtype, ops=ops))
+        whole_batch = replace(config, compute=replace(config.compute, grad_accum=1))  # it is a micro-batch already
+        pair_sums = partial(_of_weights, make_logprobs(whole_batch, mesh, dtype=dtype, ops=ops))
         pairs_of = jax.jit(pair_sums, in_shardings=(layout, rows, rows), out_shardings=sharded(mesh))
 
         def logprobs(weights: State, *arrays: np.ndarray) -> np.ndarray:

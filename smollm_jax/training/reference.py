@@ -18,9 +18,11 @@ import numpy as np
 import xxhash
 
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
+from smollm_jax.config.serialization import to_dict
+from smollm_jax.config.settings import Config
 from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.data.heldout import pack_to_score
-from smollm_jax.data.loader import BatchIterator
+from smollm_jax.data.loader import BatchIterator, Loader
 from smollm_jax.data.packing import Batch, are_targets
 from smollm_jax.distributed.sharding import on_devices, on_one_device, padded_rows
 from smollm_jax.model.preference import FIGURES, pair_step, pairs_per_row
@@ -32,6 +34,7 @@ from smollm_jax.training.compile import PairStep
 from smollm_jax.training.run import Run
 from smollm_jax.training.step import weights_of
 
+ELSEWHERE = {"coordinator", "num_processes", "process_id", "compilation_cache_dir"}  # of no result
 AFRESH = "bring the old one back, or train afresh with --new-run"
 
 
@@ -54,6 +57,9 @@ class Reference:
         """Return the sums of a batch's pairs, float32 (B, P, 2)."""
         found = np.zeros((len(batch.tokens), pairs_per_row(batch.tokens.shape[1] - 1), 2), np.float32)
         for row, pair, key in pair_keys(batch):
+            require(
+                key in self.sums, f"a pair has no reference log-probs: data or settings have changed; {AFRESH}"
+            )
             found[row, pair] = self.sums[key]
         return found
 
@@ -113,15 +119,18 @@ def prepare_reference(run: Run, found: VerifiedCheckpoint | None) -> Reference |
             reference = Reference.load(path)
             same = reference.digest == found.meta.get("reference")
             require(same, f"{path} is of other weights or data than checkpoint {found.step}; {AFRESH}")
-            steps, total = reference.about["steps"], run.config.total_steps
-            short = f"{path} holds what {steps:,} steps need, the run has {total:,}"
-            require(steps >= total or reference.about["complete"], f"{short}; start anew with --new-run")
+            rows, total = reference.about["rows"], rows_of(run.config)
+            short = f"{path} covers {rows:,} rows; the run has {total:,}"
+            require(rows >= total or reference.about["complete"], f"{short}; start anew with --new-run")
         return reference
+    settings = to_dict(run.config)
+    compute = {name: value for name, value in settings["compute"].items() if name not in ELSEWHERE}
     about = {
-        "weights": weights_hash(run.state["params"]), "steps": run.config.total_steps,
-        "base": run.base and run.base["sha256"], "seq_len": run.config.data.seq_len, "computed": run.computed,
-        **run.stream.loader.fixed,
+        "weights": weights_hash(run.state["params"]), "rows": rows_of(run.config),
+        "base": run.base and run.base["sha256"], "seed": run.config.run.seed, "phases": list(run.config.phases),
+        "data": settings["data"], "compute": compute, "computed": run.computed, **run.stream.loader.fixed,
     }  # fmt: skip
+    about = json.loads(json.dumps(about))  # as it is read back
     try:
         reference = Reference.load(path)
     except UserError:
@@ -133,6 +142,11 @@ def prepare_reference(run: Run, found: VerifiedCheckpoint | None) -> Reference |
             reference.save(path)
     run.report.say(f"reference   log-probs of {len(reference.sums):,} pairs in {path}")
     return reference
+
+
+def rows_of(config: Config) -> int:
+    """Return the rows of all steps."""
+    return sum(phase.steps * phase.batch_size for phase in config.phases)
 
 
 def weights_hash(params: Any) -> str:
@@ -149,11 +163,15 @@ def weights_hash(params: Any) -> str:
 def _computed(run: Run, about: dict[str, Any]) -> Reference:
     """Compute the sums on the batches of the run, up to its last step or until every pair was seen."""
     run.report.say(f"reference   computing the log-probs of up to {run.config.total_steps:,} steps")
-    reference, batches = Reference(about), BatchIterator(run.stream.loader, None)
+    # sources of its own, because closing a source ends all its readers, the training data's too
+    loader = Loader(run.config, run.tokenizer, run.heldout, shards=run.stream.loader.shards)
+    reference, batches = Reference(about), BatchIterator(loader, None)
     complete = False
     for step in range(1, run.config.total_steps + 1):
         rows = run.config.batch_size_at(step)
-        batch, cursor = next(batches, (Batch(*np.zeros((2, rows, run.config.data.seq_len + 1), np.int32)), None))
+        with run.job.all_or_none():
+            no_rows = Batch(*np.zeros((2, rows, run.config.data.seq_len + 1), np.int32))
+            batch, cursor = next(batches, (no_rows, None))
         known = all(key in reference.sums for _, _, key in pair_keys(batch))
         over = cursor is None or (known and _seen_once(cursor))
         told = run.job.gather([known, over])
@@ -169,9 +187,10 @@ def _computed(run: Run, about: dict[str, Any]) -> Reference:
             reference.add(batch, np.asarray(on_one_device(sums, run.mesh))[batch.first_row :])
     for source in batches.sources:
         source.close()
-    for batch in eval_batches(run):
+    for batch in heldout_batches(run):
         reference.add(batch, np.asarray(run.nll(weights_of(run.state), batch.tokens, batch.segment_ids)))
-    for part in run.job.gather([[str(key), *sums] for key, sums in reference.sums.items()]):
+    parts, reference.sums = run.job.gather([[str(key), *sums] for key, sums in reference.sums.items()]), {}
+    for part in parts:  # in the order of processes, so that all keep the same sums of a pair that several saw
         for key, chosen, rejected in part:
             reference.sums.setdefault(int(key), (chosen, rejected))
     reference.about = about | {"complete": complete}
@@ -186,10 +205,13 @@ def _seen_once(cursor: dict[str, Any]) -> bool:
 
 def eval_batches(run: Run) -> Iterator[Batch]:
     """Yield the held-out batches that an evaluation reads."""
-    config, parts = run.config, run.config.compute.grad_accum
-    rows = config.main_batch_size // parts
-    batches = pack_to_score(run.heldout, run.tokenizer, config.data.seq_len, rows, chat=config.data.is_chat)
-    return islice(batches, config.data.eval_batches * parts)
+    return islice(heldout_batches(run), run.config.data.eval_batches * run.config.compute.grad_accum)
+
+
+def heldout_batches(run: Run) -> Iterator[Batch]:
+    """Yield all held-out batches."""
+    config, rows = run.config, run.config.main_batch_size // run.config.compute.grad_accum
+    return pack_to_score(run.heldout, run.tokenizer, config.data.seq_len, rows, chat=config.data.is_chat)
 
 
 def score_pairs(run: Run, batches: Iterable[Batch]) -> dict[str, Any]:

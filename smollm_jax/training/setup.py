@@ -108,7 +108,8 @@ def setup(config: Config, run_dir: Path, stop: StopRequest, job: Processes) -> R
     progress = Progress(**found.meta["progress"]) if found else Progress()
     state = state_at_start(start, config, mesh, checkpoints)
     checkpoints.newest = step = progress.step
-    evaluated, ledgers = keep_records(run_dir, step) if job.first else (0, {})
+    # a fresh start evaluates step 0 again: an earlier attempt may have had other weights or data
+    evaluated, ledgers = keep_records(run_dir, step if found else -1) if job.first else (0, {})
     report = RunMetrics(run_dir, start=step, config=config) if job.first else NullMetrics()
     run = Run(
         config=config, run_dir=run_dir, stop=stop, job=job, tokenizer=tokenizer, stream=stream, heldout=held,

@@ -504,7 +504,7 @@ def test_meta_that_is_not_json_is_the_callers_error(tmp_path):
 
 
 FULL_DISK = """
-    import resource, signal, sys
+    import os, resource, signal, sys, time
     import numpy as np
     from smollm_jax.checkpoint.manager import CheckpointManager
     checkpoints = CheckpointManager(sys.argv[1], keep_last=3, keep_every=0)
@@ -525,6 +525,9 @@ FULL_DISK = """
         checkpoints.keep_last = 1
         import shutil; shutil.rmtree(sys.argv[1] + "/../other")
     save(3)
+    deadline = time.monotonic() + 10  # what the failed save left goes once its last writer has ended
+    while any(name.startswith(".") for name in os.listdir(sys.argv[1])) and time.monotonic() < deadline:
+        time.sleep(0.05)
 """
 
 

@@ -282,7 +282,8 @@ def test_the_built_in_questions_are_conversations_about_distinct_functions_and_r
     assert {len(one.messages) for one in found} == {2, 4, 6}
     (one,) = (one.messages for one in found if " shutil.disk_usage" in one.messages[0]["content"])
     assert one[1]["content"] == "Return disk usage statistics about the given path."
-    assert not [one for one in found if "(self" in one.text or "__" in one.messages[0]["content"]]
+    assert not [one for one in found if "a method of" in one.text and "(self" in one.text]
+    assert not [one for one in found if "__" in one.messages[0]["content"]]
     source = open_source(QUESTIONS, chat)
     third = [document for document, _ in zip(source.documents(), range(3), strict=False)][2]
     assert next(source.documents(third.cursor)).conversation == found[3]
@@ -295,6 +296,8 @@ def test_a_built_in_preference_is_the_own_answer_to_that_about_a_neighbour():
     for row in rows:
         assert row["chosen"] == answers[row["prompt"]] != row["rejected"]
         assert row["rejected"] in answers.values()
+    # both hold out the same functions
+    assert [row["prompt"] for row in rows] == list(answers)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,20 @@ def test_a_start_before_the_first_checkpoint_takes_what_is_there_if_it_fits(plac
     assert "reference   log-probs of" in told
     lines = [line for line in read_metrics(place / "again") if "loss" in line]
     assert lines[0]["loss"] == pytest.approx((1 / (2 * 0.5)) ** 2, rel=1e-6)
+    (place / "again" / "checkpoints").rename(place / "away-too")
+    _, told = run_of(place, "again", *flags, "--batch-size", "8", "--mesh", "data=2", "--grad-accum", "2")
+    assert "reference   computing" in told, "other rows need other pairs"
+
+
+def test_what_computes_the_reference_leaves_the_training_data_open(place):
+    """A source that is closed ends a slow read of the Hub, and the run with it."""
+    closed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smollm_jax.training.reference.heldout_batches", lambda run: closed.extend(
+            source.closed.is_set() for source, _ in run.stream.loader.mixture
+        ) or iter([]))  # fmt: skip
+        run_of(place, "open", "--steps", "1", "--no-export", "--eval-every", "0")
+    assert closed == [False]
 
 
 def test_pairs_are_known_by_their_tokens_and_targets(finished):
@@ -178,7 +192,7 @@ def test_pairs_are_known_by_their_tokens_and_targets(finished):
     assert [key for _, _, key in pair_keys(turned)] != keys
     upside = replace(batch, tokens=batch.tokens[::-1], segment_ids=batch.segment_ids[::-1])
     assert {key for _, _, key in pair_keys(upside)} == set(keys)
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="no reference log-probs"):
         Reference({}).of(batch)
     with pytest.raises(UserError, match="is missing"):
         Reference.load(finished[0] / "nothing.npz")

@@ -112,7 +112,14 @@ class Fake:
         self.about = about
         return self
 
-    def log(self, content, step):
+    def Settings(self, **settings):
+        return settings
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, content, step=None):
+        step = content["step"] if step is None else step
         if step >= self.fails_at:
             raise ConnectionError("the network is down")
         self.lines.append((step, content))
@@ -123,7 +130,7 @@ class Fake:
     def Markdown(self, text):
         return text
 
-    Image = Markdown
+    Image = Html = Markdown
 
 
 def test_a_tracker_that_fails_is_told_once_and_the_records_go_on(tmp_path, monkeypatch, capsys):
@@ -149,6 +156,25 @@ def test_a_tracker_asked_for_late_gets_the_lines_before(tmp_path, monkeypatch):
     assert fake.about["resume"] == "allow"
     assert fake.about["config"]["run"]["report_to"] == "trackio"
     assert fake.finished == 1
+
+
+def test_two_trackers_have_one_id_from_the_first_line_to_the_resumed_ones_and_publish_nothing(
+    tmp_path, monkeypatch
+):
+    fakes = {"trackio": Fake(), "wandb": Fake()}
+    monkeypatch.setattr("smollm_jax.runs.trackers.import_module", fakes.get)
+    monkeypatch.setattr("smollm_jax.runs.trackers.find_spec", lambda _: True)
+    ids = []
+    for start, last in ((0, 3), (3, 5)):
+        report(tmp_path, "trackio,wandb", start=start, last=last).close()
+        ids += [fakes["trackio"].about["name"].removeprefix(f"{tmp_path.name}-"), fakes["wandb"].about["id"]]
+    assert len(set(ids)) == 1
+    assert (fakes["trackio"].about["embed"], fakes["trackio"].about["private"]) == (False, True)
+    sent = fakes["wandb"].about["settings"]
+    assert sent["console"] == "off"
+    assert all(sent[name] for name in ("disable_git", "x_disable_meta", "x_disable_stats"))
+    for fake in fakes.values():
+        assert [step for step, line in fake.lines if "train/loss" in line] == [1, 2, 3, 4, 5]
 
 
 def test_an_unknown_or_missing_tracker_is_told_before_the_start(tmp_path, monkeypatch):
