@@ -110,6 +110,7 @@ def test_the_interrupt_button_of_a_notebook_saves_and_a_mistake_is_one_line(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_every_code_block_of_the_page_on_python_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     program = "\n".join(blocks).replace("steps=200,", "steps=12, batch_size=2, eval_documents=20,")

@@ -113,7 +113,7 @@ def assert_same_losses(one, other, rel=2e-4):
             assert line[name] == pytest.approx(theirs[name], rel=rel), (line["step"], name)
 
 
-@pytest.mark.parametrize("flags", [[], ["--mesh", "data=2,fsdp=2"]])
+@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.release), ["--mesh", "data=2,fsdp=2"]])
 def test_two_processes_train_like_one(job, tmp_path, flags):
     flags = [*flags, "--sample-tokens", "4"]
     assert codes(job(1, *flags[-2:], devices=1, run="one")) == [0]
@@ -145,6 +145,7 @@ def test_two_processes_train_on_pairs_like_one(job, tmp_path):
         assert both[key] == pytest.approx(sums, rel=2e-4)
 
 
+@pytest.mark.release
 def test_a_process_may_have_nothing_but_padding(job, tmp_path):
     """Nine rows, then six, on eight devices: the last process has none of either, and the third only a few."""
     flags = ["--phases", "5x9,5x6", "--batch-size", "9", "--shards", "3"]
@@ -294,7 +295,8 @@ def test_processes_find_each_other_by_what_a_launcher_sets(job, tmp_path, launch
     assert "2 x cpu (cpu) of 2: data=2, 2 processes" in words_of(tmp_path)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.release), 1])
+@pytest.mark.release  # a minute of waiting; the test of a process that stands still is like it
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_suspended_the_others_leave_within_two_minutes(job, tmp_path, victim):
     """No connection breaks: JAX's heartbeats alone tell."""
     endless = [*SETTINGS, "--phases", "2000x8", "--eval-every", "0", "--checkpoint-every", "5"]

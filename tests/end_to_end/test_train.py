@@ -97,6 +97,7 @@ def test_exactly_n_updates_are_made_for_n_steps(finished_run):
 
 
 @pytest.mark.slow
+@pytest.mark.release  # as the stops at random moments in test_nothing_lost.py
 def test_a_killed_run_goes_on_bit_for_bit(train, tmp_path):
     """Across phases and epochs: 120 documents last for about 15 steps."""
     settings = "--phases 30x4,10x2 --checkpoint-every 7 --eval-every 10 --sample-tokens 4 --no-export".split()

@@ -189,7 +189,7 @@ SMOOTH = replace(TINY, initializer_range=1 / 6)  # a softmax of large scores mak
     ("config", "dtype", "rows", "keys"),
     [
         pytest.param(TWO_LAYERS, "float32", 1, 64, marks=pytest.mark.slow),
-        pytest.param(TWO_LAYERS, "bfloat16", 1, 128, marks=pytest.mark.slow),
+        pytest.param(TWO_LAYERS, "bfloat16", 1, 128, marks=[pytest.mark.slow, pytest.mark.release]),
         pytest.param(SMOOTH, "float32", 1, 128, marks=pytest.mark.slow),
         pytest.param(SMOOTH, "float32", 4, 64, marks=pytest.mark.slow),
         (SMOOTH, "bfloat16", 4, 64),
