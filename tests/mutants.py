@@ -58,7 +58,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("--max-batches ignored", "training/evaluation.py", "batch_size), max_batches)",
            "batch_size), None)", EVALUATION),
     Mutant("evaluation shrinks with --grad-accum", "training/reference.py",
-           "config.data.eval_batches * parts", "config.data.eval_batches", EVALUATION),
+           "eval_batches * run.config.compute.grad_accum", "eval_batches", EVALUATION),
     Mutant("answers see each other", "model/attention.py", "< end_BT[:, None, seen]",
            "< end_BT[:, None, seen] + 999", TREE),
     Mutant("positions in the row, not in the text", "evaluation/prefix_tree.py",
