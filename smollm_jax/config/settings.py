@@ -193,7 +193,7 @@ class RunConfig:
     log_every: int = setting(10, "at least 1", resume="free")  # Steps between reports.
     eval_every: int = setting(500, "0 or more", resume="free")
     """Steps between evaluations, with one more at the end (0: never)."""
-    eval_on_start: bool = setting(False, resume="free")  # Evaluate before the first step as well.
+    eval_on_start: bool = setting(False, resume="free")  # Evaluate before step 1, too, unless --eval-every is 0.
     checkpoint_every: int = setting(500, "0 or more", resume="free")
     """Steps between checkpoints, with one more at the end (0: only at the end)."""
     keep_last: int = setting(3, "at least 1", resume="free")  # Newest checkpoints kept.

@@ -33,7 +33,7 @@ Tokens = tuple[tuple[str, str], list[int], list[int]]  # context and continuatio
 
 
 class HarnessModel(TemplateLM):
-    """A model as lm_eval asks for it. `params` may be replaced between evaluations.
+    """An lm_eval model that scores with our engine. `params` may be replaced between evaluations.
 
     `generator` is called for the first text that is generated. `watch` is called with the number of requests done
     and of all, and may raise to end the work.
@@ -101,10 +101,13 @@ class HarnessModel(TemplateLM):
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Score continuations of contexts. The last id is a target alone, so one more fits than the context."""
-        cut = ((context + target)[-self.max_length - 1 :] for context, target in pairs)
-        requests = [
-            Request(ids[:-1], target[-len(ids) + 1 :]) for ids, (_, target) in zip(cut, pairs, strict=True)
-        ]
+        requests = []
+        for context, target in pairs:
+            require(bool(target), "a task has a continuation without a token of its own")
+            much = f"a task has a continuation of {len(target):,} tokens; the model reads {self.max_length:,}"
+            require(len(target) <= self.max_length, much)
+            ids = ((context or [self.prefix_token_id]) + target)[-self.max_length - 1 :]
+            requests.append(Request(ids[:-1], target))
         return self._scorer.score(self.params, requests, self.watch)
 
     def generate_until(self, requests: list[Instance], **_: Any) -> list[str]:
@@ -134,9 +137,12 @@ class HarnessModel(TemplateLM):
         """Return the sampling and stop strings of generation_kwargs. Raises `UserError` for unknown ones."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
         until, most, is_drawn = (given.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
-        unknown = sorted(given.keys() - set(SAMPLING))
+        one_beam = given.pop("num_beams", 1) == 1
+        unknown = sorted(given.keys() - set(SAMPLING)) + ["num_beams"] * (not one_beam)
         require(not unknown, f"generation_kwargs of a task: {', '.join(unknown)} is not supported")
-        drawn: dict[str, Any] = {"temperature": 1.0} | given if is_drawn else {}
+        # greedy decoding has the penalty too, as in transformers
+        drawn = {name: value for name, value in given.items() if is_drawn or name == "repetition_penalty"}
+        drawn = {"temperature": 1.0} | drawn if is_drawn else drawn
         special = self._tokenizer.special_tokens  # decoding leaves these out, so they are found by their ids
         stop_ids = {*self._config.stop_ids, self._tokenizer.eos_id, *(special[x] for x in until if x in special)}
         return Sampling(max_new_tokens=most, stop_ids=tuple(stop_ids), **drawn), [x for x in until if x]

@@ -23,7 +23,7 @@ from smollm_jax.runs.load import is_run, load_model, newest_step
 from smollm_jax.runs.records import record_scores
 from smollm_jax.runtime.devices import use_compilation_cache
 from smollm_jax.runtime.errors import UserError, one_line, require, say
-from smollm_jax.runtime.files import expand_home, write_json_atomic
+from smollm_jax.runtime.files import expand_home, named_failure, write_json_atomic
 from smollm_jax.runtime.notebook import progress_bar
 
 TELL_SECONDS = 30.0  # between lines about the progress, where no bar can be seen
@@ -51,6 +51,11 @@ def evaluate_tasks(
 
     run = expand_home(path) if is_run(path) else None
     step = None if run is None else newest_step(run)
+    folder = (
+        expand_home(output) if output else run / "scores" if run else Path("scores") / Path(path).resolve().name
+    )
+    with named_failure(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # before hours of work
     config, params, tokenizer = load_model(path, step)
     require(
         not chat or bool(tokenizer.chat_template),
@@ -68,15 +73,11 @@ def evaluate_tasks(
             results = run_tasks(tasks, model, limit=limit, chat=chat)
     scores, seconds = scores_of(results), time.time() - began
     about = {
-        "path": path, "step": step, "tasks": names, "limit": limit, "num_fewshot": num_fewshot,
+        "path": path, "step": step, "tasks": names, "limit": limit, "num_fewshot": results.get("n-shot"),
         "apply_chat_template": chat, "dtype": dtype, "seconds": seconds,
     }  # fmt: skip
     versions = {"smollm_jax": __version__, "lm_eval": version("lm_eval")}
     stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(began))
-    folder = (
-        expand_home(output) if output else run / "scores" if run else Path("scores") / Path(path).resolve().name
-    )
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"results_{stamp}.json"
     write_json_atomic(file, plain(results | {"config": about, "versions_of_code": versions, "date": began}))
     say(f"results are in {file}")

@@ -1,7 +1,7 @@
 """Compute the log-probabilities of continuations with two compiled programs per length of rows.
 
 One program computes the features of rows, the other the log-probabilities of some targets. So logits exist for
-targets alone. Rows have `ROW` tokens. If a request is longer, it and its like go into rows of a second length.
+targets alone. Rows have `ROW` tokens. Longer requests go into rows of a second length.
 """
 
 from collections import deque

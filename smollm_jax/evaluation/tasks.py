@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from smollm_jax.runtime.errors import UserError, install, one_line, require
+from smollm_jax.runtime.errors import UserError, install, one_line, require, say
 from smollm_jax.runtime.retry import be_quiet
 
 SUITE = Path(__file__).with_name("smollm2")
@@ -52,6 +52,9 @@ def load_tasks(names: str, num_fewshot: int | None = None) -> Any:
             tasks = manager.load(given)
         except Exception as error:  # of datasets, the Hub or a task's own code: any
             raise UserError(f"tasks {names} could not be loaded: {one_line(error)}") from None
+    zero_shot = [name for name, task in tasks["tasks"].items() if task.get_config("num_fewshot") == 0]
+    if zero_shot and num_fewshot:
+        say(f"--num-fewshot {num_fewshot} changes nothing for {', '.join(zero_shot)}: these fix 0")
     for task in tasks["tasks"].values():
         if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot")):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)

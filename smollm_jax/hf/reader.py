@@ -93,10 +93,10 @@ def check_place(path: str | Path) -> Path:
     if folder.is_dir() or is_gguf(path):
         return folder
     is_id = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
-    # the Hub is not asked for a folder beside others, nor for a run before the first
-    if is_id and (folder.parent.is_dir() or folder.parent.name == RUNS):
-        others = sorted(other.name for other in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        held = f"{folder.parent} holds {', '.join(others[:5]) or 'nothing'}{' and more' if others[5:] else ''}"
+    # the Hub is not asked for a run. A folder named as an owner on the Hub may hold other models of that owner
+    runs = sorted(file.parent.name for file in folder.parent.glob("*/checkpoints"))
+    if is_id and (runs or str(folder.parent) == RUNS):
+        held = f"{folder.parent} holds {', '.join(runs[:5]) or 'no run'}{' and more' if runs[5:] else ''}"
         raise UserError(f"there is no folder {path}; {held}")
     require(is_id, f"there is no folder {path}; a Hub id reads OWNER/NAME, such as HuggingFaceTB/SmolLM2-135M")
     return folder

@@ -121,6 +121,44 @@ def test_the_last_message_of_a_conversation_is_continued_as_in_transformers(fold
         assert own.tok_encode(text) == other.tok_encode(text)
 
 
+def test_a_continuation_that_the_harness_refuses_has_no_score(folder):
+    model = ours(folder)
+    with pytest.raises(UserError, match="a continuation without a token of its own"):
+        model._score([([1], [])])
+    with pytest.raises(UserError, match="a continuation of 97 tokens; the model reads 96"):
+        model._score([([1], [5] * 97)])
+    (longest,) = model._score([([1], [5] * 96)])
+    assert longest[0] < 0
+    assert model._score([([], [5])]) == model._score([([model.prefix_token_id], [5])])
+
+
+def test_greedy_text_has_the_penalty_and_special_tokens_stop_it(folder):
+    model = ours(folder)
+    given = {"do_sample": False, "repetition_penalty": 1.2, "until": ["<|im_end|>"], "num_beams": 1}
+    sampling, stop = model._choices(given)
+    assert (sampling.temperature, sampling.repetition_penalty) == (0, 1.2)
+    assert load_model(folder)[2].special_tokens["<|im_end|>"] in sampling.stop_ids
+    assert stop == ["<|im_end|>"]
+    with pytest.raises(UserError, match="num_beams is not supported"):
+        model._choices(given | {"num_beams": 4})
+
+
+def test_examples_that_a_task_does_not_take_are_said_to_be_left_out(tmp_path, tasks, capsys):
+    quiz = Path(tasks.split(",")[0])
+    fixed = tmp_path / "fixed.yaml"
+    fixed.write_text(quiz.read_text().replace("task: quiz", "task: fixed") + "\nnum_fewshot: 0\n")
+    load_tasks(f"{fixed},{quiz}", 2)
+    assert "--num-fewshot 2 changes nothing for fixed: these fix 0" in capsys.readouterr().err
+
+
+def test_a_place_that_takes_no_results_is_told_before_the_scoring(tmp_path, folder, tasks, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("smollm_jax.evaluation.report.run_tasks", lambda *_, **__: pytest.fail("scored"))
+    asked = [str(folder), "--tasks", tasks.split(",")[0], "--output", str(tmp_path / "file")]
+    with pytest.raises(OSError, match="file"):
+        command("evaluate", asked, "smollm")
+
+
 def test_the_command_prints_a_table_and_json_and_writes_results(tmp_path, folder, tasks, capsys):
     quiz = tasks.split(",")[0]
     command("evaluate", [str(folder), "--tasks", quiz, "--limit", "4", "--output", str(tmp_path)], "smollm")

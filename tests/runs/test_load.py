@@ -342,12 +342,16 @@ def test_a_run_that_has_lost_a_part_says_which(folder, tmp_path, lost, told):
 
 
 @pytest.mark.parametrize(("path", "told"), [
-    ("models/b", r"there is no folder models/b; models holds a$"),
-    ("runs/quickstart", r"there is no folder runs/quickstart; runs holds nothing$"),
+    ("trained/b", r"there is no folder trained/b; trained holds a$"),
+    ("runs/quickstart", r"there is no folder runs/quickstart; runs holds no run$"),
+    ("owner/b", "cannot be fetched from the Hub"),
 ])  # fmt: skip
-def test_the_hub_is_not_asked_for_a_folder_beside_others_nor_for_a_run(tmp_path, monkeypatch, path, told):
-    monkeypatch.setattr("smollm_jax.hf.reader.download_snapshot", Mock(side_effect=AssertionError("asked")))
-    (tmp_path / "models" / "a").mkdir(parents=True)
+def test_the_hub_is_not_asked_for_a_run_but_for_a_model_beside_one_of_the_same_owner(
+    tmp_path, monkeypatch, path, told
+):
+    monkeypatch.setattr("smollm_jax.hf.reader.download_snapshot", Mock(side_effect=OSError("asked")))
+    (tmp_path / "trained" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "owner" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=told):
         load_model(path)
