@@ -21,7 +21,7 @@ from smollm_jax.runtime.files import named_failure, read_json
 from smollm_jax.runtime.trees import flatten, unflatten
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX, BASE_HASH = "base_model.model.", "base_sha256"
+PREFIX, BASE_HASH, BASE_STEP = "base_model.model.", "base_sha256", "base_step"  # the last two are ours
 SUFFIX = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
 # settings of PEFT that would change the result, and the values at which they do not
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -36,10 +36,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class AdapterFolder(NamedTuple):
-    """A PEFT folder: the place of its base, the hash of its base if on record, and its settings."""
+    """A PEFT folder: the place of its base, hash and step of its base if on record, and its settings."""
 
     base: str
     base_hash: str | None
+    base_step: int | None
     settings: dict[str, Any]
     folder: Path
 
@@ -84,7 +85,8 @@ def write_adapters(
         if inputs:
             leaf = leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T
         values[name] = np.ascontiguousarray(leaf.reshape(-1) if inputs == 0 else leaf)
-    metadata = {"format": "pt", BASE_HASH: base["sha256"]}
+    step = {} if base.get("step") is None else {BASE_STEP: str(base["step"])}
+    metadata = {"format": "pt", BASE_HASH: base["sha256"], **step}
     with named_failure(folder / WEIGHTS):
         save_file(values, folder / WEIGHTS, metadata=metadata)
     modules = [TABLE[path][0].removesuffix(".weight").split(".")[-1] for path in config.targets]
@@ -114,8 +116,10 @@ def open_adapters(folder: Path) -> AdapterFolder:
         require(fits, f"{where} says {name}={value!r}; expected {expected}")
     require((folder / WEIGHTS).is_file(), f"{folder} has no {WEIGHTS}; only safetensors are read")
     with opened(folder / WEIGHTS) as file:
-        recorded = (file.metadata() or {}).get(BASE_HASH)
-    return AdapterFolder(settings["base_model_name_or_path"], recorded, settings, folder)
+        recorded = file.metadata() or {}
+    step = recorded.get(BASE_STEP, "")
+    known = int(step) if step.isdecimal() and len(step) < 19 else None
+    return AdapterFolder(settings["base_model_name_or_path"], recorded.get(BASE_HASH), known, settings, folder)
 
 
 def read_adapters(found: AdapterFolder, model: ModelConfig) -> tuple[Params, float]:

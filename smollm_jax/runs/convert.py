@@ -74,7 +74,7 @@ def export_run(
     require(settings.is_on or not merge, f"--merge is for runs with adapters; {run_dir} trained whole weights")
     if settings.is_on and not merge:
         require(dtype == "float32", f"--dtype {dtype} is for whole models; adapters are written in float32")
-        base = base_record(found)
+        base = base_record(found, config.run.init_from)
         checked = export_adapters(
             params, settings, model, out, base=base, tokenizer_folder=tokenizer, about=about, verify=verify,
             aside=aside,
@@ -82,7 +82,7 @@ def export_run(
         opens = f"; PEFT opens no run: export {base['path']}, and name that folder in {SETTINGS}"
         return found.step, checked + (opens if is_run(base["path"]) else "")
     if merge:
-        base = load_base(base_record(found), config.model)
+        base = load_base(base_record(found, config.run.init_from), config.model)
         compare = partial(compare_merged, base, params, settings.scale)
         params = merged(base, params, settings.scale)
     return found.step, export_folder(

@@ -4,6 +4,7 @@ A model is an architecture, f32 numpy parameters and a tokenizer. A path that ca
 """
 
 import contextlib
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import Damaged, expand_home, read_json
 from smollm_jax.tokenizer.load import load_tokenizer
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
+
+OPENING: ContextVar[tuple[str, ...]] = ContextVar("OPENING", default=())  # places of bases of adapters
 
 
 def is_run(path: str | Path) -> bool:
@@ -131,16 +134,16 @@ def read_whole(run: Path, config: Config, step: int | None) -> tuple[VerifiedChe
     """Return a checkpoint, by default the newest good one, and its weights with any adapters merged in f32."""
     found, params = read_params(run / "checkpoints", step)
     if config.adapter.is_on:
-        params = merge(load_base(base_record(found), config.model), params, config.adapter.scale)
+        base = base_record(found, config.run.init_from)
+        params = merge(load_base(base, config.model), params, config.adapter.scale)
     return found, params
 
 
 def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[ModelConfig, Any, Tokenizer]:
     """Return the model of a PEFT folder, merged with its base in f32. Its own tokenizer goes before the base's."""
     found = open_adapters(folder)
-    one = f"{folder} goes over other adapters, {found.base}; merge them first: python -m smollm_jax import"
-    require(not is_adapter_folder(expand_home(found.base)), one)
-    model, params, tokenizer = _open_base(found.base, None, special_tokens)
+    step = found.base_step if is_run(found.base) else None
+    model, params, tokenizer = _open_base(found.base, step, special_tokens)
     check_base(found.base, params, found.base_hash)
     adapters, scale = read_adapters(found, model)
     if (folder / "tokenizer.json").is_file():
@@ -161,12 +164,17 @@ def place_of(source: str) -> dict[str, str]:
     return {"path": str(path.absolute()) if path.exists() else source}
 
 
-def base_record(found: VerifiedCheckpoint) -> dict[str, Any]:
-    """Return the record of the base in a checkpoint of adapters. Raises `UserError` if it is damaged."""
+def base_record(found: VerifiedCheckpoint, init_from: str | None) -> dict[str, Any]:
+    """Return the record of the base in a checkpoint of adapters. Raises `UserError` if it is damaged.
+
+    If the folder on record is gone, the run's `init_from` may name its new place. The hash decides.
+    """
     base = found.meta.get("base")
     is_whole = isinstance(base, dict) and all(isinstance(base.get(name), str) for name in ("path", "sha256"))
     require(is_whole, f"checkpoint {found.step} is damaged: its meta.json lacks the base of its adapters")
-    return dict(base or {})
+    base = dict(base or {})
+    gone = Path(base["path"]).is_absolute() and not Path(base["path"]).exists()
+    return base | place_of(init_from) if gone and init_from else base
 
 
 def load_base(base: dict[str, Any], model: ModelConfig) -> Any:
@@ -181,11 +189,16 @@ def load_base(base: dict[str, Any], model: ModelConfig) -> Any:
 def _open_base(
     path: str, step: int | None, special_tokens: SpecialTokens | None
 ) -> tuple[ModelConfig, Any, Tokenizer]:
+    place = place_of(path)["path"]
+    require(place not in OPENING.get(), f"the base of the adapters leads back to itself: {place}")
+    before = OPENING.set((*OPENING.get(), place))
     try:
         return load_model(path, step, special_tokens=special_tokens)
     except UserError as error:
-        moved = "adapter_config.json or --init-from can name its new place"
+        moved = "adapter_config.json, or --init-from of the run's own command, can name its new place"
         raise UserError(f"the base of the adapters cannot be opened; {moved}: {error}") from None
+    finally:
+        OPENING.reset(before)
 
 
 def check_base(path: str, params: Any, recorded: str | None) -> None:

@@ -96,8 +96,10 @@ def with_base(start: StartState) -> StartState:
     if not start.config.adapter.is_on:
         return start
     assert start.checkpoint is not None
-    base = base_record(start.checkpoint)
-    base |= place_of(start.config.run.init_from or base["path"])
+    given, before = start.config.run.init_from, start.checkpoint.meta["config"]["run"].get("init_from")
+    base = base_record(start.checkpoint, given)
+    if given is not None and given != before:
+        base |= place_of(given)
     return replace(start, base=base, params=load_base(base, start.config.model))
 
 

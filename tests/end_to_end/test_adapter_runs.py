@@ -17,7 +17,7 @@ from smollm_jax.runs.load import load_model
 from smollm_jax.runs.records import evaluations, read_metrics
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.runtime.signals import StopRequest
-from smollm_jax.runtime.trees import flatten
+from smollm_jax.runtime.trees import flatten, unflatten
 from smollm_jax.tokenizer.load import train_tokenizer
 from smollm_jax.training.fit import fit
 from tests.support.hf_folders import TINY, assert_same_bits, numpy_params
@@ -77,6 +77,11 @@ def test_a_stopped_run_resumes_exactly_over_a_base_that_moved(place, tmp_path):
     shutil.copytree(place / "base", tmp_path / "elsewhere")
     assert train(place, "pieces", "--init-from", str(tmp_path / "elsewhere")) == 0
     assert_same_run(place / "run", place / "pieces")
+    (tmp_path / "elsewhere").rename(tmp_path / "moved")  # after the last step: no more checkpoint names the place
+    with pytest.raises(UserError, match="--init-from of the run's own command"):
+        load_model(place / "pieces")
+    assert train(place, "pieces", "--init-from", str(tmp_path / "moved")) == 0
+    assert_same_bits(load_model(place / "pieces")[1], load_model(place / "run")[1])
 
 
 def test_merge_writes_a_whole_model_whose_logits_agree(place, tmp_path):
@@ -86,6 +91,10 @@ def test_merge_writes_a_whole_model_whose_logits_agree(place, tmp_path):
     (_, adapters), (_, base) = read_params(place / "run" / "checkpoints"), read_folder(place / "base")
     with pytest.raises(RuntimeError, match="of the largest; at most 1e-03 is allowed"):
         compare_merged(base, adapters, 2.0, base, place / "base")
+    named = {name: leaf for name, leaf in flatten(adapters, "/").items() if not name.endswith("_m")}
+    tiny = unflatten({name: leaf * (1e-3 if name.endswith("_B") else 1) for name, leaf in named.items()}, "/")
+    with pytest.raises(RuntimeError, match=r"the adapters change them by .*, of which rounding may cost 10%"):
+        compare_merged(base, tiny, 2.0, base, place / "base")
     with pytest.raises(RuntimeError, match="give --dtype float32"):
         export_run(place / "run", tmp_path / "rounded", merge=True, dtype="bfloat16")
     assert not (tmp_path / "rounded").exists()
@@ -99,15 +108,17 @@ def test_a_gguf_file_has_the_adapters_merged(place, tmp_path):
     assert_same_bits(load_model(file)[1], load_model(place / "run")[1])
 
 
-def test_a_run_over_a_run_keeps_the_step_of_its_base(place):
+def test_a_run_over_a_run_keeps_the_step_of_its_base(place, tmp_path):
     """Adapters over adapters: the base is merged, and stays the checkpoint that it was."""
     train(place, "first", "--stop-after", "2")
     train(place, "second", "--init-from", str(place / "first"), "--stop-after", "2")
     found, _ = read_params(place / "second" / "checkpoints")
     assert found.meta["base"]["step"] == 2
     before = load_model(place / "second")[1]
+    export_run(place / "second", tmp_path / "peft")
     assert train(place, "first") == 0
     assert_same_bits(load_model(place / "second")[1], before)
+    assert_same_bits(load_model(tmp_path / "peft")[1], before)
     (place / "first").rename(place / "gone")
     with pytest.raises(UserError, match=r"the base of the adapters cannot be opened; .*: there is no folder"):
         load_model(place / "second")

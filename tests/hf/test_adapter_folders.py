@@ -141,8 +141,20 @@ def test_adapters_over_another_base_or_themselves_are_refused(place, tmp_path):
     with pytest.raises(UserError, match="other is another base than the adapters were trained on"):
         load_model(other)
     itself = changed(place, tmp_path / "2", base_model_name_or_path=str(tmp_path / "2" / "copy"))
-    with pytest.raises(UserError, match="goes over other adapters"):
+    with pytest.raises(UserError, match="leads back to itself"):
         load_model(itself)
+
+
+def test_adapters_over_adapters_open_as_all_three_merged(place, tmp_path):
+    path, adapters = place
+    below = load_model(path / "adapters")[1]
+    record = {"path": str(path / "adapters"), "sha256": weights_sha256(below)}
+    export_adapters(
+        unflatten(adapters, "/"), SETTINGS, TINY, tmp_path / "two", base=record, about=About(title="mine"),
+        tokenizer_folder=path / "adapters", verify=True, aside=False,
+    )  # fmt: skip
+    merged = apply_adapters(flatten(below, "/"), adapters, 6.0 / 4)
+    assert_same_bits(load_model(tmp_path / "two")[1], unflatten(merged, "/"))
 
 
 def test_a_tensor_that_is_missing_is_named(place, tmp_path):
