@@ -18,7 +18,7 @@ PACKAGE = ROOT / "smollm_jax"
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
     "runtime": ("", 1_030),
-    "config": ("runtime", 887),
+    "config": ("runtime", 895),
     "tokenizer": ("runtime", 867),
     "model": ("config runtime", 704),
     "data": ("tokenizer config runtime", 2_152),
@@ -41,7 +41,7 @@ HOUSE = {
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_269, 20_357
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_277, 20_365
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -1,0 +1,40 @@
+"""Define the settings of the optimizer and of its learning rate schedule."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from smollm_jax.config.fields import check_fields, setting
+from smollm_jax.runtime.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate schedule."""
+
+    learning_rate: float | None = setting(6e-4, "above 0", resume="schedule")
+    """Peak learning rate. Default of sft: by the size of the model."""
+    schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
+    """After the warm-up: linear or cosine decay to the end, constant, or wsd (stable, then linear decay)."""
+    warmup_steps: int | None = setting(None, "0 or more", resume="schedule")
+    """Steps of linear warm-up. Default: the recipe's, at most a tenth of the steps."""
+    decay_steps: int | None = setting(None, "0 or more", resume="schedule")
+    """Steps of the decay of wsd. Default: a fifth of the steps."""
+    final_learning_rate: float = setting(0.0, "0 or more", resume="schedule")
+    """Learning rate at the end of a decay."""
+    beta1: float = setting(0.9, "in [0, 1)")
+    beta2: float = setting(0.95, "in [0, 1)")
+    epsilon: float = setting(1e-8, "above 0")
+    weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay, without norm weights.
+    clip_norm: float = setting(1.0, "above 0")  # Global gradient norm above which gradients are scaled down.
+    max_bad_steps: int = setting(10, "above 0", resume="free")
+    """Stop after this many steps in a row without finite gradients. Such steps change nothing."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        peak, final, schedule = self.learning_rate, self.final_learning_rate, self.schedule
+        fits = peak is None or final <= peak
+        require(fits, f"final_learning_rate={final} must not be above learning_rate={peak}")
+        decays = final == 0 or schedule != "constant"
+        require(decays, f"final_learning_rate={final} belongs to a schedule that decays; constant came")
+        decay_fits = self.decay_steps is None or schedule == "wsd"
+        require(decay_fits, f"decay_steps={self.decay_steps} belongs to --schedule wsd; {schedule} came")
