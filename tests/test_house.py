@@ -24,24 +24,24 @@ HOUSE = {
     "data": ("tokenizer config runtime", 2_152),
     "distributed": ("config runtime", 552),
     "kernels": ("model config runtime", 1_183),
-    "hf": ("model tokenizer config runtime", 1_868),
+    "hf": ("model tokenizer config runtime", 1_893),
     "checkpoint": ("distributed runtime", 712),
     "generation": ("kernels model config runtime", 834),
-    "runs": ("hf checkpoint data tokenizer config runtime", 1_190),
+    "runs": ("hf checkpoint data tokenizer config runtime", 1_239),
     "evaluation": ("runs generation kernels model tokenizer config runtime", 667),
     "training": (
         "evaluation runs generation kernels checkpoint data distributed model tokenizer config runtime",
-        2_526,
+        2_542,
     ),
-    "serving": ("runs generation hf model tokenizer config runtime", 2_924),
+    "serving": ("runs generation hf model tokenizer config runtime", 3_085),
     "planning": ("training kernels distributed model config runtime", 502),
     "cli": (
         "planning training evaluation serving runs generation hf checkpoint distributed tokenizer config runtime",
-        1_123,
+        1_124,
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_277, 20_365
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_293, 20_617
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
@@ -52,6 +52,7 @@ HEAVY = {  # packages that one place alone imports, at any depth
     "transformers": ("hf", "serving"),
     "datasets": ("data", "runtime"),
     "lm_eval": ("evaluation",),
+    "llama_cpp": ("serving",),
     "pyarrow": ("data",),
     "huggingface_hub": ("data", "hf", "runtime", "tokenizer"),
 }

@@ -44,7 +44,7 @@ def torch_training(work: StepWork, form: Form, folder: Path) -> Ready:
     import torch
 
     device = torch_device()
-    step, wait = _train_step(work, form, device, folder), torch_wait(device)
+    (step, _, _), wait = train_step(work, form, device, folder), torch_wait(device)
     tokens = torch.tensor(work.rows()[0], device=device).long()
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     wait()
@@ -55,8 +55,8 @@ def torch_training(work: StepWork, form: Form, folder: Path) -> Ready:
     return Ready(repeated(lambda: step(ids, labels), work.steps, lambda _: wait()), facts, torch_peak(device))
 
 
-def _train_step(work: StepWork, form: Form, device: str, folder: Path) -> Callable[..., Any]:
-    """Return the step as PyTorch users write it for speed: compiled with its loss, fused AdamW."""
+def train_step(work: StepWork, form: Form, device: str, folder: Path) -> tuple[Callable[..., Any], Any, Any]:
+    """Return the step as PyTorch users write it for speed, compiled with its loss, its AdamW, and its model."""
     import torch
     from transformers import AttentionInterface, LlamaForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -98,7 +98,7 @@ def _train_step(work: StepWork, form: Form, device: str, folder: Path) -> Callab
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step
+    return step, optimizer, model
 
 
 def hf_generate(work: Prompts, dtype: Dtype, cache: Cache) -> Ready:

@@ -29,7 +29,7 @@ def chat(
     *,
     system: str = "",
     sampling: SamplingFlags = LIVELY,
-    backend: Literal["jax", "torch"] = "jax",
+    backend: Literal["jax", "torch", "llama"] = "jax",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> int:
     """Talk to a model that has a chat template. For a base model, use `generate`.

@@ -31,7 +31,7 @@ def generate(
     system: str = "",
     sampling: SamplingFlags = GREEDY,
     stop: tuple[str, ...] = (),
-    backend: Literal["jax", "torch"] = "jax",
+    backend: Literal["jax", "torch", "llama"] = "jax",
     dtype: Literal["float32", "bfloat16"] = "float32",
     special_tokens: Literal["text", "parse"] | None = None,
 ) -> int:

@@ -23,7 +23,7 @@ ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy is in 
 def serve(
     path: Annotated[str, tyro.conf.Positional] = "",
     *,
-    backend: Literal["torch", "jax"] | None = None,
+    backend: Literal["torch", "jax", "llama"] | None = None,
     host: str = "0.0.0.0" if ON_A_SPACE else "127.0.0.1",
     port: int = 7_860,
     allow_hosts: str = "",
@@ -43,7 +43,8 @@ def serve(
 
     Args:
         path: Exported folder, Hub id or run. Default: the folder "export" beside the program.
-        backend: Compute with PyTorch or JAX. Default: jax for a run, torch for a folder if installed, else jax.
+        backend: Compute with PyTorch, JAX or llama.cpp. Default: llama for a GGUF file and torch for a folder, if
+            installed, else jax.
         host: Address to listen on. 0.0.0.0 opens the page to the network.
         port: Port to listen on (0: any free port).
         allow_hosts: More host names under which pages may use the server, separated by commas (*: any).

@@ -82,7 +82,7 @@ def evaluate_tasks(
     write_json_atomic(file, plain(results | {"config": about, "versions_of_code": versions, "date": began}))
     say(f"results are in {file}")
     if run is not None and step is not None:
-        record_scores(run, step, scores)
+        record_scores(run, step, scores, limit, num_fewshot)
     return tables(results, scores), about | {"scores": scores}
 
 

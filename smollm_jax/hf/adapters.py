@@ -31,8 +31,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,),
     "monteclora_config": (None,),
     # others, such as pissa and loftq, change the base
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"), "revision": (None, "", "main"),
 }  # fmt: skip
+# settings that are read here, or that change no result of finished adapters
+KNOWN = set(
+    """
+    peft_type task_type r lora_alpha target_modules base_model_name_or_path use_rslora use_dora inference_mode
+    lora_dropout auto_mapping peft_version exclude_modules layers_to_transform layers_pattern megatron_config
+    megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying
+    runtime_config
+""".split()
+)
 
 
 class AdapterFolder(NamedTuple):
@@ -52,6 +61,14 @@ def weights_sha256(params: Params) -> str:
         digest.update(f"{name} {leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).data)
     return digest.hexdigest()
+
+
+def adapted_sha256(base: str, adapters: Params, scale: float) -> str:
+    """Return the SHA-256 of weights with adapters, by the hash of the base.
+
+    Merged weights have no hash that holds everywhere: the last bits of a product depend on the machine.
+    """
+    return hashlib.sha256(f"{base} {weights_sha256(adapters)} {scale!r}".encode()).hexdigest()
 
 
 def merge(base: Params, adapters: Params, scale: float) -> Params:
@@ -109,9 +126,12 @@ def open_adapters(folder: Path) -> AdapterFolder:
     for name, neutral in NEUTRAL.items():
         value = settings.get(name, neutral[0])
         require(value in neutral, f"{where} says {name}={value!r}; only {neutral[0]!r} can be read")
+    others = [name for name, value in settings.items() if value and name not in {*KNOWN, *NEUTRAL}]
+    require(not others, f"{where} says {', '.join(others[:3])}, which this version does not know")
     for name, kinds in (("r", int), ("lora_alpha", (int, float)), ("base_model_name_or_path", str)):
         value = settings.get(name)
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and (isinstance(value, str) or value > 0)
+        fits = isinstance(value, kinds) and not isinstance(value, bool)
+        fits = fits and (bool(value) if kinds is str else 0 < value < math.inf)
         expected = "a name" if kinds is str else "a number above 0"
         require(fits, f"{where} says {name}={value!r}; expected {expected}")
     require((folder / WEIGHTS).is_file(), f"{folder} has no {WEIGHTS}; only safetensors are read")

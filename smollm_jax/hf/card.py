@@ -72,11 +72,11 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _call(about: About) -> str:
+def _call(about: About, stop: str = "") -> str:
     if not about.chat:
-        return f'write({about.prompt!r}, max_new_tokens=64)[0]["generated_text"]'
+        return f'write({about.prompt!r}, max_new_tokens=64{stop})[0]["generated_text"]'
     messages = [{"role": "user", "content": about.prompt}]
-    return f'write({messages!r}, max_new_tokens=128)[0]["generated_text"][-1]["content"]'
+    return f'write({messages!r}, max_new_tokens=128{stop})[0]["generated_text"][-1]["content"]'
 
 
 def _sample(about: About) -> str:
@@ -103,6 +103,7 @@ def _adapter_rows(adapter: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _use_peft(adapter: dict[str, Any], about: About) -> str:
+    stop = ", eos_token_id=write.tokenizer.eos_token_id"  # PEFT keeps the base's, which ends no turn
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -110,7 +111,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 base = AutoModelForCausalLM.from_pretrained({adapter["base_model_name_or_path"]!r})
 model = PeftModel.from_pretrained(base, "{PLACE}")
 write = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{PLACE}"))
-print({_call(about)})
+print({_call(about, stop)})
 ```"""
 
 

@@ -154,7 +154,9 @@ def export_adapters(
         _make_way(out, part, aside=aside)
         part.mkdir(parents=True)
         write_adapters(part, adapters, settings, config, base=base)
-        Tokenizer(tokenizer_folder).save(part)
+        tokenizer = Tokenizer(tokenizer_folder)
+        tokenizer.save(part)
+        _name_context(part / "tokenizer_config.json", tokenizer, config)
         checked = "not checked (--no-verify)"
         if verify:
             read = flatten(read_adapters(open_adapters(part), config)[0], "/")

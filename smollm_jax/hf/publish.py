@@ -86,7 +86,9 @@ def push(folder: str | Path, repo: str, *, dry_run: bool = False, private: bool 
     is_run = (folder / "checkpoints").is_dir()
     require(not is_run, f"{folder} is a run; push {folder / 'export'}, or the folder that export wrote")
     if is_adapter_folder(folder):
-        open_adapters(folder)
+        base = open_adapters(folder).base
+        named = f"{folder / SETTINGS} names the base {base}, which nobody else has; put its Hub id there"
+        require(bool(REPO.fullmatch(base)) and not Path(base).exists(), named)
     else:
         require((folder / "config.json").is_file(), f"{folder} holds no config.json; it is no exported folder")
         model_config(read_json(folder / "config.json"))

@@ -166,10 +166,19 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
 
 def _scores(lines: list[dict[str, Any]], step: int) -> dict[str, str]:
     """Return the scores on tasks of the checkpoint at `step` with their standard errors, the newest of each."""
-    found = {name: score for x in lines if x["step"] == step for name, score in scores_in(x).items()}
-    errors = {name: f" ± {error:.4f}" for name, error in found.items()}
-    names = [name for name in found if not name.endswith("_stderr")]
-    return {f"Score {name}": f"{found[name]:.4f}{errors.get(f'{name}_stderr', '')}" for name in names}
+    found = {name: (score, x) for x in lines if x["step"] == step for name, score in scores_in(x).items()}
+    errors = {name: f" ± {error:.4f}" for name, (error, _) in found.items()}
+    told = {}
+    for name, (score, line) in found.items():
+        if not name.endswith("_stderr"):
+            limit, shots = line.get("task_limit"), line.get("task_shots")
+            about = ([f"{limit:,} documents"] if limit else []) + ([f"{shots}-shot"] if shots is not None else [])
+            told[f"Score {name}"] = f"{score:.4f}{errors.get(f'{name}_stderr', '')}{_in_brackets(about)}"
+    return told
+
+
+def _in_brackets(parts: list[str]) -> str:
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def require_exportable(model: ModelConfig) -> None:

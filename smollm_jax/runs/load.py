@@ -14,7 +14,14 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.config.architecture import ModelConfig, parameter_shapes
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.config.settings import Config
-from smollm_jax.hf.adapters import is_adapter_folder, merge, open_adapters, read_adapters, weights_sha256
+from smollm_jax.hf.adapters import (
+    adapted_sha256,
+    is_adapter_folder,
+    merge,
+    open_adapters,
+    read_adapters,
+    weights_sha256,
+)
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.gguf_model import read_gguf
 from smollm_jax.hf.reader import is_gguf, local_folder, read_folder
@@ -144,7 +151,7 @@ def _merged_folder(folder: Path, special_tokens: SpecialTokens | None) -> tuple[
     found = open_adapters(folder)
     step = found.base_step if is_run(found.base) else None
     model, params, tokenizer = _open_base(found.base, step, special_tokens)
-    check_base(found.base, params, found.base_hash)
+    check_base(found.base, step, model, params, found.base_hash)
     adapters, scale = read_adapters(found, model)
     if (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(str(folder.absolute()), special_tokens=special_tokens or "text")
@@ -155,7 +162,25 @@ def open_for_adapters(source: str) -> tuple[ModelConfig, Any, Tokenizer, dict[st
     """Return a model as `load_model` does, and the record of its weights: place, step of a run, and hash."""
     step = newest_step(source) if is_run(source) else None
     model, params, tokenizer = load_model(source, step)
-    return model, params, tokenizer, place_of(source) | {"step": step, "sha256": weights_sha256(params)}
+    return (
+        model,
+        params,
+        tokenizer,
+        place_of(source) | {"step": step, "sha256": _hash_of(source, step, model, params)},
+    )
+
+
+def _hash_of(path: str, step: int | None, model: ModelConfig, params: Any) -> str:
+    """Return the hash that says which weights `path` holds. `params` are these, with any adapters merged."""
+    if is_run(path) and (config := read_run(path)).adapter.is_on:
+        found, adapters = read_params(expand_home(path) / "checkpoints", step)
+        base = base_record(found, config.run.init_from)
+        return adapted_sha256(base["sha256"], adapters, config.adapter.scale)
+    if not is_run(path) and not is_gguf(path) and is_adapter_folder(folder := local_folder(path)):
+        theirs = open_adapters(folder)
+        if theirs.base_hash is not None:
+            return adapted_sha256(theirs.base_hash, *read_adapters(theirs, model))
+    return weights_sha256(params)
 
 
 def place_of(source: str) -> dict[str, str]:
@@ -179,10 +204,11 @@ def base_record(found: VerifiedCheckpoint, init_from: str | None) -> dict[str, A
 
 def load_base(base: dict[str, Any], model: ModelConfig) -> Any:
     """Return the weights on record. Raises `UserError` if they are gone, or are other weights now."""
-    theirs, params, _ = _open_base(base["path"], base.get("step") if is_run(base["path"]) else None, None)
+    step = base.get("step") if is_run(base["path"]) else None
+    theirs, params, _ = _open_base(base["path"], step, None)
     same = parameter_shapes(theirs) == parameter_shapes(model)
     require(same, f"{base['path']} is another base than the adapters were trained on: its shapes differ")
-    check_base(base["path"], params, base["sha256"])
+    check_base(base["path"], step, theirs, params, base["sha256"])
     return params
 
 
@@ -201,9 +227,10 @@ def _open_base(
         OPENING.reset(before)
 
 
-def check_base(path: str, params: Any, recorded: str | None) -> None:
+def check_base(path: str, step: int | None, model: ModelConfig, params: Any, recorded: str | None) -> None:
     """Raise `UserError` unless the weights have the hash on record, if there is one."""
-    same = recorded is None or weights_sha256(params) == recorded
+    same = recorded is None or _hash_of(path, step, model, params) == recorded
+    same = same or weights_sha256(params) == recorded  # as earlier versions recorded merged weights
     require(same, f"{path} is another base than the adapters were trained on; bring back its weights")
 
 

@@ -78,7 +78,7 @@ class RunMetrics:
 
     def train(self, line: dict[str, Any]) -> None:
         self._record(line)
-        rate, step, loss = line["tokens_per_second"], line["step"], _number(line["loss"], 4)
+        rate, step, loss = line["tokens_per_second"], line["step"], _number(line["loss"], 4) + _of_pairs(line)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss}, {rate:,.0f} tokens/s")
             return
@@ -105,7 +105,7 @@ class RunMetrics:
         self._record(line)
         if "eval_loss" in line:
             self.say(
-                f"step {step}: held-out loss {_number(line['eval_loss'], 4)}, "
+                f"step {step}: held-out loss {_number(line['eval_loss'], 4)}{_of_pairs(line, 'eval_')}, "
                 f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
             )
         scores = [f"{name} {value:.4f}" for name, value in scores_in(line).items() if not name.endswith("_stderr")]
@@ -212,6 +212,12 @@ class Board:
 def _summary(kind: str, name: str, value: Any) -> Any:
     # an installation may be broken: the board says so
     return getattr(import_module("tensorboardX.summary"), kind)(name, value)
+
+
+def _of_pairs(line: dict[str, Any], prefix: str = "") -> str:
+    """Return how often the chosen answer of a pair has the larger reward, and by how much. Empty for texts."""
+    share, margin = (line.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
+    return "" if share is None or margin is None else f", chosen preferred {share:.1%} (margin {margin:.3f})"
 
 
 def duration(seconds: float) -> str:

@@ -25,16 +25,22 @@ def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [x for x in lines if None not in (x.get("eval_loss"), x.get("eval_bits_per_byte"))]
 
 
-def record_scores(run_dir: Path, step: int, scores: dict[str, float]) -> None:
+def record_scores(
+    run_dir: Path, step: int, scores: dict[str, float], limit: int | None, shots: int | None
+) -> None:
     """Append the scores of a checkpoint on tasks to metrics.jsonl."""
-    line = json.dumps({"step": step, "time": time.time()} | as_fields(scores))
+    line = json.dumps({"step": step, "time": time.time()} | as_fields(scores, limit, shots))
     with open(run_dir / "metrics.jsonl", "ab") as file:  # one write, because the run may be writing too
         file.write(f"{line}\n".encode())
 
 
-def as_fields(scores: dict[str, float]) -> dict[str, float]:
-    """Return scores on tasks, by names such as hellaswag/acc_norm, as fields of a line of metrics.jsonl."""
-    return {f"{OF_TASKS}{name}": score for name, score in scores.items()}
+def as_fields(scores: dict[str, float], limit: int | None = None, shots: int | None = None) -> dict[str, Any]:
+    """Return scores on tasks, by names such as hellaswag/acc_norm, as fields of a line of metrics.jsonl.
+
+    `limit` is the number of documents per task, None for all. `shots` is --num-fewshot, if it was given.
+    """
+    about = {"task_limit": limit, "task_shots": shots} if scores else {}
+    return {f"{OF_TASKS}{name}": score for name, score in scores.items()} | about
 
 
 def scores_in(line: dict[str, Any]) -> dict[str, float]:

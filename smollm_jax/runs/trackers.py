@@ -30,7 +30,7 @@ Fields = Callable[[dict[str, Any]], dict[str, Any]]
 
 def trackers_of(config: Config) -> list[str]:
     """Return the names in --report-to. Raises `UserError` for an unknown one, or one that is not installed."""
-    names = [name.strip() for name in config.run.report_to.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in config.run.report_to.split(",") if name.strip()))
     for name in names:
         require(name in KNOWN, f"--report-to {name}: expected {', '.join(KNOWN)}, separated by commas")
         has_it = name == "tensorboard" or find_spec(name) is not None
@@ -100,7 +100,8 @@ class Tracker:
             self._run.finish()
 
     def _send(self, line: dict[str, Any]) -> None:
-        kind = "evaluation" if "eval_seconds" in line else "train" if "loss" in line else "scores"
+        kind = "evaluation" if "eval_seconds" in line else "train" if "loss" in line else ""
+        kind = kind or f"scores of {line.get('time')}"  # a checkpoint may be scored again, on other tasks
         if line["step"] > self._sent.get(kind, -1):
             self._log(line["step"], self._fields(line), kind)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from smollm_jax.hf.reader import is_gguf
 from smollm_jax.runs.load import is_run, newest_step
 from smollm_jax.runtime.errors import UserError, say
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
@@ -51,8 +52,7 @@ def open_scheduler(
 ) -> tuple[Scheduler, str, Facts]:  # fmt: skip
     """Load the model at `path` and return its scheduler, public name and facts. Raises `UserError`."""
     if backend is None:
-        has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
-        backend = "torch" if has_torch and not is_run(path) else "jax"
+        backend = default_backend(path)
     run = Path(path).expanduser() if is_run(path) else None
     step = newest_step(run) if run else None
     completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens, step=step)
@@ -65,6 +65,14 @@ def open_scheduler(
     say(completer.tokenizer.describe_special())
     scheduler.try_chat()
     return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat, step=step)
+
+
+def default_backend(path: str) -> Backend:
+    """Return the back end that serves `path`: what is installed and fastest for it. JAX opens everything."""
+    if is_gguf(path):
+        return "llama" if find_spec("llama_cpp") else "jax"
+    has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
+    return "torch" if has_torch and not is_run(path) else "jax"
 
 
 def listen(host: str, port: int) -> socket.socket:

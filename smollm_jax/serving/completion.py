@@ -27,7 +27,7 @@ from smollm_jax.runtime.errors import UserError, install, one_line, require
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
-Backend = Literal["jax", "torch"]
+Backend = Literal["jax", "torch", "llama"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Rebuild = Callable[[ModelConfig, Any], Any]  # from architecture and parameters to an engine
 ROWS = 16  # prompts decoded together
@@ -249,6 +249,13 @@ def open_completer(
             needs = f"--backend torch needs torch and transformers: {install('torch')}"
             raise UserError(f"{needs} ({one_line(error)})") from None
         return Completer(*open_torch(path, dtype, special_tokens, step))
+    if backend == "llama":
+        try:
+            from smollm_jax.serving.llama_backend import open_llama
+        except (ImportError, OSError, RuntimeError) as error:  # of its shared library
+            needs = f"--backend llama needs llama-cpp-python: {install('llama')}"
+            raise UserError(f"{needs} ({one_line(error)})") from None
+        return Completer(*open_llama(path, dtype, special_tokens, step))
     config, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         # a model runs the same few programs every time it is opened

@@ -125,7 +125,7 @@ def evaluate_run(run: Run) -> None:
     line: dict[str, Any] = {"step": run.progress.step, "time": time.time()}
     if run.heldout:
         line |= scores
-    line |= as_fields(on_tasks)
+    line |= as_fields(on_tasks, run.config.run.eval_task_limit or None)
     line["eval_seconds"] = time.monotonic() - began
     with run.job.watchdog.patient("drawing loss.png"):
         run.report.evaluation(line, texts)

@@ -139,12 +139,14 @@ def conclude(run: Run) -> int:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0
     try:
-        export_run(run.run_dir, run.run_dir / "export", step=step, aside=True)
+        _, checked = export_run(run.run_dir, run.run_dir / "export", step=step, aside=True)
     except (RuntimeError, UserError, OSError) as error:
         print(f"{result}; saved, but not exported")
         run.report.say(f"the export was rolled back: {one_line(error)}")
         return EXIT_FAILED
     print(f"{result}; export in {run.run_dir / 'export'}")
+    if run.base is not None:
+        run.report.say(f"adapters    {checked}")
     prompt, *_ = *run.config.run.sample_prompts, "Once upon a time"
     where, prompt = shlex.quote(str(run.run_dir)), shlex.quote(prompt)
     needs = "" if find_spec("gradio") else f"{install('serve')} && "

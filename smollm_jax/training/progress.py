@@ -41,6 +41,9 @@ def report_step(run: Run, pending: Pending) -> None:
         counted = int(values.get("pairs", values["targets"]))
         run.progress.nats += values["loss"].item() * counted
         run.progress.targets += counted
+        if "pairs" in values:
+            sums = run.progress.figures
+            run.progress.figures = {x: sums.get(x, 0.0) + values[x].item() * counted for x in FIGURES}
     elif values.get("overflow", False):
         run.progress.skipped_steps += 1
         halved = f"the loss scale is now {values['loss_scale'].item():g}"
@@ -92,10 +95,10 @@ def write_line(run: Run) -> None:
             "dropped_pairs" if run.config.data.is_pairs else "dropped_conversations": dropped,
         }
     if run.config.data.is_pairs:
-        line |= {"pairs": int(values["pairs"])}
-        line |= {name: finite_or_none(values[name].item()) for name in FIGURES}
+        line["pairs"] = progress.targets
+        line |= {x: finite_or_none(total / progress.targets) for x, total in progress.figures.items()}
     run.report.train(line)
-    run.interval, progress.nats, progress.targets = Interval(), 0.0, 0
+    run.interval, progress.nats, progress.targets, progress.figures = Interval(), 0.0, 0, {}
 
 
 def counted_documents(run: Run, pending: Pending, kind: str) -> int:

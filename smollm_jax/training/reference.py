@@ -7,6 +7,7 @@ stands.
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ from smollm_jax.training.run import Run
 from smollm_jax.training.step import weights_of
 
 ELSEWHERE = {"coordinator", "num_processes", "process_id", "compilation_cache_dir"}  # of no result
+TELL_SECONDS = 20.0
 AFRESH = "bring the old one back, or train afresh with --new-run"
 
 
@@ -166,8 +168,11 @@ def _computed(run: Run, about: dict[str, Any]) -> Reference:
     # sources of its own, because closing a source ends all its readers, the training data's too
     loader = Loader(run.config, run.tokenizer, run.heldout, shards=run.stream.loader.shards)
     reference, batches = Reference(about), BatchIterator(loader, None)
-    complete = False
+    complete, told_at = False, time.monotonic()
     for step in range(1, run.config.total_steps + 1):
+        if time.monotonic() - told_at > TELL_SECONDS:
+            run.report.say(f"reference   at step {step:,} of {run.config.total_steps:,}")
+            told_at = time.monotonic()
         rows = run.config.batch_size_at(step)
         with run.job.all_or_none():
             no_rows = Batch(*np.zeros((2, rows, run.config.data.seq_len + 1), np.int32))

@@ -41,6 +41,7 @@ class Progress:
     # of the steps with finite gradients since the last metrics line: sum of the nats, and their targets or pairs
     nats: float = 0.0
     targets: int = 0
+    figures: dict[str, float] = field(default_factory=dict)  # of pairs, sums like `nats`
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -82,6 +83,8 @@ def test_the_first_loss_is_ln_2_and_training_parts_the_answers(finished):
     assert lines[-1]["step"] == config.total_steps
     assert f"by 4: {config.total_steps:,} steps" in told
     assert "pairs, by all data" in told
+    assert re.search(r"step +\d+/\d+  loss 0\.\d+, chosen preferred \d+\.\d% \(margin ", told)
+    assert "held-out loss 0.6931, chosen preferred 0.0% (margin 0.000), " in told
 
 
 def test_metrics_hold_the_figures_of_both_answers_and_the_dropped_pairs(finished):

@@ -69,8 +69,9 @@ def test_the_card_names_the_scores_of_its_own_checkpoint(run, tmp_path):
         card = (tmp_path / str(step) / "README.md").read_text()
         line = next(line for line in read_metrics(run) if line["step"] == step and "eval_loss" in line)
         score, error = line["tasks/quiz/acc"], line["tasks/quiz/acc_stderr"]
-        assert f"| Score quiz/acc | `{score:.4f} ± {error:.4f}` |" in card
-    assert _scores([{"step": 2, "tasks/quiz/acc": 0.5}], 4) == {}, "of other weights"
+        assert f"| Score quiz/acc | `{score:.4f} ± {error:.4f} (6 documents)` |" in card
+    shots = {"step": 4, "tasks/quiz/acc": 0.5, "task_limit": None, "task_shots": 0}
+    assert _scores([{"step": 2, "tasks/quiz/acc": 0.1}, shots], 4) == {"Score quiz/acc": "0.5000 (0-shot)"}
 
 
 def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, tasks):
@@ -82,7 +83,7 @@ def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, 
     assert code == 0
     own = [line for line in records(run) if "ledger" in line or "eval_loss" in line]
     assert [line for line in records(folder) if "ledger" in line or "eval_loss" in line] == own
-    assert records(without) == [{k: v for k, v in line.items() if not k.startswith("tasks/")} for line in own]
+    assert records(without) == [{k: v for k, v in line.items() if not k.startswith("task")} for line in own]
     for group in ("params", "opt_state"):
         one, other, third = (
             leaves(read_params(path / "checkpoints", group=group)[1]) for path in (run, folder, without)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from smollm_jax.hf.card import About
 from smollm_jax.hf.export import export_adapters, export_folder
 from smollm_jax.hf.publish import push
 from smollm_jax.hf.reader import read_folder
-from smollm_jax.runs.load import load_model
+from smollm_jax.runs import load
+from smollm_jax.runs.load import load_model, open_for_adapters
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.runtime.trees import flatten, unflatten
 from tests.support.hf_folders import TINY, assert_same_bits, numpy_params
@@ -38,8 +40,9 @@ def place(tmp_path_factory, tokenizer_folder):
 
 
 def changed(place, tmp_path, **settings):
-    """A copy of the adapters with other settings."""
-    folder = shutil.copytree(place[0] / "adapters", tmp_path / "copy")
+    """A copy of the adapters, or of a folder, with other settings."""
+    source = place if isinstance(place, Path) else place[0] / "adapters"
+    folder = shutil.copytree(source, tmp_path / "copy")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     return folder
@@ -103,14 +106,16 @@ def test_the_scale_of_rslora_divides_by_the_root_of_the_rank(place, tmp_path):
     assert read_adapters(open_adapters(changed(place, tmp_path, use_rslora=True)), TINY)[1] == 6.0 / 2
 
 
-def test_the_card_says_that_it_is_an_adapter_and_the_folder_can_be_pushed(place):
+def test_the_card_says_that_it_is_an_adapter_and_the_folder_can_be_pushed(place, tmp_path):
     path, _ = place
     card = (path / "adapters" / "README.md").read_text()
     assert "library_name: peft" in card
     assert "This folder holds adapters alone" in card
     assert "DoRA, rank 4, alpha 6, on q_proj" in card
     assert "PeftModel.from_pretrained(base" in card
-    files = push(path / "adapters", "me/mine", dry_run=True)
+    with pytest.raises(UserError, match="which nobody else has; put its Hub id there"):
+        push(path / "adapters", "me/mine", dry_run=True)
+    files = push(changed(place, tmp_path, base_model_name_or_path="me/base"), "me/mine", dry_run=True)
     assert "adapter_config.json" in files
     assert "adapter_model.safetensors" in files
 
@@ -128,6 +133,10 @@ def test_the_card_says_that_it_is_an_adapter_and_the_folder_can_be_pushed(place)
         ({"r": 5}, r"expected shape \(5, 24\) from the base, got \(4, 24\)"),
         ({"use_dora": False}, "holds tensor .*lora_magnitude_vector, which the base does not have"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path=None; expected a name"),
+        ({"base_model_name_or_path": ""}, "base_model_name_or_path=''; expected a name"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf; expected a number above 0"),
+        ({"revision": "v2"}, "revision='v2'; only None can be read"),
+        ({"use_new_thing": {"a": 1}}, "says use_new_thing, which this version does not know"),
         ({"base_model_name_or_path": "/nowhere"}, "the base of the adapters cannot be opened"),
     ],
 )  # fmt: skip
@@ -155,6 +164,25 @@ def test_adapters_over_adapters_open_as_all_three_merged(place, tmp_path):
     )  # fmt: skip
     merged = apply_adapters(flatten(below, "/"), adapters, 6.0 / 4)
     assert_same_bits(load_model(tmp_path / "two")[1], unflatten(merged, "/"))
+
+
+def test_the_hash_of_a_base_with_adapters_does_not_depend_on_how_it_is_merged(place, tmp_path, monkeypatch):
+    """The last bits of a product differ between machines."""
+    path, adapters = place
+    record = open_for_adapters(str(path / "adapters"))[3]
+    export_adapters(
+        unflatten(adapters, "/"), SETTINGS, TINY, tmp_path / "two", base=record, about=About(title="mine"),
+        tokenizer_folder=path / "adapters", verify=True, aside=False,
+    )  # fmt: skip
+    exact = load.merge
+    monkeypatch.setattr(load, "merge", lambda *them: unflatten(
+        {name: leaf * np.float32(1 + 2e-7) for name, leaf in flatten(exact(*them), "/").items()}, "/"
+    ))  # fmt: skip
+    load_model(tmp_path / "two")
+    other = json.loads((path / "adapters" / "adapter_config.json").read_text()) | {"lora_alpha": 7}
+    (shutil.copytree(path / "adapters", tmp_path / "other") / "adapter_config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="is another base than the adapters were trained on"):
+        load_model(changed(tmp_path / "two", tmp_path, base_model_name_or_path=str(tmp_path / "other")))
 
 
 def test_a_tensor_that_is_missing_is_named(place, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from smollm_jax.config.settings import Config, RunConfig
 from smollm_jax.runs.metrics import RunMetrics
 from smollm_jax.runs.places import check_places
-from smollm_jax.runs.records import keep_records
+from smollm_jax.runs.records import keep_records, record_scores
 from smollm_jax.runtime.errors import UserError
 
 SPEED = {"tokens_per_second": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}
@@ -156,6 +156,23 @@ def test_a_tracker_asked_for_late_gets_the_lines_before(tmp_path, monkeypatch):
     assert fake.about["resume"] == "allow"
     assert fake.about["config"]["run"]["report_to"] == "trackio"
     assert fake.finished == 1
+
+
+def test_scores_of_a_checkpoint_are_sent_as_often_as_it_is_scored(tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr("smollm_jax.runs.trackers.import_module", lambda _: fake)
+    monkeypatch.setattr("smollm_jax.runs.trackers.find_spec", lambda _: True)
+    report(tmp_path, "trackio", start=0, last=2).close()
+    for task in ("quiz", "riddle"):
+        record_scores(tmp_path, 2, {f"{task}/acc": 0.5}, None, None)
+    for _ in range(2):
+        report(tmp_path, "trackio, trackio", start=2, last=2).close()
+    scored = [line for step, line in fake.lines if step == 2 and any("tasks/" in name for name in line)]
+    assert [next(name for name in line if "tasks/" in name) for line in scored][-2:] == [
+        "tasks/quiz/acc",
+        "tasks/riddle/acc",
+    ]
+    assert len(scored) == 3, "the evaluation's own too"
 
 
 def test_two_trackers_have_one_id_from_the_first_line_to_the_resumed_ones_and_publish_nothing(

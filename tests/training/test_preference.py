@@ -1,6 +1,7 @@
 """The loss of pairs against the formulas, written out with whole logits, and its gradient against autodiff."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from smollm_jax.distributed.sharding import make_mesh
 from smollm_jax.model.preference import pair_step, pairs_per_row
 from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.runtime.errors import UserError
+from smollm_jax.training.compile import PairStep, compiled_bytes
 from smollm_jax.training.step import create, make_logprobs, make_nll, make_step
 
 TINY = ModelConfig(
@@ -183,3 +185,14 @@ def test_settings_that_no_loss_can_use_are_refused():
         PreferenceConfig(pair_loss="ipo", label_smoothing=0.1)
     with pytest.raises(UserError, match="these are for pairs, so give --data-kind pairs"):
         Config(preference=PreferenceConfig(beta=0.1))
+
+
+def test_memory_counts_the_forward_pass_beside_the_optimizer():
+    def program(**sizes):
+        memory = {"argument": 0, "output": 0, "alias": 0, "temp": 0} | sizes
+        held = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in memory.items()})
+        return SimpleNamespace(memory_analysis=lambda: held)
+
+    step = program(argument=300, output=300, alias=300, temp=50)
+    assert compiled_bytes(PairStep(program(argument=100, output=1, temp=20), step)) == 350
+    assert compiled_bytes(PairStep(program(argument=100, output=1, temp=90), step)) == 300 + 1 + 90

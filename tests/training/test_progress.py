@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from smollm_jax.config.preference import FIGURES
 from smollm_jax.config.settings import Config, DataConfig, RunConfig
 from smollm_jax.distributed.processes import Processes
 from smollm_jax.runtime.signals import StopRequest
@@ -67,6 +68,22 @@ def test_tokens_are_the_targets_of_all_steps_and_rates_those_of_the_interval(run
     write_line(run)
     assert run.report[1]["tokens"] == 220
     assert run.report[1]["tokens_per_second"] == pytest.approx(20, rel=0.05)
+
+
+def test_figures_of_pairs_are_means_over_all_pairs_since_the_last_line(run):
+    run.config = replace(run.config, data=replace(run.config.data, data_kind="pairs"))
+    for step, pairs, value in ((2, 3, 0.5), (3, 1, 0.9)):
+        sent = pending(step, targets=10)
+        sent.metrics.update({"pairs": np.int32(pairs), "filled": np.int32(20)})
+        sent.metrics.update(dict.fromkeys(FIGURES, np.float32(value)))
+        report_step(run, sent)
+    resumed = Progress(**dataclasses.asdict(run.progress))
+    for counted in (run.progress, resumed):
+        run.progress, run.interval = counted, Interval(steps=2, latest=(sent, sent.metrics))
+        write_line(run)
+        assert run.report[-1]["pairs"] == 4
+        assert [run.report[-1][name] for name in FIGURES] == pytest.approx([(3 * 0.5 + 0.9) / 4] * len(FIGURES))
+    assert run.progress.figures == {}
 
 
 def test_mfu_is_the_flops_of_all_positions_over_the_peak_of_all_devices(run, monkeypatch):

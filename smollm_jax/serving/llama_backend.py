@@ -1,0 +1,146 @@
+"""The llama.cpp back end: a GGUF file, or a model that is written as one when it is opened.
+
+llama.cpp computes the logits, on a CPU in less time per token than JAX and PyTorch. The rules of generation/
+choose the token. So sampling settings mean the same as with JAX, and a text that is continued with its seed reads
+as if it had never stopped. llama-cpp-python is an extra, imported when a model is opened.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import llama_cpp
+import numpy as np
+
+from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.generation.generator import ALTERNATIVES, SCORED
+from smollm_jax.generation.sampling import Sampling, SamplingArrays, Score, choose_first, choose_token
+from smollm_jax.hf.gguf_export import export_gguf
+from smollm_jax.hf.gguf_file import read_file
+from smollm_jax.hf.reader import is_gguf
+from smollm_jax.runs.load import load_model
+from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.files import expand_home
+from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
+
+PART = 512  # tokens read in one call. A request can be cancelled between two
+FORMATS = {"auto": "f16", "float32": "f32", "bfloat16": "bf16"}
+
+
+class LlamaEngine:
+    """A GGUF file that streams ids as `Generator` does. The caller checks prompts."""
+
+    def __init__(self, file: Path, config: ModelConfig, *, exact: bool = False):
+        self.num_parameters: int | None = config.num_parameters
+        self.context, self.vocab_size = config.max_seq_len, config.vocab_size
+        self.stop_reason: str | None = None
+        self.cancelled: Callable[[], bool] = lambda: False
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cache = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
+        try:
+            self._model: Any = llama_cpp.Llama(
+                str(file), n_ctx=self.context, n_batch=PART, n_ubatch=PART, n_threads=cores,
+                n_threads_batch=cores, n_gpu_layers=-1, type_k=cache, type_v=cache, verbose=False,
+            )  # fmt: skip
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(f"llama.cpp cannot load {file}: {error}") from None
+        self._batch = llama_cpp.llama_batch_init(PART, 0, 1)
+        self._first = jax.jit(choose_first, static_argnames="greedy")
+        self._next = jax.jit(choose_token, static_argnames="greedy")
+
+    def unload(self) -> None:
+        """Free the weights."""
+        llama_cpp.llama_batch_free(self._batch)
+        self._model.close()
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
+        """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
+        self.stop_reason, ids = "cancelled", list(prompt)
+        room = min(sampling.max_new_tokens, self.context - len(ids))
+        arrays, greedy = SamplingArrays.from_sampling(sampling), sampling.temperature == 0
+        plain = greedy and sampling.repetition_penalty == 1 and not sampling.min_new_tokens
+        seen_1V = np.zeros((1, self.vocab_size), bool)
+        seen_1V[0, ids] = True
+        for start in range(0, len(ids), PART):
+            if self.cancelled():
+                return
+            logits_TV = self._logits(ids[start : start + PART], start, last_only=True)
+        choose = self._first
+        for _ in range(room):
+            if plain:
+                token = int(logits_TV[-1].argmax())
+            else:
+                position_1 = np.array([len(ids)], np.int32)
+                token = int(choose(jnp.asarray(logits_TV[-1:]), seen_1V, position_1, arrays, greedy=greedy)[0])
+            if token in sampling.stop_ids:
+                self.stop_reason = "eos"
+                return
+            ids.append(token)
+            yield [token]
+            seen_1V[0, token] = True
+            if len(ids) < self.context and len(ids) - len(prompt) < room:
+                logits_TV = self._logits([token], len(ids) - 1, last_only=True)
+            choose = self._next
+        self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
+
+    def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
+        """Yield the scores of each id but the first, part by part, as `Generator.score` does."""
+        for start in range(0, len(ids) - 1, SCORED):
+            part = list(ids[start : start + SCORED + 1])
+            if self.cancelled():
+                return
+            logits_TV = self._logits(part[:-1], start)
+            logprobs_TV = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV)))
+            best_TA, ids_TA = map(np.asarray, jax.lax.top_k(logprobs_TV, min(ALTERNATIVES, self.vocab_size)))
+            found = logprobs_TV[np.arange(len(part) - 1), part[1:]]
+            yield [
+                Score(
+                    float(logprob), bool(logprob == best[0]), list(zip(ids.tolist(), best.tolist(), strict=True))
+                )
+                for logprob, ids, best in zip(found, ids_TA, best_TA, strict=True)
+            ]
+
+    def _logits(self, ids: Sequence[int], start: int, *, last_only: bool = False) -> np.ndarray:
+        """Read `ids` (T,) at positions from `start`. Returns the f32 logits, (T, V) or of the last id (1, V).
+
+        What stood at these positions and after them is forgotten.
+        """
+        context, batch = self._model.ctx, self._batch
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), 0, start, -1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
+            batch.logits[i] = not last_only or i == len(ids) - 1
+        if code := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama.cpp's llama_decode returned {code}")
+        shape = (1 if last_only else len(ids), self.vocab_size)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=shape).copy()
+
+
+def open_llama(
+    path: str | Path, dtype: str, special_tokens: SpecialTokens | None, step: int | None = None
+) -> tuple[LlamaEngine, Tokenizer, str, tuple[int, ...], Callable[[ModelConfig, Any], LlamaEngine]]:
+    """Load the model at `path`: engine, tokenizer, description, stop ids, and a function that rebuilds the engine.
+
+    A GGUF file keeps its format. Another model is written as GGUF first: f16, or what `dtype` says. Raises
+    `UserError`.
+    """
+    config, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
+
+    def build(config: ModelConfig, params: Any) -> LlamaEngine:
+        with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
+            file, _ = export_gguf(
+                params, config, tokenizer, Path(folder) / "gguf", dtype=FORMATS[dtype], verify=False
+            )
+            return LlamaEngine(file, config, exact=dtype == "float32")  # mapped: the name can go
+
+    if is_gguf(path):
+        file = expand_home(path)
+        engine, bits = LlamaEngine(file, config, exact=dtype == "float32"), read_file(file).bits
+    else:
+        engine, bits = build(config, params), FORMATS[dtype]
+    return engine, tokenizer, f"llama.cpp, {bits}", config.stop_ids, build
