@@ -8,6 +8,7 @@ from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, read_file
 from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import require
+from smollm_jax.runtime.files import expand_home
 
 
 def default_settings(
@@ -21,8 +22,10 @@ def default_settings(
         given = {"--recipe": recipe, "--preset": preset, "--config": file}
         others = [flag for flag, value in given.items() if value is not None]
         require(not others, f"--resume takes the settings of the run; leave out {' and '.join(others)}")
-        config = from_dict(read_file(Path(resume, "config.json")))
-        return replace(config, run=replace(config.run, run_dir=resume, new_run=False, stop_after=None))
+        config = from_dict(read_file(expand_home(resume) / "config.json"))
+        alone = replace(config.compute, coordinator=None, num_processes=None, process_id=None)  # of that start
+        own = replace(config.run, run_dir=resume, new_run=False, stop_after=None)
+        return replace(config, run=own, compute=alone)
     values = {} if file is None else read_file(Path(file))
     recipe = recipe or str(values.get("recipe", "replica"))
     require(recipe in RECIPES, f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")

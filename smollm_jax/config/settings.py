@@ -13,7 +13,7 @@ from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.optimizer import OptimizerConfig
-from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, parse_phases, resize
+from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, check_extend, parse_phases, resize, up_to
 from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
@@ -152,6 +152,8 @@ class RunConfig:
     """Length of the run and of its schedule. Default: the sum of the phases."""
     batch_size: int | None = setting(None, "at least 1", resume="schedule")
     """Sequences per step in the longest phase. Phases with smaller batches keep theirs."""
+    extend: int = setting(0, "0 or more", resume="schedule")
+    """Steps after the run's own end, with its last batch size: of constant, or of wsd before its decay."""
     stop_after: int | None = setting(None, "at least 1", resume="free")
     """Save and stop after this step. The schedule stays: the same command without the flag continues."""
     seed: int = setting(0, "0 or more")  # Seed of the initial weights, the shuffling and the samples.
@@ -163,7 +165,7 @@ class RunConfig:
     """Steps between evaluations, with one more at the end (0: never)."""
     eval_on_start: bool = setting(False, resume="free")  # Evaluate before step 1, too, unless --eval-every is 0.
     checkpoint_every: int = setting(500, "0 or more", resume="free")
-    """Steps between checkpoints, with one more at the end (0: only at the end)."""
+    """Steps between checkpoints, with one more before a decay and at the end (0: only at the end)."""
     keep_last: int = setting(3, "at least 1", resume="free")  # Newest checkpoints kept.
     keep_every: int = setting(0, "0 or more", resume="free")
     """Keep the checkpoint of every Nth step permanently (0: none)."""
@@ -209,6 +211,7 @@ class Config:
         used = self.data.is_pairs or self.preference == PreferenceConfig()
         require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")
         steps, warmup, decay = self.total_steps, self.warmup_steps, self.decay_steps
+        check_extend(self.run.extend, self.optimizer.schedule)
         require(steps < 2**31, f"steps={steps} must be below 2**31")
         for size in (phase.batch_size for phase in self.phases):
             for name, parts in (("grad_accum", self.compute.grad_accum), ("shards", self.data.shards)):
@@ -225,18 +228,28 @@ class Config:
         require(length <= longest, f"seq_len={length} must not exceed the model's max_seq_len={longest}")
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
+    def own_phases(self) -> tuple[Phase, ...]:
         """Return the recipe's phases, resized by --steps and --batch-size."""
         return resize(parse_phases(self.run.phases), self.run.steps, self.run.batch_size)
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the run's own phases, the last one extended by --extend."""
+        return up_to(self.own_phases, self.own_steps + self.run.extend)
+
+    @property
+    def own_steps(self) -> int:
+        """Return the steps without --extend, by which warm-up and decay are fitted."""
+        return sum(phase.steps for phase in self.own_phases)
+
+    @property
     def total_steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
+        return self.own_steps + self.run.extend
 
     @property
     def main_batch_size(self) -> int:
         """Return the sequences per step in the longest phase. Evaluations use the same number."""
-        return max(self.phases, key=lambda phase: phase.steps).batch_size
+        return max(self.own_phases, key=lambda phase: phase.steps).batch_size
 
     def batch_size_at(self, step: int) -> int:
         """Return the sequences of update `step`, counted from 1."""
@@ -246,7 +259,7 @@ class Config:
     @property
     def warmup_steps(self) -> int:
         given = self.optimizer.warmup_steps
-        return min(WARMUP_STEPS[self.recipe], self.total_steps // 10) if given is None else given
+        return min(WARMUP_STEPS[self.recipe], self.own_steps // 10) if given is None else given
 
     @property
     def learning_rate(self) -> float:
@@ -260,8 +273,14 @@ class Config:
         """Return the updates of the decay: the rest of the run for `linear` and `cosine`."""
         schedule, given = self.optimizer.schedule, self.optimizer.decay_steps
         if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
-            return self.total_steps // 5 if given is None else given
+            return self.own_steps // 5 if given is None else given
         return 0 if schedule == "constant" else self.total_steps - self.warmup_steps
+
+    @property
+    def decay_start(self) -> int | None:
+        """Return the last step before the decay of `wsd`, whose checkpoint is kept. None for other schedules."""
+        is_stable = self.optimizer.schedule == "wsd" and self.decay_steps > 0
+        return self.total_steps - self.decay_steps if is_stable else None
 
     @property
     def run_dir(self) -> str:

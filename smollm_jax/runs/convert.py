@@ -135,7 +135,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Pair loss": f"{preference.pair_loss}, beta {preference.beta:g}{smoothed}" if is_pairs else None,
         "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
         "Peak learning rate": config.learning_rate,
-        "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
+        "Schedule": f"{optimizer.schedule_name}, {config.warmup_steps:,} steps of warm-up",
         "Weight decay": optimizer.weight_decay,
         "Gradient norm clipped at": optimizer.clip_norm,
         "Seed": config.run.seed,

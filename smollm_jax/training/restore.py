@@ -145,7 +145,7 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
         config = replace(config, run=replace(config.run, init_from=source))
         config = _completed(config, saved.model, saved.data.tokenizer)
     if follows_epochs(config):  # as counted at the start
-        config = replace(config, run=replace(config.run, steps=saved.total_steps))
+        config = replace(config, run=replace(config.run, steps=saved.own_steps))
     notes, old, name = [], found.meta["config"], config.data.tokenizer
     if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):
         notes.append(f"data.tokenizer changed from {saved.data.tokenizer} to {name}: the same tokenizer")
@@ -213,6 +213,12 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
     if schedule and _updates(from_dict(old), step) == _updates(config, step):
         notes.append(f"{', '.join(schedule)} changed: all {step} updates so far stay as they were")
     else:
+        start = from_dict(old).decay_start
+        require(
+            "run.extend" not in schedule or start is None or step <= start,
+            f"--extend {config.run.extend}: the decay began after step {start}, and the run is at step {step}; "
+            f"smollm anneal RUN --from {start} --steps N decays from there in N steps",
+        )
         refused += schedule
     if config.adapter.is_on and "run.init_from" in refused:  # the hash of the weights decides
         refused.remove("run.init_from")

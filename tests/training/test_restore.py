@@ -35,6 +35,17 @@ def test_changes_are_refused_noted_or_let_pass():
         check_settings(saved, replace(config, run=replace(config.run, steps=5)), 10)
 
 
+def test_a_run_is_extended_only_while_its_rates_stay_as_they_were():
+    optimizer = OptimizerConfig(schedule="wsd")
+    config = replace(Config(), run=RunConfig(phases="100x4"), optimizer=optimizer)
+    longer = replace(config, run=replace(config.run, extend=60))
+    kept = "run.extend changed: all 80 updates so far stay as they were"
+    assert check_settings(to_dict(config), longer, 80) == [kept]
+    assert check_settings(to_dict(longer), longer, 120) == []
+    with pytest.raises(UserError, match=r"decay began after step 80, .* at step 90; smollm anneal RUN --from 80"):
+        check_settings(to_dict(config), longer, 90)
+
+
 def test_a_smaller_batch_of_the_past_is_refused_and_of_the_future_is_not():
     saved = to_dict(replace(Config(), run=RunConfig(phases="20x8")))
     later = replace(Config(), run=RunConfig(phases="10x8,10x4"))
