@@ -23,6 +23,7 @@ def to_dict(config: Config) -> dict[str, Any]:
         "batch_size": config.main_batch_size,
         "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.own_phases),
         "sample_prompts": list(config.run.sample_prompts),
+        "own_context": list(config.run.own_context),
     }
     values["model"]["extra_eos_token_ids"] = list(config.model.extra_eos_token_ids)
     for name in ("learning_rate", "warmup_steps", "decay_steps"):

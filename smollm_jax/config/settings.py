@@ -20,6 +20,7 @@ from smollm_jax.runtime.files import expand_home
 
 RUNS = "runs"  # the folder of runs without --run-dir
 MESH_AXES = ("data", "fsdp", "tensor")
+CONTEXT = ("rope_theta", "max_seq_len")  # of the architecture, what longer rows change
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
 
 AttentionName = Literal["auto", "plain", "splash", "pallas"]
@@ -146,6 +147,8 @@ class RunConfig:
     new_run: bool = setting(False, resume="free")
     """Start afresh: an existing run folder is moved aside, not deleted."""
     init_from: str | None = None  # Weights to start from: a run, an exported folder or a Hub id.
+    own_context: tuple[str, ...] = setting((), resume="free")
+    """What holds over these weights' own value: rope_theta, max_seq_len. The flags of these names add them."""
     phases: str = setting("5000x32,50x8", resume="schedule")
     """Phases as STEPSxBATCH, one after the other under one schedule."""
     steps: int | None = setting(None, "at least 1", resume="schedule")
@@ -182,6 +185,8 @@ class RunConfig:
         require(self.seed < 2**32, f"seed={self.seed} must be below 2**32")
         require(all(map(str.strip, self.sample_prompts)), "sample_prompts: every prompt must have text")
         parse_phases(self.phases)
+        named = set(self.own_context) <= {*CONTEXT}
+        require(named, f"own_context={' '.join(self.own_context)} must be of {', '.join(CONTEXT)}")
         require(not self.eval_tasks or self.eval_every > 0, "eval_tasks need evaluations: eval_every above 0")
 
 

@@ -15,7 +15,7 @@ from smollm_jax.runtime.errors import UserError
 from tests.support.paths import ROOT
 
 NAMES = ["train", "serve", "chat", "generate", "evaluate", "export", "import", "push", "checkpoints", "batch",
-         "verify-resume", "plan"]  # fmt: skip
+         "average", "anneal", "verify-resume", "plan"]  # fmt: skip
 
 
 def test_the_overview_has_a_line_for_every_command():
