@@ -51,7 +51,7 @@ class Branch:
     final: float = 0.0
 
     def settle(self, config: Config) -> Config:
-        """Return the settings of the branch. `config` has those of the parent, changed by flags.
+        """Return the settings of the branch. `config` has the parent's settings, changed by flags.
 
         Raises `UserError` for a change that a branch cannot have.
         """

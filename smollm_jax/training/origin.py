@@ -17,7 +17,7 @@ def about_parent(run_dir: Path) -> list[str]:
 
 
 def about_context(before: ModelConfig, config: Config) -> list[str]:
-    """Return a line on another context than that of the weights. Raises `UserError` if adapters cannot have it."""
+    """Return a line if the context is not the weights' own. Raises `UserError` if adapters cannot have it."""
     model = config.model
     if (before.rope_theta, before.max_seq_len) == (model.rope_theta, model.max_seq_len):
         return []

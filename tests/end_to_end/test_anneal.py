@@ -15,7 +15,7 @@ from smollm_jax.cli.arguments import parse
 from smollm_jax.cli.main import command
 from smollm_jax.runs.load import load_model, read_run
 from smollm_jax.runs.replay import replay_step
-from smollm_jax.runtime.errors import run_main
+from smollm_jax.runtime.errors import UserError, run_main
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.training.fit import fit
 from tests.support.paths import ROOT
@@ -108,6 +108,9 @@ def test_a_branch_goes_on_with_state_data_and_rate_of_the_step_and_leaves_its_pa
     np.testing.assert_allclose(rates, 0.01 * (1 - np.sqrt(np.arange(40) / 40)), rtol=1e-5)
     record = json.loads((folder / "parent.json").read_text())
     assert (record["parent"], record["step"], record["data"]) == (str(parent), 16, "on")
+    assert "as on record" in replay_step(folder, 17)[1]
+    with pytest.raises(UserError, match=r"the run is a branch of .*, whose batches these are"):
+        replay_step(folder, 16)
 
 
 def test_a_killed_branch_goes_on_bit_for_bit_without_its_parent(parent, child, did, tmp_path):
