@@ -8,7 +8,7 @@ from typing import Any
 
 from smollm_jax.api.process import as_found
 from smollm_jax.api.run import Run
-from smollm_jax.config.defaults import default_settings
+from smollm_jax.config.defaults import default_settings, with_own_context
 from smollm_jax.config.serialization import built
 from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, require
@@ -52,7 +52,7 @@ def settings_of(default: Config, settings: dict[str, Any]) -> Config:
         values.setdefault(group_of[name], {})[name] = _plain(value)
     job = sorted({"coordinator", "num_processes", "process_id"} & settings.keys())
     require(not job, f"{', '.join(job)}: a job of several processes is started by smollm train")
-    return built(default, values, "train")
+    return with_own_context(built(default, values, "train"), settings)
 
 
 def _plain(value: Any) -> Any:

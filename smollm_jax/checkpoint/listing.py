@@ -7,7 +7,7 @@ imported. No checkpoint is deleted: a damaged one is reported and, if a run is a
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,28 @@ class CheckpointInfo:
     verdict: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """The rule for which checkpoints stay: the newest `keep_last`, and those with a reason of their own."""
+
+    keep_last: int
+    keep_every: int = 0
+    """Every step that this divides stays (0: none)."""
+    before: int | None = None
+    """The last checkpoint up to this step stays: a learning rate decay begins after it."""
+
+    def reasons(self, steps: Iterable[int]) -> dict[int, str]:
+        """Return which of the `steps` of whole checkpoints stay, and why."""
+        ordered = sorted(steps, reverse=True)
+        why = dict.fromkeys(ordered[: self.keep_last], "")
+        if self.keep_every:
+            why |= {step: f"every {self.keep_every:,}" for step in ordered if step % self.keep_every == 0}
+        before = self.before
+        if before is not None and ordered and before <= ordered[0]:
+            why |= dict.fromkeys([step for step in ordered if step <= before][:1], "before the decay")
+        return why
+
+
 def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
     """Return all checkpoints of a run, quarantined ones too, fully verified and ordered by step."""
     infos = []
@@ -67,15 +89,21 @@ def list_checkpoints(folder: str | Path) -> list[CheckpointInfo]:
     return sorted(infos, key=lambda info: (info.step, info.name))
 
 
-def table(run_dir: Path) -> str:
-    """Return a line of step, size, age and verdict per checkpoint. Raises `UserError` for no run."""
+def table(run_dir: Path, retention: Retention | None = None) -> str:
+    """Return a line of step, size, age and verdict per checkpoint, and why it is kept by `retention`.
+
+    Raises `UserError` for no run.
+    """
     folder, lines = run_dir / "checkpoints", [f"{'checkpoint':>14}  {'size':>13}  {'age':>8}  verdict"]
     require(folder.is_dir(), f"{run_dir} is not a run: it has no checkpoints/")
-    for info in list_checkpoints(folder):
+    infos = list_checkpoints(folder)
+    kept = retention.reasons(info.step for info in infos if info.verdict == "good") if retention else {}
+    for info in infos:
         units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
         unit, length = next((pair for pair in units if info.age_seconds >= 2 * pair[1]), units[-1])
+        why = f", kept: {why}" if info.verdict == "good" and (why := kept.get(info.step)) else ""
         age = f"{info.age_seconds / length:.0f} {unit}"
-        lines.append(f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {age:>8}  {info.verdict}")
+        lines.append(f"{info.name:>14}  {info.bytes / 1e6:>10,.1f} MB  {age:>8}  {info.verdict}{why}")
     return "\n".join(lines)
 
 

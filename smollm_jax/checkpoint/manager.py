@@ -6,6 +6,7 @@ and renames it once complete. The manifest tells whether it still is. Orbax has 
 dtypes silently and takes an empty folder for the latest. All three are checked before orbax reads anything.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -19,6 +20,7 @@ from typing import Any
 from smollm_jax.checkpoint.arrays import HostCopies, described, leaves_by_name, load, reason, store
 from smollm_jax.checkpoint.listing import (
     META,
+    Retention,
     VerifiedCheckpoint,
     compare,
     find_checkpoint,
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """A run's checkpoints. Keeps the newest `keep_last` and every step that `keep_every` divides (0: none).
+    """A run's checkpoints, of which `retention` says which stay.
 
     Several processes write one checkpoint together, each its own parts of the arrays, into a folder that all see.
     All call `save`, `wait` and `restore` at the same places. A save has failed if it failed in one process.
@@ -47,7 +49,8 @@ class CheckpointManager:
 
     def __init__(self, folder: str | Path, *, keep_last: int, keep_every: int, processes: Processes | None = None):
         self.folder, self.processes = Path(folder), processes or Processes()
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.retention = Retention(keep_last=keep_last, keep_every=keep_every)
+        """Which checkpoints stay."""
         self.failed: str | None = None
         """Step and reason if the last save failed."""
         self.newest = 0
@@ -180,17 +183,14 @@ class CheckpointManager:
 
     def _remove_old(self, saved: int) -> None:
         """Apply the retention rule to whole checkpoints. A damaged one neither counts nor is removed."""
-        whole = 0
+        whole = []
         for step in steps_in(self.folder):
-            try:
+            with contextlib.suppress(Damaged):
                 open_checkpoint(self.folder / str(step), step, checksums=False)
-            except Damaged:
-                continue
-            whole += 1
-            is_kept = whole <= self.keep_last or (self.keep_every and step % self.keep_every == 0)
-            # the one just written is known to be good, even if damaged or foreign ones are newer
-            if is_kept or step == saved:
-                continue
+                whole.append(step)
+        # the one just written is known to be good, even if damaged or foreign ones are newer
+        kept = {saved, *self.retention.reasons(whole)}
+        for step in (step for step in whole if step not in kept):
             trash = self.folder / f"{TRASH}{step}-{os.getpid()}"
             (self.folder / str(step)).rename(trash)
             shutil.rmtree(trash)

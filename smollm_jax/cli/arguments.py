@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from smollm_jax.config.defaults import default_settings
+from smollm_jax.config.defaults import default_settings, with_own_context
 from smollm_jax.config.settings import Config
 from smollm_jax.runtime.errors import UserError, require, say
 
@@ -90,7 +90,9 @@ def parse(argv: list[str], *, prog: str = "train_jax.py", about: str = ABOUT, ow
         parsed = tyro.cli(
             arguments, args=others, prog=prog, description=about, default=arguments(**groups), config=FLAT
         )
-    return parsed.train if own is None else (parsed.own, parsed.train)
+    given = {found[1].replace("-", "_") for word in others if (found := FLAG.fullmatch(word))}
+    config = with_own_context(parsed.train, given)
+    return config if own is None else (parsed.own, config)
 
 
 def _default(start: argparse.Namespace) -> Config:
@@ -126,6 +128,14 @@ def parse_command(command: Command, argv: list[str], prog: str) -> Callable[[], 
     _report_repeats(argv)
     with _mistake_in_one_line(prog):
         return tyro.cli(_deferred(command), args=argv, prog=prog, config=FLAT)
+
+
+def parse_part(command: Callable[..., Any], argv: list[str], prog: str) -> tuple[Any, list[str]]:
+    """Return what the command returns for its own arguments, and the other arguments. Raises as `parse` does."""
+    with _mistake_in_one_line(prog):
+        call, others = tyro.cli(_deferred(command), args=argv, prog=prog, config=FLAT, return_unknown_args=True)
+    _report_repeats([word for word in argv if word not in others])
+    return call(), others
 
 
 def _report_repeats(argv: list[str]) -> None:

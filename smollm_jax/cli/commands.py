@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. A command is a function: its si
 docstring the help. A command imports what it needs when it runs, so that `--help` answers at once.
 """
 
+import contextlib
 import inspect
 import json
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from smollm_jax.cli.arguments import parse
-from smollm_jax.runtime.errors import EXIT_FAILED, require, say
+from smollm_jax.runtime.errors import EXIT_FAILED, UserError, require, say
 from smollm_jax.runtime.files import expand_home
 
 Positional = Annotated[str, tyro.conf.Positional]
@@ -103,16 +104,22 @@ def push(folder: Positional, repo: Positional, *, dry_run: bool = False, private
 
 
 def checkpoints(run: Positional) -> int:
-    """List a run's checkpoints with step, size, age and verdict.
+    """List a run's checkpoints with step, size, age, verdict, and why one is kept.
 
     For example: smollm checkpoints runs/quickstart
 
     Args:
         run: Run folder.
     """
-    from smollm_jax.checkpoint.listing import table
+    from smollm_jax.checkpoint.listing import Retention, table
+    from smollm_jax.runs.load import read_run
 
-    print(table(expand_home(run)))
+    retention = None
+    with contextlib.suppress(UserError):  # checkpoints alone can be listed too
+        config = read_run(run)
+        own = config.run
+        retention = Retention(keep_last=own.keep_last, keep_every=own.keep_every, before=config.decay_start)
+    print(table(expand_home(run), retention))
     return 0
 
 

@@ -10,7 +10,9 @@ from typing import NoReturn
 
 from smollm_jax import __version__
 from smollm_jax.cli import commands
+from smollm_jax.cli.anneal import anneal
 from smollm_jax.cli.arguments import ABOUT, Command, parse, parse_command
+from smollm_jax.cli.average import average
 from smollm_jax.cli.chat import chat
 from smollm_jax.cli.evaluate import evaluate
 from smollm_jax.cli.generate import generate
@@ -21,10 +23,10 @@ from smollm_jax.runtime.signals import StopRequest, leave
 
 SIMPLE: tuple[Command, ...] = (
     serve, chat, generate, evaluate, commands.export, commands.import_, commands.push,
-    commands.checkpoints, commands.batch,
+    commands.checkpoints, commands.batch, average,
 )  # fmt: skip
 # these take the flags of train too, beside their own
-LIKE_TRAIN: tuple[Callable[[list[str], str], int], ...] = (commands.verify_resume, commands.plan)
+LIKE_TRAIN: tuple[Callable[[list[str], str], int], ...] = (anneal, commands.verify_resume, commands.plan)
 
 
 def console() -> None:

@@ -6,6 +6,8 @@ from typing import Literal
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.runtime.errors import require
 
+DecayShape = Literal["linear", "cosine", "1-sqrt"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -14,11 +16,13 @@ class OptimizerConfig:
     learning_rate: float | None = setting(6e-4, "above 0", resume="schedule")
     """Peak learning rate. Default of sft: by the size of the model."""
     schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
-    """After the warm-up: linear or cosine decay to the end, constant, or wsd (stable, then linear decay)."""
+    """After the warm-up: linear or cosine decay to the end, constant, or wsd (stable, then a decay)."""
     warmup_steps: int | None = setting(None, "0 or more", resume="schedule")
     """Steps of linear warm-up. Default: the recipe's, at most a tenth of the steps."""
     decay_steps: int | None = setting(None, "0 or more", resume="schedule")
     """Steps of the decay of wsd. Default: a fifth of the steps."""
+    decay_shape: DecayShape = setting("linear", resume="schedule")
+    """Shape of the decay of wsd. 1-sqrt falls fast at first: one minus the root of the decay's share."""
     final_learning_rate: float = setting(0.0, "0 or more", resume="schedule")
     """Learning rate at the end of a decay."""
     beta1: float = setting(0.9, "in [0, 1)")
@@ -29,6 +33,11 @@ class OptimizerConfig:
     max_bad_steps: int = setting(10, "above 0", resume="free")
     """Stop after this many steps in a row without finite gradients. Such steps change nothing."""
 
+    @property
+    def schedule_name(self) -> str:
+        """Return the schedule with the shape of its decay if that is not linear."""
+        return self.schedule if self.decay_shape == "linear" else f"{self.schedule} ({self.decay_shape} decay)"
+
     def __post_init__(self) -> None:
         check_fields(self)
         peak, final, schedule = self.learning_rate, self.final_learning_rate, self.schedule
@@ -38,3 +47,5 @@ class OptimizerConfig:
         require(decays, f"final_learning_rate={final} belongs to a schedule that decays; constant came")
         decay_fits = self.decay_steps is None or schedule == "wsd"
         require(decay_fits, f"decay_steps={self.decay_steps} belongs to --schedule wsd; {schedule} came")
+        shape_fits = self.decay_shape == "linear" or schedule == "wsd"
+        require(shape_fits, f"decay_shape={self.decay_shape} belongs to --schedule wsd; {schedule} came")

@@ -42,3 +42,19 @@ def resize(phases: tuple[Phase, ...], steps: int | None, batch_size: int | None)
         most = phase.batch_size if batch_size is None else batch_size
         resized.append(Phase(length, most if phase is longest else min(phase.batch_size, most)))
     return tuple(phase for phase in resized if phase.steps > 0)
+
+
+def check_extend(extend: int, schedule: str) -> None:
+    """Raise `UserError` if a run of `schedule` cannot have `extend` more steps with the same rates before."""
+    require(
+        not extend or schedule in ("constant", "wsd"),
+        f"extend={extend}: more steps would change every rate of the {schedule} schedule; smollm anneal RUN "
+        "--from STEP --steps N goes on from a checkpoint, --init-from RUN starts a new schedule",
+    )
+
+
+def up_to(phases: tuple[Phase, ...], steps: int) -> tuple[Phase, ...]:
+    """Return `phases` cut after `steps`, or with a longer last phase. Steps that both have keep their batch."""
+    cut = resize(phases, min(steps, sum(phase.steps for phase in phases)), None)
+    more = steps - sum(phase.steps for phase in cut)
+    return (*cut[:-1], Phase(cut[-1].steps + more, cut[-1].batch_size))

@@ -19,10 +19,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values["run"] |= {
         "run_dir": config.run_dir,
-        "steps": config.total_steps,
+        "steps": config.own_steps,
         "batch_size": config.main_batch_size,
-        "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.phases),
+        "phases": ",".join(f"{phase.steps}x{phase.batch_size}" for phase in config.own_phases),
         "sample_prompts": list(config.run.sample_prompts),
+        "own_context": list(config.run.own_context),
     }
     values["model"]["extra_eos_token_ids"] = list(config.model.extra_eos_token_ids)
     for name in ("learning_rate", "warmup_steps", "decay_steps"):

@@ -13,13 +13,14 @@ from smollm_jax.config.adapters import AdapterConfig
 from smollm_jax.config.architecture import MODELS, ModelConfig
 from smollm_jax.config.fields import check_fields, setting
 from smollm_jax.config.optimizer import OptimizerConfig
-from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, parse_phases, resize
+from smollm_jax.config.phases import SFT_RATES, WARMUP_STEPS, Phase, check_extend, parse_phases, resize, up_to
 from smollm_jax.config.preference import PreferenceConfig
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 
 RUNS = "runs"  # the folder of runs without --run-dir
 MESH_AXES = ("data", "fsdp", "tensor")
+CONTEXT = ("rope_theta", "max_seq_len")  # of the architecture, what longer rows change
 PROMPTS = ("Once upon a time", "Photosynthesis is the process by which", "The first step to learn how to cook is")
 
 AttentionName = Literal["auto", "plain", "splash", "pallas"]
@@ -146,12 +147,16 @@ class RunConfig:
     new_run: bool = setting(False, resume="free")
     """Start afresh: an existing run folder is moved aside, not deleted."""
     init_from: str | None = None  # Weights to start from: a run, an exported folder or a Hub id.
+    own_context: tuple[str, ...] = setting((), resume="free")
+    """What holds over these weights' own value: rope_theta, max_seq_len. The flags of these names add them."""
     phases: str = setting("5000x32,50x8", resume="schedule")
     """Phases as STEPSxBATCH, one after the other under one schedule."""
     steps: int | None = setting(None, "at least 1", resume="schedule")
     """Length of the run and of its schedule. Default: the sum of the phases."""
     batch_size: int | None = setting(None, "at least 1", resume="schedule")
     """Sequences per step in the longest phase. Phases with smaller batches keep theirs."""
+    extend: int = setting(0, "0 or more", resume="schedule")
+    """Steps after the run's own end, with its last batch size: of constant, or of wsd before its decay."""
     stop_after: int | None = setting(None, "at least 1", resume="free")
     """Save and stop after this step. The schedule stays: the same command without the flag continues."""
     seed: int = setting(0, "0 or more")  # Seed of the initial weights, the shuffling and the samples.
@@ -163,7 +168,7 @@ class RunConfig:
     """Steps between evaluations, with one more at the end (0: never)."""
     eval_on_start: bool = setting(False, resume="free")  # Evaluate before step 1, too, unless --eval-every is 0.
     checkpoint_every: int = setting(500, "0 or more", resume="free")
-    """Steps between checkpoints, with one more at the end (0: only at the end)."""
+    """Steps between checkpoints, with one more before a decay and at the end (0: only at the end)."""
     keep_last: int = setting(3, "at least 1", resume="free")  # Newest checkpoints kept.
     keep_every: int = setting(0, "0 or more", resume="free")
     """Keep the checkpoint of every Nth step permanently (0: none)."""
@@ -180,6 +185,8 @@ class RunConfig:
         require(self.seed < 2**32, f"seed={self.seed} must be below 2**32")
         require(all(map(str.strip, self.sample_prompts)), "sample_prompts: every prompt must have text")
         parse_phases(self.phases)
+        named = set(self.own_context) <= {*CONTEXT}
+        require(named, f"own_context={' '.join(self.own_context)} must be of {', '.join(CONTEXT)}")
         require(not self.eval_tasks or self.eval_every > 0, "eval_tasks need evaluations: eval_every above 0")
 
 
@@ -209,6 +216,7 @@ class Config:
         used = self.data.is_pairs or self.preference == PreferenceConfig()
         require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")
         steps, warmup, decay = self.total_steps, self.warmup_steps, self.decay_steps
+        check_extend(self.run.extend, self.optimizer.schedule)
         require(steps < 2**31, f"steps={steps} must be below 2**31")
         for size in (phase.batch_size for phase in self.phases):
             for name, parts in (("grad_accum", self.compute.grad_accum), ("shards", self.data.shards)):
@@ -225,18 +233,28 @@ class Config:
         require(length <= longest, f"seq_len={length} must not exceed the model's max_seq_len={longest}")
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
+    def own_phases(self) -> tuple[Phase, ...]:
         """Return the recipe's phases, resized by --steps and --batch-size."""
         return resize(parse_phases(self.run.phases), self.run.steps, self.run.batch_size)
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the run's own phases, the last one extended by --extend."""
+        return up_to(self.own_phases, self.own_steps + self.run.extend)
+
+    @property
+    def own_steps(self) -> int:
+        """Return the steps without --extend, by which warm-up and decay are fitted."""
+        return sum(phase.steps for phase in self.own_phases)
+
+    @property
     def total_steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
+        return self.own_steps + self.run.extend
 
     @property
     def main_batch_size(self) -> int:
         """Return the sequences per step in the longest phase. Evaluations use the same number."""
-        return max(self.phases, key=lambda phase: phase.steps).batch_size
+        return max(self.own_phases, key=lambda phase: phase.steps).batch_size
 
     def batch_size_at(self, step: int) -> int:
         """Return the sequences of update `step`, counted from 1."""
@@ -246,7 +264,7 @@ class Config:
     @property
     def warmup_steps(self) -> int:
         given = self.optimizer.warmup_steps
-        return min(WARMUP_STEPS[self.recipe], self.total_steps // 10) if given is None else given
+        return min(WARMUP_STEPS[self.recipe], self.own_steps // 10) if given is None else given
 
     @property
     def learning_rate(self) -> float:
@@ -260,8 +278,14 @@ class Config:
         """Return the updates of the decay: the rest of the run for `linear` and `cosine`."""
         schedule, given = self.optimizer.schedule, self.optimizer.decay_steps
         if schedule == "wsd":  # a fifth, as 400,000 of SmolLM2's 2,000,000 steps
-            return self.total_steps // 5 if given is None else given
+            return self.own_steps // 5 if given is None else given
         return 0 if schedule == "constant" else self.total_steps - self.warmup_steps
+
+    @property
+    def decay_start(self) -> int | None:
+        """Return the last step before the decay of `wsd`, whose checkpoint is kept. None for other schedules."""
+        is_stable = self.optimizer.schedule == "wsd" and self.decay_steps > 0
+        return self.total_steps - self.decay_steps if is_stable else None
 
     @property
     def run_dir(self) -> str:

@@ -32,6 +32,16 @@ NAMED = {"tokenizer": "tokenizer", "held_out": "held-out documents", "shards": "
 BATCHES_AHEAD = 4  # made while the device works. Two windows of tokens are in memory anyway
 
 
+def afresh(step: int, tokenizer: str) -> Cursor:
+    """Return the cursor of a run that begins to read other data after `step`. `tokenizer` is as in its cursor."""
+    return {"step": step, "tokenizer": tokenizer, "afresh": True}
+
+
+def begins_afresh(cursor: Any) -> bool:
+    """Return whether the cursor is one of `afresh`."""
+    return cursor.get("afresh") is True
+
+
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise `UserError` if the tokenizer has ids that the model has no embedding for."""
     sizes = f"the tokenizer has {tokenizer.vocab_size:,} entries, the model only vocab_size={vocab_size:,}"
@@ -124,7 +134,7 @@ class BatchIterator:
             try:
                 loader.check(cursor)
                 self.step = cursor["step"]
-                for index, shard in self.shards.items():
+                for index, shard in self.shards.items() if not begins_afresh(cursor) else ():
                     shard.seek(cursor["lanes"][str(index)])
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{DAMAGED}: {type(error).__name__} {error}") from None
@@ -199,6 +209,8 @@ class Loader:
     def check(self, cursor: Any) -> None:
         """Raise `UserError` if `cursor` belongs to other data."""
         afresh = "bring the old ones back, or train afresh with --new-run"
+        if begins_afresh(cursor):  # the tokenizer alone is the same
+            cursor = self.fixed | {name: cursor[name] for name in ("step", "tokenizer")}
         before = cursor["fingerprints"]
         # by place in the mixture, because data may have moved. Two sources of one name have one fingerprint
         places = list(before.values()) if len(before) == len(self.mixture) else []

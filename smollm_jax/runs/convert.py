@@ -33,6 +33,7 @@ from smollm_jax.runs.load import (
     is_run,
     load_base,
     load_model,
+    parent_of,
     progress_of,
     read_run,
     read_whole,
@@ -123,6 +124,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
     english = {spec for recipe in RECIPES.values() for spec, _ in mixture(recipe.data.data)}
     preference, is_pairs = config.preference, config.data.is_pairs
     smoothed = f", label smoothing {preference.label_smoothing:g}" if preference.label_smoothing else ""
+    parent = parent_of(run_dir)
     began = config.run.init_from or found.meta.get("imported_from")
     rows = {
         "Recipe": config.recipe,
@@ -135,11 +137,12 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Pair loss": f"{preference.pair_loss}, beta {preference.beta:g}{smoothed}" if is_pairs else None,
         "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
         "Peak learning rate": config.learning_rate,
-        "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
+        "Schedule": f"{optimizer.schedule_name}, {config.warmup_steps:,} steps of warm-up",
         "Weight decay": optimizer.weight_decay,
         "Gradient norm clipped at": optimizer.clip_norm,
         "Seed": config.run.seed,
         "Began with": began,
+        "Annealed from": parent and f"{Path(parent['parent']).name}, step {parent['step']:,}",
         f"Held-out loss ({'a pair' if is_pairs else 'nats per token'})": held_out.get("eval_loss"),
         "Held-out accuracy (chosen above rejected)": held_out.get("eval_rewards/accuracies"),
         f"Held-out bits per byte{' of the chosen answers' * is_pairs}": held_out.get("eval_bits_per_byte"),

@@ -25,6 +25,7 @@ from smollm_jax.hf.adapters import (
 from smollm_jax.hf.config_json import MOST_LAYERS
 from smollm_jax.hf.gguf_model import read_gguf
 from smollm_jax.hf.reader import is_gguf, local_folder, read_folder
+from smollm_jax.runs.lock import PARENT
 from smollm_jax.runtime.errors import UserError, require
 from smollm_jax.runtime.files import Damaged, expand_home, read_json
 from smollm_jax.tokenizer.load import load_tokenizer
@@ -48,6 +49,19 @@ def read_run(path: str | Path) -> Config:
     layers = config.model.num_layers  # a damaged number must not ask for a list of a billion names
     require(layers <= MOST_LAYERS, f"{path}: config.json says {layers:,} layers; at most {MOST_LAYERS:,} are read")
     return config
+
+
+def parent_of(path: str | Path) -> dict[str, Any] | None:
+    """Return the record of the run that a branch began at, None for other runs. Raises `UserError` if damaged."""
+    place = expand_home(path) / PARENT
+    if not place.exists():
+        return None
+    record = read_json(place)
+    is_whole = (
+        isinstance(record, dict) and isinstance(record.get("parent"), str) and type(record.get("step")) is int
+    )
+    require(is_whole, f"{place} is damaged: it does not name a run and a step")
+    return dict(record)
 
 
 def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -17,9 +17,10 @@ LOCK = ".lock"
 METRICS = "metrics.jsonl"  # written from the moment when the first step can begin
 # what a run writes in its folder
 REFERENCE = "reference.npz"  # of pairs: the log-probs of the model that the run began with
+PARENT = "parent.json"  # of a branch: the run and the step that it began at
 WRITTEN = (LOCK, "config.json", METRICS, "samples.txt", "loss.png", "tensorboard", "tokenizer", "trackers.json",
-           REFERENCE, "checkpoints", "export")  # fmt: skip
-BEGINNING = ("config.json", "tokenizer", "checkpoints")  # what a start writes before METRICS
+           REFERENCE, PARENT, "checkpoints", "export")  # fmt: skip
+BEGINNING = ("config.json", "tokenizer", PARENT, REFERENCE, "checkpoints")  # what a start writes before METRICS
 
 
 class RunLock:

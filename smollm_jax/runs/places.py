@@ -14,14 +14,17 @@ def check_data(data: str) -> None:
         check_source(spec)
 
 
-def check_places(config: Config) -> None:
-    """Raise `UserError` if a run would find no local data, tokenizer or weights. Does not ask the Hub."""
+def check_places(config: Config, *, has_own: bool = False) -> None:
+    """Raise `UserError` if a run would find no local data, tokenizer or weights. Does not ask the Hub.
+
+    `has_own` says that tokenizer and weights come from elsewhere, as in a branch.
+    """
     check_data(config.data.data)
     if config.data.eval_data is not None:
         check_data(config.data.eval_data)
     trackers_of(config)
     resumes = not config.run.new_run and any(expand_home(config.run_dir).glob("checkpoints/[0-9]*"))
-    if resumes:  # with its own tokenizer and weights
+    if resumes or has_own:  # with its own tokenizer and weights
         return
     if config.run.init_from is not None:
         check_place(config.run.init_from)

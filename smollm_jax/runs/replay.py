@@ -11,7 +11,7 @@ from smollm_jax.checkpoint.listing import verified_checkpoints
 from smollm_jax.data.batch_hash import batch_hash, extend
 from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import BatchIterator, Loader
-from smollm_jax.runs.load import progress_of, read_run
+from smollm_jax.runs.load import parent_of, progress_of, read_run
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import UserError, require, say
 from smollm_jax.runtime.files import expand_home
@@ -35,6 +35,11 @@ def replay_step(
     every = verified_checkpoints(run_dir / "checkpoints", group="step")
     found = [x for x in every if "progress" in x.meta]  # an import has none
     before = next((x for x in found if x.step < step), None)
+    parent = parent_of(run_dir)
+    own = parent is None or step > parent["step"]
+    require(own, f"--step {step}: the run is a branch of {parent and parent['parent']}, whose batches these are")
+    gone = f"--step {step}: no good checkpoint of the branch before this step says where its data went on"
+    require(parent is None or before is not None, gone)
     progress, cursor = progress_of(before) if before else ({}, None)
     ledger = progress.get("ledger", "")
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"), special_tokens=config.data.special_tokens)

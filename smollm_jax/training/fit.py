@@ -23,6 +23,7 @@ from smollm_jax.runtime.errors import EXIT_FAILED, EXIT_STOPPED, SourceTimeout, 
 from smollm_jax.runtime.files import moved_aside
 from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.runtime.trees import flatten
+from smollm_jax.training.branch import Branch
 from smollm_jax.training.evaluation import evaluate_run
 from smollm_jax.training.loop import train
 from smollm_jax.training.progress import TooManyBadSteps
@@ -32,23 +33,27 @@ from smollm_jax.training.step import Vote
 from smollm_jax.training.tasks import load_run_tasks
 
 
-def fit(config: Config, stop: StopRequest, alone: Processes | None = None) -> int:
+def fit(config: Config, stop: StopRequest, alone: Processes | None = None, *, branch: Branch | None = None) -> int:
     """Train as `config` says, from the newest good checkpoint if there is one. Returns the exit code.
 
-    `alone` keeps this process from looking for others of a job. Raises `UserError` for a mistake in settings or
-    input.
+    `alone` keeps this process from looking for others of a job. A `branch` begins at another run's checkpoint.
+    Raises `UserError` for a mistake in settings or input.
     """
     joined = join_job(config.compute) if alone is None else nullcontext(alone)
     with joined as job:
         with job.all_or_none():
-            check_places(config)
-        _fit(config, stop, job)
+            check_places(config, has_own=branch is not None)
+            config = config if branch is None else branch.settle(config)
+        _fit(config, stop, job, branch)
     return job.exit_code  # of several processes, `join_job` has said a mistake and set its code
 
 
-def _fit(config: Config, stop: StopRequest, job: Processes) -> None:
+def _fit(config: Config, stop: StopRequest, job: Processes, branch: Branch | None) -> None:
     """Train, and set the exit code of `job`."""
     with acquire_run_dir(config, job) as run_dir:
+        with job.all_or_none():
+            if job.first and branch is not None:
+                branch.begin(run_dir, config)
         tasks = load_run_tasks(config, job)
         try:
             with closing(setup(config, run_dir, stop, job)) as run:

@@ -8,20 +8,33 @@ import optax
 
 from smollm_jax.config.settings import Config, OptimizerConfig
 
+# what is left of a decay of wsd after a share of its updates; linear is optax's own
+SHAPES = {"cosine": lambda share: (1 + jnp.cos(jnp.pi * share)) / 2, "1-sqrt": lambda share: 1 - jnp.sqrt(share)}
+
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
     """Return the learning rate of the update after `count` updates.
 
-    Update n of W warm-up updates has n/W of the peak. From W on the rate decays. The rate would reach its end at
-    update N+1, so that none of the N updates is wasted at zero.
+    Update n of W warm-up updates has n/W of the peak. From W on the rate decays, with wsd (Hu et al. 2024,
+    MiniCPM) in the last D updates. The rate would reach its end at update N+1, so that none of the N updates is
+    wasted at zero. It is end + (peak - end) * f(t), where t is the share of the decay that has passed, and f is
+    1 - t (SmolLM2: Ben Allal et al. 2025), (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017), or 1 - sqrt(t)
+    (SmolLM; Hägele et al. 2024, arXiv 2405.18392).
     """
     peak, end = config.learning_rate, config.optimizer.final_learning_rate
     warmup, decay = config.warmup_steps, config.decay_steps
     if config.optimizer.schedule == "cosine":
         after = optax.schedules.cosine_decay_schedule(peak, max(decay, 1), alpha=end / peak)
     else:
-        stable = config.total_steps - warmup - decay
-        after = optax.schedules.linear_schedule(peak, end if decay else peak, max(decay, 1), stable)
+        stable, end = config.total_steps - warmup - decay, end if decay else peak
+        if (shape := SHAPES.get(config.optimizer.decay_shape)) is None:
+            after = optax.schedules.linear_schedule(peak, end, max(decay, 1), stable)
+        else:
+
+            def after(count: Any) -> Any:
+                share = jnp.clip((count - stable) / max(decay, 1), 0, 1)
+                return end + (peak - end) * shape(share)
+
     if warmup == 0:
         return after
     rise = optax.schedules.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))

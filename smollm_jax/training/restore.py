@@ -28,6 +28,7 @@ from smollm_jax.runs.load import (
     load_base,
     load_model,
     open_for_adapters,
+    parent_of,
     place_of,
     progress_of,
     read_run,
@@ -41,6 +42,7 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.adapters import frozen_base
 from smollm_jax.training.chat import follows_epochs
 from smollm_jax.training.optimizer import learning_rate_schedule
+from smollm_jax.training.origin import about_context, about_parent
 from smollm_jax.training.run import Progress
 from smollm_jax.training.step import State, abstract_state, init_state, trained_part
 
@@ -75,7 +77,9 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
     found, source = next(verified_checkpoints(checkpoints.folder, rename=True), None), config.run.init_from
     is_default = source == RECIPES[config.recipe].run.init_from
     if found is not None and "progress" in found.meta:
-        return with_base(_resumed(config, found))
+        start = with_base(_resumed(config, found))
+        start.notes.extend(about_parent(run_dir))
+        return start
     refuse_to_start_over(config, run_dir, checkpoints.folder, found)
     if found is not None and is_default:  # an import is a checkpoint without progress
         source = str(run_dir)
@@ -87,8 +91,9 @@ def resolve_start(config: Config, run_dir: Path, checkpoints: CheckpointManager)
         model, params, tokenizer, base = open_for_adapters(source)
     else:
         (model, params, tokenizer), base = load_model(source), None
-    config = replace(config, run=replace(config.run, init_from=source))
-    return StartState(_completed(config, model, source), params=params, tokenizer=tokenizer, base=base)
+    config = completed(replace(config, run=replace(config.run, init_from=source)), model, source)
+    notes = about_context(model, config)
+    return StartState(config, params=params, tokenizer=tokenizer, base=base, notes=notes)
 
 
 def with_base(start: StartState) -> StartState:
@@ -121,6 +126,8 @@ def refuse_to_start_over(config: Config, run_dir: Path, folder: Path, imported: 
     none = "no good checkpoint after the import" if imported else "no good checkpoint"
     damaged = ", ".join(sorted({path.name for path in folder.glob("[0-9]*")} - {str(imported and imported.step)}))
     require(not damaged, f"{folder} holds {none}, only {damaged}; {hint}")
+    gone = f"{run_dir} is a branch, and its checkpoints are gone; bring them back, or anneal anew with --new-run"
+    require(parent_of(run_dir) is None, gone)
     trained = max((line["step"] - (line.get("bad_steps") or 0) for line in read_metrics(run_dir)), default=0)
     before = read_run(run_dir) if trained and (run_dir / "config.json").exists() else config
     # the first save ends before the second begins. A run killed earlier has nothing to continue from
@@ -143,9 +150,9 @@ def _resumed(config: Config, found: VerifiedCheckpoint) -> StartState:
     if saved.run.init_from is not None:
         source = config.run.init_from or saved.run.init_from
         config = replace(config, run=replace(config.run, init_from=source))
-        config = _completed(config, saved.model, saved.data.tokenizer)
+        config = completed(config, saved.model, saved.data.tokenizer)
     if follows_epochs(config):  # as counted at the start
-        config = replace(config, run=replace(config.run, steps=saved.total_steps))
+        config = replace(config, run=replace(config.run, steps=saved.own_steps))
     notes, old, name = [], found.meta["config"], config.data.tokenizer
     if name != saved.data.tokenizer and _is_tokenizer(name, found.meta.get("cursor")):
         notes.append(f"data.tokenizer changed from {saved.data.tokenizer} to {name}: the same tokenizer")
@@ -168,12 +175,13 @@ def vocabulary_follows(config: Config) -> bool:
     return config.data.tokenizer != default and config.model.vocab_size == MODELS[config.preset].vocab_size
 
 
-def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
+def completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
     """Return `config` with the architecture and tokenizer of the weights, unless settings name their own."""
-    default = RECIPES[config.recipe]
+    default, ours = RECIPES[config.recipe], {name: getattr(config.model, name) for name in config.run.own_context}
     if config.data.tokenizer == default.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
-    if config.model == default.model:
+    if config.model == replace(default.model, **ours):
+        model = replace(model, **ours)
         length, longest = config.data.seq_len, model.max_seq_len
         if longest < length == default.data.seq_len:
             say(
@@ -182,10 +190,10 @@ def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
             length = longest
         return replace(config, model=model, data=replace(config.data, seq_len=length))
     for name, theirs in vars(model).items():
-        ours = getattr(config.model, name)
+        asked = getattr(config.model, name)
         require(
-            name in FREE or ours == theirs,
-            f"the weights have {name}={theirs}, this run asks for {ours}; "
+            name in FREE or name in ours or asked == theirs,
+            f"the weights have {name}={theirs}, this run asks for {asked}; "
             f"leave --preset and the model's flags out, or give --{name.replace('_', '-')} {theirs}",
         )
     return config
@@ -213,6 +221,12 @@ def check_settings(old: dict[str, Any], config: Config, step: int) -> list[str]:
     if schedule and _updates(from_dict(old), step) == _updates(config, step):
         notes.append(f"{', '.join(schedule)} changed: all {step} updates so far stay as they were")
     else:
+        start = from_dict(old).decay_start
+        require(
+            "run.extend" not in schedule or start is None or step <= start,
+            f"--extend {config.run.extend}: the decay began after step {start}, and the run is at step {step}; "
+            f"smollm anneal RUN --from {start} --steps N decays from there in N steps",
+        )
         refused += schedule
     if config.adapter.is_on and "run.init_from" in refused:  # the hash of the weights decides
         refused.remove("run.init_from")

@@ -148,6 +148,7 @@ def save(run: Run) -> None:
     }
     if run.base is not None:
         meta["base"] = run.base
+    run.checkpoints.retention = dataclasses.replace(run.checkpoints.retention, before=run.config.decay_start)
     if run.reference is not None:
         meta["reference"] = run.reference.digest
     with run.job.watchdog.patient("a save"):
@@ -173,12 +174,13 @@ def evaluation_due(run: Run) -> bool:
 
 
 def save_step(run: Run) -> bool:
-    """Return whether a checkpoint is due at the current step: each --checkpoint-every, and the last.
+    """Return whether a checkpoint is due at the current step: each --checkpoint-every, before a decay, the last.
 
     A checkpoint that a bad step left out is due until it is made.
     """
-    every, step = run.config.run.checkpoint_every, run.progress.step
-    return step == run.config.total_steps or (every > 0 and step // every > run.saved // every)
+    every, step, before = run.config.run.checkpoint_every, run.progress.step, run.config.decay_start
+    is_due = step // every > run.saved // every or run.saved < (before or 0) <= step if every else False
+    return is_due or step == run.config.total_steps
 
 
 def save_due(run: Run) -> bool:

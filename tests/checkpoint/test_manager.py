@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from smollm_jax.checkpoint.arrays import store
-from smollm_jax.checkpoint.listing import list_checkpoints, verified_checkpoints
+from smollm_jax.checkpoint.listing import Retention, list_checkpoints, table, verified_checkpoints
 from smollm_jax.checkpoint.manager import CheckpointManager, read_params
 from smollm_jax.checkpoint.manifest import MANIFEST, read_manifest, seal
 from smollm_jax.distributed.processes import Processes
@@ -315,6 +316,22 @@ def test_only_leftovers_of_saves_and_removals_are_cleaned(tmp_path):
 def test_the_newest_and_every_nth_stay(tmp_path):
     saved(tmp_path, *range(1, 9), keep_last=2, keep_every=3)
     assert names(tmp_path) == ["3", "6", "7", "8"]
+
+
+def test_the_last_one_before_a_decay_stays_and_the_list_says_why(tmp_path):
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", keep_last=1, keep_every=20)
+    checkpoints.retention = replace(checkpoints.retention, before=35)
+    for step in range(5, 65, 5):
+        if step != 35:  # as after a bad step
+            checkpoints.save(step, make_state(), {})
+            assert checkpoints.wait()
+    assert names(tmp_path / "checkpoints") == ["20", "30", "40", "60"]
+    lines = table(tmp_path, checkpoints.retention).splitlines()[1:]
+    assert [line.partition("good")[2] for line in lines] == [
+        ", kept: every 20", ", kept: before the decay", ", kept: every 20", ", kept: every 20",
+    ]  # fmt: skip
+    early = Retention(keep_last=1, before=35)
+    assert early.reasons([10, 20]) == {20: ""}  # the decay is still to come
 
 
 def test_damaged_checkpoints_neither_count_as_kept_nor_are_removed(tmp_path):

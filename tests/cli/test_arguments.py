@@ -38,6 +38,8 @@ from tests.support.paths import ROOT
         (["--steps", "9999999999"], "must be below 2**31"),
         (["--sample-prompts", "a", ""], "every prompt must have text"),
         (["--schedule", "constant", "--final-learning-rate", "1e-5"], "belongs to a schedule that decays"),
+        (["--schedule", "cosine", "--decay-shape", "1-sqrt"], "decay_shape=1-sqrt belongs to --schedule wsd"),
+        (["--extend", "9"], "extend=9: more steps would change every rate of the linear schedule; smollm anneal"),
         (["--eval-data", "x.jsonl", "--eval-documents", "0"], "must be above 0"),
     ],
 )

@@ -15,7 +15,7 @@ from smollm_jax.runtime.errors import UserError
 from tests.support.paths import ROOT
 
 NAMES = ["train", "serve", "chat", "generate", "evaluate", "export", "import", "push", "checkpoints", "batch",
-         "verify-resume", "plan"]  # fmt: skip
+         "average", "anneal", "verify-resume", "plan"]  # fmt: skip
 
 
 def test_the_overview_has_a_line_for_every_command():
@@ -145,7 +145,8 @@ def test_a_file_of_settings_that_is_wrong_is_one_line(tmp_path, text, words):
 
 
 def test_a_run_goes_on_by_its_folder_alone(tmp_path):
-    config = parse(["--recipe", "quickstart", "--seed", "5", "--stop-after", "3", "--run-dir", "elsewhere"])
+    job = "--coordinator other:1 --num-processes 2 --process-id 0".split()
+    config = parse(["--recipe", "quickstart", "--seed", "5", "--stop-after", "3", "--run-dir", "elsewhere", *job])
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     again = parse(["--resume", str(tmp_path), "--log-every", "7"])
     assert (again.run_dir, again.run.seed, again.run.log_every, again.run.stop_after) == (
@@ -154,6 +155,7 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path):
         7,
         None,
     )
+    assert (again.compute.coordinator, again.compute.num_processes, again.compute.process_id) == (None,) * 3
     with pytest.raises(UserError, match=r"config\.json is missing"):
         parse(["--resume", str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="leave out --recipe"):

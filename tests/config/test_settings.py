@@ -57,13 +57,20 @@ def test_a_recipes_warm_up_is_fitted_and_one_by_hand_is_not():
         parse(["--steps", "200", "--warmup-steps", "300"])
 
 
-@pytest.mark.parametrize("argv", [[], ["--recipe", "smollm2"], ["--recipe", "quickstart", "--steps", "70"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--recipe", "smollm2", "--decay-shape", "1-sqrt", "--extend", "7"],
+        ["--recipe", "quickstart", "--steps", "70"],
+    ],
+)
 def test_a_config_survives_being_written(argv):
     config = parse(argv)
     written = json.loads(json.dumps(to_dict(config)))
     again = from_dict(written)
     assert to_dict(again) == to_dict(config)
-    assert again.run.steps == config.total_steps
+    assert (again.run.steps, again.total_steps) == (config.own_steps, config.total_steps)
     assert again.phases == config.phases
 
 
@@ -196,10 +203,10 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         f"compute.{name}" for name in ("mesh", "remat", "attention", "unroll", "loss_chunk", "grad_accum")
     }
     assert by_rule["schedule"] == {
-        *(f"run.{name}" for name in ("steps", "phases", "batch_size")),
+        *(f"run.{name}" for name in ("steps", "phases", "batch_size", "extend")),
         *(f"optimizer.{name}" for name in ("schedule", "warmup_steps", "decay_steps", "learning_rate")),
-        "optimizer.final_learning_rate",
-    }
+        "optimizer.final_learning_rate", "optimizer.decay_shape",
+    }  # fmt: skip
     assert by_rule[""] == {
         "run.init_from", "run.seed", "data.data", "data.split", "data.text_column", "data.tokenizer",
         "data.seq_len", "data.shuffle_window", "data.shards", "data.epochs", "data.eval_data",

@@ -8,6 +8,7 @@ import pytest
 
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
+from smollm_jax.cli.main import command
 from smollm_jax.config.adapters import AdapterConfig, adapter_shapes
 from smollm_jax.hf.adapters import merge, open_adapters, read_adapters
 from smollm_jax.hf.export import compare_merged, export_folder
@@ -151,3 +152,16 @@ def test_merge_is_for_adapters(place):
     import_run(place / "base", place / "whole_run")
     with pytest.raises(UserError, match="--merge is for runs with adapters"):
         export_run(place / "whole_run", place / "whole", merge=True)
+
+
+@pytest.mark.release
+def test_adapters_are_annealed_over_the_same_base_and_averaged_with_it(place, tmp_path):
+    argv = [str(place / "run"), *"--from 4 --steps 3 --no-export --run-dir".split(), str(tmp_path / "annealed")]
+    assert command("anneal", argv, "smollm") == 0
+    bases = [read_params(run / "checkpoints")[0].meta["base"] for run in (place / "run", tmp_path / "annealed")]
+    assert bases[0] == bases[1]
+    paths, whole = [str(tmp_path / "annealed"), str(place / "run")], tmp_path / "whole"
+    assert command("average", [*paths, "--out", str(whole), "--no-verify"], "smollm") == 0
+    a, b, mean = (flatten(load_model(path)[1], "/") for path in (*paths, whole))
+    for name, leaf in mean.items():
+        assert (leaf == ((a[name].astype("float64") + b[name]) / 2).astype("float32")).all()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.cli.arguments import parse
+from smollm_jax.cli.main import command
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.data.heldout import held_out
 from smollm_jax.data.loader import BatchIterator, Loader
@@ -199,3 +200,16 @@ def test_pairs_are_known_by_their_tokens_and_targets(finished):
         Reference({}).of(batch)
     with pytest.raises(UserError, match="is missing"):
         Reference.load(finished[0] / "nothing.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.release
+def test_pairs_are_annealed_against_the_reference_of_their_run(place):
+    assert run_of(place, "stopped", "--stop-after", "6")[0] == 0
+    argv = [str(place / "stopped"), *"--from 6 --steps 4 --run-dir".split(), str(place / "annealed")]
+    assert run_main(lambda: command("anneal", argv, "smollm")) == 0
+    lines = [line for line in read_metrics(place / "annealed") if "loss" in line]
+    assert [line["step"] for line in lines] == [7, 8, 9, 10]
+    assert lines[0]["rewards/margins"] != 0  # against the start of the run, not of the branch
+    one, other = (Reference.load(place / run / "reference.npz").digest for run in ("stopped", "annealed"))
+    assert one == other

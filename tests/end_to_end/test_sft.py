@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.cli.arguments import parse
+from smollm_jax.cli.main import command
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.serialization import from_dict
 from smollm_jax.data.heldout import held_out, pack_to_score
@@ -197,3 +198,19 @@ def test_kill_9_and_resume_are_exact_for_conversations(place, tmp_path):
     result = verify_resume(parse([mixed.get(flag, flag) for flag in flags]), tmp_path, steps=20)
     assert result.exact, result.compared
     assert result.resumes >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.release
+def test_conversations_are_annealed_with_the_same_and_with_other_ones(place, finished):
+    run_main(lambda: fit(parse(flags_of(place, "stopped", "--stop-after", "6")), StopRequest()))
+    write_rows(place / "more.jsonl", [{"messages": talk} for talk in make_talks(60, seed=5)])
+    for name, flags in (("on", []), ("afresh", ["--data", str(place / "more.jsonl")])):
+        argv = [str(place / "stopped"), *"--from 6 --steps 3 --run-dir".split(), str(place / name), *flags]
+        assert run_main(lambda argv=argv: command("anneal", argv, "smollm")) == 0
+    ledgers = [
+        {line["step"]: line["ledger"] for line in read_metrics(run) if "ledger" in line}
+        for run in (finished[0], place / "on", place / "afresh")
+    ]
+    assert list(ledgers[1]) == list(ledgers[2]) == [7, 8, 9]
+    assert ledgers[1][9] == ledgers[0][9] != ledgers[2][9]

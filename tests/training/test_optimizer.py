@@ -83,3 +83,36 @@ def test_other_schedules_have_their_shapes(schedule, at_half, at_end):
     if schedule == "wsd":
         assert float(rate(79)) == pytest.approx(1.0)
         assert float(rate(90)) == pytest.approx(0.55, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        ("linear", lambda t: 1 - t),
+        ("cosine", lambda t: (1 + np.cos(np.pi * t)) / 2),
+        ("1-sqrt", lambda t: 1 - np.sqrt(t)),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_decay_of_wsd_follows_its_formula_after_a_stable_rate(shape, left, warmup):
+    optimizer = OptimizerConfig(
+        learning_rate=0.5, schedule="wsd", warmup_steps=warmup, decay_steps=40, decay_shape=shape,
+        final_learning_rate=0.1,
+    )  # fmt: skip
+    config = Config(run=RunConfig(phases="100x2"), optimizer=optimizer)
+    rates = np.asarray(jax.jit(jax.vmap(learning_rate_schedule(config)))(np.arange(101)))
+    share = np.arange(41) / 40
+    np.testing.assert_allclose(rates[60:], 0.1 + 0.4 * left(share), atol=1e-6)
+    np.testing.assert_allclose(rates[warmup:60], 0.5, atol=1e-7)
+    assert config.decay_start == 60
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_more_steps_leave_every_rate_and_batch_before_the_decay_as_it_was(schedule):
+    optimizer = OptimizerConfig(schedule=schedule)
+    before, after = (Config(run=RunConfig(phases="80x4,20x2", extend=n), optimizer=optimizer) for n in (0, 50))
+    steps = before.decay_start or before.total_steps
+    assert (after.total_steps, after.batch_size_at(150), after.decay_steps) == (150, 2, before.decay_steps)
+    assert [after.batch_size_at(n) for n in range(1, 101)] == [before.batch_size_at(n) for n in range(1, 101)]
+    one, two = (np.asarray(jax.vmap(learning_rate_schedule(x))(np.arange(steps + 1))) for x in (before, after))
+    np.testing.assert_array_equal(one, two)

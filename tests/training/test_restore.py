@@ -6,13 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from smollm_jax.api.training import settings_of
 from smollm_jax.checkpoint.manager import CheckpointManager
+from smollm_jax.cli.arguments import parse
+from smollm_jax.config.adapters import AdapterConfig
+from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.recipes import RECIPES
-from smollm_jax.config.serialization import to_dict
+from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config, OptimizerConfig, RunConfig
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer import train_tokenizer
-from smollm_jax.training.restore import check_settings, resolve_start, vocabulary_follows
+from smollm_jax.training.origin import about_context
+from smollm_jax.training.restore import check_settings, completed, resolve_start, vocabulary_follows
 from smollm_jax.training.setup import keep_config
 
 CURSOR = {"tokenizer": "", "step": 4}
@@ -33,6 +38,17 @@ def test_changes_are_refused_noted_or_let_pass():
         check_settings(saved, other, 10)
     with pytest.raises(ValueError, match="is at step 10, past --steps 5"):
         check_settings(saved, replace(config, run=replace(config.run, steps=5)), 10)
+
+
+def test_a_run_is_extended_only_while_its_rates_stay_as_they_were():
+    optimizer = OptimizerConfig(schedule="wsd")
+    config = replace(Config(), run=RunConfig(phases="100x4"), optimizer=optimizer)
+    longer = replace(config, run=replace(config.run, extend=60))
+    kept = "run.extend changed: all 80 updates so far stay as they were"
+    assert check_settings(to_dict(config), longer, 80) == [kept]
+    assert check_settings(to_dict(longer), longer, 120) == []
+    with pytest.raises(UserError, match=r"decay began after step 80, .* at step 90; smollm anneal RUN --from 80"):
+        check_settings(to_dict(config), longer, 90)
 
 
 def test_a_smaller_batch_of_the_past_is_refused_and_of_the_future_is_not():
@@ -232,3 +248,38 @@ def test_a_folder_in_the_place_of_config_json_is_named_before_anything_is_comput
     (tmp_path / "config.json").mkdir()
     with pytest.raises(UserError, match=r"config\.json is not a file"):
         keep_config(Config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", (10_000.0, 2_048)),
+        ("--rope-theta 100000 --max-seq-len 8192", (100_000.0, 8_192)),  # though the recipe's own
+        ("--max-seq-len 4096", (10_000.0, 4_096)),
+        ("--recipe smollm2 --rope-theta 100000 --max-seq-len 8192", (100_000.0, 8_192)),
+    ],
+)
+def test_a_given_context_holds_over_the_weights_own(argv, expected):
+    weights = replace(ModelConfig(), rope_theta=10_000.0, max_seq_len=2_048, num_layers=3)
+    config = completed(parse(["--init-from", "x", *argv.split()]), weights, "x")
+    assert (config.model.rope_theta, config.model.max_seq_len) == expected
+    assert config.model == replace(weights, rope_theta=expected[0], max_seq_len=expected[1])
+    again = from_dict(json.loads(json.dumps(to_dict(config))))
+    assert completed(again, config.model, "x").model == config.model
+    notes = about_context(weights, config)
+    assert bool(notes) == bool(argv)
+    if "rope" in argv:
+        assert notes == ["context     2,048 -> 8,192 tokens, rope_theta 10,000 -> 100,000"]
+        adapters = replace(config, adapter=AdapterConfig(lora_rank=2))
+        with pytest.raises(UserError, match="adapters keep the rope_theta of their base"):
+            about_context(weights, adapters)
+    with pytest.raises(UserError, match="the weights have num_layers=3, this run asks for 5"):
+        completed(parse(["--init-from", "x", "--num-layers", "5"]), weights, "x")
+
+
+def test_a_part_of_the_architecture_in_a_file_is_given_and_the_whole_of_a_run_is_not(tmp_path):
+    (tmp_path / "part.yaml").write_text("model: {rope_theta: 100000.0, max_seq_len: 8192}")
+    (tmp_path / "whole.json").write_text(json.dumps(to_dict(Config())))
+    assert parse(["--config", str(tmp_path / "part.yaml")]).run.own_context == ("rope_theta", "max_seq_len")
+    assert parse(["--config", str(tmp_path / "whole.json")]).run.own_context == ()
+    assert settings_of(Config(), {"rope_theta": 5.0}).run.own_context == ("rope_theta",)
