@@ -9,8 +9,10 @@ from smollm_jax.runtime.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning rate schedule."""
+    """The optimizer and its learning rate schedule."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, AdamW for embedding, head and norms, under one learning rate."""
     learning_rate: float | None = setting(6e-4, "above 0", resume="schedule")
     """Peak learning rate. Default of sft: by the size of the model."""
     schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
@@ -26,11 +28,18 @@ class OptimizerConfig:
     epsilon: float = setting(1e-8, "above 0")
     weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay, without norm weights.
     clip_norm: float = setting(1.0, "above 0")  # Global gradient norm above which gradients are scaled down.
+    muon_momentum: float = setting(0.95, "in [0, 1)")
+    adamw_share: float = setting(1.0, "above 0")
+    """Learning rate of what AdamW updates beside muon, as a share of the learning rate."""
     max_bad_steps: int = setting(10, "above 0", resume="free")
     """Stop after this many steps in a row without finite gradients. Such steps change nothing."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("muon_momentum", "adamw_share"):
+            value = getattr(self, name)
+            used = self.optimizer == "muon" or value == getattr(OptimizerConfig, name)
+            require(used, f"{name}={value} belongs to --optimizer muon; {self.optimizer} came")
         peak, final, schedule = self.learning_rate, self.final_learning_rate, self.schedule
         fits = peak is None or final <= peak
         require(fits, f"final_learning_rate={final} must not be above learning_rate={peak}")
@@ -38,3 +47,16 @@ class OptimizerConfig:
         require(decays, f"final_learning_rate={final} belongs to a schedule that decays; constant came")
         decay_fits = self.decay_steps is None or schedule == "wsd"
         require(decay_fits, f"decay_steps={self.decay_steps} belongs to --schedule wsd; {schedule} came")
+
+    @property
+    def name(self) -> str:
+        return {"adamw": "AdamW", "muon": "Muon"}[self.optimizer]
+
+    @property
+    def description(self) -> str:
+        """Return the optimizer and its constants as a card shows them."""
+        adamw = f"AdamW, betas {self.beta1:g} and {self.beta2:g}, epsilon {self.epsilon:g}"
+        if self.optimizer == "adamw":
+            return adamw
+        share = "" if self.adamw_share == 1 else f", {self.adamw_share:g} of the learning rate"
+        return f"Muon, momentum {self.muon_momentum:g}; for embedding, head and norms {adamw}{share}"

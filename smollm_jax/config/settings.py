@@ -205,6 +205,8 @@ class Config:
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
         has_base = self.run.init_from is not None or not self.adapter.is_on
         require(has_base, f"lora_rank={self.adapter.lora_rank} needs the weights of a base: give --init-from")
+        fits = self.optimizer.optimizer == "adamw" or not self.adapter.is_on
+        require(fits, "optimizer=muon is for whole matrices; adapters train with adamw: give --optimizer adamw")
         changed = ", ".join(f"{name}={value}" for name, value in vars(self.preference).items())
         used = self.data.is_pairs or self.preference == PreferenceConfig()
         require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")

@@ -133,7 +133,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Sequence length": config.data.seq_len,
         "Loss on": config.data.loss_on if config.data.data_kind == "chat" else None,
         "Pair loss": f"{preference.pair_loss}, beta {preference.beta:g}{smoothed}" if is_pairs else None,
-        "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
+        "Optimizer": optimizer.description,
         "Peak learning rate": config.learning_rate,
         "Schedule": f"{optimizer.schedule}, {config.warmup_steps:,} steps of warm-up",
         "Weight decay": optimizer.weight_decay,

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from smollm_jax.config.settings import Config, OptimizerConfig
+from smollm_jax.training.muon import is_matrix, scale_by_muon
 
 
 def learning_rate_schedule(config: Config) -> optax.Schedule:
@@ -28,21 +30,30 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
     return optax.schedules.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, after a global-norm clip.
+def make_optimizer(
+    config: OptimizerConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer without the learning rate, after a global-norm clip.
 
-    `update` takes gradients summed over the targets, and two named arguments. `scale` makes the sum a mean. `norm`
-    is the norm of the mean.
+    AdamW is by Loshchilov & Hutter 2019. Muon, see training/muon.py, takes the matrices of the layers from it.
+    `mesh` and the compute dtype decide how Muon computes, not what its state is. `update` takes gradients summed
+    over the targets, and two named arguments. `scale` makes the sum a mean. `norm` is the norm of the mean.
     """
 
     def decays(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "_m")), params)
 
-    return optax.chain(
-        _scale_and_clip(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-    )
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_matrix(path) else "adamw", params)
+
+    clip = _scale_and_clip(config.clip_norm)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decays)
+    if config.optimizer == "adamw":
+        return optax.chain(clip, adam, decay)
+    muon = optax.chain(scale_by_muon(config.muon_momentum, mesh, dtype), decay)
+    others = optax.chain(adam, decay, optax.scale(config.adamw_share))
+    return optax.chain(clip, optax.partition({"muon": muon, "adamw": others}, kinds))
 
 
 def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:

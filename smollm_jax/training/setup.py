@@ -243,7 +243,7 @@ def log_summary(run: Run, remat: Policy, notes: list[str], *, seconds: float) ->
         *([f"dtype       {_scaling(run)}"] if run.dtype.name == "float16" else []),
         f"tokens      {config.main_batch_size * T:,} a step, "
         f"{model.flops_per_token(T) / 1e6:,.0f} MFLOP a token (causal){scale}",
-        f"optimizer   AdamW, peak learning rate {config.learning_rate:g}, {optimizer.schedule}, "
+        f"optimizer   {optimizer.name}, peak learning rate {config.learning_rate:g}, {optimizer.schedule}, "
         f"warm-up {config.warmup_steps} steps{fitted}",
         f"data        {config.data.data}, shuffled in windows of {config.data.shuffle_window:,}",
         f"held out    {_held_out(run)}",

@@ -192,7 +192,7 @@ def make_step(
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
     nll_of = make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-    optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
+    optimizer, schedule = make_optimizer(config.optimizer, mesh, dtype), learning_rate_schedule(config)
 
     def step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array

@@ -92,6 +92,7 @@ CHANGES = st.fixed_dictionaries({
     "optimizer": st.fixed_dictionaries({}, optional={
         "learning_rate": st.floats(1e-6, 1), "schedule": st.sampled_from(["linear", "constant", "cosine", "wsd"]),
         "warmup_steps": st.integers(0, 200), "decay_steps": st.integers(0, 200), "beta1": st.floats(0, 0.99),
+        "optimizer": st.sampled_from(["adamw", "muon"]), "adamw_share": st.floats(0.1, 1),
     }),
     "compute": st.fixed_dictionaries({}, optional={
         "mesh": st.sampled_from(["", "data=2", "fsdp=2,tensor=3"]), "grad_accum": st.sampled_from([1, 2]),
@@ -205,6 +206,7 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         "data.seq_len", "data.shuffle_window", "data.shards", "data.epochs", "data.eval_data",
         "data.eval_documents", "data.eval_batches", "data.special_tokens", "optimizer.beta1",
         "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
+        "optimizer.optimizer", "optimizer.muon_momentum", "optimizer.adamw_share",
         "model.vocab_size", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.intermediate_size",
         "data.data_kind", "data.loss_on",
