@@ -31,6 +31,10 @@ class OptimizerConfig:
     muon_momentum: float = setting(0.95, "in [0, 1)")
     adamw_share: float = setting(1.0, "above 0")
     """Learning rate of what AdamW updates beside muon, as a share of the learning rate."""
+    z_loss: float = setting(0.0, "0 or more")
+    """Weight of the squared log-partition in the loss, which keeps logits small (0: none; 1e-4 is usual)."""
+    ema: float = setting(0.0, "in [0, 1)")
+    """Decay per step of a moving average of the weights, evaluated and exported beside them (0: none)."""
     max_bad_steps: int = setting(10, "above 0", resume="free")
     """Stop after this many steps in a row without finite gradients. Such steps change nothing."""
 
@@ -50,7 +54,9 @@ class OptimizerConfig:
 
     @property
     def name(self) -> str:
-        return {"adamw": "AdamW", "muon": "Muon"}[self.optimizer]
+        """Return the optimizer, and what else is trained with."""
+        name = {"adamw": "AdamW", "muon": "Muon"}[self.optimizer]
+        return name + f", z-loss {self.z_loss:g}" * (self.z_loss > 0) + f", EMA {self.ema:g}" * (self.ema > 0)
 
     @property
     def description(self) -> str:

@@ -131,6 +131,11 @@ def newton_schulz_flops(model: ModelConfig) -> int:
     return total
 
 
+def matrix_parameters(model: ModelConfig) -> int:
+    """Return the parameters that Muon updates."""
+    return sum(math.prod(shape) for path, shape in parameter_shapes(model).items() if path in ADAPTED)
+
+
 def traffic_bytes(step: Step) -> float:
     """Return the bytes per step between one chip and its memory.
 
@@ -148,9 +153,7 @@ def traffic_bytes(step: Step) -> float:
     weights = model.num_parameters * width * passes * step.config.compute.grad_accum
     divided = (step.tokens_per_chip * per_token + weights) / step.mesh.shape["tensor"]
     update = step.parameters_per_chip * (2 * GRADIENT_BYTES + 2 * MASTER_BYTES) + 2 * step.optimizer_bytes
-    layer = sum(
-        math.prod(shape) for path, shape in parameter_shapes(model, one_layer=True).items() if path in ADAPTED
-    )
+    layer = matrix_parameters(model) // model.num_layers
     return divided + update + ITERATIONS * 3 * 2 * layer * step.whole_layers * width
 
 
@@ -192,7 +195,8 @@ def sent_bytes(step: Step) -> dict[str, float]:
 
     The rings are as in Patarasuk & Yuan 2009. `data` sums the gradients once per microbatch (2 bytes each, 6 for
     the embedding, used at both ends). `fsdp` gathers weights per pass and reduce-scatters gradients (Rajbhandari
-    et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al. 2019).
+    et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al. 2019). Muon
+    moves the momentum of its matrices to whole layers and back, 2 bytes each.
     """
     model, micros, sizes = step.config.model, step.config.compute.grad_accum, step.mesh.shape
     weights = model.num_parameters // sizes["tensor"]
@@ -203,4 +207,8 @@ def sent_bytes(step: Step) -> dict[str, float]:
         "fsdp": weights * 2 * passes * micros + gradients,
         "tensor": 2 * 6 * model.num_layers * step.tokens_per_chip * model.hidden_size * 2,
     }
+    if step.whole_layers:
+        moved = 2 * matrix_parameters(model) // (sizes["fsdp"] * sizes["tensor"])
+        ways = {"data": int(step.whole_layers < model.num_layers), "fsdp": 2, "tensor": 2}  # data has it already
+        arrays = {axis: size + ways[axis] * moved for axis, size in arrays.items()}
     return {axis: size * (sizes[axis] - 1) / sizes[axis] for axis, size in arrays.items()}

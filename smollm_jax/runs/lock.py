@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"  # written from the moment when the first step can beg
 # what a run writes in its folder
 REFERENCE = "reference.npz"  # of pairs: the log-probs of the model that the run began with
 WRITTEN = (LOCK, "config.json", METRICS, "samples.txt", "loss.png", "tensorboard", "tokenizer", "trackers.json",
-           REFERENCE, "checkpoints", "export")  # fmt: skip
+           REFERENCE, "checkpoints", "export", "export-ema")  # fmt: skip
 BEGINNING = ("config.json", "tokenizer", "checkpoints")  # what a start writes before METRICS
 
 

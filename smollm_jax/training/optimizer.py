@@ -1,5 +1,9 @@
-"""Define the optimizer and the learning rate schedule. Add others here, and their names to `OptimizerConfig`."""
+"""Define the optimizer, its update of a train state, and the learning rate schedule.
 
+Add others here, and their names to `OptimizerConfig`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +58,32 @@ def make_optimizer(
     muon = optax.chain(scale_by_muon(config.muon_momentum, mesh, dtype), decay)
     others = optax.chain(adam, decay, optax.scale(config.adamw_share))
     return optax.chain(clip, optax.partition({"muon": muon, "adamw": others}, kinds))
+
+
+def make_update(config: OptimizerConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Callable[..., Any]:
+    """Return `update(state, grads, counts=, learning_rate=, scale=, norm=)` to the parts of the state that change.
+
+    They are `params`, `opt_state` and any `ema`, as they were unless the step `counts`. The rest is as for
+    `make_optimizer`.
+    """
+    optimizer = make_optimizer(config, mesh, dtype)
+
+    @jax.named_scope("optimizer")
+    def update(state: dict[str, Any], grads: Any, *, counts: Any, learning_rate: Any, **scaled: Any) -> Any:
+        def apply(parts: dict[str, Any]) -> dict[str, Any]:
+            updates, opt_state = optimizer.update(grads, parts["opt_state"], parts["params"], **scaled)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, parts["params"], updates)
+            after = {"params": params, "opt_state": opt_state}
+            if "ema" in parts:
+                # a short memory at first, so that the initial weights are forgotten, as in TensorFlow's average
+                keep = jnp.minimum(config.ema, (1 + state["step"]) / (10 + state["step"]))
+                after["ema"] = jax.tree.map(lambda e, p: e + (1 - keep) * (p - e), parts["ema"], params)
+            return after
+
+        parts = {name: state[name] for name in ("params", "opt_state", "ema") if name in state}
+        return jax.lax.cond(counts, apply, lambda same: same, parts)
+
+    return update
 
 
 def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
