@@ -164,6 +164,11 @@ def with_layout(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(laid_out, shapes)
 
 
+def bytes_of(*trees: Any) -> int:
+    """Return the bytes of the leaves of trees, arrays or shapes, once for all devices."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+
+
 def bytes_a_device(tree: Any) -> int:
     """Return the bytes per device of a tree's leaves: arrays, or shapes with a layout."""
     leaves = jax.tree.leaves(tree)

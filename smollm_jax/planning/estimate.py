@@ -76,6 +76,11 @@ class Step:
         return bytes_a_device(self.state["opt_state"])
 
     @property
+    def average_bytes(self) -> int:
+        """Return the bytes of any moving average of the weights on one chip."""
+        return bytes_a_device(self.state.get("ema"))
+
+    @property
     def whole_layers(self) -> int:
         """Return the matrices of a kind that one chip orthogonalizes for Muon, 0 for AdamW."""
         if self.config.optimizer.optimizer != "muon":
@@ -153,6 +158,7 @@ def traffic_bytes(step: Step) -> float:
     weights = model.num_parameters * width * passes * step.config.compute.grad_accum
     divided = (step.tokens_per_chip * per_token + weights) / step.mesh.shape["tensor"]
     update = step.parameters_per_chip * (2 * GRADIENT_BYTES + 2 * MASTER_BYTES) + 2 * step.optimizer_bytes
+    update += 2 * step.average_bytes
     layer = matrix_parameters(model) // model.num_layers
     return divided + update + ITERATIONS * 3 * 2 * layer * step.whole_layers * width
 
@@ -172,7 +178,9 @@ def memory_bytes(step: Step) -> int:
     chunk_tokens = min(compute.loss_chunk_for(step.remat, on_gpu=on_gpu), tokens)
     chunk = model.vocab_size * (chunk_tokens * 10 + model.hidden_size * 4)
     state = step.parameters_per_chip * (MASTER_BYTES + GRADIENT_BYTES + dtype_bytes) + step.optimizer_bytes
-    return int(state + step.frozen_bytes + tokens * per_token / step.mesh.shape["tensor"] + chunk)
+    return int(
+        state + step.average_bytes + step.frozen_bytes + tokens * per_token / step.mesh.shape["tensor"] + chunk
+    )
 
 
 def residual_bytes(model: ModelConfig, remat: Policy) -> int:

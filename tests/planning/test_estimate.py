@@ -56,6 +56,7 @@ def test_muon_costs_newton_schulz_and_messages_and_saves_a_moment():
     adamw, muon = (step("--optimizer", name) for name in ("adamw", "muon"))
     assert adamw.optimizer_bytes - muon.optimizer_bytes == 4 * matrices
     assert memory_bytes(adamw) - memory_bytes(muon) == 4 * matrices
+    assert memory_bytes(step("--ema", "0.999")) - memory_bytes(adamw) == 4 * WEIGHTS
     assert muon.whole_layers == 4, "thirty layers over eight devices"
     assert sent_bytes(muon)["data"] - sent_bytes(adamw)["data"] == 2 * matrices * 7 / 8
     by_layer, whole = (step("--optimizer", name, "--mesh", "fsdp=8") for name in ("muon", "adamw"))
