@@ -1,12 +1,15 @@
 """A run with Muon, z-loss and a moving average: what is kept, recorded, exported and resumed."""
 
+import json
+
 import numpy as np
 import pytest
 
 from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
 from smollm_jax.cli.commands import export
-from smollm_jax.config.settings import DataConfig
+from smollm_jax.config.serialization import to_dict
+from smollm_jax.config.settings import Config, DataConfig
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.runs.records import evaluations, read_metrics
 from smollm_jax.runtime.errors import UserError
@@ -78,7 +81,11 @@ def test_a_stopped_run_resumes_exactly_and_under_no_other_optimizer(place):
     assert_same_run(place / "run", place / "pieces")
 
 
-def test_a_run_without_an_average_says_how_to_get_one(place):
-    assert train(place, "plain", "--ema", "0", "--no-export", "--steps", "2", "--eval-every", "0") == 0
-    with pytest.raises(UserError, match="keeps no moving average of its weights; train with --ema"):
-        export(str(place / "plain"), out=str(place / "none"), ema=True)
+def test_a_run_without_an_average_says_how_to_get_one(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+    for kind in ("hf", "gguf"):
+        with pytest.raises(UserError, match="keeps no moving average of its weights; train with --ema"):
+            export(str(tmp_path), out=str(tmp_path / "none"), ema=True, format=kind)
+    with pytest.raises(UserError, match="--ema is for runs"):
+        export(str(tmp_path / "x.gguf"), out=str(tmp_path / "none"), ema=True, format="gguf")

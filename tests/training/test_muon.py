@@ -135,10 +135,11 @@ def two_steps(mesh):
 def collectives(program):
     """The kinds of messages of the orthogonalization, each as often as it is sent."""
     kinds = r" (all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute)(?:-start)?\("
-    lines = [line for line in program.splitlines() if "/branch_1_fun/optimizer/" in line]
+    lines = [line for line in program.splitlines() if "/optimizer/cond/branch_1_fun/" in line]
     return [kind for line in lines for kind in re.findall(kinds, line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "messages"),
     [
