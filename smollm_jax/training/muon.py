@@ -1,6 +1,6 @@
 """Orthogonalize the momentum of matrices: the optimizer Muon (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-The Nesterov form and the Newton-Schulz constants are those that `torch.optim.Muon` has too. `optax.contrib.muon`
+The Nesterov form and the Newton-Schulz constants are the same as in `torch.optim.Muon`. `optax.contrib.muon`
 corrects the biases of momentum and gradient by different counts. So its direction differs from the second update
 on, and torch's form is taken. An update has the RMS of AdamW's (Liu et al. 2025, arXiv 2502.16982), so learning
 rate and weight decay of AdamW carry over. Letters as in model/transformer.py, I inputs, O outputs of a matrix.

@@ -68,7 +68,7 @@ def trained_part(state: State) -> State:
 def weights_of(state: State, part: str = "params") -> State:
     """Return what a forward pass needs of a train state, or of its shapes: parameters and any frozen base.
 
-    The parameters are those of `part`: "params" or "ema".
+    The parameters are the state's `part`, "params" or "ema".
     """
     return {"params": state[part]} | ({"base": state["base"]} if "base" in state else {})
 
