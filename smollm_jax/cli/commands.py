@@ -32,6 +32,7 @@ def export(
     dtype: FileDtype | None = None,
     verify: bool = True,
     merge: bool = False,
+    ema: bool = False,
 ) -> int:
     """Write a Hugging Face folder that AutoModelForCausalLM loads, or a GGUF file for llama.cpp and Ollama.
 
@@ -48,6 +49,7 @@ def export(
             gguf: f16, the default, or another of the shorter names; q8_0 halves it with next to no loss.
         verify: Compare what was written with the checkpoint, and remove it if they differ.
         merge: Merge adapters with their base in float32, and write a whole model.
+        ema: Write the moving average of the weights, of a run trained with --ema.
     """
     given = dtype or DTYPES[format][0]
     expected = f"--format {format} writes {', '.join(DTYPES[format])}; --dtype {given} came"
@@ -57,9 +59,9 @@ def export(
 
     try:
         if format == "gguf":
-            written, checked = export_model(run, out, step=step, dtype=given, verify=verify)
+            written, checked = export_model(run, out, step=step, dtype=given, verify=verify, ema=ema)
         else:
-            exported, checked = export_run(run, out, step=step, dtype=given, verify=verify, merge=merge)
+            exported, checked = export_run(run, out, step=step, dtype=given, verify=verify, merge=merge, ema=ema)
             written, checked = Path(out), f"step {exported:,}: {checked}"
     except RuntimeError as error:
         say(f"error: the export was rolled back: {error}")

@@ -24,7 +24,8 @@ PARAMETER_DIMS = {
     "head": "VD",
 }
 
-# How many dims of each matrix, after the layer dim, are its inputs. An adapter goes around these matrices.
+# How many dims of each matrix, after the layer dim, are its inputs. An adapter goes around these matrices, and
+# Muon orthogonalizes their updates.
 ADAPTED = {
     "blocks/attention/q": 1,
     "blocks/attention/k": 1,

@@ -11,8 +11,10 @@ DecayShape = Literal["linear", "cosine", "1-sqrt"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning rate schedule."""
+    """The optimizer and its learning rate schedule."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, AdamW for embedding, head and norms, under one learning rate."""
     learning_rate: float | None = setting(6e-4, "above 0", resume="schedule")
     """Peak learning rate. Default of sft: by the size of the model."""
     schedule: Literal["linear", "constant", "cosine", "wsd"] = setting("linear", resume="schedule")
@@ -30,6 +32,13 @@ class OptimizerConfig:
     epsilon: float = setting(1e-8, "above 0")
     weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay, without norm weights.
     clip_norm: float = setting(1.0, "above 0")  # Global gradient norm above which gradients are scaled down.
+    muon_momentum: float = setting(0.95, "in [0, 1)")
+    adamw_share: float = setting(1.0, "above 0")
+    """Learning rate of what AdamW updates beside muon, as a share of the learning rate."""
+    z_loss: float = setting(0.0, "0 or more")
+    """Weight of the squared log-partition in the loss, which keeps logits small (0: none; 1e-4 is usual)."""
+    ema: float = setting(0.0, "in [0, 1)")
+    """Decay per step of a moving average of the weights, evaluated and exported beside them (0: none)."""
     max_bad_steps: int = setting(10, "above 0", resume="free")
     """Stop after this many steps in a row without finite gradients. Such steps change nothing."""
 
@@ -40,6 +49,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("muon_momentum", "adamw_share"):
+            value = getattr(self, name)
+            used = self.optimizer == "muon" or value == getattr(OptimizerConfig, name)
+            require(used, f"{name}={value} belongs to --optimizer muon; {self.optimizer} came")
         peak, final, schedule = self.learning_rate, self.final_learning_rate, self.schedule
         fits = peak is None or final <= peak
         require(fits, f"final_learning_rate={final} must not be above learning_rate={peak}")
@@ -49,3 +62,18 @@ class OptimizerConfig:
         require(decay_fits, f"decay_steps={self.decay_steps} belongs to --schedule wsd; {schedule} came")
         shape_fits = self.decay_shape == "linear" or schedule == "wsd"
         require(shape_fits, f"decay_shape={self.decay_shape} belongs to --schedule wsd; {schedule} came")
+
+    @property
+    def name(self) -> str:
+        """Return the optimizer, and what else is trained with."""
+        name = {"adamw": "AdamW", "muon": "Muon"}[self.optimizer]
+        return name + f", z-loss {self.z_loss:g}" * (self.z_loss > 0) + f", EMA {self.ema:g}" * (self.ema > 0)
+
+    @property
+    def description(self) -> str:
+        """Return the optimizer and its constants as a card shows them."""
+        adamw = f"AdamW, betas {self.beta1:g} and {self.beta2:g}, epsilon {self.epsilon:g}"
+        if self.optimizer == "adamw":
+            return adamw
+        share = "" if self.adamw_share == 1 else f", {self.adamw_share:g} of the learning rate"
+        return f"Muon, momentum {self.muon_momentum:g}; for embedding, head and norms {adamw}{share}"

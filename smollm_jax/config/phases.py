@@ -6,7 +6,7 @@ from typing import NamedTuple
 from smollm_jax.runtime.errors import require
 
 # of each recipe, at most a tenth of the run
-WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
+WARMUP_STEPS = {"replica": 100, "smollm2": 2_000, "fast": 0, "quickstart": 50, "sft": 2**31, "dpo": 2**31}
 # alignment-handbook, recipes/smollm2: peak learning rates of fine-tuning, for models below a number of parameters
 SFT_RATES = ((1e9, 1e-3), (float("inf"), 3e-4))
 

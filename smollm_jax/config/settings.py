@@ -195,8 +195,8 @@ class Config:
     """All settings of a run."""
 
     recipe: str = setting("replica", resume="free")
-    """replica: the seed's run. smollm2: the published recipe. quickstart: minutes on a CPU. sft: conversations.
-    dpo: pairs of answers."""
+    """replica: the seed's run. smollm2: the published recipe. fast: Muon. quickstart: minutes on a CPU. sft:
+    conversations. dpo: pairs of answers."""
     preset: str = setting("135M", resume="free")
     """Architecture: 135M, 360M, 1.7B or quickstart. The flags under `model` change single numbers."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -212,6 +212,10 @@ class Config:
         require(self.preset in MODELS, f"preset={self.preset} must be one of {', '.join(MODELS)}")
         has_base = self.run.init_from is not None or not self.adapter.is_on
         require(has_base, f"lora_rank={self.adapter.lora_rank} needs the weights of a base: give --init-from")
+        fits = self.optimizer.optimizer == "adamw" or not self.adapter.is_on
+        require(fits, "optimizer=muon is for whole matrices; adapters train with adamw: give --optimizer adamw")
+        fits = self.optimizer.z_loss == 0 or not self.data.is_pairs
+        require(fits, f"z_loss={self.optimizer.z_loss} is for text and conversations, not for pairs")
         changed = ", ".join(f"{name}={value}" for name, value in vars(self.preference).items())
         used = self.data.is_pairs or self.preference == PreferenceConfig()
         require(used, f"{changed}: these are for pairs, so give --data-kind pairs, or --recipe dpo")

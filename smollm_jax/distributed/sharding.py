@@ -135,6 +135,25 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*map(taken.get, letters))
 
 
+def own_layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Return the layout of `partition`."""
+    return NamedSharding(mesh, partition(name, shape, mesh))
+
+
+def whole_layers_layout(mesh: Mesh, layers: int) -> tuple[list[NamedSharding], int]:
+    """Return the layouts on the way from a parameter's to whole layers per device, and the parts of the last one.
+
+    The first layout trades the dims that `fsdp` and `tensor` divide for layers. The second one divides layers over
+    `data` too, as long as there are enough. Without axes there are no layouts.
+    """
+    sizes, divided = mesh.shape, [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
+    parts = math.prod(sizes[axis] for axis in divided)
+    stages = [divided] if divided else []
+    if 1 < sizes["data"] * parts <= layers:
+        stages, parts = [*stages, [*divided, "data"]], parts * sizes["data"]
+    return [NamedSharding(mesh, PartitionSpec(tuple(axes))) for axes in stages], parts
+
+
 def with_layout(shapes: Any, mesh: Mesh) -> Any:
     """Return a tree of shapes, such as a train state's, as `jax.ShapeDtypeStruct` with layouts."""
 
@@ -143,6 +162,11 @@ def with_layout(shapes: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(laid_out, shapes)
+
+
+def bytes_of(*trees: Any) -> int:
+    """Return the bytes of the leaves of trees, arrays or shapes, once for all devices."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
 
 
 def bytes_a_device(tree: Any) -> int:

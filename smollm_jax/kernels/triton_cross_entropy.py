@@ -15,27 +15,30 @@ from jax.experimental.pallas import triton as plt
 
 from smollm_jax.kernels.triton_call import LOG2_E, triton_call
 from smollm_jax.model.attention import MASKED
+from smollm_jax.model.loss import z_term
 
 # Words at a time, and warps: few programs at a time on a multiprocessor, so that their logits fit the cache
 WORDS, WARPS = 4_096, 16
 
 
 def fused_cross_entropy(
-    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: Any, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Return what `reference_cross_entropy` returns: the weighted loss in nats, and its gradient in `dtype`."""
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: Any, z_loss: float = 0.0,
+    *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Return what `reference_cross_entropy` returns: weighted loss in nats, z-loss, and gradient in `dtype`."""
     logits_MV, targets_M = logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1)
     weights_M = weights_BC.reshape(-1)
     M, V = logits_MV.shape
     words = pl.BlockSpec((None, pl.cdiv(V, WORDS) * WORDS), lambda m: (m, 0))
     tokens = pl.BlockSpec((M,), lambda _: (0,))
-    kernel, inputs = partial(_kernel, V=V), [(logits_MV, words), (targets_M, tokens), (weights_M, tokens)]
-    outputs = [(weights_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
-    nll_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, interpret, warps=WARPS)
-    return jnp.sum(nll_M), dlogits_MV.reshape(logits_BCV.shape)
+    kernel = partial(_kernel, V=V, z_loss=z_loss)
+    inputs = [(logits_MV, words), (targets_M, tokens), (weights_M, tokens)]
+    outputs = [(weights_M, tokens), (weights_M, tokens), (jax.ShapeDtypeStruct((M, V), dtype), words)]
+    nll_M, log_z_M, dlogits_MV = triton_call("loss", kernel, (M,), inputs, outputs, interpret, warps=WARPS)
+    return jnp.sum(nll_M), z_term(log_z_M, weights_M, z_loss)[0], dlogits_MV.reshape(logits_BCV.shape)
 
 
-def _kernel(logits_ref, targets_ref, weights_ref, nll_ref, dlogits_ref, *, V: int):
+def _kernel(logits_ref, targets_ref, weights_ref, nll_ref, log_z_ref, dlogits_ref, *, V: int, z_loss: float):
     token = pl.program_id(0)
     target, weight, turns = targets_ref[token], weights_ref[token], pl.cdiv(V, WORDS)
 
@@ -55,11 +58,14 @@ def _kernel(logits_ref, targets_ref, weights_ref, nll_ref, dlogits_ref, *, V: in
     best = jnp.max(best_W)
     total = jnp.sum(sum_W * _exp(best_W - best))
     # subtract the maximum first: added to a large one, the logarithm would lose its digits
-    nll_ref[token] = weight * (best - logits_ref[target] + jnp.log2(total) / LOG2_E)
+    log_total = jnp.log2(total) / LOG2_E
+    nll_ref[token] = weight * (best - logits_ref[target] + log_total)
+    log_z_ref[token] = best + log_total
+    pull = 1 + 2 * z_loss * (best + log_total)  # of the z-loss, as in `z_term`
 
     def write(j, _):
         words, word_W, logit_W = of_turn(j)
-        d_W = weight * (_exp(logit_W - best) / total - (word_W == target).astype(jnp.float32))
+        d_W = weight * (pull * _exp(logit_W - best) / total - (word_W == target).astype(jnp.float32))
         plt.store(dlogits_ref.at[words], d_W.astype(dlogits_ref.dtype), mask=word_W < V)
 
     jax.lax.fori_loop(0, turns, write, None)

@@ -25,67 +25,100 @@ def targets_of(tokens_BT1: jax.Array, segment_ids_BT1: jax.Array) -> tuple[jax.A
 
 
 def reference_cross_entropy(
-    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Return the weighted negative log-likelihood in nats, and its gradient to the f32 logits in `dtype`.
+    logits_BCV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array, dtype: Any, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the weighted negative log-likelihood in nats, the z-loss, and the gradient of both in `dtype`.
 
-    A weight multiplies the loss of its token. It is f32, of either sign.
+    The gradient is to the f32 logits. A weight multiplies the loss of its token. It is f32, of either sign. The
+    z-loss of a token is `z_loss` times its squared log-partition, which keeps logits small (PaLM, Chowdhery et al.
+    2022, section 5).
     """
     nll, log_z_BC = _chunk_nll(logits_BCV, targets_BC, weights_BC)
     probabilities_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
     is_target_BCV = jax.nn.one_hot(targets_BC, logits_BCV.shape[-1], dtype=jnp.float32)
-    return nll, ((probabilities_BCV - is_target_BCV) * weights_BC[..., None]).astype(dtype)
+    z, pull_BC = z_term(log_z_BC, weights_BC, z_loss)
+    if z_loss:
+        probabilities_BCV *= pull_BC[..., None]
+    return nll, z, ((probabilities_BCV - is_target_BCV) * weights_BC[..., None]).astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def z_term(log_z: jax.Array, weights: jax.Array, z_loss: float) -> tuple[jax.Array, jax.Array]:
+    """Return the weighted z-loss, and the factor of the probabilities in the gradient to the logits, per token."""
+    if not z_loss:
+        return jnp.float32(0), jnp.ones_like(log_z)
+    return z_loss * jnp.sum(weights * log_z**2), 1 + 2 * z_loss * log_z
+
+
 def summed_nll(  # noqa: PLR0917 - custom_vjp goes by position
     x_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     chunk_tokens: int,
-    cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy,
+    cross_entropy: Callable[..., tuple[jax.Array, ...]] = reference_cross_entropy,
 ) -> jax.Array:
     """Return the negative log-likelihood in nats, summed over the targets by f32 weights: an f32 scalar.
 
-    `x_BTD` has the compute dtype, `head_VD` its stored dtype, so that the gradient of the head is not rounded.
-    A chunk has about `chunk_tokens` tokens. `cross_entropy` (see `Ops`) is used only if a gradient is wanted.
+    The arguments are as for `summed_loss`.
+    """
+    return summed_loss(x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens, cross_entropy, 0.0)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def summed_loss(  # noqa: PLR0917 - custom_vjp goes by position
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk_tokens: int,
+    cross_entropy: Callable[..., tuple[jax.Array, ...]],
+    z_loss: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss, and the part of it that is z-loss: f32 scalars, summed over the targets by f32 weights.
+
+    The loss is the negative log-likelihood in nats plus the z-loss. The loss alone has a gradient. `x_BTD` has the
+    compute dtype, `head_VD` its stored dtype, so that the gradient of the head is not rounded. A chunk has about
+    `chunk_tokens` tokens. `cross_entropy` (see `Ops`) is used only if a gradient is wanted.
     """
     del cross_entropy
     head_VD = head_VD.astype(x_BTD.dtype)
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def add(total: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, None]:
         x_BCD, targets_BC, weights_BC = chunk
-        return total + _chunk_nll(_logits(head_VD, x_BCD), targets_BC, weights_BC)[0], None
+        nll, log_z_BC = _chunk_nll(_logits(head_VD, x_BCD), targets_BC, weights_BC)
+        return (total[0] + nll, total[1] + z_term(log_z_BC, weights_BC, z_loss)[0]), None
 
-    return jax.lax.scan(add, jnp.float32(0), _chunks(chunk_tokens, x_BTD, targets_BT, weights_BT))[0]
+    zero = (jnp.float32(0), jnp.float32(0))
+    (nll, z), _ = jax.lax.scan(add, zero, _chunks(chunk_tokens, x_BTD, targets_BT, weights_BT))
+    return nll + z, z
 
 
-def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens, cross_entropy):  # noqa: PLR0917
+def _forward(x_BTD, head_VD, targets_BT, weights_BT, chunk_tokens, cross_entropy, z_loss):  # noqa: PLR0917
     kept_dtype, head_VD = head_VD.dtype, head_VD.astype(x_BTD.dtype)
 
     def add(carry, chunk):
-        total, dhead_VD = carry
+        total, total_z, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = chunk
-        nll, dlogits_BCV = cross_entropy(_logits(head_VD, x_BCD), targets_BC, weights_BC, x_BCD.dtype)
+        logits_BCV = _logits(head_VD, x_BCD)
+        nll, z, dlogits_BCV = cross_entropy(logits_BCV, targets_BC, weights_BC, x_BCD.dtype, z_loss)
         # f32 results: faster products on a CPU. On other devices they are for dhead, a sum over chunks
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=jnp.float32)
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD, preferred_element_type=jnp.float32)
-        return (total + nll, dhead_VD), dx_BCD.astype(x_BCD.dtype)
+        return (total + nll, total_z + z, dhead_VD), dx_BCD.astype(x_BCD.dtype)
 
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, dhead_VD), dx = jax.lax.scan(add, start, _chunks(chunk_tokens, x_BTD, targets_BT, weights_BT))
+    start = (jnp.float32(0), jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    (nll, z, dhead_VD), dx = jax.lax.scan(add, start, _chunks(chunk_tokens, x_BTD, targets_BT, weights_BT))
     B, T, D = x_BTD.shape
     dx_BTD = dx.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return total, (dx_BTD, dhead_VD.astype(kept_dtype))
+    return (nll + z, z), (dx_BTD, dhead_VD.astype(kept_dtype))
 
 
-def _backward(_chunk_tokens, _cross_entropy, gradients, cotangent):
-    dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangent).astype(x.dtype) for x in gradients)
+def _backward(_chunk_tokens, _cross_entropy, _z_loss, gradients, cotangents):
+    dx_BTD, dhead_VD = ((x.astype(jnp.float32) * cotangents[0]).astype(x.dtype) for x in gradients)
     return dx_BTD, dhead_VD, None, None
 
 
-summed_nll.defvjp(_forward, _backward)
+summed_loss.defvjp(_forward, _backward)
 
 
 def _logits(head_VD: jax.Array, x_BCD: jax.Array) -> jax.Array:

@@ -80,8 +80,9 @@ class Ops:
     """`(x_BTD, q_DNH, k_DKH, v_DKH, rope, linear=) -> q_BTNH, k_BTKH, v_BTKH`, queries and keys rotated."""
     feed_forward: Callable[..., jax.Array] = reference_feed_forward
     """`(x_BTD, gate_DF, up_DF, down_FD, linear=) -> (B, T, D)`."""
-    cross_entropy: Callable[..., tuple[jax.Array, jax.Array]] = reference_cross_entropy
-    """`(logits_BCV, targets_BC, weights_BC, dtype) -> nll, dlogits_BCV`: weighted loss, gradient in `dtype`."""
+    cross_entropy: Callable[..., tuple[jax.Array, ...]] = reference_cross_entropy
+    """`(logits_BCV, targets_BC, weights_BC, dtype, z_loss) -> nll, z, dlogits_BCV`: weighted loss, the z-loss
+    beside it, and the gradient of both in `dtype`."""
     wrap_layer: Callable[..., Callable[..., jax.Array]] = lambda layer: layer
     """`layer(x_BTD, weights) -> x_BTD` to a layer that stores its residuals in another form."""
     kernels: str = "plain"

@@ -4,18 +4,20 @@ No device and no compiler confirms these figures: XLA's own counts take the body
 long as the slower of computing and memory traffic, plus its messages. Messages overlap with neither.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from jax.sharding import Mesh
 
-from smollm_jax.config.architecture import ModelConfig
+from smollm_jax.config.architecture import ADAPTED, ModelConfig, parameter_shapes
 from smollm_jax.config.settings import Config
-from smollm_jax.distributed.sharding import bytes_a_device, padded_rows, row_shards
+from smollm_jax.distributed.sharding import bytes_a_device, padded_rows, row_shards, whole_layers_layout
 from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.topology import Chip
 from smollm_jax.runtime.devices import peak_flops, training_dtype
+from smollm_jax.training.muon import ITERATIONS
 from smollm_jax.training.step import abstract_state
 
 # The share of its peak that a step of 135M reached on the one accelerator it ran on: an H200, remat none, in
@@ -25,8 +27,7 @@ COMPUTE_SHARE = 0.42
 # close a ring, so half of the interconnect is idle.
 BANDWIDTH_SHARE, INTERCONNECT_SHARE = 0.8, 0.5
 
-STATE_BYTES = 12  # per parameter: the parameter and its two moments, f32
-UPDATE_BYTES = 4 + 4 * 4 + 3 * 4  # gradient written; gradient, parameter, moments read; the last three written
+GRADIENT_BYTES, MASTER_BYTES = 4, 4  # per parameter, f32
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,21 @@ class Step:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Return the bytes of the moments on one chip."""
+        """Return the bytes of the moments on one chip: two per parameter, of a matrix of Muon one."""
         return bytes_a_device(self.state["opt_state"])
+
+    @property
+    def average_bytes(self) -> int:
+        """Return the bytes of any moving average of the weights on one chip."""
+        return bytes_a_device(self.state.get("ema"))
+
+    @property
+    def whole_layers(self) -> int:
+        """Return the matrices of a kind that one chip orthogonalizes for Muon, 0 for AdamW."""
+        if self.config.optimizer.optimizer != "muon":
+            return 0
+        layers = self.config.model.num_layers
+        return -(-layers // whole_layers_layout(self.mesh, layers)[1])
 
 
 def estimate(step: Step, chip: Chip) -> dict[str, float]:
@@ -84,6 +98,7 @@ def estimate(step: Step, chip: Chip) -> dict[str, float]:
     assert peak is not None, chip.device_kind
     config, tokens = step.config, step.batch_size * step.config.data.seq_len
     flops = flops_per_token(config, step.remat) * step.tokens_per_chip / step.mesh.shape["tensor"]
+    flops += newton_schulz_flops(config.model) * step.whole_layers
     compute = flops / (peak * COMPUTE_SHARE)
     memory = traffic_bytes(step) / (chip.memory_bytes_per_second * BANDWIDTH_SHARE)
     interconnect = sum(sent_bytes(step).values()) / (chip.interconnect_bytes_per_second * INTERCONNECT_SHARE)
@@ -111,12 +126,28 @@ def flops_per_token(config: Config, remat: Policy) -> float:
     return whole + {"none": 0, "dots": attention, "full": blocks}[remat] / 3
 
 
+def newton_schulz_flops(model: ModelConfig) -> int:
+    """Return the FLOPs of Muon per layer: in each iteration, three products of a matrix's short side."""
+    total = 0
+    for path, shape in parameter_shapes(model, one_layer=True).items():
+        if path in ADAPTED:
+            sides = math.prod(shape[: ADAPTED[path]]), math.prod(shape[ADAPTED[path] :])
+            total += ITERATIONS * 2 * min(sides) ** 2 * (2 * max(sides) + min(sides))
+    return total
+
+
+def matrix_parameters(model: ModelConfig) -> int:
+    """Return the parameters that Muon updates."""
+    return sum(math.prod(shape) for path, shape in parameter_shapes(model).items() if path in ADAPTED)
+
+
 def traffic_bytes(step: Step) -> float:
     """Return the bytes per step between one chip and its memory.
 
     Each matrix product reads its inputs and writes its output once, forward and twice backward, in the compute
     dtype. Everything between products is fused into them. Per token, f32 logits are written and read three times,
-    and their gradient once and twice. AdamW passes once over the state.
+    and their gradient once and twice. The optimizer passes once over the state. Muon reads and writes its matrices
+    in each of three products per iteration.
     """
     model, width = step.config.model, step.dtype.itemsize
     N_H, K_H = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -126,7 +157,10 @@ def traffic_bytes(step: Step) -> float:
     per_token = model.num_layers * ends * width * passes + model.vocab_size * (3 * 4 + 3 * width)
     weights = model.num_parameters * width * passes * step.config.compute.grad_accum
     divided = (step.tokens_per_chip * per_token + weights) / step.mesh.shape["tensor"]
-    return divided + step.parameters_per_chip * UPDATE_BYTES
+    update = step.parameters_per_chip * (2 * GRADIENT_BYTES + 2 * MASTER_BYTES) + 2 * step.optimizer_bytes
+    update += 2 * step.average_bytes
+    layer = matrix_parameters(model) // model.num_layers
+    return divided + update + ITERATIONS * 3 * 2 * layer * step.whole_layers * width
 
 
 def memory_bytes(step: Step) -> int:
@@ -134,7 +168,7 @@ def memory_bytes(step: Step) -> int:
 
     The sum counts the state, f32 gradients, the weights in the compute dtype, and the residuals of each layer. A
     frozen base counts in the compute dtype. With remat, all residuals of one layer count too. One chunk of logits
-    and its gradient count as well.
+    and its gradient count as well. Muon needs no more: residuals and logits are gone by then.
     """
     model, compute, dtype_bytes = step.config.model, step.config.compute, step.dtype.itemsize
     tokens = step.tokens_per_chip // compute.grad_accum
@@ -143,8 +177,10 @@ def memory_bytes(step: Step) -> int:
     on_gpu = step.mesh.devices.flat[0].platform == "gpu"
     chunk_tokens = min(compute.loss_chunk_for(step.remat, on_gpu=on_gpu), tokens)
     chunk = model.vocab_size * (chunk_tokens * 10 + model.hidden_size * 4)
-    state = step.parameters_per_chip * (STATE_BYTES + 4 + dtype_bytes)
-    return int(state + step.frozen_bytes + tokens * per_token / step.mesh.shape["tensor"] + chunk)
+    state = step.parameters_per_chip * (MASTER_BYTES + GRADIENT_BYTES + dtype_bytes) + step.optimizer_bytes
+    return int(
+        state + step.average_bytes + step.frozen_bytes + tokens * per_token / step.mesh.shape["tensor"] + chunk
+    )
 
 
 def residual_bytes(model: ModelConfig, remat: Policy) -> int:
@@ -167,7 +203,8 @@ def sent_bytes(step: Step) -> dict[str, float]:
 
     The rings are as in Patarasuk & Yuan 2009. `data` sums the gradients once per microbatch (2 bytes each, 6 for
     the embedding, used at both ends). `fsdp` gathers weights per pass and reduce-scatters gradients (Rajbhandari
-    et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al. 2019).
+    et al. 2020). `tensor` sums activations six times per layer, forward and backward (Shoeybi et al. 2019). Muon
+    moves the momentum of its matrices to whole layers and back, 2 bytes each.
     """
     model, micros, sizes = step.config.model, step.config.compute.grad_accum, step.mesh.shape
     weights = model.num_parameters // sizes["tensor"]
@@ -178,4 +215,8 @@ def sent_bytes(step: Step) -> dict[str, float]:
         "fsdp": weights * 2 * passes * micros + gradients,
         "tensor": 2 * 6 * model.num_layers * step.tokens_per_chip * model.hidden_size * 2,
     }
+    if step.whole_layers:
+        moved = 2 * matrix_parameters(model) // (sizes["fsdp"] * sizes["tensor"])
+        ways = {"data": int(step.whole_layers < model.num_layers), "fsdp": 2, "tensor": 2}  # data has it already
+        arrays = {axis: size + ways[axis] * moved for axis, size in arrays.items()}
     return {axis: size * (sizes[axis] - 1) / sizes[axis] for axis, size in arrays.items()}

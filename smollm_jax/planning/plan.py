@@ -13,14 +13,14 @@ from typing import Any
 import jax
 
 from smollm_jax.config.settings import Config
-from smollm_jax.distributed.sharding import make_mesh
+from smollm_jax.distributed.sharding import bytes_of, make_mesh
 from smollm_jax.model.transformer import POLICIES, Policy
 from smollm_jax.planning.estimate import Step, estimate, memory_bytes, sent_bytes, traffic_bytes
 from smollm_jax.planning.topology import Topology, topology_of
 from smollm_jax.runtime.devices import MEMORY_SHARE, beside_the_step, peak_flops, use_precision_of
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.training.compile import compile_step, compiled_bytes
-from smollm_jax.training.step import select_step_ops
+from smollm_jax.training.step import select_step_ops, trained_part
 
 HOPELESS = 1.5  # times the memory: a setting that needs more by formula is not compiled
 WIDTH = 34  # of the names in a table
@@ -69,8 +69,8 @@ def attempt(config: Config, topology: Topology, remat: Policy) -> Plan:
     else:
         needed = memory_bytes(step)
     devices = topology.devices
-    trained = config.adapter.trained_parameters(config.model)
-    needed += beside_the_step(devices[0].platform, trained, devices=len(devices))
+    saved = bytes_of(trained_part(step.state), step.state["opt_state"])
+    needed += beside_the_step(devices[0].platform, saved, devices=len(devices))
     return Plan(topology=topology, step=step, memory_bytes=needed)
 
 
@@ -154,6 +154,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "parameters": model.num_parameters,
         "trained_parameters": config.adapter.trained_parameters(config.model),
         "optimizer_memory_bytes": step.optimizer_bytes,
+        "average_memory_bytes": step.average_bytes,
         "batch_size": step.batch_size,
         "batch_a_chip": step.rows_per_chip,
         "seq_len": config.data.seq_len,

@@ -13,7 +13,7 @@ from typing import Any
 
 from smollm_jax import __version__
 from smollm_jax.checkpoint.listing import VerifiedCheckpoint
-from smollm_jax.checkpoint.manager import CheckpointManager, read_params
+from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import to_dict
@@ -36,6 +36,7 @@ from smollm_jax.runs.load import (
     parent_of,
     progress_of,
     read_run,
+    read_weights,
     read_whole,
     with_ids_of,
 )
@@ -56,20 +57,21 @@ def export_run(
     verify: bool = True,
     aside: bool = False,
     merge: bool = False,
+    ema: bool = False,
 ) -> tuple[int, str]:
     """Export checkpoint `step` of a run, by default the newest good one, to `out`.
 
-    Adapters are written as PEFT's folder, or with `merge` as a whole model. Returns the step, and a sentence on
-    how the folder was compared with the run. Raises `UserError` if `run_dir` is no run, or `out` holds something
-    else and `aside` is false. Raises `RuntimeError` if the written folder does not agree with the checkpoint. No
-    folder is left then.
+    With `ema` the weights are their moving average. Adapters are written as PEFT's folder, or with `merge` as a
+    whole model. Returns the step, and a sentence on how the folder was compared with the run. Raises `UserError`
+    if `run_dir` is no run, or `out` holds something else and `aside` is false. Raises `RuntimeError` if the
+    written folder does not agree with the checkpoint. No folder is left then.
     """
     run_dir, out = expand_home(run_dir), expand_home(out)
     config = read_run(run_dir)
     if not aside:  # before gigabytes are read
         refuse_foreign(out, out)
-    found, params = read_params(run_dir / "checkpoints", step)
-    tokenizer, about = run_dir / "tokenizer", about_run(run_dir, found)
+    found, params = read_weights(run_dir, config, step, ema=ema)
+    tokenizer, about = run_dir / "tokenizer", about_run(run_dir, found, ema=ema)
     model = with_ids_of(config.model, load_tokenizer(str(tokenizer)))
     settings, compare = config.adapter, None
     require(settings.is_on or not merge, f"--merge is for runs with adapters; {run_dir} trained whole weights")
@@ -93,8 +95,9 @@ def export_run(
 
 
 def export_model(
-    path: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "f16", verify: bool = True
-) -> tuple[Path, str]:
+    path: str | Path, out: str | Path,
+    *, step: int | None = None, dtype: str = "f16", verify: bool = True, ema: bool = False,
+) -> tuple[Path, str]:  # fmt: skip
     """Export a run, Hugging Face folder or Hub id to the folder `out` with a GGUF file. Raises as `export_run`.
 
     Returns the file, and a sentence on how it was compared with the model.
@@ -103,21 +106,23 @@ def export_model(
     refuse_foreign(out, out)  # before gigabytes are read
     if is_run(path):
         path = expand_home(path)
-        found, params = read_whole(path, read_run(path), step)
-        about, tokenizer = about_run(path, found), load_tokenizer(str(path / "tokenizer"))
+        found, params = read_whole(path, read_run(path), step, ema=ema)
+        about, tokenizer = about_run(path, found, ema=ema), load_tokenizer(str(path / "tokenizer"))
         model = with_ids_of(read_run(path).model, tokenizer)
     else:
+        require(not ema, f"--ema is for runs, and {path} is none")
         model, params, tokenizer = load_model(path, step)
         hub = str(path) if REPO.fullmatch(str(path)) and not Path(path).exists() else None
         about = About(title=expand_home(path).resolve().stem, rows={"Made from": str(path)}, base_model=hub)
     return export_gguf(params, model, tokenizer, out, dtype=dtype, about=about, verify=verify)
 
 
-def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
-    """Return what the card of an export tells about a run at a checkpoint."""
+def about_run(run_dir: Path, found: VerifiedCheckpoint, *, ema: bool = False) -> About:
+    """Return what the card of an export tells about a run at a checkpoint, or about its moving average."""
     config, progress = read_run(run_dir), progress_of(found)[0] if "progress" in found.meta else {}
     lines = [line for line in read_metrics(run_dir) if line["step"] <= found.step]
     held_out, computed = (evaluations(lines) or [{}])[-1], found.meta.get("computed", {})
+    of = "eval_ema_" if ema else "eval_"
     speeds = sorted(x["tokens_per_second"] for x in lines if x.get("tokens_per_second")) or [None]
     sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data) if not looks_local(spec)]
     optimizer, places = config.optimizer, ("device", "platform", "dtype")
@@ -135,25 +140,27 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint) -> About:
         "Sequence length": config.data.seq_len,
         "Loss on": config.data.loss_on if config.data.data_kind == "chat" else None,
         "Pair loss": f"{preference.pair_loss}, beta {preference.beta:g}{smoothed}" if is_pairs else None,
-        "Optimizer": f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, epsilon {optimizer.epsilon:g}",
+        "Optimizer": optimizer.description,
         "Peak learning rate": config.learning_rate,
+        "Weights": f"moving average, decay {optimizer.ema:g}" if ema else None,
+        "Weight of the z-loss": optimizer.z_loss or None,
         "Schedule": f"{optimizer.schedule_name}, {config.warmup_steps:,} steps of warm-up",
         "Weight decay": optimizer.weight_decay,
         "Gradient norm clipped at": optimizer.clip_norm,
         "Seed": config.run.seed,
         "Began with": began,
         "Annealed from": parent and f"{Path(parent['parent']).name}, step {parent['step']:,}",
-        f"Held-out loss ({'a pair' if is_pairs else 'nats per token'})": held_out.get("eval_loss"),
-        "Held-out accuracy (chosen above rejected)": held_out.get("eval_rewards/accuracies"),
-        f"Held-out bits per byte{' of the chosen answers' * is_pairs}": held_out.get("eval_bits_per_byte"),
-        **_scores(lines, found.step),
+        f"Held-out loss ({'a pair' if is_pairs else 'nats per token'})": held_out.get(f"{of}loss"),
+        "Held-out accuracy (chosen above rejected)": None if ema else held_out.get("eval_rewards/accuracies"),
+        f"Held-out bits per byte{' of the chosen answers' * is_pairs}": held_out.get(f"{of}bits_per_byte"),
+        **({} if ema else _scores(lines, found.step)),
         "Computed on": ", ".join(str(computed[x]) for x in places if x in computed) or None,
         "Devices": computed.get("devices"),
         "Tokens per second": speeds[len(speeds) // 2] and round(speeds[len(speeds) // 2]),
         "Time": progress.get("elapsed_seconds") and duration(progress["elapsed_seconds"]),
         "Versions": f"smollm-jax {__version__}, jax {version('jax')}, flax {version('flax')}",
     }
-    prompt, sample = last_sample(run_dir, found.step)
+    prompt, sample = ("", "") if ema else last_sample(run_dir, found.step)
     return About(
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
         rows=rows if progress else {"Began with": began, **_scores(lines, found.step)},

@@ -151,9 +151,19 @@ def refuse_broken_run(folder: Path) -> None:
     require(not without, f"{folder} is a run without {without}; {instead}")
 
 
-def read_whole(run: Path, config: Config, step: int | None) -> tuple[VerifiedCheckpoint, Any]:
-    """Return a checkpoint, by default the newest good one, and its weights with any adapters merged in f32."""
-    found, params = read_params(run / "checkpoints", step)
+def read_weights(
+    run: Path, config: Config, step: int | None, *, ema: bool = False
+) -> tuple[VerifiedCheckpoint, dict[str, Any]]:
+    """Return a checkpoint, by default the newest good one, and its weights, or with `ema` their moving average."""
+    require(not ema or config.optimizer.ema > 0, f"{run} keeps no moving average of its weights; train with --ema")
+    return read_params(run / "checkpoints", step, group="ema" if ema else "params")
+
+
+def read_whole(
+    run: Path, config: Config, step: int | None, *, ema: bool = False
+) -> tuple[VerifiedCheckpoint, Any]:
+    """Return what `read_weights` returns, with any adapters merged in f32."""
+    found, params = read_weights(run, config, step, ema=ema)
     if config.adapter.is_on:
         base = base_record(found, config.run.init_from)
         params = merge(load_base(base, config.model), params, config.adapter.scale)

@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"  # written from the moment when the first step can beg
 REFERENCE = "reference.npz"  # of pairs: the log-probs of the model that the run began with
 PARENT = "parent.json"  # of a branch: the run and the step that it began at
 WRITTEN = (LOCK, "config.json", METRICS, "samples.txt", "loss.png", "tensorboard", "tokenizer", "trackers.json",
-           REFERENCE, PARENT, "checkpoints", "export")  # fmt: skip
+           REFERENCE, PARENT, "checkpoints", "export", "export-ema")  # fmt: skip
 BEGINNING = ("config.json", "tokenizer", PARENT, REFERENCE, "checkpoints")  # what a start writes before METRICS
 
 

@@ -21,15 +21,15 @@ from tqdm.contrib.logging import tqdm_logging_redirect
 from smollm_jax.config.preference import FIGURES
 from smollm_jax.config.settings import Config
 from smollm_jax.runs.plot import draw
-from smollm_jax.runs.records import BETWEEN, OF_TASKS, SAMPLES_OF, scores_in
+from smollm_jax.runs.records import BETWEEN, OF_EMA, OF_TASKS, SAMPLES_OF, scores_in
 from smollm_jax.runs.trackers import Tracker, trackers_of
 from smollm_jax.runtime.errors import one_line, printable, say
 from smollm_jax.runtime.notebook import progress_bar
 
 # the groups in which TensorBoard shows the fields of a line. Other fields are left out
 TAGS = {
-    "train": ("loss", "step_loss", *FIGURES),
-    "eval": ("eval_loss", "eval_bits_per_byte", "eval_tokens", *(f"eval_{name}" for name in FIGURES)),
+    "train": ("loss", "step_loss", "z_loss", *FIGURES),
+    "eval": ("eval_loss", "eval_bits_per_byte", *OF_EMA, "eval_tokens", *(f"eval_{name}" for name in FIGURES)),
     "optimizer": ("learning_rate", "grad_norm", "bad_steps", "loss_scale", "skipped_steps"),
     "speed": ("tokens_per_second", "step_seconds", "mfu", "eval_seconds", "peak_memory_gib"),
     "data": ("tokens", "data_wait_seconds", "skipped_documents"),
@@ -108,6 +108,9 @@ class RunMetrics:
                 f"step {step}: held-out loss {_number(line['eval_loss'], 4)}{_of_pairs(line, 'eval_')}, "
                 f"{_number(line['eval_bits_per_byte'], 4)} bits per byte ({line['eval_tokens']:,} tokens)"
             )
+        if "eval_ema_loss" in line:
+            loss, bits = (_number(line[name], 4) for name in OF_EMA)
+            self.say(f"step {step}: of the moving average {loss}, {bits} bits per byte")
         scores = [f"{name} {value:.4f}" for name, value in scores_in(line).items() if not name.endswith("_stderr")]
         if scores:
             self.say(f"step {step}: {', '.join(scores)}")

@@ -47,6 +47,11 @@ def plot(run_dir: Path, picture: Path) -> bool:
             f"{last['eval_loss']:.3f} {unit}\n{last['eval_bits_per_byte']:.3f} bits a byte", points[-1],
             xytext=(-6, 14), textcoords="offset points", ha="right", va="bottom", fontsize=9, color=orange,
         )  # fmt: skip
+    averaged = [(x["step"], x["eval_ema_loss"]) for x in held_out if x.get("eval_ema_loss") is not None]
+    if averaged:
+        axes.plot(
+            *zip(*averaged, strict=True), "--", color="#c8502d", linewidth=1.0, label="held out, moving average"
+        )
     curves = [*axes.get_legend_handles_labels()[0], *_plot_scores(axes, lines)]
     axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.set_title(run_dir.resolve().name, parse_math=False)

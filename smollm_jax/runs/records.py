@@ -12,6 +12,7 @@ from smollm_jax.runtime.files import read_whole, written_aside
 
 SAMPLES_OF = "=== step "
 OF_TASKS = "tasks/"  # begins the name of a score on a task
+OF_EMA = ("eval_ema_loss", "eval_ema_bits_per_byte")  # of the moving average of the weights
 BETWEEN = "⟶"  # a prompt and its continuation
 
 
@@ -64,7 +65,7 @@ def _whole(line: str) -> dict[str, Any] | None:
     if not isinstance(values, dict) or not _is_number(values.get("step"), int) or values["step"] < 0:
         return None
     # null if not finite
-    others = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte", "bad_steps")]
+    others = [values.get(name) for name in ("loss", "eval_loss", "eval_bits_per_byte", "bad_steps", *OF_EMA)]
     return values if all(other is None or _is_number(other, int | float) for other in others) else None
 
 

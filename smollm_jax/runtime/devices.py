@@ -42,10 +42,10 @@ QUIET_LIBTPU = {
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", *TPU_FILES)
 MEMORY_SHARE = 0.9  # of a device's memory. The rest is for the runtime and the evaluation
-# A CPU run's process shares the memory: libraries and compiler take PROCESS_BYTES. Per parameter, a save copies
-# the state (12 bytes) and the writer converts the moments (8). Three runs of 135M, with steps of 3.3, 7.2 and
-# 20 GiB, took within 8 % of this sum.
-PROCESS_BYTES, SAVED_BYTES = 600 * 2**20, 20
+# A CPU run's process shares the memory: libraries and compiler take PROCESS_BYTES. A save copies the state, and
+# the writer converts the moments: of AdamW 12 and 8 bytes a parameter. Three runs of 135M, with steps of 3.3, 7.2
+# and 20 GiB, took within 8 % of this sum.
+PROCESS_BYTES = 600 * 2**20
 CACHED_COMPILE_SECONDS = 0.5  # a program that compiles faster than this is not worth a file
 
 
@@ -75,15 +75,15 @@ def peak_flops(device: Any, dtype: Any) -> float | None:
     return None if tera is None else tera * 1e12
 
 
-def memory_bytes(device: Any, parameters: int, *, devices: int = 1, share: float = MEMORY_SHARE) -> int:
-    """Return the bytes that a step may use on each of a process's `devices`."""
-    beside = beside_the_step(device.platform, parameters, devices=devices)
+def memory_bytes(device: Any, saved_bytes: int, *, devices: int = 1, share: float = MEMORY_SHARE) -> int:
+    """Return the bytes that a step may use on each of a process's `devices`. A save takes `saved_bytes`."""
+    beside = beside_the_step(device.platform, saved_bytes, devices=devices)
     return max(0, int(free_bytes(device, devices=devices) * share) - beside)
 
 
-def beside_the_step(platform: str, parameters: int, *, devices: int = 1) -> int:
+def beside_the_step(platform: str, saved_bytes: int, *, devices: int = 1) -> int:
     """Return the bytes per device that a run needs besides its step. A CPU's `devices` share the process."""
-    return (PROCESS_BYTES + SAVED_BYTES * parameters) // devices if platform == "cpu" else 0
+    return (PROCESS_BYTES + saved_bytes) // devices if platform == "cpu" else 0
 
 
 def total_bytes(device: Any, *, devices: int = 1) -> int:

@@ -14,7 +14,15 @@ from smollm_jax.checkpoint.listing import VerifiedCheckpoint
 from smollm_jax.checkpoint.manager import CheckpointManager
 from smollm_jax.config.settings import MESH_AXES, Config
 from smollm_jax.distributed.processes import Processes
-from smollm_jax.distributed.sharding import are_shared, bytes_a_device, layout_of, on_devices, padded_rows, sharded
+from smollm_jax.distributed.sharding import (
+    are_shared,
+    bytes_a_device,
+    bytes_of,
+    layout_of,
+    on_devices,
+    padded_rows,
+    sharded,
+)
 from smollm_jax.kernels.select import select_checked_ops, select_ops
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.preference import pairs_per_row
@@ -153,19 +161,20 @@ def compile_within(
     Raises `UserError` if the free memory does not hold the step: the system would kill the run without a message.
     """
     gather, here = checkpoints.processes.gather, mesh.local_mesh.devices
-    parameters = config.adapter.trained_parameters(config.model)
-    memory = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size)))
+    saved = trained_part(abstract_state(config, mesh))
+    free = partial(memory_bytes, here.flat[0], bytes_of(saved, saved["opt_state"]), devices=here.size)
+    memory = min(gather(free()))
     steps, remat = compile_steps(
         config, mesh, dtype=dtype, memory_bytes=memory, agree=lambda fits: all(gather(fits)), ops=ops,
         before=before, tell=say if checkpoints.processes.first else lambda _: None,
     )  # fmt: skip
     needed = max(gather(compiled_bytes(steps[max(steps)])))
     # on a CPU, the memory of a step leaves out the memory of a save
-    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(trained_part(abstract_state(config, mesh)))
+    copied = 0 if here.flat[0].platform == "cpu" else bytes_a_device(saved)
     checkpoints.beside_the_step = needed + copied <= memory
     less = "--grad-accum 2 or more, or a smaller --batch-size, needs less"
     needs = f"the step needs {needed / 2**30:.1f} GiB a device"
-    all_of_it = min(gather(memory_bytes(here.flat[0], parameters, devices=here.size, share=1.0)))
+    all_of_it = min(gather(free(share=1.0)))
     fits = here.flat[0].platform != "cpu" or needed <= all_of_it
     require(fits, f"{needs} beside the run's own copies, {all_of_it / 2**30:.1f} are free; {less}")
     known = f"{memory / 2**30:.1f} can be counted on: the system may end the run for it"

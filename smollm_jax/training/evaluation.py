@@ -33,7 +33,7 @@ from smollm_jax.training.adapters import whole_weights
 from smollm_jax.training.chat import prompt_ids
 from smollm_jax.training.reference import eval_batches, score_pairs
 from smollm_jax.training.run import Run, loaded_generator, save
-from smollm_jax.training.step import make_nll, weights_of
+from smollm_jax.training.step import State, make_nll, weights_of
 from smollm_jax.training.tasks import score_on_tasks
 
 # a greedy base model repeats itself. Samples at these settings show what it learned, and hardly vary
@@ -116,8 +116,7 @@ def evaluate_run(run: Run) -> None:
     began = time.monotonic()
     away = run.stop.away(None if run.job.several else partial(save, run))
     with away, run.job.watchdog.patient("a batch of an evaluation, samples or tasks"):
-        running = _until_stopped(run, eval_batches(run))
-        scores = (score_pairs if run.config.data.is_pairs else score_texts)(run, running)
+        scores = score_held_out(run)
         texts = sample(run)
         on_tasks = score_on_tasks(run)
     if run.interrupted:
@@ -132,9 +131,25 @@ def evaluate_run(run: Run) -> None:
     run.evaluated = run.progress.step
 
 
-def score_texts(run: Run, batches: Iterable[Batch]) -> dict[str, Any]:
+def score_held_out(run: Run) -> dict[str, Any]:
+    """Return the fields of a metrics line on held-out data, of the weights and of any moving average."""
+
+    def score(part: str) -> dict[str, Any]:
+        batches = _until_stopped(run, eval_batches(run))
+        return (score_pairs if run.config.data.is_pairs else score_texts)(
+            run, batches, weights_of(run.state, part)
+        )
+
+    scores = score("params")
+    if "ema" in run.state:
+        averaged = score("ema")
+        scores |= {f"eval_ema_{name}": averaged[f"eval_{name}"] for name in ("loss", "bits_per_byte")}
+    return scores
+
+
+def score_texts(run: Run, batches: Iterable[Batch], weights: State) -> dict[str, Any]:
     """Return the fields of a metrics line on held-out texts and conversations."""
-    score = score_batches(run.nll, weights_of(run.state), batches)
+    score = score_batches(run.nll, weights, batches)
     return {
         "eval_loss": finite_or_none(score.loss),
         "eval_bits_per_byte": finite_or_none(score.bits_per_byte),

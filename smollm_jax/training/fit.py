@@ -140,16 +140,21 @@ def conclude(run: Run) -> int:
     for last in scores[-1:]:
         first = f" ({scores[0]['eval_loss']:.4f} before the first step)" if scores[0]["step"] == 0 < step else ""
         result += f", held-out loss {last['eval_loss']:.4f}{first}, {last['eval_bits_per_byte']:.4f} bits per byte"
+        if last.get("eval_ema_bits_per_byte") is not None:
+            result += f" ({last['eval_ema_bits_per_byte']:.4f} of the moving average)"
     if not run.config.run.export:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0
     try:
         _, checked = export_run(run.run_dir, run.run_dir / "export", step=step, aside=True)
+        if "ema" in run.state:
+            export_run(run.run_dir, run.run_dir / "export-ema", step=step, aside=True, ema=True)
     except (RuntimeError, UserError, OSError) as error:
         print(f"{result}; saved, but not exported")
         run.report.say(f"the export was rolled back: {one_line(error)}")
         return EXIT_FAILED
-    print(f"{result}; export in {run.run_dir / 'export'}")
+    average = f", of the moving average in {run.run_dir / 'export-ema'}" if "ema" in run.state else ""
+    print(f"{result}; export in {run.run_dir / 'export'}{average}")
     if run.base is not None:
         run.report.say(f"adapters    {checked}")
     prompt, *_ = *run.config.run.sample_prompts, "Once upon a time"

@@ -1,12 +1,18 @@
-"""Define the optimizer and the learning rate schedule. Add others here, and their names to `OptimizerConfig`."""
+"""Define the optimizer, its update of a train state, and the learning rate schedule.
 
+Add others here, and their names to `OptimizerConfig`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from smollm_jax.config.settings import Config, OptimizerConfig
+from smollm_jax.training.muon import is_matrix, scale_by_muon
 
 # what is left of a decay of wsd after a share of its updates; linear is optax's own
 SHAPES = {"cosine": lambda share: (1 + jnp.cos(jnp.pi * share)) / 2, "1-sqrt": lambda share: 1 - jnp.sqrt(share)}
@@ -41,21 +47,56 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
     return optax.schedules.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Return AdamW (Loshchilov & Hutter 2019) without the learning rate, after a global-norm clip.
+def make_optimizer(
+    config: OptimizerConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer without the learning rate, after a global-norm clip.
 
-    `update` takes gradients summed over the targets, and two named arguments. `scale` makes the sum a mean. `norm`
-    is the norm of the mean.
+    AdamW is by Loshchilov & Hutter 2019. Muon, see training/muon.py, takes the matrices of the layers from it.
+    `mesh` and the compute dtype decide how Muon computes, not what its state is. `update` takes gradients summed
+    over the targets, and two named arguments. `scale` makes the sum a mean. `norm` is the norm of the mean.
     """
 
     def decays(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "_m")), params)
 
-    return optax.chain(
-        _scale_and_clip(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-    )
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_matrix(path) else "adamw", params)
+
+    clip = _scale_and_clip(config.clip_norm)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decays)
+    if config.optimizer == "adamw":
+        return optax.chain(clip, adam, decay)
+    muon = optax.chain(scale_by_muon(config.muon_momentum, mesh, dtype), decay)
+    others = optax.chain(adam, decay, optax.scale(config.adamw_share))
+    return optax.chain(clip, optax.partition({"muon": muon, "adamw": others}, kinds))
+
+
+def make_update(config: OptimizerConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Callable[..., Any]:
+    """Return `update(state, grads, counts=, learning_rate=, scale=, norm=)` to the parts of the state that change.
+
+    They are `params`, `opt_state` and any `ema`, as they were unless the step `counts`. The rest is as for
+    `make_optimizer`.
+    """
+    optimizer = make_optimizer(config, mesh, dtype)
+
+    @jax.named_scope("optimizer")
+    def update(state: dict[str, Any], grads: Any, *, counts: Any, learning_rate: Any, **scaled: Any) -> Any:
+        def apply(parts: dict[str, Any]) -> dict[str, Any]:
+            updates, opt_state = optimizer.update(grads, parts["opt_state"], parts["params"], **scaled)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, parts["params"], updates)
+            after = {"params": params, "opt_state": opt_state}
+            if "ema" in parts:
+                # a short memory at first, so that the initial weights are forgotten, as in TensorFlow's average
+                keep = jnp.minimum(config.ema, (1 + state["step"]) / (10 + state["step"]))
+                after["ema"] = jax.tree.map(lambda e, p: e + (1 - keep) * (p - e), parts["ema"], params)
+            return after
+
+        parts = {name: state[name] for name in ("params", "opt_state", "ema") if name in state}
+        return jax.lax.cond(counts, apply, lambda same: same, parts)
+
+    return update
 
 
 def _scale_and_clip(max_norm: float) -> optax.GradientTransformationExtraArgs:

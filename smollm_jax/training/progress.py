@@ -81,6 +81,8 @@ def write_line(run: Run) -> None:
         "ledger": run.progress.ledger,
         "peak_memory_gib": peak_memory(run.mesh.local_mesh.devices.flat[0]) / 2**30,
     }
+    if "z_loss" in values:
+        line["z_loss"] = finite_or_none(values["z_loss"].item())
     if "loss_scale" in values:
         line |= {"loss_scale": values["loss_scale"].item(), "skipped_steps": progress.skipped_steps}
     peak = peak_flops(run.mesh.devices.flat[0], run.dtype)

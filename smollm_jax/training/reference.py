@@ -33,7 +33,7 @@ from smollm_jax.runtime.errors import UserError, one_line, require
 from smollm_jax.runtime.files import written_aside
 from smollm_jax.training.compile import PairStep
 from smollm_jax.training.run import Run
-from smollm_jax.training.step import weights_of
+from smollm_jax.training.step import State, weights_of
 
 ELSEWHERE = {"coordinator", "num_processes", "process_id", "compilation_cache_dir"}  # of no result
 TELL_SECONDS = 20.0
@@ -111,8 +111,17 @@ def prepare_reference(run: Run, found: VerifiedCheckpoint | None) -> Reference |
     """Return the log-probs kept in the run folder, else compute them from the weights.
 
     Returns None unless the data are pairs. Raises `UserError` if the run resumes and the file is missing, damaged
-    or of other weights or data. Raises it too if the file covers fewer steps than the run has.
+    or of other weights or data. Raises it too if the file covers fewer steps than the run has. The run is closed
+    then.
     """
+    try:
+        return _prepared(run, found)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _prepared(run: Run, found: VerifiedCheckpoint | None) -> Reference | None:
     path = run.run_dir / REFERENCE
     if not run.config.data.is_pairs:
         return None
@@ -219,14 +228,14 @@ def heldout_batches(run: Run) -> Iterator[Batch]:
     return pack_to_score(run.heldout, run.tokenizer, config.data.seq_len, rows, chat=config.data.is_chat)
 
 
-def score_pairs(run: Run, batches: Iterable[Batch]) -> dict[str, Any]:
+def score_pairs(run: Run, batches: Iterable[Batch], weights: State) -> dict[str, Any]:
     """Return the fields of a metrics line on held-out pairs. Bits per byte are of the chosen answers."""
     assert run.reference is not None
     figures = dict.fromkeys(("loss", "pairs", *FIGURES), 0.0)
     tokens = text_bytes = 0
     scored = jax.jit(pair_step, static_argnums=3)
     for batch in batches:
-        logprobs = run.nll(weights_of(run.state), batch.tokens, batch.segment_ids)
+        logprobs = run.nll(weights, batch.tokens, batch.segment_ids)
         sums, _ = scored(logprobs, run.reference.of(batch), batch.segment_ids, run.config.preference)
         figures = {name: total + float(sums[name]) for name, total in figures.items()}
         is_target = are_targets(batch.segment_ids)

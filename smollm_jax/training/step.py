@@ -20,14 +20,14 @@ from smollm_jax.data.batch_hash import batch_hash
 from smollm_jax.distributed.sharding import BATCH_AXES, layout_of, with_layout
 from smollm_jax.kernels.select import select_ops
 from smollm_jax.kernels.shard import per_device
-from smollm_jax.model.loss import summed_nll, targets_of, token_logprobs
+from smollm_jax.model.loss import summed_loss, targets_of, token_logprobs
 from smollm_jax.model.ops import Ops
 from smollm_jax.model.preference import pair_step, sums_per_answer
 from smollm_jax.model.transformer import Adapters, Policy, SmolLM, init_params
 from smollm_jax.runtime.devices import training_dtype
 from smollm_jax.training.adapters import frozen_base, init_adapters
 from smollm_jax.training.loss_scale import factor_of, first_scale, next_scale, overflowed
-from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from smollm_jax.training.optimizer import learning_rate_schedule, make_optimizer, make_update
 
 State = dict[str, Any]
 HEAD_AXIS = "tensor"  # the mesh axis that divides heads
@@ -65,15 +65,19 @@ def trained_part(state: State) -> State:
     return {name: part for name, part in state.items() if name != "base"}
 
 
-def weights_of(state: State) -> State:
-    """Return what a forward pass needs of a train state, or of its shapes: parameters and any frozen base."""
-    return {name: state[name] for name in ("params", "base") if name in state}
+def weights_of(state: State, part: str = "params") -> State:
+    """Return what a forward pass needs of a train state, or of its shapes: parameters and any frozen base.
+
+    The parameters are the state's `part`, "params" or "ema".
+    """
+    return {"params": state[part]} | ({"base": state["base"]} if "base" in state else {})
 
 
 def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> State:
     """Return the state as `init_state` does, in the layout that the caller's jit gives it.
 
-    `dtype` is the compute dtype. A frozen base is held in it. With float16 the state has `loss_scale` too.
+    `dtype` is the compute dtype. A frozen base is held in it. With float16 the state has `loss_scale` too, and
+    with --ema `ema`, like `params`.
     """
     if params is None:
         params = init_params(config.model, config.run.seed, scale_residual=config.run.scale_residual_init)
@@ -83,6 +87,8 @@ def create(config: Config, params: Any | None, *, dtype: Any = jnp.float32) -> S
         params = init_adapters(config.adapter, config.model, frozen["base"], config.run.seed)
     opt_state = make_optimizer(config.optimizer).init(params)
     made = {"params": params, "opt_state": opt_state, "step": jnp.int32(0), **frozen}
+    if config.optimizer.ema:
+        made["ema"] = jax.tree.map(jnp.copy, params)
     return made | ({"loss_scale": first_scale()} if dtype == jnp.float16 else {})
 
 
@@ -91,29 +97,36 @@ def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
     return select_ops(config.compute.attention, mesh, dtype, rows=BATCH_AXES, heads=HEAD_AXIS)
 
 
-def make_nll(
-    config: Config, mesh: Mesh | None = None, *, dtype: Any, remat: Policy, unroll: int = 1, ops: Ops | None = None
-) -> Callable[..., jax.Array]:
-    """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, the weighted sum over the rows' targets.
+def make_nll(config: Config, mesh: Mesh | None = None, **how: Any) -> Callable[..., jax.Array]:
+    """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, as `make_loss` without a z-loss."""
+    loss = make_loss(config, mesh, z_loss=0.0, **how)
+    return lambda *arrays, base=None: loss(*arrays, base=base)[0]
 
-    A fourth argument, (B, T) f32, takes the place of the weights of `targets_of`. They multiply the gradients of
-    the logits before these are rounded. With `base`, the frozen weights, `params` are adapters. `ops` are the
-    functions for the devices of `mesh`, by default `select_step_ops`.
+
+def make_loss(
+    config: Config, mesh: Mesh | None = None,
+    *, dtype: Any, remat: Policy, unroll: int = 1, ops: Ops | None = None, z_loss: float,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:  # fmt: skip
+    """Return `loss(params, tokens_BT1, segment_ids_BT1)`: f32 nats and z-loss, and the z-loss among them.
+
+    Both are weighted sums over the rows' targets. A fourth argument, (B, T) f32, takes the place of the weights of
+    `targets_of`. They multiply the gradients of the logits before these are rounded. With `base`, the frozen
+    weights, `params` are adapters. `ops` are the functions for the devices, by default `select_step_ops`.
     """
     ops = ops or select_step_ops(config, mesh, dtype)
-    head_nll = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops)
+    head_loss = _summed_over(mesh, config.compute.loss_chunk_for(remat, on_gpu=ops.on_gpu), ops, z_loss)
     features = partial(_features, config, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
 
-    def nll(
+    def loss(
         params: Any, tokens_BT1: jax.Array, segment_ids_BT1: jax.Array, given_BT: jax.Array | None = None,
         *, base: Any = None,
-    ) -> jax.Array:  # fmt: skip
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         x_BTD, head_VD = features(params, base, tokens_BT1, segment_ids_BT1)
         with jax.named_scope("head"):
             targets_BT, weights_BT = targets_of(tokens_BT1, segment_ids_BT1)
-            return head_nll(x_BTD, head_VD, targets_BT, weights_BT if given_BT is None else given_BT)
+            return head_loss(x_BTD, head_VD, targets_BT, weights_BT if given_BT is None else given_BT)
 
-    return nll
+    return loss
 
 
 def _features(
@@ -154,15 +167,17 @@ def make_logprobs(
     return logprobs
 
 
-def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[..., jax.Array]:
-    """Return `summed_nll`, a function of (x, head, targets, weights), over all devices' tokens.
+def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops, z_loss: float) -> Callable[..., Any]:
+    """Return `summed_loss`, a function of (x, head, targets, weights), over all devices' tokens.
 
     Each device goes through its own tokens with the whole head. One sum at the end adds the losses and, in the
     backward pass, the f32 gradients of the head. The partitioner would add up the gradients after every chunk.
     Devices along `tensor` hold the same rows, so each takes a part of every row.
     """
 
-    summed = partial(summed_nll, chunk_tokens=chunk_tokens, cross_entropy=ops.cross_entropy)
+    def summed(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return summed_loss(*arrays, chunk_tokens, ops.cross_entropy, z_loss)
+
     if mesh is None or mesh.size == 1:
         return summed
     tokens, whole = PartitionSpec(BATCH_AXES, HEAD_AXIS), PartitionSpec()
@@ -170,7 +185,7 @@ def _summed_over(mesh: Mesh | None, chunk_tokens: int, ops: Ops) -> Callable[...
 
     def everywhere(
         x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         pad = [(0, 0), (0, -x_BTD.shape[1] % mesh.shape[HEAD_AXIS])]
         return each(jnp.pad(x_BTD, [*pad, (0, 0)]), head_VD, jnp.pad(targets_BT, pad), jnp.pad(weights_BT, pad))
 
@@ -191,45 +206,43 @@ def make_step(
     """
     ops = ops or select_step_ops(config, mesh, dtype)
     unroll = config.compute.unroll_for(remat, config.model.num_layers, on_gpu=ops.on_gpu)
-    nll_of = make_nll(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops)
-    optimizer, schedule = make_optimizer(config.optimizer), learning_rate_schedule(config)
+    z_loss = config.optimizer.z_loss
+    loss_of = make_loss(config, mesh, dtype=dtype, remat=remat, unroll=unroll, ops=ops, z_loss=z_loss)
+    update, schedule = make_update(config.optimizer, mesh, dtype), learning_rate_schedule(config)
 
     def step(
         state: State, tokens: jax.Array, segment_ids: jax.Array, *others: jax.Array
     ) -> tuple[State, dict[str, jax.Array]]:
-        params = state["params"]
         pairs, weights, votes = _inputs(config, segment_ids, others)
         loss_scale = state.get("loss_scale")  # of float16 alone
         are_targets = targets_of(tokens, segment_ids)[1]
         factor = None if loss_scale is None else factor_of(loss_scale, tokens.size)
         if factor is not None:
             weights = [weight * factor for weight in weights or [are_targets]]
-        value_and_grad = jax.value_and_grad(partial(nll_of, base=state.get("base")))
-        nll, grads = _accumulated(value_and_grad, config.compute.grad_accum)(params, tokens, segment_ids, *weights)
+        value_and_grad = jax.value_and_grad(partial(loss_of, base=state.get("base")), has_aux=True)
+        accumulated = _accumulated(value_and_grad, config.compute.grad_accum)
+        (loss, z), grads = accumulated(state["params"], tokens, segment_ids, *weights)
         targets = jnp.sum(are_targets)  # exact below 2**24
         mean = 1.0 / jnp.maximum(pairs.get("pairs", targets), 1)
-        nll, scale = (nll, mean) if factor is None else (nll / factor, mean / factor)
+        scale = mean if factor is None else mean / factor
+        nll = loss - z if factor is None else (loss - z) / factor
         with jax.named_scope("optimizer"):
             norm, learning_rate = scale * optax.tree.norm(grads), schedule(state["step"])
         finite = jnp.isfinite(norm) & jnp.isfinite(nll)
         cast, counts = _counted(votes, targets)
-
-        @jax.named_scope("optimizer")
-        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, opt_state, params, scale=scale, norm=norm)
-            return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), opt_state
-
-        params, opt_state = jax.lax.cond(finite & counts, update, lambda *same: same, params, state["opt_state"])
+        updated = update(state, grads, counts=finite & counts, learning_rate=learning_rate, scale=scale, norm=norm)
         metrics = {
             "loss": nll * mean, "grad_norm": norm, "learning_rate": jnp.float32(learning_rate), "targets": targets,
             "finite": finite, "batch_hash": batch_hash(tokens, segment_ids, jnp, rows=batch_size),
         }  # fmt: skip
+        if z_loss:
+            metrics["z_loss"] = z * scale
         if config.data.is_chat:
             metrics["filled"] = jnp.sum(segment_ids != 0)
         metrics |= {name: x if name == "pairs" else x * mean for name, x in pairs.items()}  # a loss of their own
         if cast is not None:
             metrics |= {"votes": cast, "counts": counts}
-        after = state | {"params": params, "opt_state": opt_state, "step": state["step"] + counts}
+        after = state | updated | {"step": state["step"] + counts}
         if loss_scale is not None:
             overflow = overflowed(loss_scale, nll, norm)
             after["loss_scale"] = next_scale(loss_scale, overflow=overflow, finite=finite, counts=counts)
@@ -258,18 +271,18 @@ def _counted(votes: jax.Array | None, targets: jax.Array) -> tuple[jax.Array | N
     return cast, (cast[Vote.VOID] == 0) & ((cast[Vote.GO] > 0) | (targets > 0))
 
 
-def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., tuple[jax.Array, Any]]:
+def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., Any]:
     """Return `value_and_grad(params, *arrays of rows)` summed over `parts` micro-batches, one at a time."""
     if parts == 1:
         return value_and_grad
 
-    def gradients(params: Any, *rows: jax.Array) -> tuple[jax.Array, Any]:
+    def gradients(params: Any, *rows: jax.Array) -> Any:
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             found = value_and_grad(params, *micro)
             with jax.named_scope("optimizer"):
                 return jax.tree.map(jnp.add, total, found), None
 
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zero, _micro_batches(parts, *rows))[0]
 
     return gradients

@@ -17,6 +17,7 @@ from typing import Any
 from smollm_jax.checkpoint.listing import steps_in
 from smollm_jax.config.serialization import from_dict, to_dict
 from smollm_jax.config.settings import Config
+from smollm_jax.runs.load import read_run
 from smollm_jax.runs.records import read_metrics
 from smollm_jax.runtime.errors import require, run_main, say
 from smollm_jax.runtime.huge_pages import environment
@@ -115,7 +116,8 @@ def compare_runs(one: Path, other: Path) -> dict[str, str | None]:
             break
     if (one / "samples.txt").read_bytes() != (other / "samples.txt").read_bytes():
         compared["samples"] = "samples.txt differs"
-    for group in ("params", "opt_state"):
+    averages = ("ema",) if read_run(one).optimizer.ema else ()
+    for group in ("params", "opt_state", *averages):
         (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
         if found_a.step != found_b.step or found_a.meta["cursor"] != found_b.meta["cursor"]:
             compared["step and cursor"] = f"steps {found_a.step} and {found_b.step}, or their cursors, differ"

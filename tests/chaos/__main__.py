@@ -235,6 +235,10 @@ def scenarios(folder: Path, cache: Path) -> dict[str, Config]:
     )  # fmt: skip
     changed = {
         "phases": {"run": replace(base.run, phases="120x4,80x2", checkpoint_every=13)},
+        "muon and average": {
+            "optimizer": replace(base.optimizer, optimizer="muon", ema=0.95, z_loss=1e-3),
+            "run": replace(base.run, checkpoint_every=11),
+        },
         "epochs": {"data": replace(base.data, data=f"{folder}/b-*.jsonl"), "run": replace(base.run, keep_last=1)},
         "mixture": {"data": replace(base.data, data=f"{folder}/a-*.jsonl=0.7,{folder}/b-*.jsonl=0.3", shards=4)},
         "conversations": {

@@ -14,7 +14,7 @@ from smollm_jax.config.fields import resume_rules
 from smollm_jax.config.phases import parse_phases
 from smollm_jax.config.recipes import RECIPES
 from smollm_jax.config.serialization import from_dict, to_dict
-from smollm_jax.config.settings import ComputeConfig, Config, RunConfig
+from smollm_jax.config.settings import ComputeConfig, Config, OptimizerConfig, RunConfig
 
 
 def phases_of(*argv):
@@ -42,6 +42,24 @@ def test_smollm2_has_the_published_numbers():
     assert config.optimizer.schedule == "wsd"
 
 
+def test_fast_trains_on_twenty_tokens_a_parameter_with_muon():
+    config = parse(["--recipe", "fast"])
+    tokens = config.total_steps * config.main_batch_size * config.data.seq_len
+    assert tokens / config.model.num_parameters == pytest.approx(20, rel=0.01)
+    assert (config.optimizer.optimizer, config.warmup_steps, config.decay_steps) == ("muon", 0, 5_150)
+
+
+def test_muon_s_settings_belong_to_muon_which_trains_no_adapters():
+    assert OptimizerConfig(optimizer="muon", muon_momentum=0.9, adamw_share=0.3).name == "Muon"
+    for values in ({"muon_momentum": 0.9}, {"adamw_share": 0.3}):
+        with pytest.raises(ValueError, match="belongs to --optimizer muon; adamw came"):
+            OptimizerConfig(**values)
+    with pytest.raises(ValueError, match="adapters train with adamw: give --optimizer adamw"):
+        parse(["--optimizer", "muon", "--lora-rank", "4", "--init-from", "base"])
+    with pytest.raises(ValueError, match=r"z_loss=0\.1 is for text and conversations"):
+        parse(["--recipe", "dpo", "--z-loss", "0.1"])
+
+
 def test_steps_and_batch_size_shape_the_phases():
     assert phases_of("--steps", "100") == [(100, 32)]
     assert phases_of("--steps", "5010") == [(5_000, 32), (10, 8)]
@@ -62,6 +80,7 @@ def test_a_recipes_warm_up_is_fitted_and_one_by_hand_is_not():
     [
         [],
         ["--recipe", "smollm2", "--decay-shape", "1-sqrt", "--extend", "7"],
+        ["--recipe", "fast"],
         ["--recipe", "quickstart", "--steps", "70"],
     ],
 )
@@ -99,6 +118,7 @@ CHANGES = st.fixed_dictionaries({
     "optimizer": st.fixed_dictionaries({}, optional={
         "learning_rate": st.floats(1e-6, 1), "schedule": st.sampled_from(["linear", "constant", "cosine", "wsd"]),
         "warmup_steps": st.integers(0, 200), "decay_steps": st.integers(0, 200), "beta1": st.floats(0, 0.99),
+        "optimizer": st.sampled_from(["adamw", "muon"]), "adamw_share": st.floats(0.1, 1),
     }),
     "compute": st.fixed_dictionaries({}, optional={
         "mesh": st.sampled_from(["", "data=2", "fsdp=2,tensor=3"]), "grad_accum": st.sampled_from([1, 2]),
@@ -212,6 +232,8 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         "data.seq_len", "data.shuffle_window", "data.shards", "data.epochs", "data.eval_data",
         "data.eval_documents", "data.eval_batches", "data.special_tokens", "optimizer.beta1",
         "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
+        "optimizer.optimizer", "optimizer.muon_momentum", "optimizer.adamw_share",
+        "optimizer.z_loss", "optimizer.ema",
         "model.vocab_size", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.intermediate_size",
         "data.data_kind", "data.loss_on",

@@ -43,7 +43,12 @@ def short_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("stops", "seed", "only"),
     # seed 9: kill -9 while the reference log-probs are computed, and at a save
-    [(4, 7, ["phases"]), (2, 9, ["pairs"]), pytest.param(10, 7, [], marks=pytest.mark.release)],
+    [
+        (4, 7, ["phases"]),
+        (2, 9, ["pairs"]),
+        (2, 8, ["muon and average"]),
+        pytest.param(10, 7, [], marks=pytest.mark.release),
+    ],
 )
 def test_runs_stopped_at_random_moments_come_out_bit_for_bit(tmp_path, stops, seed, only):
     made, wrong = chaos(tmp_path, stops=stops, seed=seed, jobs=1, cache=tmp_path / "compiled", only=only)

@@ -35,25 +35,28 @@ def some(words, *, spread=4.0, seed=0):
         pytest.param(50_000, 0.1, marks=pytest.mark.release),
     ],
 )
-def test_the_kernel_gives_the_loss_and_its_gradient(words, spread):
+def test_the_kernel_gives_the_loss_the_z_loss_and_their_gradient(words, spread):
     logits, targets, weights = some(words, spread=spread)
 
-    def nll(logits):
+    def loss(logits, z_loss):
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        return -jnp.sum(weights * picked)
+        z = z_loss * jnp.sum(weights * jax.nn.logsumexp(logits, axis=-1) ** 2)
+        return z - jnp.sum(weights * picked), z
 
-    expected, gradient = jax.jit(jax.value_and_grad(nll))(logits)
-    for kernel in (interpreted, reference_cross_entropy):
-        score = jax.jit(kernel, static_argnums=3)
-        found, d = score(logits, targets, weights, jnp.float32)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-        np.testing.assert_allclose(d, gradient, atol=1e-5)
-        assert score(logits, targets, weights, jnp.bfloat16)[1].dtype == jnp.bfloat16
+    for z_loss in (0.0, 0.01):
+        (expected, z), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits, z_loss)
+        for kernel in (interpreted, reference_cross_entropy):
+            score = jax.jit(kernel, static_argnums=(3, 4))
+            found, found_z, d = score(logits, targets, weights, jnp.float32, z_loss)
+            np.testing.assert_allclose(found, expected - z, rtol=2e-5)
+            np.testing.assert_allclose(found_z, z, rtol=1e-5)
+            np.testing.assert_allclose(d, gradient, atol=1e-5, rtol=1e-5)
+            assert score(logits, targets, weights, jnp.bfloat16, z_loss)[2].dtype == jnp.bfloat16
 
 
 def test_words_far_below_the_rest_and_equal_logits_stay_finite():
     logits = jnp.stack([jnp.full(5_000, -80.0).at[7].set(80.0), jnp.zeros(5_000), jnp.full(5_000, 1e4)])[None]
-    nll, d = interpreted(logits, jnp.array([[7, 0, 1]]), jnp.ones((1, 3)), jnp.float32)
+    nll, _, d = interpreted(logits, jnp.array([[7, 0, 1]]), jnp.ones((1, 3)), jnp.float32)
     np.testing.assert_allclose(nll, 2 * np.log(5_000), rtol=1e-6)
     assert np.isfinite(d).all()
 
@@ -91,20 +94,26 @@ def test_the_kernel_lowers_for_cuda(words):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run(dtype):
     def one_percent_more(*given):
-        nll, d = reference_cross_entropy(*given)
-        return nll * 1.01, d
+        nll, z, d = reference_cross_entropy(*given)
+        return nll * 1.01, z, d
 
-    def without_the_weights(logits, targets, weights, dtype):
-        return reference_cross_entropy(logits, targets, jnp.sign(weights), dtype)
+    def without_the_weights(logits, targets, weights, dtype, z_loss):
+        return reference_cross_entropy(logits, targets, jnp.sign(weights), dtype, z_loss)
 
-    def without_the_target(logits, targets, weights, dtype):
-        nll, _ = reference_cross_entropy(logits, targets, weights, dtype)
-        return nll, (jax.nn.softmax(logits) * weights[..., None]).astype(dtype)
+    def without_the_target(logits, targets, weights, dtype, z_loss):
+        nll, z, _ = reference_cross_entropy(logits, targets, weights, dtype, z_loss)
+        return nll, z, (jax.nn.softmax(logits) * weights[..., None]).astype(dtype)
+
+    def without_the_z_loss(logits, targets, weights, dtype, z_loss):
+        _, z, _ = reference_cross_entropy(logits, targets, weights, dtype, z_loss)
+        nll, _, d = reference_cross_entropy(logits, targets, weights, dtype)
+        return nll, z, d
 
     assert check_cross_entropy(interpreted, 5_000, dtype) == ""
     wrong = check_cross_entropy(one_percent_more, 5_000, dtype)
     assert wrong == "cross entropy: the loss differs from the reference by 1.00%"
     wrong = check_cross_entropy(without_the_target, 5_000, dtype)
     assert wrong.startswith("cross entropy: its gradient differs from the reference by")
+    assert check_cross_entropy(without_the_z_loss, 5_000, dtype).startswith("cross entropy: its gradient differs")
     assert "the loss differs" in check_cross_entropy(without_the_weights, 5_000, dtype)
     assert "does not run here: ValueError" in check_cross_entropy(fused_cross_entropy, 5_000, dtype)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from smollm_jax.model.loss import summed_nll, targets_of, token_logprobs
+from smollm_jax.model.loss import reference_cross_entropy, summed_loss, summed_nll, targets_of, token_logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 10_000])
@@ -32,6 +32,28 @@ def test_the_chunked_loss_and_its_gradients_equal_the_whole_ones(chunk):
     np.testing.assert_allclose(jax.jit(chunked)(x, head), value, rtol=1e-6)
     for a, b in zip(our_gradients, gradients, strict=True):
         np.testing.assert_allclose(a, 3 * b, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 10_000])
+def test_the_z_loss_and_its_gradients_equal_the_formula_s(chunk):
+    rng = np.random.default_rng(0)
+    x, head = jnp.asarray(rng.normal(size=(3, 11, 8))), jnp.asarray(rng.normal(size=(29, 8)))
+    targets, weights = jnp.asarray(rng.integers(0, 29, (3, 11))), jnp.asarray(rng.normal(size=(3, 11)))
+
+    def formula(x, head):
+        nll = optax.losses.softmax_cross_entropy_with_integer_labels(x @ head.T, targets)
+        z = 0.3 * jax.nn.logsumexp(x @ head.T, axis=-1) ** 2
+        return jnp.sum((nll + z) * weights), jnp.sum(z * weights)
+
+    def chunked(x, head):
+        return summed_loss(x, head, targets, weights, chunk, reference_cross_entropy, 0.3)
+
+    expected, gradients = jax.jit(jax.value_and_grad(formula, argnums=(0, 1), has_aux=True))(x, head)
+    ours, our_gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(x, head)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(x, head), expected, rtol=1e-5)
+    for a, b in zip(our_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
 
 
 def test_the_logits_never_exist_whole():

@@ -14,6 +14,7 @@ from smollm_jax.planning.estimate import (
     estimate,
     flops_per_token,
     memory_bytes,
+    newton_schulz_flops,
     residual_bytes,
     sent_bytes,
 )
@@ -47,6 +48,22 @@ def test_tensor_parallelism_sends_activations():
     model, tokens = MODELS["360M"], 32 * 2_048
     sent = sent_bytes(step("--preset", "360M", "--mesh", "data=1,tensor=5", topology="gpu:5"))
     assert sent["tensor"] == 2 * 6 * model.num_layers * tokens * model.hidden_size * 2 * 4 / 5
+
+
+def test_muon_costs_newton_schulz_and_messages_and_saves_a_moment():
+    model, matrices = MODELS["135M"], 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1_536)
+    assert newton_schulz_flops(model) * model.num_layers == pytest.approx(1.46e12, rel=0.01)
+    adamw, muon = (step("--optimizer", name) for name in ("adamw", "muon"))
+    assert adamw.optimizer_bytes - muon.optimizer_bytes == 4 * matrices
+    assert memory_bytes(adamw) - memory_bytes(muon) == 4 * matrices
+    assert memory_bytes(step("--ema", "0.999")) - memory_bytes(adamw) == 4 * WEIGHTS
+    assert muon.whole_layers == 4, "thirty layers over eight devices"
+    assert sent_bytes(muon)["data"] - sent_bytes(adamw)["data"] == 2 * matrices * 7 / 8
+    by_layer, whole = (step("--optimizer", name, "--mesh", "fsdp=8") for name in ("muon", "adamw"))
+    assert sent_bytes(by_layer)["fsdp"] - sent_bytes(whole)["fsdp"] == 2 * 2 * matrices / 8 * 7 / 8
+    h100 = CHIPS["gpu-h100"]
+    more = estimate(muon, h100)["compute_seconds"] - estimate(adamw, h100)["compute_seconds"]
+    assert more == pytest.approx(1.46e12 * 4 / 30 / (COMPUTE_SHARE * 989e12), rel=0.01)
 
 
 def test_a_step_takes_the_longer_of_computing_and_memory_and_then_its_messages():

@@ -13,8 +13,8 @@ import pytest
 
 from smollm_jax.cli.arguments import parse
 from smollm_jax.cli.commands import plan as plan_command
-from smollm_jax.config.architecture import MODELS
-from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, RunConfig
+from smollm_jax.config.architecture import ADAPTED, MODELS
+from smollm_jax.config.settings import ComputeConfig, Config, DataConfig, OptimizerConfig, RunConfig
 from smollm_jax.planning import plan as plans
 from smollm_jax.planning import topology as topologies
 from smollm_jax.planning.plan import as_dict, find_remedy, make_plan, needed_by, table
@@ -49,8 +49,9 @@ def compiled_for_tpu():
         return programs[-1]
 
     plans_compile = plans.compile_step
+    config = replace(tiny(mesh="data=2,fsdp=2"), optimizer=OptimizerConfig(optimizer="muon"))
     with mock.patch.object(plans, "compile_step", compile_step):
-        return make_plan(tiny(mesh="data=2,fsdp=2"), "v5e:2x2"), programs[-1]
+        return make_plan(config, "v5e:2x2"), programs[-1]
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_the_program_for_a_tpu_has_its_kernels_and_gathers_divided_parameters(co
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', program)) == 3
     assert "all-gather" in program
     assert "all-reduce" in program
+
+
+@pytest.mark.slow
+def test_a_tpu_orthogonalizes_whole_layers_in_bfloat16_between_two_exchanges(compiled_for_tpu):
+    lines = [
+        line for line in compiled_for_tpu[1].as_text().splitlines() if "/optimizer/cond/branch_1_fun/" in line
+    ]
+    sent = [line for line in lines if re.search(r" all-to-all(-start)?\(", line)]
+    assert len(sent) == 2 * len(ADAPTED)
+    assert all(re.search(r"= \(?bf16\[", line) for line in sent), sent
+    assert not any(re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line) for line in lines)
 
 
 @pytest.mark.slow

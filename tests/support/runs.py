@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from smollm_jax.checkpoint.manager import read_params
+from smollm_jax.runs.load import read_run
 from smollm_jax.training.verify_resume import TIMES
 
 TINY = (
@@ -31,7 +32,8 @@ def records(folder):
 def assert_same_run(one, other):
     assert records(one) == records(other)
     assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
-    for group in ("params", "opt_state"):
+    averages = ("ema",) if read_run(one).optimizer.ema else ()
+    for group in ("params", "opt_state", *averages):
         (found_a, a), (found_b, b) = (read_params(run / "checkpoints", group=group) for run in (one, other))
         assert found_a.meta["cursor"] == found_b.meta["cursor"]
         for x, y in zip(leaves(a), leaves(b), strict=True):

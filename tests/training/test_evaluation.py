@@ -21,7 +21,7 @@ from smollm_jax.runtime.signals import StopRequest
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.evaluation import HeldOutScore, evaluate_model, evaluate_run
 from smollm_jax.training.run import Progress
-from smollm_jax.training.setup import _held_out
+from smollm_jax.training.summary import _held_out
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24,

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from smollm_jax.config.architecture import ModelConfig
@@ -100,6 +101,43 @@ def test_accumulation_equals_one_big_batch(parts):
     moments = zip(jax.tree.leaves(state["opt_state"]), jax.tree.leaves(whole["opt_state"]), strict=True)
     for a, b in moments:
         np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_z_loss_is_trained_on_and_logged_apart(parts):
+    config = config_of(z_loss=0.1, compute={"grad_accum": parts})
+    params, (tokens, segment_ids) = init_params(TINY, 0), batch_of(4, 12)
+    counted = is_target(segment_ids)
+
+    def squares(params):
+        logits = SmolLM.from_params(TINY, params)(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
+        return (jax.nn.logsumexp(logits, axis=-1) ** 2 * counted).sum() / counted.sum()
+
+    def loss(params):
+        return whole_loss(params, tokens, segment_ids, counted) / counted.sum() + 0.1 * squares(params)
+
+    _, metrics = run_steps(config, [(tokens, segment_ids)], params)
+    total, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    assert metrics[0]["z_loss"] == pytest.approx(0.1 * float(jax.jit(squares)(params)), rel=1e-5)
+    assert metrics[0]["loss"] + metrics[0]["z_loss"] == pytest.approx(float(total), rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-4)
+
+
+def test_the_moving_average_follows_the_weights_and_skips_a_step_without_finite_gradients():
+    config = config_of(ema=0.5, learning_rate=1e-2)
+    step, state = jax.jit(make_step(config, dtype=jnp.float32, remat="none")), init_state(config, mesh_of(config))
+    average = state["params"]
+    for count in range(1, 9):
+        state, _ = step(state, *batch_of(4, 12, seed=count))
+        keep = min(0.5, count / (9 + count))  # shorter at first
+        average = jax.tree.map(lambda a, p, keep=keep: keep * a + (1 - keep) * p, average, state["params"])
+    for ours, expected in zip(jax.tree.leaves(state["ema"]), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+    state["params"]["embedding"] = state["params"]["embedding"].at[7, 0].set(jnp.nan)
+    after, metrics = step(state, *batch_of(4, 12))
+    assert not metrics["finite"]
+    for ours, expected in zip(jax.tree.leaves(after["ema"]), jax.tree.leaves(state["ema"]), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_adamw_updates_equal_those_of_torch():
