@@ -143,7 +143,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "tests/generation/test_sampling.py"),
     Mutant("seed ignored", "generation/sampling.py", "jax.random.key)(seed_B)",
            "jax.random.key)(0 * seed_B)", "tests/generation"),
-    Mutant("stop string shown in part", "serving/completion.py", "for n in range(len(stop)) if text.endswith",
+    Mutant("stop string shown in part", "serving/text.py", "for n in range(len(stop)) if text.endswith",
            "for n in range(len(stop) - 1) if text.endswith", "tests/serving/test_completion.py"),
     Mutant("sign of the margin", "model/preference.py", "settings.label_smoothing, beta * margin_BP",
            "settings.label_smoothing, -beta * margin_BP", PREFERENCE),

@@ -16,7 +16,7 @@ from smollm_jax.serving.completion import Completer, Dtype, check_text, open_com
 from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import SpecialTokens
 
-NAMES = tuple(field.name for field in fields(Sampling) if field.name != "stop_ids")
+NAMES = tuple(field.name for field in fields(Sampling) if field.type in ("int", "float"))
 WHOLE = ("max_new_tokens", "top_k", "seed")
 
 
@@ -29,6 +29,8 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
     stop: str | Sequence[str]
 
@@ -62,8 +64,9 @@ class Model:
     def generate(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> str | list[str]:
         """Return the text that follows a prompt, or a list of texts for a list of prompts.
 
-        max_new_tokens=128, temperature=0 (the likeliest token), top_k, top_p, min_p, repetition_penalty, seed, and
-        stop: a string or several that end the text. Raises `UserError`.
+        max_new_tokens=128, temperature=0 (the likeliest token), top_k, top_p, min_p, repetition_penalty,
+        presence_penalty, frequency_penalty, seed, and stop: a string or several that end the text. Raises
+        `UserError`.
         """
         sampling, stop = self._choices(options)
         prompts = texts_of(prompt, "generate")

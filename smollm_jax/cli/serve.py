@@ -15,7 +15,7 @@ import tyro
 
 from smollm_jax.cli.arguments import check_model
 from smollm_jax.runtime.errors import UserError, install, one_line, require, say
-from smollm_jax.serving import NEW_TOKENS, WAITING
+from smollm_jax.serving import MOST_SLOTS, NEW_TOKENS, WAITING
 
 ON_A_SPACE = "SPACE_ID" in os.environ  # set by Hugging Face, whose proxy is in front of the port
 
@@ -34,6 +34,7 @@ def serve(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     max_new_tokens: int = NEW_TOKENS,
     max_waiting: int = WAITING,
+    slots: int | None = None,
     special_tokens: Literal["text", "parse"] | None = None,
     share: bool = False,
 ) -> int:
@@ -55,11 +56,13 @@ def serve(
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
         max_new_tokens: Most new tokens per request.
         max_waiting: Most requests in the queue. Further requests are refused.
+        slots: Most texts decoded together, by JAX alone. Each takes the cache of 2,048 tokens. Default: 8.
         special_tokens: Special tokens that a prompt or message spells out. text: they stay text; parse: they
             become ids, as in transformers. Default: as the run was trained, else text.
         share: Open the page to the internet by a tunnel of Gradio's. Without a password it gets one.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
+    require(slots is None or 0 < slots <= MOST_SLOTS, f"--slots {slots} must lie in 1 to {MOST_SLOTS}")
     user, password = login(secret("auth", auth, auth_file))
     require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
@@ -72,7 +75,7 @@ def serve(
     user, password = for_all(user, password) if share else (user, password)
     scheduler, name, facts = open_scheduler(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
-        special_tokens=special_tokens,
+        special_tokens=special_tokens, slots=slots,
     )  # fmt: skip
     hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
     key, pair = key_for(user, api_key), (user, password) if user else None

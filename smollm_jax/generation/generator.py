@@ -7,35 +7,26 @@ chunk with a known trip count. This file knows no tokenizer.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from smollm_jax.generation import steps
 from smollm_jax.generation.decoder import Decoder
 from smollm_jax.generation.lengths import bucket, check_prompt
 from smollm_jax.generation.programs import Programs
-from smollm_jax.generation.sampling import Sampling, SamplingArrays, Score, choose_first, choose_token
-from smollm_jax.model.loss import target_logprobs
+from smollm_jax.generation.sampling import Past, Sampling, SamplingArrays, Score, as_scores
+from smollm_jax.generation.steps import DecodeState, Read
 from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
 SCORED = 256  # tokens of a text whose logits exist at once
-ALTERNATIVES = 5  # likeliest tokens that come with the score of a token
 PART, PART_ON_CPU = 512, 128  # tokens of a prompt per program. A request can be cancelled between two
 CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. One loop is compiled
-
-
-class DecodeState(NamedTuple):
-    """The state of a batch between chunks: next token, position, tokens seen (for penalty), cache."""
-
-    token_B: jax.Array
-    position_B: jax.Array
-    seen_BV: jax.Array
-    cache: Any
 
 
 class Generator:
@@ -51,11 +42,12 @@ class Generator:
         self.part = PART_ON_CPU if jax.default_backend() == "cpu" else PART
         self.load(model)
         precise = precision_of(model.dtype)  # as in training, whatever the process has set
-        self._prefill = jax.jit(precise(self._prefill_rows), static_argnames=("length", "greedy"))
+        static = ("greedy", "scored")
+        self._prefill = jax.jit(precise(self._prefill_rows), static_argnames=("length", *static))
         self._read = jax.jit(precise(self._read_part), donate_argnames="read")
-        self._first = jax.jit(precise(self._first_token), static_argnames="greedy")
-        self._decode = jax.jit(precise(self._decode_rows), static_argnames="greedy", donate_argnames="rows")
-        self._score = jax.jit(precise(self._score_chunk), donate_argnames="cache")
+        self._first = jax.jit(precise(self._first_token), static_argnames=static)
+        self._decode = jax.jit(precise(self._decode_rows), static_argnames=static, donate_argnames="rows")
+        self._score = jax.jit(precise(self._score_part), donate_argnames="read")
         self.programs = Programs()
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
@@ -117,27 +109,33 @@ class Generator:
         the work. Raises `UserError` as `check_prompt` does.
         """
         check_prompt(ids, context=self.context + 1, vocab_size=self.vocab_size)
-        length, left = bucket(len(ids)), len(ids) - 1
-        size = min(length, SCORED)
-        padded = np.zeros(length + 1, np.int32)
-        padded[: len(ids)] = ids
-        cache = self._decoder(self._weights).init_cache(1, length)
-        for start in range(0, left, size):
-            tokens_1T, targets_T = padded[None, start : start + size], padded[start + 1 : start + 1 + size]
-            with self.programs.calling("score", size, length):
-                *found, cache = self._score(self._weights, tokens_1T, targets_T, np.int32(start), cache)
-            logprobs, are_best, ids_TA, logprobs_TA = (np.asarray(one)[: left - start].tolist() for one in found)
-            likeliest = (list(zip(*pair, strict=True)) for pair in zip(ids_TA, logprobs_TA, strict=True))
-            yield [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
+        length = bucket(len(ids))
+        read = self.nothing_read(length)
+        for start in range(0, len(ids) - 1, min(length, SCORED)):
+            scores, read = self.score_part(ids, start, read, length)
+            yield as_scores(scores, len(ids) - 1 - start)
 
-    def _score_chunk(self, weights, tokens_1T, targets_T, start, cache):
-        decoder = self._decoder(weights)
-        positions_1T = start + jnp.arange(tokens_1T.shape[1])[None]
-        x_1TD, cache = decoder.features(tokens_1T, positions_1T, cache)
-        logits_TV = decoder.logits(x_1TD[0])
-        best_TA, ids_TA = jax.lax.top_k(logits_TV, min(ALTERNATIVES, self.vocab_size))
-        best_TA -= jax.nn.logsumexp(logits_TV, axis=1)[:, None]
-        return *target_logprobs(logits_TV, targets_T), ids_TA, best_TA, cache
+    def nothing_read(self, length: int) -> Read:
+        """Return what stands before the first part of a single text, with a cache of `length` positions."""
+        return steps.nothing_read(self._decoder(self._weights), 1, length)
+
+    def init_cache(self, batch_size: int, length: int) -> Any:
+        """Return an empty cache, as `Decoder.init_cache` does."""
+        return self._decoder(self._shapes).init_cache(batch_size, length)
+
+    def score_part(self, ids: Sequence[int], start: int, read: Read, length: int) -> tuple[Any, Read]:
+        """Read a part of a text from `start`, `SCORED` tokens or all that the cache holds, and score the next ids.
+
+        Returns the arrays of the scores, padded, and what was read.
+        """
+        size = min(length, SCORED)
+        padded = np.zeros(size + 1, np.int32)
+        part = ids[start : start + size + 1]
+        padded[: len(part)] = part
+        with self.programs.calling("score", size, length):
+            lengths_1 = np.asarray([len(ids)], np.int32)
+            both = padded[None, :size], padded[1:]
+            return self._score(self._weights, both, np.int32(start), lengths_1, read)
 
     def chunks(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -166,8 +164,7 @@ class Generator:
             ahead: Any = None
             if max(room) > pending.shape[1]:
                 # the device computes the next chunk while the caller reads this one
-                with self.programs.calling("decode", _shape(rows), greedy):
-                    ahead, rows = self._decode(self._weights, rows, arrays, greedy=greedy)
+                ahead, _, rows = self.decode(rows, arrays, greedy=greedy)
             texts = []
             for row, ids in enumerate(np.asarray(pending).tolist()):
                 new = ids[: room[row]]
@@ -177,24 +174,45 @@ class Generator:
             yield texts
             pending = ahead
 
+    def decode(self, rows: DecodeState, arrays: SamplingArrays, *, greedy: bool, scored: bool = False):
+        """Return the next `CHUNK` tokens of each row, the arrays of their scores if wanted, and the new state."""
+        with self.programs.calling("decode", rows.shape, greedy, scored):
+            return self._decode(self._weights, rows, arrays, greedy=greedy, scored=scored)
+
     def _read_prompts(self, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool) -> DecodeState | None:
         """Return the state after the prompts, None if cancelled."""
-        (B, T), part, programs = tokens_BT.shape, self.part, self.programs
+        (B, T), part = tokens_BT.shape, self.part
         if part >= T:
-            with programs.calling("prefill", B, T, length, greedy):
-                return self._prefill(self._weights, tokens_BT, lengths_B, arrays, length=length, greedy=greedy)
-        read = self._nothing_read(self._weights, len(tokens_BT), length)
+            return self.prefill(tokens_BT, lengths_B, arrays, length=length, greedy=greedy)[0]
+        read = steps.nothing_read(self._decoder(self._weights), B, length)
         for start in range(0, int(lengths_B.max()), part):
-            first = min(start, T - part)  # a part that begins earlier makes the same keys and values again
-            part_BT = tokens_BT[:, first : first + part]
-            with programs.calling("read", B, part, length):
-                read = self._read(self._weights, part_BT, np.int32(first), lengths_B, read)
+            read = self.read_part(tokens_BT, start, lengths_B, read, length)
             read[0].block_until_ready()  # not to send the device all parts at once
             if self.cancelled():
                 return None
-        with programs.calling("first", B, T, greedy):
-            token_B, seen_BV = self._first(self._weights, tokens_BT, lengths_B, read[0], arrays, greedy=greedy)
-        return DecodeState(token_B, jnp.asarray(lengths_B), seen_BV, read[1])
+        return self.first(tokens_BT, lengths_B, read, arrays, greedy=greedy)[0]
+
+    def prefill(self, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool, scored: bool = False):
+        """Return the state after short prompts and their first tokens, and the arrays of the tokens' scores."""
+        with self.programs.calling("prefill", *tokens_BT.shape, length, greedy, scored):
+            static = {"length": length, "greedy": greedy, "scored": scored}
+            return self._prefill(self._weights, tokens_BT, lengths_B, arrays, **static)
+
+    def read_part(self, tokens_BT, start: int, lengths_B, read: Read, length: int) -> Read:
+        """Read `self.part` tokens of prompts from `start` into a cache of `length` positions."""
+        (B, T), part = tokens_BT.shape, self.part
+        first = min(start, T - part)  # a part that begins earlier makes the same keys and values again
+        part_BT = tokens_BT[:, first : first + part]
+        with self.programs.calling("read", B, part, length):
+            return self._read(self._weights, part_BT, np.int32(first), lengths_B, read)
+
+    def first(self, tokens_BT, lengths_B, read: Read, arrays, *, greedy: bool, scored: bool = False):
+        """Return the state after prompts that were read, and the arrays of the first tokens' scores."""
+        with self.programs.calling("first", *tokens_BT.shape, greedy, scored):
+            token_B, past, scores = self._first(
+                self._weights, tokens_BT, lengths_B, read[0], arrays, greedy=greedy, scored=scored
+            )
+        return DecodeState(token_B, jnp.asarray(lengths_B), past, read[1]), scores
 
     def programs_of(
         self, prompt: int, text: int, stop_ids: Sequence[int], *, greedy: bool
@@ -207,74 +225,60 @@ class Generator:
         arrays = SamplingArrays.from_sampling(Sampling(stop_ids=tuple(stop_ids)))
         ints_1: Any = jax.ShapeDtypeStruct((1,), np.int32)
         weights = self._shapes  # the arrays may be freed meanwhile
-        read = jax.eval_shape(lambda weights: self._nothing_read(weights, 1, length), weights)
-        seen_1V: Any = jax.ShapeDtypeStruct((1, self.vocab_size), bool)
-        rows = DecodeState(ints_1, ints_1, seen_1V, read[1])
+        read = jax.eval_shape(lambda weights: steps.nothing_read(self._decoder(weights), 1, length), weights)
+        kinds: Any = (jax.ShapeDtypeStruct((1, self.vocab_size), dtype) for dtype in (bool, np.int32))
+        rows = DecodeState(ints_1, ints_1, Past(*kinds), read[1])
         tokens_1T = np.zeros((1, T), np.int32)
 
-        def ahead(key: tuple[Any, ...], program: Any, *arguments: Any, **static: Any) -> Callable[[], None]:
-            def compile_it() -> None:
-                with self.programs.compiling(*key) as is_new:
-                    if is_new:
-                        program.lower(weights, *arguments, **static).compile()
-
-            return compile_it
-
-        decode = ahead(("decode", _shape(rows), greedy), self._decode, rows, arrays, greedy=greedy)
+        ahead = self.programs.ahead
+        both = {"greedy": greedy, "scored": False}
+        decode = self.decode_ahead(rows, arrays, greedy=greedy)
         if self.part >= T:
-            static = {"length": length, "greedy": greedy}
+            static = {"length": length} | both
             return [
-                ahead(("prefill", 1, T, *static.values()), self._prefill, tokens_1T, ints_1, arrays, **static),
+                ahead(
+                    ("prefill", 1, T, *static.values()), self._prefill, weights, tokens_1T, ints_1, arrays,
+                    **static,
+                ),
                 decode,
-            ]
-        part_1T = tokens_1T[:, : self.part]
+            ]  # fmt: skip
+        part_1T, start = tokens_1T[:, : self.part], np.int32(0)
         return [
-            ahead(("read", 1, self.part, length), self._read, part_1T, np.int32(0), ints_1, read),
-            ahead(("first", 1, T, greedy), self._first, tokens_1T, ints_1, read[0], arrays, greedy=greedy),
+            ahead(("read", 1, self.part, length), self._read, weights, part_1T, start, ints_1, read),
+            ahead(
+                ("first", 1, T, *both.values()), self._first, weights, tokens_1T, ints_1, read[0], arrays, **both
+            ),
             decode,
         ]
 
-    def _prefill_rows(self, weights, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool) -> DecodeState:
-        read = self._nothing_read(weights, len(tokens_BT), length)
-        last_BD, cache = self._read_part(weights, tokens_BT, 0, lengths_B, read)
-        token_B, seen_BV = self._first_token(weights, tokens_BT, lengths_B, last_BD, arrays, greedy=greedy)
-        return DecodeState(token_B, lengths_B, seen_BV, cache)
+    def decode_ahead(self, rows: Any, arrays: SamplingArrays, *, greedy: bool) -> Callable[[], None]:
+        """Return a function that compiles the program of `decode` for rows of these shapes."""
+        both = {"greedy": greedy, "scored": False}
+        key = "decode", rows.shape, *both.values()
+        return self.programs.ahead(key, self._decode, self._shapes, rows, arrays, **both)
 
-    def _nothing_read(self, weights, batch_size: int, length: int) -> tuple[jax.Array, Any]:
+    def _prefill_rows(self, weights, tokens_BT, lengths_B, arrays, *, length: int, greedy: bool, scored=False):
         decoder = self._decoder(weights)
-        last_BD = jnp.zeros((batch_size, decoder.config.hidden_size), decoder.dtype)
-        return last_BD, decoder.init_cache(batch_size, length)
+        read = steps.nothing_read(decoder, len(tokens_BT), length)
+        last_BD, cache = steps.read_part(decoder, tokens_BT, 0, lengths_B, read)
+        token_B, past, scores = steps.first_token(
+            decoder, tokens_BT, lengths_B, last_BD, arrays, greedy=greedy, scored=scored
+        )
+        return DecodeState(token_B, lengths_B, past, cache), scores
 
-    def _read_part(self, weights, tokens_BT, start, lengths_B, read) -> tuple[jax.Array, Any]:
-        """Return the features of each row's last token, once it is read, and the cache."""
-        (B, T), (last_BD, cache) = tokens_BT.shape, read
-        positions_BT = start + jnp.broadcast_to(jnp.arange(T), (B, T))
-        x_BTD, cache = self._decoder(weights).features(tokens_BT, positions_BT, cache)
-        at_B1 = lengths_B[:, None] - 1 - start
-        here_BD = jnp.take_along_axis(x_BTD, jnp.clip(at_B1, 0, T - 1)[:, None], axis=1)[:, 0]
-        return jnp.where((at_B1 >= 0) & (at_B1 < T), here_BD, last_BD), cache
+    def _read_part(self, weights, tokens_BT, start, lengths_B, read) -> Read:
+        return steps.read_part(self._decoder(weights), tokens_BT, start, lengths_B, read)
 
-    def _first_token(self, weights, tokens_BT, lengths_B, last_BD, arrays, *, greedy: bool):
-        B, T = tokens_BT.shape
-        in_prompt_BT = jnp.arange(T)[None] < lengths_B[:, None]
-        seen_BV = jnp.zeros((B, self.vocab_size), bool)
-        seen_BV = seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(in_prompt_BT)
-        token_B = choose_first(self._decoder(weights).logits(last_BD), seen_BV, lengths_B, arrays, greedy)
-        return token_B, seen_BV.at[jnp.arange(B), token_B].set(True)
+    def _score_part(self, weights, both, start, length_1, read):
+        return steps.score_part(self._decoder(weights), both, start, length_1, read)
 
-    def _decode_rows(self, weights, rows: DecodeState, arrays, *, greedy: bool) -> tuple[jax.Array, DecodeState]:
+    def _first_token(self, weights, tokens_BT, lengths_B, last_BD, arrays, *, greedy: bool, scored: bool):
         decoder = self._decoder(weights)
-        B = rows.token_B.shape[0]
+        return steps.first_token(decoder, tokens_BT, lengths_B, last_BD, arrays, greedy=greedy, scored=scored)
 
-        def step(i: jax.Array, carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-            out_BT, rows = carry
-            x_BTD, cache = decoder.features(rows.token_B[:, None], rows.position_B[:, None], rows.cache)
-            position_B = rows.position_B + 1
-            token_B = choose_token(decoder.logits(x_BTD[:, 0]), rows.seen_BV, position_B, arrays, greedy)
-            seen_BV = rows.seen_BV.at[jnp.arange(B), token_B].set(True)
-            return out_BT.at[:, i].set(token_B), DecodeState(token_B, position_B, seen_BV, cache)
-
-        return jax.lax.fori_loop(0, CHUNK, step, (jnp.zeros((B, CHUNK), jnp.int32), rows))
+    def _decode_rows(self, weights, rows: DecodeState, arrays, *, greedy: bool, scored: bool = False):
+        decoder = self._decoder(weights)
+        return steps.decode_chunk(decoder, rows, arrays, tokens=CHUNK, greedy=greedy, scored=scored)
 
     def _decoder(self, weights: list[jax.Array]) -> Decoder:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, weights))
@@ -292,7 +296,3 @@ def generate(model: SmolLM, prompts: Sequence[Sequence[int]], **sampling: Any) -
     flat = any(np.ndim(prompt) == 0 for prompt in prompts)
     require(not flat, "generate takes a list of prompts, each a list of token ids; give [ids] for a single prompt")
     return Generator(model).generate(prompts, Sampling(**{"stop_ids": model.config.stop_ids} | sampling))
-
-
-def _shape(rows: DecodeState) -> tuple[int, ...]:
-    return tuple(rows.cache[0][0].shape)

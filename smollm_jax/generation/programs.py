@@ -5,7 +5,8 @@ Two threads never compile the same program: the second one waits for the first.
 
 import contextlib
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 
 class Programs:
@@ -48,3 +49,13 @@ class Programs:
                 with self._lock:
                     del self._pending[key]
                 mine.set()
+
+    def ahead(self, key: tuple[Hashable, ...], program: Any, *arguments: Any, **static: Any) -> Callable[[], None]:
+        """Return a function that compiles a program for such arguments, and does not run it, in any thread."""
+
+        def compile_it() -> None:
+            with self.compiling(*key) as is_new:
+                if is_new:
+                    program.lower(*arguments, **static).compile()
+
+        return compile_it

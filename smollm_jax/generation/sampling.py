@@ -1,4 +1,4 @@
-"""Choose the next token from logits: penalty, temperature, filters, then one draw.
+"""Choose the next token from logits: bias, penalties, temperature, filters, then one draw.
 
 The filters are top-k, top-p and min-p. The rules and their order match transformers, ties included. Top-k keeps
 all tokens that tie with the last kept one. Top-p keeps only as many ties as it needs, the highest ids. Bisection
@@ -20,6 +20,8 @@ from smollm_jax.runtime.errors import require
 
 SMALLEST_TEMPERATURE = 1e-30  # below this a float32 quotient is no longer finite
 BANNED_BLOCK, NO_ID = 8, 2**31 - 1
+MOST_BIASED = 300  # ids with a bias, as in OpenAI's API
+ALTERNATIVES = 5  # likeliest tokens that come with the score of a token
 DRAW_BLOCK = 128  # probabilities are summed in blocks of tokens first, so that the draw needs no long cumsum
 
 
@@ -35,8 +37,14 @@ class Sampling:
     min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest (Nguyen et al. 2024)
     # divides positive and multiplies negative scores of tokens already in the text (Keskar et al. 2019)
     repetition_penalty: float = 1.0
+    # taken off the score of a token that was generated before: once, and once per time. As in OpenAI's API the
+    # prompt does not count
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # ids, and what is added to their scores first of all
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False  # a completer then adds no stop ids
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens} must be at least 1")
@@ -48,6 +56,11 @@ class Sampling:
         require(0 <= self.min_p <= 1, f"min_p={self.min_p} must lie in [0, 1]")
         penalty = self.repetition_penalty
         require(0 < penalty < np.inf, f"repetition_penalty={penalty} must be above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(np.isfinite(getattr(self, name)), f"{name}={getattr(self, name)} must be finite")
+        biased = len(self.logit_bias)
+        require(biased <= MOST_BIASED, f"logit_bias has {biased:,} ids; the most is {MOST_BIASED}")
+        require(all(np.isfinite(bias) for _, bias in self.logit_bias), "logit_bias must be finite")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
 
 
@@ -60,15 +73,23 @@ class Score(NamedTuple):
 
 
 class SamplingArrays(NamedTuple):
-    """The numbers of a `Sampling` as device values: a new value compiles nothing."""
+    """The numbers of a `Sampling` as device values: a new value compiles nothing.
+
+    Each has a row for all texts of a batch (1, ...), or a row per text (B, ...).
+    """
 
     temperature: Any
     top_k: Any
     top_p: Any
     min_p: Any
     repetition_penalty: Any
-    seed: Any  # one for all rows of a batch, or one per row (B,)
-    banned: Any  # ids that the first token may not be; padded, so that their number compiles nothing
+    presence_penalty: Any
+    frequency_penalty: Any
+    seed: Any
+    is_greedy: Any
+    biased: Any  # ids (B, X), and the biases of these. Padded, so that their number compiles nothing
+    bias: Any
+    banned: Any  # ids (Y,) that the first token may not be, padded too
 
     @classmethod
     def from_sampling(cls, sampling: Sampling, seeds: Sequence[int] | None = None) -> SamplingArrays:
@@ -76,28 +97,63 @@ class SamplingArrays(NamedTuple):
         banned = np.full(max(size, BANNED_BLOCK), NO_ID, np.int32)
         if sampling.min_new_tokens:
             banned[: len(sampling.stop_ids)] = sampling.stop_ids
-        return cls(
-            np.float32(sampling.temperature or 1.0), np.int32(min(sampling.top_k, 2**31 - 1)),
-            np.float32(sampling.top_p), np.float32(sampling.min_p), np.float32(sampling.repetition_penalty),
-            np.asarray(sampling.seed if seeds is None else seeds, np.uint32), banned,
+        biased, bias = np.full((1, MOST_BIASED), NO_ID, np.int32), np.zeros((1, MOST_BIASED), np.float32)
+        for i, (token, value) in enumerate(sampling.logit_bias):
+            biased[0, i], bias[0, i] = token, value
+        floats = (
+            np.asarray([value], np.float32)
+            for value in (
+                sampling.top_p, sampling.min_p, sampling.repetition_penalty, sampling.presence_penalty,
+                sampling.frequency_penalty,
+            )
         )  # fmt: skip
+        return cls(
+            np.asarray([sampling.temperature or 1.0], np.float32),
+            np.asarray([min(sampling.top_k, 2**31 - 1)], np.int32), *floats,
+            np.asarray([sampling.seed] if seeds is None else seeds, np.uint32),
+            np.asarray([sampling.temperature == 0]), biased, bias, banned,
+        )  # fmt: skip
+
+    @classmethod
+    def stacked(cls, rows: Sequence[SamplingArrays]) -> SamplingArrays:
+        """Return the arrays of rows, each of a single text, for later tokens than the first."""
+        together = [np.concatenate(values) for values in zip(*(row[:-1] for row in rows), strict=True)]
+        return cls(*together, np.full(BANNED_BLOCK, NO_ID, np.int32))
+
+
+class Past(NamedTuple):
+    """The tokens that penalties look at: those in the prompt (B, V), and how often others were generated."""
+
+    in_prompt_BV: Any
+    counts_BV: Any
+
+    def plus(self, token_B: jax.Array) -> Past:
+        """Return the past with another generated token in each row."""
+        counts_BV = self.counts_BV.at[jnp.arange(len(token_B)), token_B].add(1)
+        return Past(self.in_prompt_BV, counts_BV)
 
 
 def choose_token(
-    logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, arrays: SamplingArrays, greedy: bool
+    logits_BV: jax.Array, past: Past, position_B: jax.Array, arrays: SamplingArrays, greedy: bool
 ) -> jax.Array:
-    """Choose the next token (B,) from f32 logits. The penalty applies to the tokens that `seen_BV` marks."""
-    logits_BV = penalised(logits_BV, seen_BV, arrays.repetition_penalty)
-    if greedy:
+    """Choose the next token (B,) from f32 logits. `greedy` says that all rows are, which saves the draw."""
+    logits_BV = adjusted(logits_BV, past, arrays)
+
+    def likeliest(_: Any = None) -> jax.Array:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+    if greedy:
+        return likeliest()
     # the key depends on seed and position alone: chunks and other rows of the batch do not change a text
     seed_B = jnp.broadcast_to(arrays.seed, position_B.shape)
     keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_B), position_B)
-    return draw(filtered(logits_BV, arrays), jax.vmap(jax.random.uniform)(keys_B))
+    token_B = draw(filtered(logits_BV, arrays), jax.vmap(jax.random.uniform)(keys_B))
+    mixed = lambda: jnp.where(arrays.is_greedy, likeliest(), token_B)  # noqa: E731
+    return jax.lax.cond(arrays.is_greedy.any(), mixed, lambda: token_B)
 
 
 def choose_first(
-    logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, arrays: SamplingArrays, greedy: bool
+    logits_BV: jax.Array, past: Past, position_B: jax.Array, arrays: SamplingArrays, greedy: bool
 ) -> jax.Array:
     """Choose as `choose_token`, and once more without the banned ids if one of them was chosen.
 
@@ -106,27 +162,64 @@ def choose_first(
 
     def again(_: jax.Array) -> jax.Array:
         others_BV = logits_BV.at[:, arrays.banned].set(MASKED, mode="drop")
-        return choose_token(others_BV, seen_BV, position_B, arrays, greedy)
+        return choose_token(others_BV, past, position_B, arrays, greedy)
 
-    token_B = choose_token(logits_BV, seen_BV, position_B, arrays, greedy)
+    token_B = choose_token(logits_BV, past, position_B, arrays, greedy)
     banned_B = jnp.isin(token_B, arrays.banned)
     return jnp.where(banned_B, jax.lax.cond(banned_B.any(), again, lambda token_B: token_B, token_B), token_B)
 
 
-def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+def scores_of(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
+    """Return the arrays of a `Score` per row, from f32 logits before any rule of sampling.
+
+    Log-probabilities (B,), whether the token is the arg-max (B,), likeliest ids (B, A) and theirs (B, A).
+    """
+    log_z_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    token_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1) - log_z_B1
+    best_BA, ids_BA = jax.lax.top_k(logits_BV, min(ALTERNATIVES, logits_BV.shape[-1]))
+    return token_B1[:, 0], jnp.argmax(logits_BV, axis=-1) == token_B, ids_BA, best_BA - log_z_B1
+
+
+def as_scores(arrays: Sequence[Any], count: int) -> list[Score]:
+    """Return the first `count` scores of what `scores_of` gives, as numbers of Python."""
+    logprobs, are_best, ids_TA, logprobs_TA = (np.asarray(one)[:count].tolist() for one in arrays)
+    likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids_TA, logprobs_TA, strict=True)]
+    return [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
+
+
+def adjusted(logits_BV: jax.Array, past: Past, arrays: SamplingArrays) -> jax.Array:
+    """Add the biases to the logits, then apply the penalties."""
+
+    def with_bias(logits_BV: jax.Array) -> jax.Array:
+        rows_B1 = jnp.arange(len(logits_BV))[:, None]
+        biased, bias = (jnp.broadcast_to(x, (len(logits_BV), MOST_BIASED)) for x in (arrays.biased, arrays.bias))
+        return logits_BV.at[rows_B1, biased].add(bias, mode="drop")
+
+    logits_BV = jax.lax.cond((arrays.bias != 0).any(), with_bias, lambda logits_BV: logits_BV, logits_BV)
+    made_BV = past.counts_BV > 0
+    logits_BV = penalised(logits_BV, past.in_prompt_BV | made_BV, arrays.repetition_penalty)
+    frequency_B1, presence_B1 = arrays.frequency_penalty[:, None], arrays.presence_penalty[:, None]
+    return logits_BV - jnp.where(made_BV, past.counts_BV * frequency_B1 + presence_B1, 0.0)
+
+
+def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
     """Apply the repetition penalty to the logits of tokens already in the text."""
-    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    penalty_B1 = penalty_B[:, None]
+    changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
 def filtered(logits_BV: jax.Array, arrays: SamplingArrays) -> jax.Array:
     """Divide by the temperature, shift the best score to 0. Masks what top-k, top-p or min-p rules out."""
     best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    scores_BV = (logits_BV - best_B1) / jnp.maximum(arrays.temperature, SMALLEST_TEMPERATURE)
+    scores_BV = (logits_BV - best_B1) / jnp.maximum(arrays.temperature[:, None], SMALLEST_TEMPERATURE)
+    wants_k_B, wants_p_B = arrays.top_k > 0, arrays.top_p < 1
 
     def top_k(scores_BV: jax.Array) -> jax.Array:
         order_BV = _order(scores_BV)
-        lowest_B1 = _threshold(order_BV, jnp.ones_like(scores_BV), arrays.top_k.astype(jnp.float32), bits=32)
-        return jnp.where(order_BV >= lowest_B1, scores_BV, MASKED)
+        wanted_B = jnp.where(wants_k_B, arrays.top_k.astype(jnp.float32), scores_BV.shape[-1])
+        lowest_B1 = _threshold(order_BV, jnp.ones_like(scores_BV), wanted_B, bits=32)
+        return jnp.where((order_BV >= lowest_B1) | ~wants_k_B[:, None], scores_BV, MASKED)
 
     def top_p(scores_BV: jax.Array) -> jax.Array:
         p_BV, order_BV = jnp.exp(scores_BV), _order(scores_BV)
@@ -135,11 +228,12 @@ def filtered(logits_BV: jax.Array, arrays: SamplingArrays) -> jax.Array:
         above_BV, tied_BV = order_BV > lowest_B1, order_BV == lowest_B1
         wanted_B -= _sum(jnp.where(above_BV, p_BV, 0))
         lowest_id_B1 = _threshold(ids_V[None], jnp.where(tied_BV, p_BV, 0), wanted_B, bits=len(ids_V).bit_length())
-        return jnp.where(above_BV | (tied_BV & (ids_V[None] >= lowest_id_B1)), scores_BV, MASKED)
+        kept_BV = above_BV | (tied_BV & (ids_V[None] >= lowest_id_B1))
+        return jnp.where(kept_BV | ~wants_p_B[:, None], scores_BV, MASKED)
 
-    for wanted, rule in ((arrays.top_k > 0, top_k), (arrays.top_p < 1, top_p)):
-        scores_BV = jax.lax.cond(wanted, rule, lambda scores_BV: scores_BV, scores_BV)
-    keep_BV = (scores_BV >= jnp.log(arrays.min_p)) & (scores_BV > MASKED)
+    for wanted_B, rule in ((wants_k_B, top_k), (wants_p_B, top_p)):
+        scores_BV = jax.lax.cond(wanted_B.any(), rule, lambda scores_BV: scores_BV, scores_BV)
+    keep_BV = (scores_BV >= jnp.log(arrays.min_p)[:, None]) & (scores_BV > MASKED)
     return jnp.where(keep_BV | (scores_BV == 0), scores_BV, MASKED)
 
 

@@ -16,7 +16,8 @@ from fastapi import FastAPI
 
 from smollm_jax.hf.reader import is_gguf
 from smollm_jax.runs.load import is_run, newest_step
-from smollm_jax.runtime.errors import UserError, say
+from smollm_jax.runtime.errors import UserError, require, say
+from smollm_jax.serving import SLOTS
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.facts import Facts, read_facts
 from smollm_jax.serving.guard import LOCAL, Guard, Hosts, Impatient
@@ -48,7 +49,7 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_US
 
 def open_scheduler(
     path: str, *, backend: Backend | None, dtype: Dtype, max_waiting: int, max_new_tokens: int,
-    special_tokens: SpecialTokens | None = None,
+    special_tokens: SpecialTokens | None = None, slots: int | None = None,
 ) -> tuple[Scheduler, str, Facts]:  # fmt: skip
     """Load the model at `path` and return its scheduler, public name and facts. Raises `UserError`."""
     if backend is None:
@@ -61,7 +62,14 @@ def open_scheduler(
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     say(f"{name}: {completer.about}; context {completer.context:,} tokens")
     weights = Weights(completer.engine, run=run, step=step, rebuild=completer.rebuild)
-    scheduler = Scheduler(completer, max_waiting=max_waiting, max_new_tokens=max_new_tokens, weights=weights)
+    numbers = {"max_waiting": max_waiting, "max_new_tokens": max_new_tokens}
+    scheduler = Scheduler(completer, **numbers, weights=weights, slots=SLOTS if slots is None else slots)
+    together = scheduler.turns.count
+    other = f"--slots {slots}: this back end decodes one text at a time; give --backend jax, or leave it out"
+    require(slots in (None, together), other)
+    if scheduler.turns.slots is not None:
+        most = scheduler.turns.slots.cache_bytes / 2**30
+        say(f"decodes up to {together} texts together; their caches take {most:.1f} GiB at most")
     say(completer.tokenizer.describe_special())
     scheduler.try_chat()
     return scheduler, name, read_facts(path, completer.num_parameters, has_chat=scheduler.has_chat, step=step)

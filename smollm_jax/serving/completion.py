@@ -6,10 +6,9 @@ continued with its seed thus reads as if it had never stopped. This file knows n
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +23,7 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype, use_compilation_cache
 from smollm_jax.runtime.errors import UserError, install, one_line, require
-from smollm_jax.tokenizer.streaming import TextOfIds
+from smollm_jax.serving.text import TextChunk, TextWriter
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 Backend = Literal["jax", "torch", "llama"]
@@ -43,19 +42,6 @@ class Engine(Protocol):
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]: ...
 
     def score(self, ids: Sequence[int]) -> Iterator[list[Score]]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextChunk:
-    """New text and the progress so far. The last chunk of a text has a `reason`."""
-
-    text: str
-    tokens: int = 0  # new tokens so far, without the stop token
-    prompt_tokens: int
-    seconds: float = 0.0  # since the request started
-    seconds_to_first: float | None = None  # until the first token; None before or without a token
-    weights: int | str | None = None  # the step of a run, or its export
-    reason: str | None = None  # why the text ended: eos, length, context, stop string or cancelled
 
 
 class Completer:
@@ -92,41 +78,48 @@ class Completer:
         sampling: Sampling,
         stop: tuple[str, ...] = (),
         cancelled: Callable[[], bool] = lambda: False,
+        *,
+        scored: bool = False,
+        reads_scores: bool = False,
     ) -> Iterator[TextChunk]:
         """Yield the continuation of `prompt` (text or ids) in chunks. The last chunk has a `reason`.
 
-        A stop string ends the text and is not part of the text. `cancelled` is called after every step of the
-        engine. An engine that can end inside a step calls `cancelled` there too. Closing the iterator ends the
-        work. Raises `UserError` as `encode` does.
+        A stop string ends the text and is not part of the text. `scored` wants the scores of new tokens, and
+        `reads_scores` those of the prompt's. `cancelled` is called after every step of the engine. An engine that
+        can end inside a step calls `cancelled` there too. Closing the iterator ends the work. Raises `UserError`
+        as `encode` does.
         """
         require(all(stop), "a stop string is empty")
+        has_scores = not (scored or reads_scores) or hasattr(self.engine, "stream_scored")
+        require(has_scores, "this back end gives no log-probabilities; serve with --backend jax or torch")
         ids = self.encode(prompt) if isinstance(prompt, str) else self.checked(prompt)
-        sampling = replace(sampling, stop_ids=sampling.stop_ids or self.stop_ids)
-        text, gate = TextOfIds(self.tokenizer, ids), StopStrings(stop)
-        started, first, made = time.perf_counter(), None, 0
-
-        def chunk(shown: str, reason: str | None = None) -> TextChunk:
-            return TextChunk(text=shown, tokens=made, prompt_tokens=len(ids), seconds_to_first=first,
-                             seconds=time.perf_counter() - started, reason=reason)  # fmt: skip
-
+        sampling, writer = self.ending(sampling), TextWriter(self.tokenizer, ids, stop)
+        for scores in self.score(ids, cancelled) if reads_scores else ():
+            yield writer.chunk("", prompt_scores=scores)
         if hasattr(self.engine, "cancelled"):
             self.engine.cancelled = cancelled
-        stream = self.engine.stream(ids, sampling)
+        stream: Any = self.engine.stream_scored(ids, sampling) if scored else self.engine.stream(ids, sampling)
         try:
             for new in stream:
-                made, first = made + len(new), first or time.perf_counter() - started
-                shown = gate.feed(text.feed(new))
-                if gate.stopped or cancelled():
-                    yield chunk(shown, "stop string" if gate.stopped else "cancelled")
-                    return
-                if shown:
-                    yield chunk(shown)
-            shown = gate.feed(text.rest())
-            yield chunk(shown + gate.held, "stop string" if gate.stopped else self.engine.stop_reason)
+                made = [token for token, _ in new if token not in sampling.stop_ids] if scored else new
+                chunk = writer.feed(made, new if scored else ())
+                if cancelled() and not writer.stopped:
+                    chunk = replace(chunk or writer.chunk(""), reason="cancelled")
+                if chunk is not None:
+                    yield chunk
+                    if chunk.reason:
+                        return
+            yield writer.end(self.engine.stop_reason)
         finally:
             getattr(stream, "close", lambda: None)()
             if hasattr(self.engine, "cancelled"):
                 self.engine.cancelled = lambda: False
+
+    def ending(self, sampling: Sampling) -> Sampling:
+        """Return the sampling with the stop ids of the model, unless it has its own or ignores all."""
+        if sampling.ignore_eos:
+            return replace(sampling, stop_ids=())
+        return replace(sampling, stop_ids=sampling.stop_ids or self.stop_ids)
 
     def score(self, ids: Sequence[int], cancelled: Callable[[], bool] = lambda: False) -> Iterator[list[Score]]:
         """Yield the scores of each id but the first, part by part, until `cancelled`. Raises `UserError`."""
@@ -169,47 +162,23 @@ class Completer:
         ]
 
     def _together(self, engine: Generator, prompts, sampling, stop, seeds) -> list[TextChunk]:
-        sampling = replace(sampling, stop_ids=sampling.stop_ids or self.stop_ids)
-        started, made = time.perf_counter(), [0] * len(prompts)
-        decoders = [TextOfIds(self.tokenizer, list(self.checked(ids))) for ids in prompts]
-        texts, gates, going = [""] * len(prompts), [StopStrings(stop) for _ in prompts], [True] * len(prompts)
+        sampling = self.ending(sampling)
+        writers = [TextWriter(self.tokenizer, list(self.checked(ids)), stop) for ids in prompts]
+        texts, going, ends = [""] * len(prompts), [True] * len(prompts), list[TextChunk]()
         with closing(engine.chunks(prompts, sampling, seeds)) as chunks:  # type: ignore[type-var]
             for new in chunks:
                 for row, ids in enumerate(new):
                     if going[row]:
-                        made[row] += len(ids)
-                        texts[row] += gates[row].feed(decoders[row].feed(ids))
-                        going[row] = bool(ids) and not gates[row].stopped
+                        chunk = writers[row].feed(ids)
+                        texts[row] += chunk.text if chunk else ""
+                        going[row] = bool(ids) and not writers[row].stopped
                 if not any(going):
                     break
-        found = []
-        for row, (ids, gate) in enumerate(zip(prompts, gates, strict=True)):
-            text = texts[row] + ("" if gate.stopped else gate.feed(decoders[row].rest()))
+        for row, (ids, writer) in enumerate(zip(prompts, writers, strict=True)):
             full = {sampling.max_new_tokens: "length", self.context - len(ids): "context"}
-            reason = "stop string" if gate.stopped else full.get(made[row], "eos")
-            found.append(TextChunk(
-                text=text + gate.held, tokens=made[row], prompt_tokens=len(ids), reason=reason,
-                seconds=time.perf_counter() - started,
-            ))  # fmt: skip
-        return found
-
-
-class StopStrings:
-    """A filter that ends a text at the first stop string. `held` may be the beginning of a stop string."""
-
-    def __init__(self, stop: Sequence[str]):
-        self._stop, self.held, self.stopped = tuple(stop), "", False
-
-    def feed(self, text: str) -> str:
-        """Return the text that can no longer be part of a stop string."""
-        text = self.held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        held = max((n for stop in self._stop for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-        shown, self.held = text[: len(text) - held], text[len(text) - held :]
-        return shown
+            last = writer.chunk("", "stop string") if writer.stopped else writer.end(full.get(writer.made, "eos"))
+            ends.append(replace(last, text=texts[row] + last.text))
+        return ends
 
 
 def check_text(text: Any, name: str) -> None:

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from smollm_jax.runtime.errors import say
 from smollm_jax.serving.limits import LONGEST_PROMPT
-from smollm_jax.serving.openai_api import error_response
+from smollm_jax.serving.openai_errors import error_response
 
 LARGEST_BODY = 13 * LONGEST_PROMPT  # bytes: a character may take 12 in JSON
 LARGEST_FORM = 10_000  # bytes, for a login
@@ -34,6 +34,7 @@ OPEN = re.compile(
     r"/gradio_api/(info|openapi\.json|user|login_check|token|app_id|startup-events|theme\.css|reset|cancel"
     r"|heartbeat/[^/]+|queue/(join|data|status)|run/predict|call/.+)/?"
 )
+API = ("/v1/", "/tokenize", "/detokenize")  # the routes for programs, which take long lists
 Scope = dict[str, Any]
 
 
@@ -123,7 +124,7 @@ class Guard:
         """Return the client and whether the request is a login. None if no secret can be guessed."""
         is_login = scope["path"].rstrip("/") == "/login"
         client = (scope.get("client") or [""])[0]
-        return (client, is_login) if is_login or scope["path"].startswith("/v1/") else None
+        return (client, is_login) if is_login or scope["path"].startswith(API) else None
 
     def _failed(self, guess: tuple[str, bool]) -> None:
         self._failures[guess] = [*self._failures.pop(guess, ())[1 - MOST_FAILURES :], time.monotonic()]
@@ -134,7 +135,7 @@ class Guard:
 async def _whole_body(scope: Scope, receive: Any) -> Any:
     """Read the body within its limits, and return a `receive` that repeats it. Raises `Refused`."""
     body, more, headers = bytearray(), True, dict(scope["headers"])
-    is_json = scope["path"].startswith(("/v1/", "/gradio_api/"))
+    is_json = scope["path"].startswith((*API, "/gradio_api/"))
     largest = LARGEST_BODY if is_json else LARGEST_FORM
     too_long = Refused(413, f"the body is above {largest:,} bytes")
     announced = headers.get(b"content-length", b"0")
@@ -168,13 +169,13 @@ async def _whole_body(scope: Scope, receive: Any) -> Any:
 
 def check_json(path: str, content_type: bytes, body: bytes | bytearray) -> None:
     """Raise `Refused` unless a body declares JSON with few enough items to parse at once."""
-    if path.startswith("/v1/") and not re.match(rb"application/([\w.]+\+)?json\b", content_type.lower()):
+    if path.startswith(API) and not re.match(rb"application/([\w.]+\+)?json\b", content_type.lower()):
         came = content_type.decode("latin-1")[:80] or "none"
         raise Refused(400, f"the body must be JSON: send Content-Type: application/json ({came!r} came)")
     if b"\0" in body:
         raise Refused(400, "the body must be JSON in UTF-8; a NUL byte came")
     signs = STRING.sub(b"", body)
-    most_items = LONGEST_PROMPT if path.startswith("/v1/") else MOST_OBJECTS
+    most_items = LONGEST_PROMPT if path.startswith(API) else MOST_OBJECTS
     objects = signs.count(b"[") + signs.count(b"{") + signs.count(b":")
     if objects > MOST_OBJECTS or signs.count(b",") > most_items:
         raise Refused(400, f"the JSON of the body has above {MOST_OBJECTS:,} objects or {most_items:,} items")

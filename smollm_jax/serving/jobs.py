@@ -2,10 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from smollm_jax.generation.sampling import Sampling
 from smollm_jax.serving.completion import Engine
 
 END = object()  # of the items of a job
@@ -15,16 +15,37 @@ class ModelGone(RuntimeError):
     """The error after the model's thread has ended. The server must be started again."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a job asks of an engine: to continue a prompt, or to score it alone if there is no `sampling`.
+
+    `scored` wants the scores of new tokens, and `reads_scores` those of the prompt's.
+    """
+
+    ids: tuple[int, ...]
+    sampling: Sampling | None = None
+    stop: tuple[str, ...] = ()
+    scored: bool = False
+    reads_scores: bool = False
+
+
+class Asked:
+    """A request of a client, whose jobs together have one place in the queue."""
+
+    is_served = False  # a job of it has begun
+
+
 @dataclass(eq=False)
 class Job:
-    """A request: what it does with an engine, and what its reader gets."""
+    """A part of a request: what it does with an engine, and what its reader gets."""
 
-    work: Callable[[Callable[[], bool]], Iterator[Any]]  # the argument says whether its reader has left
+    work: Work
     engine: Engine
     cancelled: Any  # its last item if it is cancelled before its turn
     loop: asyncio.AbstractEventLoop
     owner: str | None
     client: str
+    asked: Asked
     items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     left: threading.Event = field(default_factory=threading.Event)
 

@@ -9,10 +9,13 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
+from smollm_jax.generation.ahead import batch_programs
 from smollm_jax.generation.lengths import bucket
 from smollm_jax.generation.sampling import Sampling
+from smollm_jax.generation.slots import Slots
 from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.serving.completion import Completer
 
@@ -40,23 +43,31 @@ def first_rung(completer: Completer, max_new_tokens: int) -> None:
 
 
 def climb(
-    completer: Completer, max_new_tokens: int, is_busy: Callable[[], bool], closed: threading.Event
+    completer: Completer, max_new_tokens: int, is_busy: Callable[[], bool], closed: threading.Event,
+    slots: Slots | None = None,
 ) -> None:  # fmt: skip
-    """Start a thread that compiles rung by rung, sampled texts before greedy ones. Only JAX compiles."""
+    """Start a thread that compiles rung by rung: sampled texts, texts in company, greedy texts.
+
+    Only JAX compiles.
+    """
     engine: Any = completer.engine
 
+    longest, new_tokens = min(LONGEST, engine.context), min(NEW_TOKENS, max_new_tokens)
+
+    def single(greedy: bool) -> Iterator[Callable[[], None]]:
+        for prompt, text in rungs(longest, new_tokens):
+            yield from engine.programs_of(prompt, text, completer.stop_ids, greedy=greedy)
+
     def work() -> None:
-        longest, new_tokens = min(LONGEST, engine.context), min(NEW_TOKENS, max_new_tokens)
         try:
-            for greedy in (False, True):
-                for prompt, text in rungs(longest, new_tokens):
-                    for compile_next in engine.programs_of(prompt, text, completer.stop_ids, greedy=greedy):
-                        while is_busy() and not closed.is_set():
-                            closed.wait(WAIT_SECONDS)
-                        if closed.is_set():
-                            return
-                        compile_next()
-                        gc.freeze()  # what JAX keeps of a program: a collection scans it for 0.2 s after all rungs
+            together = iter(batch_programs(slots, longest)) if slots else ()
+            for compile_next in chain(single(False), together, single(True)):
+                while is_busy() and not closed.is_set():
+                    closed.wait(WAIT_SECONDS)
+                if closed.is_set():
+                    return
+                compile_next()
+                gc.freeze()  # what JAX keeps of a program: a collection scans it for 0.2 s after all rungs
         except Exception as error:  # a request that needs the program will report it
             say(f"the programs of longer texts could not be compiled ahead: {one_line(error)}")
 

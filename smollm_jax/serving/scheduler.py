@@ -1,26 +1,27 @@
 """A bounded queue of requests served by one thread, which alone uses the model.
 
-If a reader leaves, its request leaves the queue at once or ends at the next chunk. Longest prompt, numbers and
-stop strings are checked by limits.py. A request holds its engine, so new weights wait for the next request.
+The thread serves as many as the model has slots, a part of each in turn (turns.py). If a reader leaves, its
+request leaves the queue at once or ends at the next chunk. Longest prompt, numbers and stop strings are checked by
+limits.py. A request holds its engine, so new weights wait for the next request.
 """
 
 import asyncio
 import contextlib
 import threading
-import traceback
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 from smollm_jax.generation.sampling import Sampling, Score
 from smollm_jax.runtime.errors import UserError, require, say
-from smollm_jax.serving import ladder
+from smollm_jax.serving import SLOTS, ladder
 from smollm_jax.serving.claims import Claims, begun
-from smollm_jax.serving.completion import Completer, TextChunk, check_text
-from smollm_jax.serving.jobs import END, Job, ModelGone
-from smollm_jax.serving.limits import QueueFull, check_length, checked_sampling
+from smollm_jax.serving.completion import Completer, check_text
+from smollm_jax.serving.jobs import END, Asked, Job, ModelGone, Work
+from smollm_jax.serving.limits import QueueFull, check_length, checked_bias, checked_sampling
+from smollm_jax.serving.text import TextChunk
+from smollm_jax.serving.turns import Turns
 from smollm_jax.serving.weights import NEWEST, Key, Weights
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.renderer import Renderer, RenderingLimit
@@ -37,7 +38,8 @@ class Scheduler:
     """The only user of a `Completer`. It serves clients in turn, and a client's requests in order of arrival."""
 
     def __init__(
-        self, completer: Completer, *, max_waiting: int, max_new_tokens: int, weights: Weights | None = None
+        self, completer: Completer, *, max_waiting: int, max_new_tokens: int, weights: Weights | None = None,
+        slots: int = SLOTS,
     ):  # fmt: skip
         require(max_waiting > 0, f"max_waiting={max_waiting} must be at least 1")
         require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -45,9 +47,10 @@ class Scheduler:
         self.completer, self.max_waiting = completer, max_waiting
         self.weights = weights or Weights(completer.engine)
         self.max_new_tokens = min(max_new_tokens, completer.context - 1)
+        self.turns = Turns(completer, slots)
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._now: Job | None = None
+        self._now: list[Job] = []
         self.has_chat = bool(completer.tokenizer.chat_template)
         self._renderer = Renderer()
         self._announced: dict[str, bool] = {}  # owners of requests on their way, and whether they cancelled
@@ -61,7 +64,17 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Count the requests before a new request."""
-        return len(self._queue) + (self._now is not None)
+        return max(len(self._queue) + len(self._now) + 1 - self.turns.count, 0)
+
+    @property
+    def is_closed(self) -> bool:
+        """Return whether the model's thread has ended."""
+        return self._closed
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether a request waits or is served."""
+        return bool(self._queue or self._now)
 
     @property
     def is_compiling(self) -> bool:
@@ -72,7 +85,7 @@ class Scheduler:
         """Count the requests before the waiting request of `owner`. Returns 0 without a waiting request."""
         with self._changed:
             waiting = [job.owner for job in self._queue]
-            return waiting.index(owner) + (self._now is not None) if owner in waiting else 0
+            return waiting.index(owner) + bool(self._now) if owner in waiting else 0
 
     async def in_turn(self, encode: Callable[..., T], *arguments: Any, chat: bool = False) -> T:
         """Call `encode` in a thread. At most `ENCODING` calls run at a time, besides one that renders a chat.
@@ -109,44 +122,54 @@ class Scheduler:
             except UserError:  # the template may require other turns
                 pass
 
-    def sampling(self, **numbers: Any) -> Sampling:
+    def sampling(self, *, ignore_eos: bool = False, logit_bias: Any = None, **numbers: Any) -> Sampling:
         """Check the numbers of a request. Draws `seed` if it is None. Raises `UserError` naming the number."""
-        return checked_sampling(numbers, self.max_new_tokens)
+        bias = checked_bias(logit_bias, self.completer.vocab_size)
+        return replace(checked_sampling(numbers, self.max_new_tokens), ignore_eos=ignore_eos, logit_bias=bias)
 
     async def stream(
         self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *,
-        owner: str | None = None, client: str = "", weights: str = NEWEST,
+        owner: str | None = None, client: str = "", weights: str = NEWEST, asked: Asked | None = None,
+        scored: bool = False, reads_scores: bool = False,
     ) -> AsyncGenerator[TextChunk, None]:  # fmt: skip
         """Queue a request and yield its chunks. Closing the iterator ends the work. Raises `QueueFull`.
 
         `cancel(owner)` ends the work too. The last chunk then has the reason "cancelled". Clients are served in
-        turn, and the requests of one client in order. `weights` are a name of `Weights.choices`. Raises
-        `ModelGone` after the end of the thread.
+        turn, and the requests of one client in order. `weights` are a name of `Weights.choices`. `asked` is what
+        several texts belong to, and `Work` says what the scores are. Raises `ModelGone` after the end of the
+        thread.
         """
         cancelled = TextChunk(text="", prompt_tokens=len(ids), reason="cancelled")
-        work = partial(self.completer.stream, ids, sampling, stop)
-        async with contextlib.aclosing(self._items(work, cancelled, owner, client, weights)) as parts:
+        work = Work(ids=tuple(ids), sampling=sampling, stop=stop, scored=scored, reads_scores=reads_scores)
+        items_of = self._items(work, cancelled, owner, client, weights, asked or Asked())
+        async with contextlib.aclosing(items_of) as parts:
             async for key, items in parts:  # a slow reader gets all waiting chunks as one
-                yield replace(items[-1], text="".join(item.text for item in items), weights=key)
+                yield replace(
+                    items[-1], text="".join(item.text for item in items), weights=key,
+                    scored=tuple(token for item in items for token in item.scored),
+                    prompt_scores=tuple(score for item in items for score in item.prompt_scores),
+                )  # fmt: skip
                 if items[-1].reason is not None:
                     return
 
     async def score(
-        self, ids: Sequence[int], *, owner: str | None = None, client: str = "", weights: str = NEWEST
-    ) -> list[Score] | None:
+        self, ids: Sequence[int], *, owner: str | None = None, client: str = "", weights: str = NEWEST,
+        asked: Asked | None = None,
+    ) -> list[Score] | None:  # fmt: skip
         """Queue the scoring of a text and return the scores of each id but the first. None if cancelled."""
-        work, found = partial(self.completer.score, ids), []
-        async with contextlib.aclosing(self._items(work, END, owner, client, weights)) as parts:
+        work, found = Work(ids=tuple(ids)), []
+        items_of = self._items(work, END, owner, client, weights, asked or Asked())
+        async with contextlib.aclosing(items_of) as parts:
             async for _, items in parts:
                 found += [score for item in items for score in item]
         return found if len(found) == len(ids) - 1 else None
 
-    async def _items(
-        self, work: Callable[..., Iterator[Any]], cancelled: Any, owner: str | None, client: str, weights: str
+    async def _items(  # noqa: PLR0917
+        self, work: Work, cancelled: Any, owner: str | None, client: str, weights: str, asked: Asked
     ) -> AsyncGenerator[tuple[Key, list[Any]], None]:
         """Queue a job. Yield the key of its weights and its items, all that are ready at a time, until `END`."""
         async with self._claims.of(weights, client) as (key, engine):
-            job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client)
+            job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client, asked)
             try:
                 with self._changed:
                     if self._closed:
@@ -154,7 +177,8 @@ class Scheduler:
                     if owner is not None and self._announced.pop(owner, False):
                         job.items.put_nowait(cancelled)
                     else:
-                        if len(self._queue) >= self.max_waiting:
+                        waiting = {other.asked for other in self._queue} - {asked}
+                        if len(waiting) >= self.max_waiting and not asked.is_served:
                             self._make_room(client)
                         self._queue.append(job)
                         self._changed.notify()
@@ -178,13 +202,15 @@ class Scheduler:
     def _make_room(self, client: str) -> None:
         """Refuse the newest request of the busiest client. Raises `QueueFull` unless `client` has two fewer."""
         full = QueueFull(f"the model is busy and {self.max_waiting} requests are waiting; try again soon")
-        waiting = Counter(job.client for job in self._queue)
-        other, most = waiting.most_common(1)[0]
+        unserved = {job.asked: job.client for job in self._queue if not job.asked.is_served}  # in order of arrival
+        waiting = Counter(unserved.values())
+        other, most = waiting.most_common(1)[0] if waiting else (client, 0)
         if waiting[client] + 1 >= most:
             raise full
-        newest = next(job for job in reversed(self._queue) if job.client == other)
-        self._queue.remove(newest)
-        newest.put(full)
+        newest = [asked for asked, name in unserved.items() if name == other][-1]
+        for job in [job for job in self._queue if job.asked is newest]:
+            self._queue.remove(job)
+            job.put(full)
 
     def announce(self, owner: str) -> None:
         """Expect a request of `owner`, which `cancel` then ends even if it comes later than the cancelling."""
@@ -202,15 +228,16 @@ class Scheduler:
             for job in [job for job in self._queue if job.owner == owner]:
                 self._queue.remove(job)
                 job.put(job.cancelled)
-            if self._now is not None and self._now.owner == owner:
-                self._now.left.set()  # the completer's stream yields the last chunk
+            for job in self._now:
+                if job.owner == owner:
+                    job.left.set()  # the completer's stream yields the last chunk
 
     def close(self) -> None:
         """End the running request and the thread, because Python must not exit inside native code."""
         with self._changed:
             self._closed = True
-            if self._now is not None:
-                self._now.left.set()
+            for job in self._now:
+                job.left.set()
             self._changed.notify()
         self._ends.set()
         self._renderer.close()
@@ -219,39 +246,39 @@ class Scheduler:
 
     def _work(self) -> None:
         ladder.first_rung(self.completer, self.max_new_tokens)
-        ladder.climb(self.completer, self.max_new_tokens, lambda: self.waiting > 0, self._ends)
+        ladder.climb(self.completer, self.max_new_tokens, lambda: self.is_busy, self._ends, self.turns.slots)
         try:
-            while (job := self._next()) is not None:
-                self._serve(job)
+            while self._take():
+                self.turns.step()
+                with self._changed:
+                    self._now = self.turns.jobs
         finally:
             with self._changed:
                 self._closed = True
-                for job in self._queue:
+                for job in (*self._now, *self._queue):
                     job.put(ModelGone(GONE))
 
-    def _next(self) -> Job | None:
-        """Wait for the first request of the client that was served longest ago. None after `close`."""
-        with self._changed:
-            self._now = None
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if self._closed:
-                return None
-            self._now = job = min(self._queue, key=lambda job: self._served.get(job.client, 0))
-            self._queue.remove(job)
-            count = max(self._served.values(), default=0) + 1
-            here = {job.client for job in self._queue}  # clients that do not wait are forgotten
-            self._served = {name: at for name, at in self._served.items() if name in here} | {job.client: count}
-            return job
+    def _take(self) -> bool:
+        """Begin the jobs that fit, and wait for one if none is under way. False after `close`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._now or self._closed)
+                if self._closed and not self._now:
+                    return False
+                if self._closed or len(self._now) >= self.turns.count:
+                    return True
+                job = self._next()
+                if job is None or not self.turns.fits(job):
+                    return True
+                self._queue.remove(job)
+                job.asked.is_served = True
+                count = max(self._served.values(), default=0) + 1
+                here = {job.client for job in self._queue}  # clients that do not wait are forgotten
+                kept = {name: at for name, at in self._served.items() if name in here}
+                self._served = kept | {job.client: count}
+                self.turns.begin(job)
+                self._now = self.turns.jobs
 
-    def _serve(self, job: Job) -> None:
-        try:
-            self.completer.engine = job.engine
-            for item in job.work(job.left.is_set):
-                job.put(item)
-            job.put(END)
-        except UserError as error:
-            job.put(error)
-        except BaseException as error:
-            # whatever failed (memory, a device, a library in Rust), the thread must survive for the next request
-            traceback.print_exc()
-            job.put(RuntimeError(f"the model failed with {type(error).__name__}; the server's log says more"))
+    def _next(self) -> Job | None:
+        """Return the first request of the client that was served longest ago."""
+        return min(self._queue, key=lambda job: self._served.get(job.client, 0), default=None)

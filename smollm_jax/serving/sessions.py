@@ -13,7 +13,7 @@ import gradio as gr
 from smollm_jax.runtime.errors import one_line, say
 from smollm_jax.serving.guard import place_of
 from smollm_jax.serving.handlers import LOOKS
-from smollm_jax.serving.openai_api import error_response
+from smollm_jax.serving.openai_errors import error_response
 from smollm_jax.serving.scheduler import Scheduler
 
 MOST_SESSIONS = 200  # of visitors, with their last inputs

@@ -20,6 +20,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,8 +28,8 @@ from transformers import (
 from transformers.utils import logging
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.generation.generator import ALTERNATIVES, SCORED
-from smollm_jax.generation.sampling import SMALLEST_TEMPERATURE, Sampling, Score
+from smollm_jax.generation.generator import SCORED
+from smollm_jax.generation.sampling import ALTERNATIVES, SMALLEST_TEMPERATURE, Sampling, Score
 from smollm_jax.hf.config_json import hf_config
 from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.runs.load import load_model
@@ -73,38 +74,51 @@ class TorchEngine:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
         """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
+        for token, _ in self._steps(prompt, sampling):
+            if token not in sampling.stop_ids:
+                yield [token]
+
+    def stream_scored(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[tuple[int, Score]]]:
+        """Yield new ids with their scores one by one, the stop id too."""
+        for token, logits_1V in self._steps(prompt, sampling):
+            yield [(token, _scores(logits_1V, [token])[0])]
+
+    def _steps(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield new ids with the logits (1, V) that chose them, the stop id too."""
         self.stop_reason, cache = "cancelled", DynamicCache(config=self._model.config)
         room = min(sampling.max_new_tokens, self.context - len(prompt))
-        penalty = float(sampling.repetition_penalty)  # transformers takes no int for a float
-        settings = GenerationConfig(max_new_tokens=1, pad_token_id=0, repetition_penalty=penalty)
+        settings = GenerationConfig(
+            max_new_tokens=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+        )
         if sampling.temperature > 0:
             settings.update(do_sample=True, top_k=0)
-        rules = sampling_rules(sampling)
+        rules = LogitsProcessorList([*penalty_rules(sampling, len(prompt)), *sampling_rules(sampling)])
         ids_BT = torch.tensor([list(prompt)], device=self._model.device)
 
-        def next_ids(rules: LogitsProcessorList) -> torch.Tensor:
+        def next_ids(rules: LogitsProcessorList) -> tuple[torch.Tensor, torch.Tensor]:
             state = np.random.SeedSequence([sampling.seed, ids_BT.shape[1]]).generate_state(1)
             torch.manual_seed(int(state[0]))
-            return self._model.generate(
+            made = self._model.generate(
                 ids_BT, attention_mask=torch.ones_like(ids_BT), past_key_values=cache,
                 generation_config=settings, logits_processor=rules,
             )  # fmt: skip
+            return made.sequences, made.logits[0]
 
         for made in range(room):
             try:
-                new_BT = next_ids(rules)
+                new_BT, logits_1V = next_ids(rules)
                 if made < sampling.min_new_tokens and int(new_BT[0, -1]) in sampling.stop_ids:
                     cache.crop(-1)  # the last token is computed again
                     banned = SuppressTokensLogitsProcessor(list(sampling.stop_ids), device=str(ids_BT.device))
-                    new_BT = next_ids(LogitsProcessorList([banned, *rules]))
+                    new_BT, logits_1V = next_ids(LogitsProcessorList([banned, *rules]))
                 ids_BT = new_BT
             except _Cancelled:
                 return
             token = int(ids_BT[0, -1])
-            if token in sampling.stop_ids:
-                self.stop_reason = "eos"
+            self.stop_reason = "eos" if token in sampling.stop_ids else "cancelled"
+            yield token, logits_1V
+            if self.stop_reason == "eos":
                 return
-            yield [token]
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
     @torch.inference_mode()
@@ -118,15 +132,46 @@ class TorchEngine:
                 logits_TV = self._model(part_1T, past_key_values=cache, use_cache=True).logits[0]
             except _Cancelled:
                 return
-            logprobs_TV = logits_TV.float().log_softmax(dim=-1)
-            best_TA, ids_TA = logprobs_TV.topk(min(ALTERNATIVES, self.vocab_size))
-            targets_T1 = torch.tensor(part[1:], device=self._model.device)[:, None]
-            logprobs = logprobs_TV.gather(1, targets_T1)[:, 0].tolist()
-            likeliest = [
-                list(zip(*pair, strict=True)) for pair in zip(ids_TA.tolist(), best_TA.tolist(), strict=True)
-            ]
-            are_best = (best_TA[:, 0] == logprobs_TV.gather(1, targets_T1)[:, 0]).tolist()
-            yield [Score(*one) for one in zip(logprobs, are_best, likeliest, strict=True)]
+            yield _scores(logits_TV, part[1:])
+
+
+def _scores(logits_TV: torch.Tensor, targets: Sequence[int]) -> list[Score]:
+    """Return the scores of targets from logits before any rule of sampling."""
+    logprobs_TV = logits_TV.float().log_softmax(dim=-1)
+    best_TA, ids_TA = logprobs_TV.topk(min(ALTERNATIVES, logprobs_TV.shape[-1]))
+    found_T = logprobs_TV.gather(1, torch.tensor(targets, device=logprobs_TV.device)[:, None])[:, 0]
+    likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids_TA.tolist(), best_TA.tolist(), strict=True)]
+    are_best = (best_TA[:, 0] == found_T).tolist()
+    return [Score(*one) for one in zip(found_T.tolist(), are_best, likeliest, strict=True)]
+
+
+class Penalties(LogitsProcessor):
+    """Bias, repetition, presence and frequency penalty, as in generation/sampling.py.
+
+    transformers has no penalty that counts tokens, and applies the repetition penalty before any rule of ours.
+    """
+
+    def __init__(self, sampling: Sampling, prompt_tokens: int):
+        self.sampling, self.prompt_tokens = sampling, prompt_tokens
+        self.repetition = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of a single row after the penalties."""
+        scores = scores.clone()
+        for token, bias in self.sampling.logit_bias:
+            scores[:, token] += bias
+        scores = self.repetition(input_ids, scores)
+        tokens, counts = input_ids[0, self.prompt_tokens :].unique(return_counts=True)
+        scores[0, tokens] -= counts * self.sampling.frequency_penalty + self.sampling.presence_penalty
+        return scores
+
+
+def penalty_rules(sampling: Sampling, prompt_tokens: int) -> list[LogitsProcessor]:
+    """Return the rules before temperature and filters, of a text whose prompt has so many tokens."""
+    changed = sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias
+    if changed or sampling.repetition_penalty != 1:
+        return [Penalties(sampling, prompt_tokens)]
+    return []
 
 
 class StableTopP(LogitsProcessor):

@@ -12,7 +12,7 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.generation import generator as generation
 from smollm_jax.generation.decoder import Decoder, Matrix
 from smollm_jax.generation.generator import Generator, generate
-from smollm_jax.generation.sampling import Sampling, SamplingArrays, choose_token
+from smollm_jax.generation.sampling import Past, Sampling, SamplingArrays, choose_token
 from smollm_jax.model.transformer import SmolLM, init_params, params_of
 from tests.support.lowering import lowered_for_cuda
 
@@ -59,7 +59,7 @@ def uncached(model, prompt, sampling):
         seen = np.zeros((1, CONFIG.vocab_size), bool)
         seen[0, ids] = True
         token = choose_next(
-            logits_at_end(model, ids)[None], seen, np.asarray([len(ids)]),
+            logits_at_end(model, ids)[None], Past(seen, np.zeros(seen.shape, np.int32)), np.asarray([len(ids)]),
             SamplingArrays.from_sampling(sampling), sampling.temperature == 0,
         )  # fmt: skip
         ids.append(int(token[0]))
@@ -307,7 +307,7 @@ def test_products_of_float32_are_float32_on_a_gpu_as_in_training(model):
     given = generator._weights, tokens_BT, jnp.array([5]), SamplingArrays.from_sampling(Sampling())
     prefill = partial(generator._prefill.__wrapped__, length=32, greedy=True)
     decode = partial(generator._decode.__wrapped__, greedy=True)
-    rows = jax.eval_shape(prefill, *given)
+    rows, _ = jax.eval_shape(prefill, *given)
     for function, arguments in (
         (prefill, given),
         (decode, (generator._weights, rows, given[-1])),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from smollm_jax.generation.sampling import (
+    Past,
     Sampling,
     SamplingArrays,
     choose_token,
@@ -53,6 +54,10 @@ RULES = [
     {"min_p": 0.05}, {"min_p": 1.0}, {"repetition_penalty": 1.5}, {"temperature": 3.0}, {"temperature": 0.05},
     {"temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 0.8},
 ]  # fmt: skip
+
+
+def nothing_yet(rows, vocab_size):
+    return Past(jnp.zeros((rows, vocab_size), bool), jnp.zeros((rows, vocab_size), jnp.int32))
 
 
 def scores_of(logits_BV, seen_BV, sampling):
@@ -148,7 +153,7 @@ def test_draws_follow_the_distribution_and_never_leave_it():
     n = 40_000
     tokens = jax.jit(choose_token, static_argnums=4)(
         jnp.broadcast_to(logits_V, (n, 300)),
-        jnp.zeros((n, 300), bool),
+        nothing_yet(n, 300),
         jnp.arange(n),
         SamplingArrays.from_sampling(sampling),
         False,
@@ -183,5 +188,5 @@ def test_a_temperature_near_zero_is_greedy(temperature):
     logits = jnp.asarray(np.random.default_rng(4).normal(0, 3, (8, 200)).astype(np.float32))
     for rule in ({}, {"top_p": 0.5}, {"top_k": 3}):
         arrays = SamplingArrays.from_sampling(Sampling(temperature=temperature, **rule))
-        tokens = choose_token(logits, jnp.zeros((8, 200), bool), jnp.arange(8), arrays, False)
+        tokens = choose_token(logits, nothing_yet(8, 200), jnp.arange(8), arrays, False)
         np.testing.assert_array_equal(tokens, logits.argmax(axis=1))

@@ -13,9 +13,11 @@ from smollm_jax.config.architecture import ModelConfig
 from smollm_jax.generation.sampling import Sampling
 from smollm_jax.hf import export as convert
 from smollm_jax.model.transformer import init_params
-from smollm_jax.serving.completion import Completer, StopStrings, TextOfIds, open_completer
+from smollm_jax.serving.completion import Completer, open_completer
+from smollm_jax.serving.text import StopStrings
 from smollm_jax.tokenizer.chat_template import encode_chat
 from smollm_jax.tokenizer.load import train_tokenizer
+from smollm_jax.tokenizer.streaming import TextOfIds
 from smollm_jax.tokenizer.tokenizer import Tokenizer
 from tests.support.server import TEXTS, chat_tokenizer
 

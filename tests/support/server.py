@@ -40,9 +40,9 @@ def chat_tokenizer(base: Path) -> Path:
     return base
 
 
-def export_model(base: Path, *, ends: bool = False) -> Path:
+def export_model(base: Path, *, ends: bool = False, config: ModelConfig = CONFIG) -> Path:
     """An exported folder of a random chat model that hardly ever ends a text by itself, or after every token."""
-    params = init_params(CONFIG, 3)
+    params = init_params(config, 3)
     # eos and the ids without a token lie against all the others: their logits stay low
     params["embedding"] = params["embedding"].at[300:].multiply(0.01)
     if ends:  # a constant feature, of which the end of a text has the most
@@ -50,7 +50,7 @@ def export_model(base: Path, *, ends: bool = False) -> Path:
         for block, name in (("attention", "o"), ("mlp", "down")):
             params["blocks"][block][name] = params["blocks"][block][name].at[..., 0].set(0.0)
     convert.export_folder(
-        params, CONFIG, base / "tiny", tokenizer_folder=chat_tokenizer(base / "tokenizer"), verify=False
+        params, config, base / "tiny", tokenizer_folder=chat_tokenizer(base / "tokenizer"), verify=False
     )
     return base / "tiny"
 
