@@ -44,8 +44,7 @@ def serve(
 
     Args:
         path: Exported folder, Hub id or run. Default: the folder "export" beside the program.
-        backend: Compute with PyTorch, JAX or llama.cpp. Default: llama for a GGUF file and torch for a folder, if
-            installed, else jax.
+        backend: Default: llama (llama.cpp) for a GGUF file and torch for a folder, if installed, else jax.
         host: Address to listen on. 0.0.0.0 opens the page to the network.
         port: Port to listen on (0: any free port).
         allow_hosts: More host names under which pages may use the server, separated by commas (*: any).
@@ -56,9 +55,8 @@ def serve(
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
         max_new_tokens: Most new tokens per request.
         max_waiting: Most requests in the queue. Further requests are refused.
-        slots: Most texts decoded together, by JAX alone. Each takes the cache of 2,048 tokens. Default: 8.
-        special_tokens: Special tokens that a prompt or message spells out. text: they stay text; parse: they
-            become ids, as in transformers. Default: as the run was trained, else text.
+        slots: Most texts that JAX decodes together. Each takes the cache of 2,048 tokens. Default: 8.
+        special_tokens: Whether special tokens in a prompt stay text or become ids. Default: as trained, else text.
         share: Open the page to the internet by a tunnel of Gradio's. Without a password it gets one.
     """
     require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
@@ -77,9 +75,8 @@ def serve(
         folder, backend=backend, dtype=dtype, max_waiting=max_waiting, max_new_tokens=max_new_tokens,
         special_tokens=special_tokens, slots=slots,
     )  # fmt: skip
-    hosts = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE)
-    key, pair = key_for(user, api_key), (user, password) if user else None
-    app = build_app(scheduler, name, facts, auth=pair, api_key=key, hosts=hosts)
+    hosts, pair = hosts_of(listening, host, allow_hosts, on_space=ON_A_SPACE), (user, password) if user else None
+    app = build_app(scheduler, name, facts, auth=pair, api_key=key_for(user, api_key), hosts=hosts)
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0

@@ -1,8 +1,7 @@
 """The llama.cpp back end: a GGUF file, or a model that is written as one when it is opened.
 
 llama.cpp computes the logits, on a CPU in less time per token than JAX and PyTorch. The rules of generation/
-choose the token. So sampling settings mean the same as with JAX, and a text that is continued with its seed reads
-as if it had never stopped. llama-cpp-python is an extra, imported when a model is opened.
+choose the token. So sampling settings and seeds mean the same as with JAX. llama-cpp-python is an extra.
 """
 
 import os
@@ -17,8 +16,9 @@ import llama_cpp
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
-from smollm_jax.generation.generator import ALTERNATIVES, SCORED
-from smollm_jax.generation.sampling import Sampling, SamplingArrays, Score, choose_first, choose_token
+from smollm_jax.generation import sampling as rules
+from smollm_jax.generation.generator import SCORED
+from smollm_jax.generation.sampling import Past, Sampling, SamplingArrays, Score
 from smollm_jax.hf.gguf_export import export_gguf
 from smollm_jax.hf.gguf_file import read_file
 from smollm_jax.hf.reader import is_gguf
@@ -39,8 +39,7 @@ class LlamaEngine:
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cache = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
+        cores, cache = os.cpu_count(), llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
         try:
             self._model: Any = llama_cpp.Llama(
                 str(file), n_ctx=self.context, n_batch=PART, n_ubatch=PART, n_threads=cores,
@@ -49,60 +48,62 @@ class LlamaEngine:
         except (ValueError, RuntimeError, AssertionError) as error:
             raise UserError(f"llama.cpp cannot load {file}: {error}") from None
         self._batch = llama_cpp.llama_batch_init(PART, 0, 1)
-        self._first = jax.jit(choose_first, static_argnames="greedy")
-        self._next = jax.jit(choose_token, static_argnames="greedy")
+        self._first = jax.jit(rules.choose_first, static_argnames="greedy")
+        self._next = jax.jit(rules.choose_token, static_argnames="greedy")
 
     def unload(self) -> None:
-        """Free the weights."""
         llama_cpp.llama_batch_free(self._batch)
         self._model.close()
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
         """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
+        for token, _ in self._steps(prompt, sampling):
+            if token not in sampling.stop_ids:
+                yield [token]
+
+    def stream_scored(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[tuple[int, Score]]]:
+        """Yield new ids with their scores one by one, the stop id too."""
+        for token, logits_1V in self._steps(prompt, sampling):
+            yield [(token, _scores(logits_1V, [token])[0])]
+
+    def _steps(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield new ids with the logits (1, V) that chose them, the stop id too."""
         self.stop_reason, ids = "cancelled", list(prompt)
         room = min(sampling.max_new_tokens, self.context - len(ids))
         arrays, greedy = SamplingArrays.from_sampling(sampling), sampling.temperature == 0
-        plain = greedy and sampling.repetition_penalty == 1 and not sampling.min_new_tokens
-        seen_1V = np.zeros((1, self.vocab_size), bool)
-        seen_1V[0, ids] = True
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        plain = greedy and penalties == (1, 0, 0) and not sampling.logit_bias and not sampling.min_new_tokens
+        past = Past(np.zeros((1, self.vocab_size), bool), np.zeros((1, self.vocab_size), np.int32))
+        past.in_prompt_BV[0, ids] = True
         for start in range(0, len(ids), PART):
             if self.cancelled():
                 return
-            logits_TV = self._logits(ids[start : start + PART], start, last_only=True)
+            logits_1V = self._logits(ids[start : start + PART], start, last_only=True)
         choose = self._first
         for _ in range(room):
             if plain:
-                token = int(logits_TV[-1].argmax())
+                token = int(logits_1V[0].argmax())
             else:
                 position_1 = np.array([len(ids)], np.int32)
-                token = int(choose(jnp.asarray(logits_TV[-1:]), seen_1V, position_1, arrays, greedy=greedy)[0])
-            if token in sampling.stop_ids:
-                self.stop_reason = "eos"
+                token = int(choose(logits_1V, past, position_1, arrays, greedy=greedy)[0])
+            self.stop_reason = "eos" if token in sampling.stop_ids else "cancelled"
+            yield token, logits_1V
+            if self.stop_reason == "eos":
                 return
             ids.append(token)
-            yield [token]
-            seen_1V[0, token] = True
-            if len(ids) < self.context and len(ids) - len(prompt) < room:
-                logits_TV = self._logits([token], len(ids) - 1, last_only=True)
+            past.counts_BV[0, token] += 1
+            if len(ids) - len(prompt) < room:
+                logits_1V = self._logits([token], len(ids) - 1, last_only=True)
             choose = self._next
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
     def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
         """Yield the scores of each id but the first, part by part, as `Generator.score` does."""
         for start in range(0, len(ids) - 1, SCORED):
-            part = list(ids[start : start + SCORED + 1])
             if self.cancelled():
                 return
-            logits_TV = self._logits(part[:-1], start)
-            logprobs_TV = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV)))
-            best_TA, ids_TA = map(np.asarray, jax.lax.top_k(logprobs_TV, min(ALTERNATIVES, self.vocab_size)))
-            found = logprobs_TV[np.arange(len(part) - 1), part[1:]]
-            yield [
-                Score(
-                    float(logprob), bool(logprob == best[0]), list(zip(ids.tolist(), best.tolist(), strict=True))
-                )
-                for logprob, ids, best in zip(found, ids_TA, best_TA, strict=True)
-            ]
+            part = list(ids[start : start + SCORED + 1])
+            yield _scores(self._logits(part[:-1], start), part[1:])
 
     def _logits(self, ids: Sequence[int], start: int, *, last_only: bool = False) -> np.ndarray:
         """Read `ids` (T,) at positions from `start`. Returns the f32 logits, (T, V) or of the last id (1, V).
@@ -119,6 +120,11 @@ class LlamaEngine:
             raise RuntimeError(f"llama.cpp's llama_decode returned {code}")
         shape = (1 if last_only else len(ids), self.vocab_size)
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=shape).copy()
+
+
+def _scores(logits_TV: np.ndarray, targets: Sequence[int]) -> list[Score]:
+    """Return the scores of targets from logits before any rule of sampling."""
+    return rules.as_scores(rules.scores_of(jnp.asarray(logits_TV), jnp.asarray(targets)), len(targets))
 
 
 def open_llama(
@@ -138,9 +144,7 @@ def open_llama(
             )
             return LlamaEngine(file, config, exact=dtype == "float32")  # mapped: the name can go
 
-    if is_gguf(path):
-        file = expand_home(path)
-        engine, bits = LlamaEngine(file, config, exact=dtype == "float32"), read_file(file).bits
-    else:
-        engine, bits = build(config, params), FORMATS[dtype]
-    return engine, tokenizer, f"llama.cpp, {bits}", config.stop_ids, build
+    if not is_gguf(path):
+        return build(config, params), tokenizer, f"llama.cpp, {FORMATS[dtype]}", config.stop_ids, build
+    engine = LlamaEngine(file := expand_home(path), config, exact=dtype == "float32")
+    return engine, tokenizer, f"llama.cpp, {read_file(file).bits}", config.stop_ids, build

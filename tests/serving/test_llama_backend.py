@@ -29,6 +29,7 @@ CONFIG = ModelConfig(
     intermediate_size=64, max_seq_len=48, rope_theta=10_000.0, initializer_range=0.2,
 )  # fmt: skip
 PROMPT = "the cat sat on"
+COUNTED = {"presence_penalty": 0.3, "frequency_penalty": 0.4, "logit_bias": ((40, 2.0), (50, -3.0))}
 DRAWN = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5}
 
 
@@ -117,8 +118,8 @@ def text_of(completer, prompt=PROMPT, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, DRAWN, {"repetition_penalty": 1.3}, DRAWN | {"min_p": 0.05, "repetition_penalty": 1.2}],
-    ids=["greedy", "drawn", "penalty", "all"],
+    [{}, {"repetition_penalty": 1.3}, DRAWN | {"min_p": 0.05, "repetition_penalty": 1.2} | COUNTED],
+    ids=["greedy", "penalty", "all"],
 )
 def test_a_text_is_the_one_of_jax(engines, settings):
     found, expected = (text_of(engines[name], max_new_tokens=20, **settings) for name in ("llama", "jax"))
@@ -155,6 +156,12 @@ def test_scores_are_those_of_jax(engines, monkeypatch):
     monkeypatch.setattr(importlib.import_module("smollm_jax.serving.llama_backend"), "SCORED", 5)
     found, expected = ([score for part in engines[name].score(ids) for score in part] for name in ("llama", "jax"))
     assert len(found) == len(ids) - 1
+    made = list(
+        engines["llama"].engine.stream_scored(ids[:5], Sampling(max_new_tokens=4, seed=3, temperature=0.8))
+    )
+    text = ids[:5] + [token for [(token, _)] in made]
+    found += [score for [(_, score)] in made]
+    expected += [score for part in engines["jax"].score(text) for score in part][4:]
     for one, other in zip(found, expected, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert one.is_likeliest == other.is_likeliest
