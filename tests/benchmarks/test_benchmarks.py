@@ -132,7 +132,7 @@ def test_a_side_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert "('gone', 0, 'its process ended with exit code 3')" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_breakdown_adds_up_to_the_whole_step(ran):
     found, _ = ran("breakdown", *ALONE)
     rows = {row["part"]: row for row in found["rows"]}
@@ -199,7 +199,7 @@ def test_the_flops_of_the_parts_add_up_to_the_whole():
     assert sum(flops.values()) + norms == whole
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_attention_times_the_kernels_that_run_here_and_says_why_others_do_not(ran):
     found, _ = ran("attention", *ALONE, "--kernels", "plain", "pallas")
     plain, pallas = found["rows"]
@@ -264,7 +264,7 @@ def test_data_sets_the_stream_against_the_tokenizer(ran):
     assert stream["of what the device eats"] == pytest.approx(stream["tokens/s"]["median"] / 1000)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_memory_samples_twelve_times_and_reads_at_the_pace(anew):
     flags = ("--documents", "200", "--tokenizer", "train:300", "--seq-len", "32", "--minutes", "0.05")
     found, _ = anew("memory", *flags, "--tokens-per-second", "5000")
@@ -274,7 +274,7 @@ def test_memory_samples_twelve_times_and_reads_at_the_pace(anew):
     assert 0 < rows[-1]["resident GiB"] <= rows[-1]["at most"] < 2
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_limits_bound_training_and_decoding(ran):
     found, _ = ran("limits", "--preset", "quickstart", "--tokens", "64", "--rounds", "1", "--dtypes", "float32")
     row = found["rows"][0]
@@ -291,7 +291,7 @@ def test_sides_on_different_devices_are_not_compared():
     assert ours.on(ours) is ours
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_checkpoint_times_the_save_and_the_work_in_the_background(ran):
     found, _ = ran("checkpoint", "--preset", "quickstart", "--rounds", "1")
     assert {"the loop stands still", "written behind it", "verified", "restored"} < {
@@ -376,7 +376,7 @@ def test_gpu_files_the_results_of_its_parts_and_names_parts_without_time(ran, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("anew", [pytest.param(False, marks=pytest.mark.release), True])
 def test_a_part_of_gpu_shares_the_compilation_cache_or_does_not_use_it(anew, tmp_path):
     import io
 

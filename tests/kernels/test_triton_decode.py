@@ -60,7 +60,7 @@ def norm_of(config, rng):
 
 
 every_shape = pytest.mark.parametrize(
-    "config", [pytest.param(MODELS["135M"], id="135M", marks=pytest.mark.slow), pytest.param(TINY, id="odd")]
+    "config", [pytest.param(MODELS["135M"], id="135M", marks=pytest.mark.release), pytest.param(TINY, id="odd")]
 )
 # Of them all at once, and in three turns
 ways = pytest.mark.parametrize(
@@ -190,7 +190,7 @@ SMOOTH = replace(TINY, initializer_range=1 / 6)  # a softmax of large scores mak
     [
         pytest.param(TWO_LAYERS, "float32", 1, 64, marks=pytest.mark.slow),
         pytest.param(TWO_LAYERS, "bfloat16", 1, 128, marks=[pytest.mark.slow, pytest.mark.release]),
-        pytest.param(SMOOTH, "float32", 1, 128, marks=pytest.mark.slow),
+        pytest.param(SMOOTH, "float32", 1, 128, marks=pytest.mark.release),
         pytest.param(SMOOTH, "float32", 4, 64, marks=pytest.mark.slow),
         (SMOOTH, "bfloat16", 4, 64),
     ],
@@ -244,7 +244,7 @@ def test_a_row_that_goes_on_past_the_end_of_the_cache_does_no_harm(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["135M", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(MODELS) - {"135M"}))]
+    "name", ["135M", *(pytest.param(name, marks=pytest.mark.release) for name in sorted(set(MODELS) - {"135M"}))]
 )
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
