@@ -18,7 +18,7 @@ PACKAGE = ROOT / "smollm_jax"
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
     "runtime": ("", 1_030),
-    "config": ("runtime", 960),
+    "config": ("runtime", 963),
     "tokenizer": ("runtime", 867),
     "model": ("config runtime", 704),
     "data": ("tokenizer config runtime", 2_164),
@@ -41,7 +41,7 @@ HOUSE = {
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 545),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_629, 21_099
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_632, 21_102
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth
