@@ -18,7 +18,7 @@ PACKAGE = ROOT / "smollm_jax"
 # falls with each simplification. A new capability raises one, with a reason in the commit message.
 HOUSE = {
     "runtime": ("", 1_030),
-    "config": ("runtime", 1_008),
+    "config": ("runtime", 1_011),
     "tokenizer": ("runtime", 867),
     "model": ("config runtime", 738),
     "data": ("tokenizer config runtime", 2_164),
@@ -41,7 +41,7 @@ HOUSE = {
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 548),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_932, 23_122
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_935, 23_125
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

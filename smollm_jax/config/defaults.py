@@ -23,7 +23,10 @@ def default_settings(
         given = {"--recipe": recipe, "--preset": preset, "--config": file}
         others = [flag for flag, value in given.items() if value is not None]
         require(not others, f"--resume takes the settings of the run; leave out {' and '.join(others)}")
-        config = from_dict(read_file(expand_home(resume) / "config.json"))
+        values = read_file(expand_home(resume) / "config.json")
+        no_run = f"{resume} is not a run: its config.json has no settings of one; --init-from starts from weights"
+        require({"run", "data"} <= values.keys(), no_run)
+        config = from_dict(values)
         alone = replace(config.compute, coordinator=None, num_processes=None, process_id=None)  # of that start
         own = replace(config.run, run_dir=resume, new_run=False, stop_after=None)
         return replace(config, run=own, compute=alone)

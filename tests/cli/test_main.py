@@ -158,5 +158,9 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path):
     assert (again.compute.coordinator, again.compute.num_processes, again.compute.process_id) == (None,) * 3
     with pytest.raises(UserError, match=r"config\.json is missing"):
         parse(["--resume", str(tmp_path / "nowhere")])
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"export is not a run: its config\.json has no settings of one"):
+        parse(["--resume", str(tmp_path / "export")])
     with pytest.raises(UserError, match="leave out --recipe"):
         parse(["--resume", str(tmp_path), "--recipe", "quickstart"])

@@ -129,6 +129,18 @@ def test_a_branch_that_cannot_be_is_one_line_and_leaves_nothing(parent, capfd, t
     assert os.listdir(tmp_path) == ["other"]
 
 
+def test_a_branch_of_a_damaged_checkpoint_is_refused_and_leaves_nothing(parent, capfd, tmp_path):
+    shutil.copytree(parent, tmp_path / "run")
+    file = max((tmp_path / "run" / "checkpoints" / "12" / "params").rglob("*"), key=lambda x: x.stat().st_size)
+    file = next(x for x in file.rglob("*") if x.is_file()) if file.is_dir() else file
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    argv = [str(tmp_path / "run"), *NEW, "--run-dir", str(tmp_path / "child")]
+    assert run_main(lambda: command("anneal", argv, "smollm")) == 2
+    assert "checkpoint 12 in" in (said := capfd.readouterr().err.splitlines()[-1])
+    assert "is damaged" in said
+    assert os.listdir(tmp_path) == ["run"]
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_the_rate_of_a_branch_is_the_rate_of_its_step_whatever_the_schedule(tmp_path, schedule):
     config = parse(["--phases", "10x4,6x2", "--warmup-steps", "3", "--schedule", schedule])
