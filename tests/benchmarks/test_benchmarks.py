@@ -313,6 +313,17 @@ def test_curve_compares_the_losses_of_two_dtypes_and_another_seed(ran):
     assert 0 < abs(bf16["held-out gap"]) < abs(other["held-out gap"])
 
 
+@pytest.mark.release
+def test_minutes_gives_each_variant_the_steps_of_its_time(ran):
+    tiny = "--seq-len 32 --num-layers 1 --tokenizer train:300 --vocab-size 300"
+    flags = ["--of", "0.001", "--rounds", "2", "--variants", f"AdamW: {tiny}", f"Muon: --optimizer muon {tiny}"]
+    found, _ = ran("minutes", *flags)
+    assert [(row["variant"], row["minutes"]) for row in found["rows"]] == [("AdamW", 0.001), ("Muon", 0.001)]
+    for row, timed in zip(found["rows"], found["summary"], strict=True):
+        assert row["steps"] == max(int(0.06 / timed["step, median s"]), 2)
+        assert 0 < row["bits per byte"] < 20
+
+
 def test_curve_names_the_run_that_failed(capfd):
     from benchmarks.curve import curve
 

@@ -43,7 +43,7 @@ def test_the_kernel_gives_the_loss_the_z_loss_and_their_gradient(words, spread):
         z = z_loss * jnp.sum(weights * jax.nn.logsumexp(logits, axis=-1) ** 2)
         return z - jnp.sum(weights * picked), z
 
-    for z_loss in (0.0, 0.01):
+    for z_loss in (0.0, 0.01) if words == 300 else (0.01,):
         (expected, z), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits, z_loss)
         for kernel in (interpreted, reference_cross_entropy):
             score = jax.jit(kernel, static_argnums=(3, 4))

@@ -34,7 +34,7 @@ def test_the_chunked_loss_and_its_gradients_equal_the_whole_ones(chunk):
         np.testing.assert_allclose(a, 3 * b, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [7, 10_000])
+@pytest.mark.parametrize("chunk", [7, pytest.param(10_000, marks=pytest.mark.release)])
 def test_the_z_loss_and_its_gradients_equal_the_formula_s(chunk):
     rng = np.random.default_rng(0)
     x, head = jnp.asarray(rng.normal(size=(3, 11, 8))), jnp.asarray(rng.normal(size=(29, 8)))
