@@ -165,7 +165,7 @@ class Slots:
         read[0].block_until_ready()
         if row.reads_scores:
             found, row.read = engine.score_part(row.prompt, start, read, row.length)
-            row.read_to += min(row.length, generation.SCORED)
+            row.read_to += min(row.length, engine.scored)
             self._sent.append(Sent([row], None, found, max(min(row.read_to, whole - 1) - start, 0)))
         else:
             row.read = engine.read_part(tokens_1T, start, length_1, read, row.length)
