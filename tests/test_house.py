@@ -26,22 +26,22 @@ HOUSE = {
     "kernels": ("model config runtime", 1_183),
     "hf": ("model tokenizer config runtime", 1_868),
     "checkpoint": ("distributed runtime", 712),
-    "generation": ("kernels model config runtime", 1_382),
+    "generation": ("kernels model config runtime", 1_387),
     "runs": ("hf checkpoint data tokenizer config runtime", 1_190),
     "evaluation": ("runs generation kernels model tokenizer config runtime", 667),
     "training": (
         "evaluation runs generation kernels checkpoint data distributed model tokenizer config runtime",
         2_526,
     ),
-    "serving": ("runs generation hf model tokenizer config runtime", 3_752),
+    "serving": ("runs generation hf model tokenizer config runtime", 3_753),
     "planning": ("training kernels distributed model config runtime", 502),
     "cli": (
         "planning training evaluation serving runs generation hf checkpoint distributed tokenizer config runtime",
-        1_126,
+        1_130,
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 548),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_277, 21_747
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_277, 21_757
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

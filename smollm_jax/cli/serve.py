@@ -54,14 +54,12 @@ def serve(
         api_key_file: File that holds the key. Default: the variable SMOLLM_JAX_API_KEY.
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
         max_new_tokens: Most new tokens per request.
-        max_waiting: Most requests in the queue. Further requests are refused.
+        max_waiting: Most requests in the queue.
         slots: Most texts decoded together, by JAX alone. Each takes the cache of 2,048 tokens. Default: 8.
-        special_tokens: Special tokens that a prompt or message spells out. text: they stay text; parse: they
-            become ids, as in transformers. Default: as the run was trained, else text.
+        special_tokens: Whether special tokens in a prompt stay text or become ids. Default: as in training, else text.
         share: Open the page to the internet by a tunnel of Gradio's. Without a password it gets one.
     """
-    require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
-    require(slots is None or 0 < slots <= MOST_SLOTS, f"--slots {slots} must lie in 1 to {MOST_SLOTS}")
+    check_numbers(port, slots)
     user, password = login(secret("auth", auth, auth_file))
     require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
@@ -82,6 +80,12 @@ def serve(
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0
+
+
+def check_numbers(port: int, slots: int | None) -> None:
+    """Raise `UserError` for a number out of range."""
+    require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
+    require(slots is None or 0 < slots <= MOST_SLOTS, f"--slots {slots} must lie in 1 to {MOST_SLOTS}")
 
 
 def place_of(path: str) -> str:

@@ -29,7 +29,7 @@ PEAK = 3  # times all slots that caches take at most: a batch, the one that repl
 class Row:
     """A text that takes a slot: its prompt, how to go on, and how far it is. Without `sampling` it is only scored.
 
-    `scored` wants the scores of new ids, and `reads_scores` those of the prompt's, each but the first. At the end
+    `scored` wants the scores of new ids, and `reads_scores` scores of the prompt, each but the first. At the end
     `reason` is "eos", "length", "context", "scored" or "cancelled".
     """
 

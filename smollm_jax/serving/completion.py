@@ -85,7 +85,7 @@ class Completer:
         """Yield the continuation of `prompt` (text or ids) in chunks. The last chunk has a `reason`.
 
         A stop string ends the text and is not part of the text. `scored` wants the scores of new tokens, and
-        `reads_scores` those of the prompt's. `cancelled` is called after every step of the engine. An engine that
+        `reads_scores` scores of the prompt. `cancelled` is called after every step of the engine. An engine that
         can end inside a step calls `cancelled` there too. Closing the iterator ends the work. Raises `UserError`
         as `encode` does.
         """

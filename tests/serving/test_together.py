@@ -62,7 +62,8 @@ def test_each_client_gets_the_text_it_would_get_alone(completer, scheduler):
     found = asyncio.run(go())
     assert [(text, last.reason) for text, last in found] == expected
     assert {reason for _, reason in expected} == {"length", "stop string"}
-    assert not scheduler.is_busy
+    while scheduler.is_busy:  # the thread has given the last text away, and looks up
+        time.sleep(0.001)
 
 
 @pytest.mark.slow
