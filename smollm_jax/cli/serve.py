@@ -56,7 +56,7 @@ def serve(
         max_new_tokens: Most new tokens per request.
         max_waiting: Most requests in the queue.
         slots: Most texts decoded together, by JAX alone. Each takes the cache of 2,048 tokens. Default: 8.
-        special_tokens: Whether special tokens in a prompt stay text or become ids. Default: as in training, else text.
+        special_tokens: Whether special tokens in a prompt stay text or become ids. Default: as in training.
         share: Open the page to the internet by a tunnel of Gradio's. Without a password it gets one.
     """
     check_numbers(port, slots)

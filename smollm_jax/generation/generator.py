@@ -281,7 +281,7 @@ class Generator:
         decoder = self._decoder(weights)
         return steps.decode_chunk(decoder, rows, arrays, tokens=CHUNK, greedy=greedy, scored=scored)
 
-    def _decoder(self, weights: list[jax.Array]) -> Decoder:
+    def _decoder(self, weights: list[Any]) -> Decoder:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, weights))
 
 

@@ -98,7 +98,8 @@ class Completer:
             yield writer.chunk("", prompt_scores=scores)
         if hasattr(self.engine, "cancelled"):
             self.engine.cancelled = cancelled
-        stream: Any = self.engine.stream_scored(ids, sampling) if scored else self.engine.stream(ids, sampling)
+        engine: Any = self.engine
+        stream = engine.stream_scored(ids, sampling) if scored else engine.stream(ids, sampling)
         try:
             for new in stream:
                 made = [token for token, _ in new if token not in sampling.stop_ids] if scored else new
