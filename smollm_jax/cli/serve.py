@@ -54,13 +54,12 @@ def serve(
         api_key_file: File that holds the key. Default: the variable SMOLLM_JAX_API_KEY.
         dtype: Compute dtype. auto: float32 on a CPU, bfloat16 elsewhere.
         max_new_tokens: Most new tokens per request.
-        max_waiting: Most requests in the queue. Further requests are refused.
-        slots: Most texts that JAX decodes together. Each takes the cache of 2,048 tokens. Default: 8.
-        special_tokens: Whether special tokens in a prompt stay text or become ids. Default: as trained, else text.
+        max_waiting: Most requests in the queue.
+        slots: Most texts decoded together, by JAX alone. Each takes the cache of 2,048 tokens. Default: 8.
+        special_tokens: Whether special tokens in a prompt stay text or become ids. Default: as in training.
         share: Open the page to the internet by a tunnel of Gradio's. Without a password it gets one.
     """
-    require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
-    require(slots is None or 0 < slots <= MOST_SLOTS, f"--slots {slots} must lie in 1 to {MOST_SLOTS}")
+    check_numbers(port, slots)
     user, password = login(secret("auth", auth, auth_file))
     require(not (share and ON_A_SPACE), "--share: a Space is public already; leave it out")
     api_key = secret("api-key", api_key, api_key_file)
@@ -80,6 +79,12 @@ def serve(
     run(app, listening, host, on_space=ON_A_SPACE, share=hosts if share else None)
     scheduler.close()
     return 0
+
+
+def check_numbers(port: int, slots: int | None) -> None:
+    """Raise `UserError` for a number out of range."""
+    require(0 <= port < 2**16, f"--port {port} must lie in 0 to 65535")
+    require(slots is None or 0 < slots <= MOST_SLOTS, f"--slots {slots} must lie in 1 to {MOST_SLOTS}")
 
 
 def place_of(path: str) -> str:

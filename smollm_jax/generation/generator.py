@@ -24,7 +24,7 @@ from smollm_jax.model.transformer import SmolLM
 from smollm_jax.runtime.devices import precision_of
 from smollm_jax.runtime.errors import require
 
-SCORED = 256  # tokens of a text whose logits exist at once
+SCORED, SCORED_ON_CPU = 256, 64  # tokens of a text whose logits exist at once. Others write between two parts
 PART, PART_ON_CPU = 512, 128  # tokens of a prompt per program. A request can be cancelled between two
 CHUNK = 8  # tokens per round trip: few enough to read a text while it grows. One loop is compiled
 
@@ -39,7 +39,8 @@ class Generator:
         self._kernels = kernels
         self.num_parameters = model.config.num_parameters
         self.vocab_size, self.context = model.config.vocab_size, model.config.max_seq_len
-        self.part = PART_ON_CPU if jax.default_backend() == "cpu" else PART
+        on_cpu = jax.default_backend() == "cpu"
+        self.part, self.scored = (PART_ON_CPU, SCORED_ON_CPU) if on_cpu else (PART, SCORED)
         self.load(model)
         precise = precision_of(model.dtype)  # as in training, whatever the process has set
         static = ("greedy", "scored")
@@ -111,7 +112,7 @@ class Generator:
         check_prompt(ids, context=self.context + 1, vocab_size=self.vocab_size)
         length = bucket(len(ids))
         read = self.nothing_read(length)
-        for start in range(0, len(ids) - 1, min(length, SCORED)):
+        for start in range(0, len(ids) - 1, min(length, self.scored)):
             scores, read = self.score_part(ids, start, read, length)
             yield as_scores(scores, len(ids) - 1 - start)
 
@@ -124,11 +125,11 @@ class Generator:
         return self._decoder(self._shapes).init_cache(batch_size, length)
 
     def score_part(self, ids: Sequence[int], start: int, read: Read, length: int) -> tuple[Any, Read]:
-        """Read a part of a text from `start`, `SCORED` tokens or all that the cache holds, and score the next ids.
+        """Read a part of a text from `start`, `scored` tokens or all that the cache holds, and score the next ids.
 
         Returns the arrays of the scores, padded, and what was read.
         """
-        size = min(length, SCORED)
+        size = min(length, self.scored)
         padded = np.zeros(size + 1, np.int32)
         part = ids[start : start + size + 1]
         padded[: len(part)] = part
@@ -280,7 +281,7 @@ class Generator:
         decoder = self._decoder(weights)
         return steps.decode_chunk(decoder, rows, arrays, tokens=CHUNK, greedy=greedy, scored=scored)
 
-    def _decoder(self, weights: list[jax.Array]) -> Decoder:
+    def _decoder(self, weights: list[Any]) -> Decoder:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, weights))
 
 

@@ -100,25 +100,30 @@ class SamplingArrays(NamedTuple):
         biased, bias = np.full((1, MOST_BIASED), NO_ID, np.int32), np.zeros((1, MOST_BIASED), np.float32)
         for i, (token, value) in enumerate(sampling.logit_bias):
             biased[0, i], bias[0, i] = token, value
-        floats = (
-            np.asarray([value], np.float32)
-            for value in (
-                sampling.top_p, sampling.min_p, sampling.repetition_penalty, sampling.presence_penalty,
-                sampling.frequency_penalty,
-            )
-        )  # fmt: skip
+
+        def row(value: float) -> np.ndarray:
+            return np.asarray([value], np.float32)
+
         return cls(
-            np.asarray([sampling.temperature or 1.0], np.float32),
-            np.asarray([min(sampling.top_k, 2**31 - 1)], np.int32), *floats,
-            np.asarray([sampling.seed] if seeds is None else seeds, np.uint32),
-            np.asarray([sampling.temperature == 0]), biased, bias, banned,
-        )  # fmt: skip
+            temperature=row(sampling.temperature or 1.0),
+            top_k=np.asarray([min(sampling.top_k, 2**31 - 1)], np.int32),
+            top_p=row(sampling.top_p),
+            min_p=row(sampling.min_p),
+            repetition_penalty=row(sampling.repetition_penalty),
+            presence_penalty=row(sampling.presence_penalty),
+            frequency_penalty=row(sampling.frequency_penalty),
+            seed=np.asarray([sampling.seed] if seeds is None else seeds, np.uint32),
+            is_greedy=np.asarray([sampling.temperature == 0]),
+            biased=biased,
+            bias=bias,
+            banned=banned,
+        )
 
     @classmethod
     def stacked(cls, rows: Sequence[SamplingArrays]) -> SamplingArrays:
         """Return the arrays of rows, each of a single text, for later tokens than the first."""
-        together = [np.concatenate(values) for values in zip(*(row[:-1] for row in rows), strict=True)]
-        return cls(*together, np.full(BANNED_BLOCK, NO_ID, np.int32))
+        together = cls(*(np.concatenate(values) for values in zip(*rows, strict=True)))
+        return together._replace(banned=np.full(BANNED_BLOCK, NO_ID, np.int32))
 
 
 class Past(NamedTuple):

@@ -7,7 +7,6 @@ once for all. A row's token depends on its own seed and position alone, so compa
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ PEAK = 3  # times all slots that caches take at most: a batch, the one that repl
 class Row:
     """A text that takes a slot: its prompt, how to go on, and how far it is. Without `sampling` it is only scored.
 
-    `scored` wants the scores of new ids, and `reads_scores` the prompt's, each but the first. At the end
+    `scored` wants the scores of new ids, and `reads_scores` scores of the prompt, each but the first. At the end
     `reason` is "eos", "length", "context", "scored" or "cancelled".
     """
 
@@ -165,7 +164,7 @@ class Slots:
         read[0].block_until_ready()
         if row.reads_scores:
             found, row.read = engine.score_part(row.prompt, start, read, row.length)
-            row.read_to += min(row.length, generation.SCORED)
+            row.read_to += min(row.length, engine.scored)
             self._sent.append(Sent([row], None, found, max(min(row.read_to, whole - 1) - start, 0)))
         else:
             row.read = engine.read_part(tokens_1T, start, length_1, read, row.length)
@@ -247,7 +246,8 @@ class Slots:
         engine = self.generator
         cache = engine.init_cache(count, length)
         kinds = (jnp.zeros((count, engine.vocab_size), dtype) for dtype in (bool, jnp.int32))
-        return DecodeState(*jnp.zeros((2, count), jnp.int32), Past(*kinds), cache)
+        token_B, position_B = jnp.zeros((2, count), jnp.int32)
+        return DecodeState(token_B, position_B, Past(*kinds), cache)
 
     def _ask(self) -> bool:
         """Send the device the next chunk, while the caller reads the last one. Returns whether there is one."""
@@ -255,6 +255,8 @@ class Slots:
         wanted = [row for row in rows if row is not None and row.sent < row.room]
         if not wanted:
             return False
+        assert self._state is not None
+        assert self._arrays is not None
         scored = any(row.scored for row in wanted)
         greedy = len(rows) == 1 and wanted[0].greedy  # one program serves all batches
         tokens_BC, scores, self._state = self.generator.decode(
@@ -279,7 +281,9 @@ class Slots:
             if row is None or row.reason:
                 continue
             new = new[: row.room - row.made]  # noqa: PLW2901
-            ids = list(takewhile(lambda token, row=row: token not in row.sampling.stop_ids, new))
+            stop_ids = row.sampling.stop_ids
+            ends = next((at for at, token in enumerate(new) if token in stop_ids), len(new))
+            ids = new[:ends]
             row.made += len(ids)
             if len(ids) < len(new):
                 row.reason = "eos"

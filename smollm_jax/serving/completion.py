@@ -85,8 +85,8 @@ class Completer:
         """Yield the continuation of `prompt` (text or ids) in chunks. The last chunk has a `reason`.
 
         A stop string ends the text and is not part of the text. `scored` wants the scores of new tokens, and
-        `reads_scores` the prompt's. `cancelled` is called after every step of the engine. An engine that can
-        end inside a step calls `cancelled` there too. Closing the iterator ends the work. Raises `UserError`
+        `reads_scores` scores of the prompt. `cancelled` is called after every step of the engine. An engine that
+        can end inside a step calls `cancelled` there too. Closing the iterator ends the work. Raises `UserError`
         as `encode` does.
         """
         require(all(stop), "a stop string is empty")
@@ -98,7 +98,8 @@ class Completer:
             yield writer.chunk("", prompt_scores=scores)
         if hasattr(self.engine, "cancelled"):
             self.engine.cancelled = cancelled
-        stream: Any = self.engine.stream_scored(ids, sampling) if scored else self.engine.stream(ids, sampling)
+        engine: Any = self.engine
+        stream = engine.stream_scored(ids, sampling) if scored else engine.stream(ids, sampling)
         try:
             for new in stream:
                 made = [token for token, _ in new if token not in sampling.stop_ids] if scored else new

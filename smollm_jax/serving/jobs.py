@@ -19,7 +19,7 @@ class ModelGone(RuntimeError):
 class Work:
     """What a job asks of an engine: to continue a prompt, or to score it alone if there is no `sampling`.
 
-    `scored` wants the scores of new tokens, and `reads_scores` the prompt's.
+    `scored` wants the scores of new tokens, and `reads_scores` scores of the prompt.
     """
 
     ids: tuple[int, ...]

@@ -33,9 +33,9 @@ class Token(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a choice. The last part has a `reason`."""
+    """A part of choice `number`. The last part has a `reason`."""
 
-    index: int
+    number: int
     text: str
     tokens: Sequence[Token]
     made: int  # new tokens so far
@@ -90,7 +90,7 @@ class CompletionForm:
     def whole(self, part: Part, top: int | None) -> Body:
         """Return a choice as a whole, or a part of a choice in a stream."""
         logprobs = None if top is None else self.logprobs(part.tokens, top)
-        return {"index": part.index, "text": part.text, "logprobs": logprobs, "finish_reason": finish(part)}
+        return {"index": part.number, "text": part.text, "logprobs": logprobs, "finish_reason": finish(part)}
 
     def delta(self, part: Part, top: int | None, *, is_first: bool) -> Body:  # noqa: ARG002 - of chats
         return self.whole(part, top)
@@ -134,7 +134,7 @@ class ChatForm:
 
     def _choice(self, part: Part, top: int | None, **written: Body) -> Body:
         logprobs = None if top is None else self.logprobs(part.tokens, top)
-        return {"index": part.index, **written, "logprobs": logprobs, "finish_reason": finish(part)}
+        return {"index": part.number, **written, "logprobs": logprobs, "finish_reason": finish(part)}
 
     def logprobs(self, tokens: Sequence[Token], top: int) -> Body:
         """Return a list of tokens, each with its likeliest alternatives."""

@@ -13,7 +13,7 @@ async def gathered(parts: AsyncGenerator[Part, None], count: int) -> list[Part]:
     found: list[list[Part]] = [[] for _ in range(count)]
     async with contextlib.aclosing(parts):
         async for part in parts:
-            found[part.index].append(part)
+            found[part.number].append(part)
     return [
         Part(i, "".join(one.text for one in of), [token for one in of for token in one.tokens], *of[-1][3:])
         for i, of in enumerate(found)
@@ -27,8 +27,8 @@ async def events_of(
     made: dict[int, int] = {}
 
     def event(part: Part) -> tuple[str, int]:
-        new, is_first = part.made - made.get(part.index, 0), part.index not in made
-        made[part.index] = part.made
+        new, is_first = part.made - made.get(part.number, 0), part.number not in made
+        made[part.number] = part.made
         return event_of(head | {"choices": [form.delta(part, top, is_first=is_first)]}), new
 
     async with contextlib.aclosing(parts):

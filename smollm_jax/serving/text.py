@@ -38,7 +38,8 @@ class TextWriter:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
         self._text, self._gate = TextOfIds(tokenizer, list(prompt)), StopStrings(stop)
-        self._started, self._first = time.perf_counter(), None
+        self._started = time.perf_counter()
+        self._first: float | None = None
         self.made, self._prompt_tokens = 0, len(prompt)
         self._fed = self._shown = 0  # characters
         self._held: list[ScoredToken] = []  # whose text is not shown yet

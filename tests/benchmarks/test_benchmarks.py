@@ -409,3 +409,15 @@ def test_gpu_names_a_part_that_fails_and_one_that_takes_too_long(tmp_path):
     assert "exit code 2" in run(Part("wrong", "benchmarks.data --no-such-flag", 60), tmp_path, 60, talk, cache)
     assert run(Part("slow", "benchmarks.ngram", 1), tmp_path, 1, talk, cache).startswith("took longer than 1 s")
     assert "no-such-flag" in talk.getvalue()
+
+
+@pytest.mark.release
+def test_clients_compares_them_at_once_and_in_turn(ran):
+    found, _ = ran("clients", "--layers", "1", "--dtypes", "float32", "--numbers", "2", "--slots", "2",
+                   "--new-tokens", "24", "--rounds", "1", "--long-prompt", "200")  # fmt: skip
+    speed, *waits, memory = found["rows"]
+    assert positive(speed["at once, tokens/s"])
+    assert speed["ratio"] > 0
+    assert {row["text"] for row in waits} == {"alone", "beside a long prompt"}
+    assert all(positive(row["wait between chunks, s"]) for row in waits)
+    assert memory["memory, GiB"] > 0

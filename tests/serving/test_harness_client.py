@@ -53,8 +53,11 @@ def results_of(model, files):
     return found["results"], answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tokens", "texts"), [(True, 1), pytest.param(False, 1, marks=pytest.mark.slow), (True, 7)], ids=str
+    ("tokens", "texts"),
+    [(True, 7), *(pytest.param(tokens, 1, marks=pytest.mark.release) for tokens in (True, False))],
+    ids=str,
 )
 def test_the_server_has_the_scores_of_the_command(folder, tmp_path, tokens, texts):
     client = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
@@ -80,6 +83,7 @@ def test_the_server_has_the_scores_of_the_command(folder, tmp_path, tokens, text
             assert value == (pytest.approx(found[task][name], rel=1e-5) if near else found[task][name])
 
 
+@pytest.mark.slow
 def test_the_servers_own_tokenizer_serves_the_harness(folder):
     """Without a tokenizer of its own the harness asks /tokenizer_info and /tokenize."""
     client = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return export_model(tmp_path_factory.mktemp("scored"), config=replace(CONFIG, num_layers=1, max_seq_len=256))
 
 
-@pytest.fixture(scope="module", params=["jax", "torch"])
+@pytest.fixture(scope="module", params=["jax", pytest.param("torch", marks=pytest.mark.release)])
 def api(request, folder):
     if request.param == "torch":
         pytest.importorskip("torch")
@@ -59,6 +59,7 @@ def ids_of(api, text):
     return post(api, {"prompt": text}, "/tokenize")["tokens"]
 
 
+@pytest.mark.slow
 def test_echo_scores_every_token_but_the_first_as_the_whole_model_does(api, logprobs_of):
     ids = ids_of(api, TEXT)
     asked = {"prompt": TEXT, "max_tokens": 3, "temperature": 0, "logprobs": 2, "echo": True}
@@ -84,6 +85,7 @@ def test_echo_scores_every_token_but_the_first_as_the_whole_model_does(api, logp
         assert found["token_logprobs"][i] == max(found["top_logprobs"][i].values())  # greedy
 
 
+@pytest.mark.release
 def test_offsets_point_at_the_tokens_in_the_text(api):
     asked = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0, "logprobs": 0}
     plain, echoed = (post(api, asked | {"echo": echo})["choices"][0] for echo in (False, True))
@@ -101,6 +103,7 @@ def test_offsets_point_at_the_tokens_in_the_text(api):
     )
 
 
+@pytest.mark.release
 def test_a_prompt_is_scored_without_a_new_token_up_to_the_whole_context(api, logprobs_of):
     reply = post(api, {"prompt": TEXT, "max_tokens": 0, "logprobs": 5, "echo": True})
     choice, ids = reply["choices"][0], ids_of(api, TEXT)
@@ -117,6 +120,7 @@ def test_a_prompt_is_scored_without_a_new_token_up_to_the_whole_context(api, log
     assert "1 to 255" in refused(api, {"prompt": long, "max_tokens": 1, "echo": True})
 
 
+@pytest.mark.slow
 def test_prompts_are_texts_or_ids_one_or_several(api):
     drawn = {"max_tokens": 8, "temperature": 0.8, "seed": 3}
     texts = ["Once upon a time", "The water"]
@@ -132,6 +136,7 @@ def test_prompts_are_texts_or_ids_one_or_several(api):
     assert post(api, drawn | {"prompt": texts[:1]})["choices"][0]["text"] == alone[0]
 
 
+@pytest.mark.release
 def test_several_texts_of_a_prompt_have_seeds_that_follow_each_other(api):
     asked = {"prompt": ["Once", "The water"], "max_tokens": 9, "temperature": 0.9}
     found = post(api, asked | {"n": 2, "seed": 7})["choices"]
@@ -149,6 +154,7 @@ def events(api, body, path="/v1/completions"):
     return [json.loads(line) for line in lines[:-1]]
 
 
+@pytest.mark.slow
 def test_a_stream_adds_up_to_the_whole(api):
     asked = {"prompt": ["Once upon", TEXT], "n": 2, "max_tokens": 20, "temperature": 0.9, "seed": 5, "logprobs": 2}
     asked |= {"echo": True, "stop": ["qu"]}
@@ -166,6 +172,7 @@ def test_a_stream_adds_up_to_the_whole(api):
         assert len(choice["logprobs"]["tokens"]) >= len(choice["logprobs"]["token_logprobs"])
 
 
+@pytest.mark.slow
 def test_a_chat_has_logprobs(api):
     asked = {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 12, "seed": 1, "temperature": 0}
     plain = post(api, asked, "/v1/chat/completions")["choices"][0]
@@ -189,6 +196,7 @@ def test_a_chat_has_logprobs(api):
         assert len([token for one in own for token in one["logprobs"]["content"]]) == 12
 
 
+@pytest.mark.release
 def test_the_end_of_a_text_has_its_score_in_a_completion(api):
     """lm-eval drops the last score, and that must be the new token's, whatever it is."""
     asked = {"prompt": "Once", "temperature": 0, "logprobs": 1, "echo": True, "logit_bias": {"301": 100}}
@@ -269,6 +277,7 @@ def test_the_server_tells_its_health_and_its_model(api):
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
 
 
+@pytest.mark.release
 def test_a_key_guards_all_but_the_health(folder):
     with serving(folder, api_key="s3cret") as (url, scheduler):
         for path in ("/v1/models/tiny", "/tokenizer_info"):
@@ -281,6 +290,7 @@ def test_a_key_guards_all_but_the_health(folder):
         assert httpx.get(f"{url}/health").status_code == 503
 
 
+@pytest.mark.release
 def test_openais_own_client_reads_the_scores(api):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{api[0]}/v1", api_key="none", max_retries=0)
