@@ -73,8 +73,11 @@ def progress_of(found: VerifiedCheckpoint) -> tuple[dict[str, Any], dict[str, An
     lacks = f"checkpoint {found.step} is damaged: its meta.json lacks progress or cursor of a run"
     if not isinstance(progress, dict) or not isinstance(cursor, dict):
         raise UserError(lacks)
-    kinds = {name: (str,) if name == "ledger" else (int, float) for name in progress if name != "cursor"}
-    require(all(type(progress[name]) in kind for name, kind in kinds.items()), lacks)
+    figures = progress.get("figures", {})
+    numbers = [x for name, x in progress.items() if name not in ("cursor", "ledger", "figures")]
+    numbers += figures.values() if isinstance(figures, dict) else [None]
+    is_whole = isinstance(progress.get("ledger", ""), str) and all(type(x) in (int, float) for x in numbers)
+    require(is_whole, lacks)
     require(isinstance(cursor.get("tokenizer"), str) and type(cursor.get("step")) is int, lacks)
     return progress, cursor
 
