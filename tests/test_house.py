@@ -19,29 +19,29 @@ PACKAGE = ROOT / "smollm_jax"
 HOUSE = {
     "runtime": ("", 1_030),
     "config": ("runtime", 1_011),
-    "tokenizer": ("runtime", 867),
+    "tokenizer": ("runtime", 869),
     "model": ("config runtime", 738),
     "data": ("tokenizer config runtime", 2_164),
     "distributed": ("config runtime", 576),
     "kernels": ("model config runtime", 1_191),
     "hf": ("model tokenizer config runtime", 1_893),
-    "checkpoint": ("distributed runtime", 781),
+    "checkpoint": ("distributed runtime", 784),
     "generation": ("kernels model config runtime", 1_391),
-    "runs": ("hf checkpoint data tokenizer config runtime", 1_416),
+    "runs": ("hf checkpoint data tokenizer config runtime", 1_427),
     "evaluation": ("runs generation kernels model tokenizer config runtime", 667),
     "training": (
         "evaluation runs generation kernels checkpoint data distributed model tokenizer config runtime",
-        3_022,
+        3_031,
     ),
-    "serving": ("runs generation hf model tokenizer config runtime", 3_919),
+    "serving": ("runs generation hf model tokenizer config runtime", 4_002),
     "planning": ("training kernels distributed model config runtime", 544),
     "cli": (
         "planning training evaluation serving runs generation hf checkpoint distributed tokenizer config runtime",
-        1_293,
+        1_298,
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 548),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_935, 23_142
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_944, 23_255
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

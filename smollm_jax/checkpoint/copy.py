@@ -8,7 +8,7 @@ from typing import Any
 from smollm_jax.checkpoint.listing import META, find_checkpoint
 from smollm_jax.checkpoint.manager import TEMPORARY
 from smollm_jax.checkpoint.manifest import MANIFEST, read_manifest, seal
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import UserError, one_line
 from smollm_jax.runtime.files import Damaged, fsync, write_json
 
 
@@ -30,8 +30,11 @@ def copy_checkpoint(
         write_json(temporary / META, meta)
         seal(temporary, before["about"])
         after = read_manifest(temporary)
-    except (shutil.Error, FileNotFoundError, Damaged) as error:
-        raise UserError(f"checkpoint {step} in {source} vanished while it was copied: {error}") from None
+    except (OSError, Damaged) as error:
+        first = error.args[0][0][2] if isinstance(error, shutil.Error) else one_line(error)
+        shutil.rmtree(temporary, ignore_errors=True)
+        what = "could not be copied" if (source / str(step)).exists() else "vanished while it was copied"
+        raise UserError(f"checkpoint {step} in {source} {what}: {first}") from None
     changed = [
         name for name in before["files"] if name != META and after["files"].get(name) != before["files"][name]
     ]

@@ -14,7 +14,9 @@ from smollm_jax.runtime.errors import require, say
 from smollm_jax.runtime.files import expand_home
 from smollm_jax.runtime.signals import StopRequest
 
-FIXED = ("resume", "config", "recipe", "preset")  # flags of train that choose other settings than the run's
+# flags of train that choose other settings than the run's, or the schedule, which the branch has of its own
+FIXED = ("resume", "config", "recipe", "preset", "learning-rate", "schedule", "warmup-steps", "decay-steps",
+         "decay-shape", "extend", "phases", "batch-size")  # fmt: skip
 
 
 def _branch(
@@ -49,18 +51,21 @@ def anneal(argv: list[str], prog: str) -> int:
     (run, step, steps, decay, final), others = parse_part(_branch, argv, prog)
     given = {found[1].replace("_", "-") for word in others if (found := FLAG.fullmatch(word))}
     fixed = [f"--{name}" for name in FIXED if name in given]
-    require(not fixed, f"{', '.join(fixed)}: a branch has the settings of its run; leave it out")
+    own = "a branch has the settings of its run, and the decay of --decay and --steps"
+    require(not fixed, f"{', '.join(fixed)}: {own}; leave it out")
     config: Config = parse(["--resume", run, *others], prog=prog)
     parent = expand_home(run)
     if "run-dir" not in given:
-        config = replace(config, run=replace(config.run, run_dir=f"{run.rstrip('/')}-anneal-{step}"))
+        beside = run.rstrip("/") if Path(run).name not in ("", "..") else str(parent.resolve())
+        config = replace(config, run=replace(config.run, run_dir=f"{beside}-anneal-{step}"))
     same = Path(config.run_dir).resolve() == parent.resolve()
     require(not same, f"--run-dir {config.run_dir} is the run itself, which stays as it is; give another folder")
     from smollm_jax.checkpoint.listing import find_checkpoint, steps_in
+    from smollm_jax.runs.lock import METRICS
     from smollm_jax.runs.places import check_places
 
     check_places(config, has_own=True)
-    if not steps_in(Path(config.run_dir) / "checkpoints"):
+    if not steps_in(Path(config.run_dir) / "checkpoints") and not (Path(config.run_dir) / METRICS).exists():
         find_checkpoint(parent / "checkpoints", step, group="step")
     say(f"anneal      {run} from step {step:,}, {decay} in {steps:,} steps; loading JAX")
     if not has_accelerator():

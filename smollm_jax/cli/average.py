@@ -45,7 +45,7 @@ def average(
     from smollm_jax.runs.average import averaged, check_out, newest, write_average
     from smollm_jax.runs.places import check_data
 
-    check_out(out)
+    check_out(out, paths)
     if data is not None:
         check_data(data)
     names = list(paths) if last is None else newest(paths[0], last)

@@ -58,8 +58,8 @@ def averaged(
 ) -> tuple[ModelConfig, Any, Tokenizer]:
     """Return the mean of models with these weights, or of two models their point `slerp` on the great circle.
 
-    One model is in memory at a time, for `slerp` two. `seen` is called with each. Raises `UserError` if
-    architectures or tokenizers differ.
+    The float64 mean and one model are in memory at a time, for `slerp` two models. `seen` is called with each.
+    Raises `UserError` if architectures or tokenizers differ.
     """
     total: dict[str, np.ndarray] = {}
     first: tuple[ModelConfig, Tokenizer] | None = None
@@ -74,9 +74,12 @@ def averaged(
         elif not total:
             total = leaves
         else:
-            total = {name: on_circle(name, total[name], leaf, slerp) for name, leaf in leaves.items()}
+            for name, leaf in leaves.items():
+                total[name] = on_circle(name, total[name], leaf, slerp).astype(np.float32)
+        del params, leaves  # before the next model is read
     assert first is not None
-    return first[0], unflatten({name: leaf.astype(np.float32) for name, leaf in total.items()}, "/"), first[1]
+    mean = {name: total.pop(name).astype(np.float32, copy=False) for name in sorted(total)}
+    return first[0], unflatten(mean, "/"), first[1]
 
 
 def _require_same(
@@ -93,7 +96,7 @@ def _require_same(
 def _add(total: dict[str, np.ndarray], leaves: Mapping[str, np.ndarray], weight: float) -> None:
     for name, leaf in leaves.items():
         part = np.multiply(leaf, weight, dtype=np.float64)
-        total[name] = total[name] + part if name in total else part
+        total[name] = np.add(total[name], part, out=part) if name in total else part
 
 
 def on_circle(name: str, one: np.ndarray, other: np.ndarray, t: float) -> np.ndarray:
@@ -110,9 +113,14 @@ def on_circle(name: str, one: np.ndarray, other: np.ndarray, t: float) -> np.nda
     return (parts[0][:, None] * a + parts[1][:, None] * b).reshape(one.shape)
 
 
-def check_out(out: str) -> None:
-    """Raise `UserError` if `out` holds what no export wrote, before gigabytes are read."""
+def check_out(out: str, paths: Sequence[str]) -> None:
+    """Raise `UserError` if `out` holds what no export wrote, or a part of the average. No weights are read yet."""
     refuse_foreign(expand_home(out), expand_home(out))
+    place = expand_home(out).resolve()
+    for path in paths:
+        part = (run_of(path) or (expand_home(path),))[0].resolve()
+        inside = place == part or part in place.parents
+        require(not inside, f"--out {out} lies in {path}, which is averaged; give another --out")
 
 
 def write_average(

@@ -29,10 +29,15 @@ class Work:
     reads_scores: bool = False
 
 
+@dataclass(eq=False)
 class Asked:
-    """A request of a client, whose jobs together have one place in the queue."""
+    """A request of a client, whose jobs together have one place in the queue.
 
-    is_served = False  # a job of it has begun
+    With `weights`, key and engine, all its jobs have these. So a new checkpoint comes between two requests.
+    """
+
+    weights: tuple[Any, Engine] | None = None
+    is_served: bool = False  # a job of it has begun
 
 
 @dataclass(eq=False)

@@ -4,7 +4,6 @@ llama.cpp computes the logits, on a CPU in less time per token than JAX and PyTo
 choose the token. So sampling settings and seeds mean the same as with JAX. llama-cpp-python is an extra.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import llama_cpp
 import numpy as np
 
 from smollm_jax.config.architecture import ModelConfig
@@ -21,13 +19,15 @@ from smollm_jax.generation.generator import SCORED
 from smollm_jax.generation.sampling import Past, Sampling, SamplingArrays, Score
 from smollm_jax.hf.gguf_export import export_gguf
 from smollm_jax.hf.gguf_file import read_file
+from smollm_jax.hf.gguf_model import read_gguf_config
+from smollm_jax.hf.gguf_vocabulary import read_vocabulary
 from smollm_jax.hf.reader import is_gguf
 from smollm_jax.runs.load import load_model
-from smollm_jax.runtime.errors import UserError
+from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
+from smollm_jax.serving.llama_library import PART, LlamaFile
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
-PART = 512  # tokens read in one call. A request can be cancelled between two
 FORMATS = {"auto": "f16", "float32": "f32", "bfloat16": "bf16"}
 
 
@@ -39,21 +39,13 @@ class LlamaEngine:
         self.context, self.vocab_size = config.max_seq_len, config.vocab_size
         self.stop_reason: str | None = None
         self.cancelled: Callable[[], bool] = lambda: False
-        cores, cache = os.cpu_count(), llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
-        try:
-            self._model: Any = llama_cpp.Llama(
-                str(file), n_ctx=self.context, n_batch=PART, n_ubatch=PART, n_threads=cores,
-                n_threads_batch=cores, n_gpu_layers=-1, type_k=cache, type_v=cache, verbose=False,
-            )  # fmt: skip
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise UserError(f"llama.cpp cannot load {file}: {error}") from None
-        self._batch = llama_cpp.llama_batch_init(PART, 0, 1)
+        self._file = LlamaFile(file, context=self.context, vocab_size=self.vocab_size, exact=exact)
         self._first = jax.jit(rules.choose_first, static_argnames="greedy")
         self._next = jax.jit(rules.choose_token, static_argnames="greedy")
 
     def unload(self) -> None:
-        llama_cpp.llama_batch_free(self._batch)
-        self._model.close()
+        """Free the weights."""
+        self._file.close()
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
         """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
@@ -78,7 +70,7 @@ class LlamaEngine:
         for start in range(0, len(ids), PART):
             if self.cancelled():
                 return
-            logits_1V = self._logits(ids[start : start + PART], start, last_only=True)
+            logits_1V = self._file.logits(ids[start : start + PART], start, last_only=True)
         choose = self._first
         for _ in range(room):
             if plain:
@@ -93,7 +85,7 @@ class LlamaEngine:
             ids.append(token)
             past.counts_BV[0, token] += 1
             if len(ids) - len(prompt) < room:
-                logits_1V = self._logits([token], len(ids) - 1, last_only=True)
+                logits_1V = self._file.logits([token], len(ids) - 1, last_only=True)
             choose = self._next
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
@@ -103,23 +95,7 @@ class LlamaEngine:
             if self.cancelled():
                 return
             part = list(ids[start : start + SCORED + 1])
-            yield _scores(self._logits(part[:-1], start), part[1:])
-
-    def _logits(self, ids: Sequence[int], start: int, *, last_only: bool = False) -> np.ndarray:
-        """Read `ids` (T,) at positions from `start`. Returns the f32 logits, (T, V) or of the last id (1, V).
-
-        What stood at these positions and after them is forgotten.
-        """
-        context, batch = self._model.ctx, self._batch
-        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), 0, start, -1)
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
-            batch.logits[i] = not last_only or i == len(ids) - 1
-        if code := llama_cpp.llama_decode(context, batch):
-            raise RuntimeError(f"llama.cpp's llama_decode returned {code}")
-        shape = (1 if last_only else len(ids), self.vocab_size)
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=shape).copy()
+            yield _scores(self._file.logits(part[:-1], start), part[1:])
 
 
 def _scores(logits_TV: np.ndarray, targets: Sequence[int]) -> list[Score]:
@@ -132,19 +108,23 @@ def open_llama(
 ) -> tuple[LlamaEngine, Tokenizer, str, tuple[int, ...], Callable[[ModelConfig, Any], LlamaEngine]]:
     """Load the model at `path`: engine, tokenizer, description, stop ids, and a function that rebuilds the engine.
 
-    A GGUF file keeps its format. Another model is written as GGUF first: f16, or what `dtype` says. Raises
-    `UserError`.
+    A GGUF file keeps its format, with a cache in f32 for `dtype` float32. Another model is written as GGUF first:
+    f16, or what `dtype` says. Raises `UserError`.
     """
-    config, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
+    exact = dtype == "float32"
 
     def build(config: ModelConfig, params: Any) -> LlamaEngine:
         with tempfile.TemporaryDirectory(prefix="smollm-jax-") as folder:
-            file, _ = export_gguf(
-                params, config, tokenizer, Path(folder) / "gguf", dtype=FORMATS[dtype], verify=False
-            )
-            return LlamaEngine(file, config, exact=dtype == "float32")  # mapped: the name can go
+            out, kind = Path(folder) / "gguf", FORMATS[dtype]
+            file, _ = export_gguf(params, config, tokenizer, out, dtype=kind, verify=False)
+            return LlamaEngine(file, config, exact=exact)  # mapped: the name can go
 
     if not is_gguf(path):
-        return build(config, params), tokenizer, f"llama.cpp, {FORMATS[dtype]}", config.stop_ids, build
-    engine = LlamaEngine(file := expand_home(path), config, exact=dtype == "float32")
-    return engine, tokenizer, f"llama.cpp, {read_file(file).bits}", config.stop_ids, build
+        opened, params, tokenizer = load_model(path, step, special_tokens=special_tokens)
+        return build(opened, params), tokenizer, f"llama.cpp, {FORMATS[dtype]}", opened.stop_ids, build
+    require(dtype != "bfloat16", f"--dtype bfloat16: {path} has a format of its own; leave it out")
+    held = read_file(expand_home(path))
+    tokenizer, opened = read_vocabulary(held.fields, held.path), read_gguf_config(held)
+    tokenizer.mode, opened = special_tokens or "text", opened.ending_at([*opened.stop_ids, tokenizer.eos_id])
+    engine = LlamaEngine(held.path, opened, exact=exact)
+    return engine, tokenizer, f"llama.cpp, {held.bits}", opened.stop_ids, build

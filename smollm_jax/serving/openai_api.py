@@ -78,6 +78,7 @@ class Routes:
 
     async def completions(self, asked: CompletionRequest, request: Request) -> Any:
         """Continue prompts, which are texts or token ids, and score them if asked."""
+        self._check_model(asked.model)
         top = checked_top(asked.logprobs, "logprobs")
         require(asked.best_of in (None, asked.n), f"best_of={asked.best_of!r:.40} must be n; all texts are sent")
         work = self.scheduler.in_turn(self.prompts.of, asked, top is not None)
@@ -86,6 +87,7 @@ class Routes:
 
     async def chat_completions(self, asked: ChatRequest, request: Request) -> Any:
         """Write the assistant's next turn under the model's chat template."""
+        self._check_model(asked.model)
         top = checked_top(asked.top_logprobs, "top_logprobs")
         require(asked.logprobs or not top, "top_logprobs needs logprobs: true")
         messages = [message.as_turn() for message in asked.messages]
@@ -124,7 +126,6 @@ class Routes:
         self, prompts: list[Prompt], asked: BaseRequest, longest: Any, request: Request, form: Form,
         top: int | None,
     ) -> Any:  # fmt: skip
-        self._check_model(asked.model)
         choices = self._choices(prompts, asked, longest, top)
         head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         parts = self._parts(choices, request.client.host if request.client else "")
@@ -155,7 +156,9 @@ class Routes:
         stop, choices = checked_stops(asked.stop or None), list[Choice]()
         for prompt in prompts:
             for i in range(n):
-                own = None if only_prompt else replace(sampling, seed=(sampling.seed + i) % 2**32)
+                # without a seed, equal prompts have other texts
+                seed = (sampling.seed + (len(choices) if asked.seed is None else i)) % 2**32
+                own = None if only_prompt else replace(sampling, seed=seed)
                 choices.append(
                     Choice(index=len(choices), prompt=prompt, sampling=own, stop=stop, echo=echo, top=top)
                 )
@@ -163,8 +166,18 @@ class Routes:
 
     async def _parts(self, choices: Sequence[Choice], client: str) -> AsyncGenerator[Part, None]:
         """Yield the parts of all choices as they come. As many are queued at a time as the model has slots."""
+        async with (
+            self.scheduler.request(client) as asked,
+            contextlib.aclosing(self._parts_with(choices, client, asked)) as parts,
+        ):
+            async for part in parts:
+                yield part
+
+    async def _parts_with(
+        self, choices: Sequence[Choice], client: str, asked: Asked
+    ) -> AsyncGenerator[Part, None]:
         found: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
-        gate, asked = asyncio.Semaphore(self.scheduler.turns.count), Asked()
+        gate = asyncio.Semaphore(self.scheduler.turns.count)
 
         async def write(choice: Choice) -> None:
             try:

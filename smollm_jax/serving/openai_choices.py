@@ -59,11 +59,15 @@ class Choice:
 
 
 def offsets_of(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
-    """Return where each id begins in a text. A special token in front that the text lacks has no characters."""
+    """Return where each id begins in a text. A special token that the text lacks has no characters."""
     decoder, offsets, at = TextOfIds(tokenizer, []), [], 0
+    special = {token: name for name, token in tokenizer.special_tokens.items()}
     for token in ids:
         offsets.append(min(at, len(text)))
-        at += len(decoder.feed([token]))
+        if token in special:
+            at += len(special[token]) if text.startswith(special[token], at) else 0
+        else:
+            at += len(decoder.feed([token]))
     return offsets
 
 

@@ -23,18 +23,21 @@ class Prompts:
     def of(self, asked: CompletionRequest, scored: bool) -> list[Prompt]:
         """Return the prompts of a request. Raises `UserError` for one that is none, and for too many."""
         given = _listed(asked.prompt)
-        checked_choices(asked.n, len(given))
+        n = checked_choices(asked.n, len(given))
         check_length("".join(one for one in given if isinstance(one, str)), "the prompts have")
         # without a new token the last one is only a target, so one more fits
         only_prompt = asked.echo and asked.max_tokens == 0
-        prompts = [self._prompt(one, asked, scored, only_prompt) for one in given]
-        total = sum(len(prompt.ids) for prompt in prompts)
-        require(
-            total <= MOST_PROMPT_TOKENS, f"the prompts have {total:,} tokens; the most is {MOST_PROMPT_TOKENS:,}"
-        )
-        return prompts
+        prompts = [self._prompt(one, asked, only_prompt) for one in given]
+        total = n * sum(len(prompt.ids) for prompt in prompts)
+        times = f" for {n} texts each" if n > 1 else ""
+        much = f"the prompts have {total:,} tokens{times}; the most is {MOST_PROMPT_TOKENS:,}"
+        require(total <= MOST_PROMPT_TOKENS, much)
+        if not (asked.echo and scored):
+            return prompts
+        tokenizer = self._completer.tokenizer
+        return [one._replace(offsets=offsets_of(tokenizer, one.ids, one.text)) for one in prompts]
 
-    def _prompt(self, given: str | list[int], asked: CompletionRequest, scored: bool, only_prompt: bool) -> Prompt:
+    def _prompt(self, given: str | list[int], asked: CompletionRequest, only_prompt: bool) -> Prompt:
         tokenizer, context = self._completer.tokenizer, self._completer.context
         if isinstance(given, str):
             require(given != "", "the prompt is empty; write how the text begins")
@@ -46,7 +49,7 @@ class Prompts:
         text = given if isinstance(given, str) else ""
         if asked.echo and not text:
             text = tokenizer.decode(ids, skip_special=False)
-        return Prompt(ids, text, offsets_of(tokenizer, ids, text) if asked.echo and scored else [])
+        return Prompt(ids, text, [])
 
     def tokens(self, asked: TokenizeRequest) -> list[int]:
         """Return the ids of a text. Raises `UserError`."""

@@ -127,6 +127,12 @@ class Scheduler:
         bias = checked_bias(logit_bias, self.completer.vocab_size)
         return replace(checked_sampling(numbers, self.max_new_tokens), ignore_eos=ignore_eos, logit_bias=bias)
 
+    @contextlib.asynccontextmanager
+    async def request(self, client: str) -> AsyncGenerator[Asked, None]:
+        """Give what the texts of a request belong to, with the newest weights for all of them."""
+        async with self._claims.of(NEWEST, client) as weights:
+            yield Asked(weights)
+
     async def stream(
         self, ids: Sequence[int], sampling: Sampling, stop: tuple[str, ...] = (), *,
         owner: str | None = None, client: str = "", weights: str = NEWEST, asked: Asked | None = None,
@@ -168,7 +174,8 @@ class Scheduler:
         self, work: Work, cancelled: Any, owner: str | None, client: str, weights: str, asked: Asked
     ) -> AsyncGenerator[tuple[Key, list[Any]], None]:
         """Queue a job. Yield the key of its weights and its items, all that are ready at a time, until `END`."""
-        async with self._claims.of(weights, client) as (key, engine):
+        whole = asked.weights and contextlib.nullcontext(asked.weights)
+        async with whole or self._claims.of(weights, client) as (key, engine):
             job = Job(work, engine, cancelled, asyncio.get_running_loop(), owner, client, asked)
             try:
                 with self._changed:

@@ -13,6 +13,7 @@ class TextOfIds:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.special_tokens.values())
         self._shorten(list(prompt))
 
     def feed(self, ids: Sequence[int]) -> str:
@@ -32,7 +33,8 @@ class TextOfIds:
 
     def _shorten(self, ids: list[int]) -> None:
         count, inside = CONTEXT_IDS, self._tokenizer.unsettled
-        # not from inside a run of bytes, nor special tokens alone: what follows would be the start of a text
+        ids = [token for token in ids if token not in self._special]  # no text: a long run of them costs nothing
+        # not from inside a run of bytes: what follows would be the start of a text
         while count < len(ids) and ids[-count] in inside:
             count *= 2
         self._window = ids[-count:]

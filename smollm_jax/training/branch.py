@@ -23,7 +23,7 @@ from smollm_jax.config.serialization import to_dict
 from smollm_jax.config.settings import Config
 from smollm_jax.data.loader import afresh
 from smollm_jax.runs.load import parent_of
-from smollm_jax.runs.lock import BEGINNING, PARENT, REFERENCE
+from smollm_jax.runs.lock import BEGINNING, METRICS, PARENT, REFERENCE
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import write_json_atomic
 from smollm_jax.runtime.trees import flatten
@@ -63,6 +63,10 @@ class Branch:
         require(not refused, f"{', '.join(refused)}: a branch keeps the settings of its run; {instead}")
         pairs = "pairs keep the reference log-probs of the run's own data, so a branch has no other --data"
         require(not (config.data.is_pairs and changed & OF_DATA), f"{pairs}; {instead}")
+        ends = config.data.is_chat and config.data.epochs > 0 and not changed & OF_DATA
+        few = f"the data of {config.data.epochs} epochs end at step {config.total_steps:,}, before the decay does"
+        fits = not ends or self.step + self.steps <= config.total_steps
+        require(fits, f"{few}; give fewer --steps, or --epochs or --data, with which the data begin afresh")
         peak, found = config.learning_rate, np.float32(learning_rate_schedule(config)(jnp.int32(self.step - 1)))
         rate = peak if found == np.float32(peak) else float(str(found))
         require(rate > self.final, f"the rate at step {self.step} is {rate:g}, not above the final {self.final:g}")
@@ -96,8 +100,8 @@ class Branch:
             others = [name for name, value in record.items() if before.get(name) != value]
             came = ", ".join(f"{name} was {before.get(name)}, is {record[name]}" for name in others)
             require(not others, f"{run_dir} is another branch: {came}; {give}")
-            if steps_in(run_dir / "checkpoints"):
-                return
+            if steps_in(run_dir / "checkpoints") or (run_dir / METRICS).exists():
+                return  # it has begun: without its checkpoints it is refused, not started over
         write_json_atomic(run_dir / PARENT, record)
 
         def changed(meta: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +109,12 @@ class Branch:
             require(
                 "progress" in meta, f"{no_run}; train_jax.py --init-from {self.parent} starts from its weights"
             )
-            cursor = meta["cursor"]
+            cursor, progress = meta["cursor"], meta["progress"]
             if record["data"] == "afresh":
                 cursor = afresh(self.step, cursor["tokenizer"])
-            progress = meta["progress"] | {"cursor": cursor}
+                # the first loss is of the new data
+                progress = progress | {"nats": 0.0, "targets": 0, "figures": {}}
+            progress = progress | {"cursor": cursor}
             own = {"config": to_dict(config), "cursor": cursor, "progress": progress}
             return meta | own | {"annealed_from": {"run": record["parent"], "step": self.step}}
 

@@ -21,6 +21,8 @@ from smollm_jax.tokenizer.tokenizer import Tokenizer
 from smollm_jax.training.evaluation import HeldOutScore, score_batches
 from smollm_jax.training.step import make_nll
 
+TOKENS = 16_384  # of the rows that are scored together
+
 
 class HeldOutRows:
     """The rows of an evaluation of the first run among `paths`, or as many of the text `data`, and scores on them.
@@ -55,14 +57,15 @@ class HeldOutRows:
     def _prepare(self, model: ModelConfig, tokenizer: Tokenizer) -> None:
         own = self.config.data
         data = replace(own, seq_len=min(own.seq_len, model.max_seq_len))
-        rows = self.config.main_batch_size
+        asked = self.config.main_batch_size * data.eval_batches
+        rows = max(1, min(self.config.main_batch_size, TOKENS // data.seq_len))  # whatever a step of the run holds
         if self.data is None:
             held = held_out(data, tokenizer, resumes=True)
             batches = pack_to_score(held, tokenizer, data.seq_len, rows, chat=data.is_chat)
         else:
             data = DataConfig(data=self.data, seq_len=data.seq_len, eval_batches=data.eval_batches)
             batches = batches_in_order(data, tokenizer, rows)
-        self._batches = list(islice(batches, data.eval_batches))
+        self._batches = list(islice(batches, -(-asked // rows)))
         use_precision_of(jnp.dtype("float32"))
         # plain: kernels need a check before use, and only a run checks them
         config = Config(model=model, data=data, compute=ComputeConfig(attention="plain"))

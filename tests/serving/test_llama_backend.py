@@ -28,6 +28,7 @@ CONFIG = ModelConfig(
     vocab_size=320, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
     intermediate_size=64, max_seq_len=48, rope_theta=10_000.0, initializer_range=0.2,
 )  # fmt: skip
+OURS = ("smollm_jax.serving.llama_backend", "smollm_jax.serving.llama_library")
 PROMPT = "the cat sat on"
 COUNTED = {"presence_penalty": 0.3, "frequency_penalty": 0.4, "logit_bias": ((40, 2.0), (50, -3.0))}
 DRAWN = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5}
@@ -36,17 +37,16 @@ DRAWN = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5}
 def stand_in():
     """A module like llama_cpp that computes with our model, and refuses what llama.cpp would crash on."""
 
-    class Llama:
-        def __init__(self, path, *, n_ctx, n_batch, **_):
-            if not path.endswith(".gguf"):
-                raise ValueError("no model")
-            config, params, _ = read_gguf(Path(path))
-            self.ctx, self.ids, self.most, self.size = self, [], n_batch, n_ctx
-            model = SmolLM.from_params(config, jax.tree.map(jnp.asarray, params))
-            self.logits_of = jax.jit(lambda ids_1T: model.features(ids_1T)[0] @ model.head_VD.T)
+    def load(path, _):
+        if not path.endswith(b".gguf"):
+            return None
+        config, params, _ = read_gguf(Path(path.decode()))
+        model = SmolLM.from_params(config, jax.tree.map(jnp.asarray, params))
+        logits_of = jax.jit(lambda ids_1T: model.features(ids_1T)[0] @ model.head_VD.T)
+        return SimpleNamespace(logits_of=logits_of, entries=config.vocab_size)
 
-        def close(self):
-            self.logits_of = None
+    def context_of(model, params):
+        return SimpleNamespace(logits_of=model.logits_of, ids=[], most=params.n_batch, size=params.n_ctx)
 
     def init(most, *_):
         return SimpleNamespace(
@@ -75,7 +75,13 @@ def stand_in():
         return 0
 
     module = ModuleType("llama_cpp")
-    module.Llama, module.GGML_TYPE_F16, module.GGML_TYPE_F32 = Llama, 1, 0
+    module.GGML_TYPE_F16, module.GGML_TYPE_F32 = 1, 0
+    module.llama_log_callback = lambda function: function
+    module.llama_log_set = module.llama_backend_init = lambda *_: None
+    module.llama_model_free = module.llama_free = lambda _: None
+    module.llama_model_default_params = module.llama_context_default_params = SimpleNamespace
+    module.llama_model_load_from_file, module.llama_init_from_model = load, context_of
+    module.llama_model_get_vocab, module.llama_vocab_n_tokens = lambda model: model, lambda vocab: vocab.entries
     module.llama_batch_init, module.llama_batch_free = init, lambda _: None
     module.llama_get_memory, module.llama_memory_seq_rm = lambda context: context, remove
     module.llama_decode = decode
@@ -90,9 +96,11 @@ def library(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "stand-in":
             patch.setitem(sys.modules, "llama_cpp", stand_in())
-        patch.delitem(sys.modules, "smollm_jax.serving.llama_backend", raising=False)
+        for name in OURS:
+            patch.delitem(sys.modules, name, raising=False)
         yield request.param
-        sys.modules.pop("smollm_jax.serving.llama_backend", None)
+        for name in OURS:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +195,8 @@ def test_what_cannot_be_loaded_is_a_line(folder, library, monkeypatch):
         module.LlamaEngine(folder / "nothing", CONFIG)
     if library == "stand-in":
         monkeypatch.setitem(sys.modules, "llama_cpp", None)
-        monkeypatch.delitem(sys.modules, "smollm_jax.serving.llama_backend")
+        for name in OURS:
+            monkeypatch.delitem(sys.modules, name)
         with pytest.raises(UserError, match="--backend llama needs llama-cpp-python: pip install"):
             open_completer(folder, backend="llama")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from smollm_jax.hf.export import load_hf
+from smollm_jax.serving.openai_choices import offsets_of
+from smollm_jax.tokenizer.streaming import CONTEXT_IDS, TextOfIds
 from tests.support.api_server import serving
 from tests.support.server import CONFIG, export_model
 
@@ -136,6 +139,43 @@ def test_prompts_are_texts_or_ids_one_or_several(api):
     assert post(api, drawn | {"prompt": texts[:1]})["choices"][0]["text"] == alone[0]
 
 
+def test_a_special_token_in_an_echoed_prompt_has_its_place(api):
+    before, special, after = ids_of(api, "The water"), ids_of(api, "<|im_end|>"), ids_of(api, " moves on")
+    assert len(special) == 1, "parsed"
+    ids = before + special + after
+    asked = {"prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 0}
+    [choice] = post(api, asked)["choices"]
+    offsets = choice["logprobs"]["text_offset"]
+    assert choice["text"][offsets[len(before)] : offsets[len(before) + 1]] == "<|im_end|>"
+    assert choice["text"][offsets[len(before) + 1] :] == " moves on"
+
+
+def test_a_run_of_special_tokens_costs_nothing(api):
+    """Each was decoded with all before it, which took minutes."""
+    tokenizer = api[1].completer.tokenizer
+    [special] = ids_of(api, "<|im_end|>")
+    decoder = TextOfIds(tokenizer, [5, 6, 7] + [special] * 5_000)
+    assert len(decoder._window) <= CONTEXT_IDS
+    began = time.monotonic()
+    assert offsets_of(tokenizer, [special] * 20_000, "") == [0] * 20_000
+    assert time.monotonic() - began < 1
+
+
+def test_equal_prompts_without_a_seed_have_other_texts(api):
+    asked = {"prompt": [TEXT] * 3, "max_tokens": 12, "temperature": 2.0, "ignore_eos": True}
+    assert len({choice["text"] for choice in post(api, asked)["choices"]}) == 3
+    assert len({choice["text"] for choice in post(api, asked | {"seed": 7})["choices"]}) == 1
+
+
+def test_the_texts_of_a_request_have_the_weights_of_its_begin(api, monkeypatch):
+    scheduler = api[1]
+    taken = []
+    exact = scheduler.weights.take_loaded
+    monkeypatch.setattr(scheduler.weights, "take_loaded", lambda choice: taken.append(choice) or exact(choice))
+    post(api, {"prompt": [TEXT] * 3, "n": 2, "max_tokens": 2})
+    assert len(taken) == 1
+
+
 @pytest.mark.release
 def test_several_texts_of_a_prompt_have_seeds_that_follow_each_other(api):
     asked = {"prompt": ["Once", "The water"], "max_tokens": 9, "temperature": 0.9}
@@ -243,6 +283,12 @@ REFUSED = [
 def test_what_goes_beyond_the_limits_is_refused_before_any_work(api, fields, words, monkeypatch):
     monkeypatch.setattr(api[1], "stream", lambda *_, **__: pytest.fail("work"))
     assert words in refused(api, {"prompt": "Once", "max_tokens": 2} | fields)
+
+
+def test_prompts_have_a_limit_in_sum_over_all_texts(api, monkeypatch):
+    monkeypatch.setattr("smollm_jax.serving.openai_prompts.MOST_PROMPT_TOKENS", 100)
+    asked = {"prompt": list(range(40)), "max_tokens": 0, "echo": True, "logprobs": 0}
+    assert refused(api, asked | {"n": 3}) == "the prompts have 120 tokens for 3 texts each; the most is 100"
 
 
 def test_prompts_have_a_limit_in_sum(api, monkeypatch):
