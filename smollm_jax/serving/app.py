@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from smollm_jax.hf.reader import is_gguf
 from smollm_jax.runs.load import is_run, newest_step
-from smollm_jax.runtime.errors import UserError, require, say
+from smollm_jax.runtime.errors import UserError, one_line, require, say
 from smollm_jax.serving import SLOTS
 from smollm_jax.serving.completion import Backend, Dtype, open_completer
 from smollm_jax.serving.facts import Facts, read_facts
@@ -78,9 +78,21 @@ def open_scheduler(
 def default_backend(path: str) -> Backend:
     """Return the back end that serves `path`: what is installed and fastest for it. JAX opens everything."""
     if is_gguf(path):
-        return "llama" if find_spec("llama_cpp") else "jax"
+        return "llama" if _loads_llama() else "jax"
     has_torch = all(find_spec(library) is not None for library in ("torch", "transformers"))
     return "torch" if has_torch and not is_run(path) else "jax"
+
+
+def _loads_llama() -> bool:
+    """Return whether llama.cpp's library is installed and can be loaded."""
+    if find_spec("llama_cpp") is None:
+        return False
+    try:
+        import llama_cpp  # noqa: F401
+    except Exception as error:  # of the loader of shared libraries, any
+        say(f"llama-cpp-python is installed and cannot be loaded ({one_line(error)}); JAX serves instead")
+        return False
+    return True
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -204,7 +204,11 @@ def test_what_cannot_be_loaded_is_a_line(folder, library, monkeypatch):
 def test_a_gguf_file_is_served_by_llama_cpp_if_it_is_installed(folder, tmp_path, monkeypatch):
     config, params, tokenizer = load_model(folder)
     file, _ = export_gguf(params, config, tokenizer, tmp_path / "out", dtype="f16", verify=False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", stand_in())
     for installed, expected in (((), "jax"), (("llama_cpp",), "llama"), (("torch", "transformers"), "jax")):
         monkeypatch.setattr(app, "find_spec", lambda name, there=installed: name in there or None)
         assert app.default_backend(str(file)) == expected
+    monkeypatch.setattr(app, "find_spec", lambda _: True)
     assert app.default_backend(str(folder)) == "torch"
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # its library does not load
+    assert app.default_backend(str(file)) == "jax"
