@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness.tables import ROOT, Row, as_command, finish, spread
@@ -101,9 +102,13 @@ def timer(flags: list[str]) -> Callable[[], float]:
     from smollm_jax.distributed.sharding import BATCH_AXES, make_mesh, padded_rows, sharded
     from smollm_jax.runtime.devices import training_dtype
     from smollm_jax.training.compile import compile_step
+    from smollm_jax.training.restore import vocabulary_follows
     from smollm_jax.training.step import init_state
 
     config = parse(flags)
+    if vocabulary_follows(config) and config.data.tokenizer.startswith("train:"):  # as a run takes it
+        size = int(config.data.tokenizer.split(":")[1])
+        config = replace(config, model=replace(config.model, vocab_size=size))
     mesh, rows, length = make_mesh(config), config.main_batch_size, config.data.seq_len + 1
     dtype = training_dtype(config.compute.dtype, mesh.devices.flat[0])
     step = compile_step(config, mesh, rows, dtype=dtype, remat="none")

@@ -84,7 +84,7 @@ def prose(*, out: Path = Path("texts"), megabytes: float = 60.0, packages: tuple
         if not texts:
             continue
         for page, text in texts:
-            rows[xxhash.xxh3_64_intdigest(page) % HELD_OUT == 0].append((page, text))
+            rows[xxhash.xxh3_64_intdigest(page.encode()) % HELD_OUT == 0].append((page, text))
         size = sum(len(text) for _, text in texts)
         compressed += len(pa.compress("\n".join(text for _, text in texts).encode(), "zstd", asbytes=True)) / 1e6
         counts.append({"package": name, "documents": len(texts), "characters": size, "so far, MB": compressed})
@@ -99,8 +99,8 @@ def prose(*, out: Path = Path("texts"), megabytes: float = 60.0, packages: tuple
         with written_aside(out / f"{name}.parquet") as part:
             table = pa.table({"source": pa.array(pages, pa.string()), "text": pa.array(texts_of, pa.string())})
             pq.write_table(table, part, compression="zstd", compression_level=19)
-        size = (out / f"{name}.parquet").stat().st_size / 1e6
-        counts.append({"package": f"{name}.parquet, {size:.1f} MB", "documents": len(pages)})
+        written = (out / f"{name}.parquet").stat().st_size / 1e6
+        counts.append({"package": f"{name}.parquet, {written:.1f} MB", "documents": len(pages)})
     finish("prose of Debian's documentation", counts)
     return 0
 
@@ -144,7 +144,7 @@ def paragraphs(blocks: Iterable[str], seen: set[int]) -> Iterator[str]:
         is_prose = len(words) >= 8 and letters >= 0.85 * len(text) and text.isascii() and text[0].isalnum()
         if not is_prose or not re.search(r"[.:!?]$", text):
             continue
-        key = xxhash.xxh3_64_intdigest(text)
+        key = xxhash.xxh3_64_intdigest(text.encode())
         if key not in seen:
             seen.add(key)
             yield text

@@ -33,6 +33,8 @@ class OptimizerConfig:
     weight_decay: float = setting(0.01, "0 or more")  # Decoupled weight decay, without norm weights.
     clip_norm: float = setting(1.0, "above 0")  # Global gradient norm above which gradients are scaled down.
     muon_momentum: float = setting(0.95, "in [0, 1)")
+    muon_weight_decay: float | None = setting(None, "0 or more")
+    """Weight decay of what Muon updates. Default: the value of --weight-decay."""
     adamw_share: float = setting(1.0, "above 0")
     """Learning rate of what AdamW updates beside muon, as a share of the learning rate."""
     z_loss: float = setting(0.0, "0 or more")
@@ -49,7 +51,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("muon_momentum", "adamw_share"):
+        for name in ("muon_momentum", "muon_weight_decay", "adamw_share"):
             value = getattr(self, name)
             used = self.optimizer == "muon" or value == getattr(OptimizerConfig, name)
             require(used, f"{name}={value} belongs to --optimizer muon; {self.optimizer} came")
@@ -76,4 +78,5 @@ class OptimizerConfig:
         if self.optimizer == "adamw":
             return adamw
         share = "" if self.adamw_share == 1 else f", {self.adamw_share:g} of the learning rate"
-        return f"Muon, momentum {self.muon_momentum:g}; for embedding, head and norms {adamw}{share}"
+        decay = "" if self.muon_weight_decay is None else f", weight decay {self.muon_weight_decay:g}"
+        return f"Muon, momentum {self.muon_momentum:g}{decay}; for embedding, head and norms {adamw}{share}"

@@ -144,12 +144,12 @@ def whole_layers_layout(mesh: Mesh, layers: int) -> tuple[list[NamedSharding], i
     """Return the layouts on the way from a parameter's to whole layers per device, and the parts of the last one.
 
     The first layout trades the dims that `fsdp` and `tensor` divide for layers. The second one divides layers over
-    `data` too, as long as there are enough. Without axes there are no layouts.
+    `data` too, if a device then has fewer. Without axes there are no layouts.
     """
     sizes, divided = mesh.shape, [axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1]
     parts = math.prod(sizes[axis] for axis in divided)
     stages = [divided] if divided else []
-    if 1 < sizes["data"] * parts <= layers:
+    if -(-layers // (sizes["data"] * parts)) < -(-layers // parts):
         stages, parts = [*stages, [*divided, "data"]], parts * sizes["data"]
     return [NamedSharding(mesh, PartitionSpec(tuple(axes))) for axes in stages], parts
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from smollm_jax.config.architecture import ADAPTED, ModelConfig, parameter_shapes
@@ -17,7 +18,7 @@ from smollm_jax.distributed.sharding import bytes_a_device, padded_rows, row_sha
 from smollm_jax.model.transformer import Policy
 from smollm_jax.planning.topology import Chip
 from smollm_jax.runtime.devices import peak_flops, training_dtype
-from smollm_jax.training.muon import ITERATIONS
+from smollm_jax.training.muon import ITERATIONS, newton_schulz_dtype
 from smollm_jax.training.step import abstract_state
 
 # The share of its peak that a step of 135M reached on the one accelerator it ran on: an H200, remat none, in
@@ -98,8 +99,9 @@ def estimate(step: Step, chip: Chip) -> dict[str, float]:
     assert peak is not None, chip.device_kind
     config, tokens = step.config, step.batch_size * step.config.data.seq_len
     flops = flops_per_token(config, step.remat) * step.tokens_per_chip / step.mesh.shape["tensor"]
-    flops += newton_schulz_flops(config.model) * step.whole_layers
     compute = flops / (peak * COMPUTE_SHARE)
+    its_peak = peak_flops(chip, jnp.dtype(newton_schulz_dtype(step.mesh, step.dtype))) or peak
+    compute += newton_schulz_flops(config.model) * step.whole_layers / (its_peak * COMPUTE_SHARE)
     memory = traffic_bytes(step) / (chip.memory_bytes_per_second * BANDWIDTH_SHARE)
     interconnect = sum(sent_bytes(step).values()) / (chip.interconnect_bytes_per_second * INTERCONNECT_SHARE)
     seconds = max(compute, memory) + interconnect

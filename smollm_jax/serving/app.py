@@ -58,7 +58,7 @@ def open_scheduler(
     step = newest_step(run) if run else None
     completer = open_completer(path, backend=backend, dtype=dtype, special_tokens=special_tokens, step=step)
     name = Path(path).resolve().name if Path(path).exists() else path
-    if name == "export":  # the Space or the parent folder has a better name
+    if name in ("export", "export-ema"):  # the Space or the parent folder has a better name
         name = os.environ.get("SPACE_ID", Path(path).resolve().parent.name)
     say(f"{name}: {completer.about}; context {completer.context:,} tokens")
     weights = Weights(completer.engine, run=run, step=step, rebuild=completer.rebuild)

@@ -137,7 +137,7 @@ def read_facts(path: str, parameters: int | None, *, has_chat: bool, step: int |
     picture = folder / "loss.png" if (folder / "loss.png").is_file() else None
     # an export is a folder inside its run
     run = next((one for one in (folder, folder.absolute().parent) if is_run(one)), None)
-    if run is None or (run != folder and folder.name != "export"):
+    if run is None or (run != folder and folder.name not in ("export", "export-ema")):
         return Facts(parameters, has_chat, picture=picture)
     try:
         return Facts(

@@ -98,7 +98,7 @@ def compiled_bytes(compiled: Step) -> int:
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = held + memory.temp_size_in_bytes
     if isinstance(compiled, PairStep):  # its forward pass runs beside the optimizer's state
-        forward = compiled.logprobs.memory_analysis()
+        forward: Any = compiled.logprobs.memory_analysis()
         beside = memory.argument_size_in_bytes - forward.argument_size_in_bytes
         needed = max(needed, beside + compiled_bytes(compiled.logprobs))
     return needed

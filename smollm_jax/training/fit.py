@@ -145,12 +145,14 @@ def conclude(run: Run) -> int:
     if not run.config.run.export:
         print(f"{result}; python -m smollm_jax export {run.run_dir} --out DIR makes a Hugging Face folder of it")
         return 0
+    place = run.run_dir / "export"
     try:
-        _, checked = export_run(run.run_dir, run.run_dir / "export", step=step, aside=True)
+        _, checked = export_run(run.run_dir, place, step=step, aside=True)
         if "ema" in run.state:
-            export_run(run.run_dir, run.run_dir / "export-ema", step=step, aside=True, ema=True)
+            place = run.run_dir / "export-ema"
+            export_run(run.run_dir, place, step=step, aside=True, ema=True)
     except (RuntimeError, UserError, OSError) as error:
-        print(f"{result}; saved, but not exported")
+        print(f"{result}; saved, but not exported to {place}")
         run.report.say(f"the export was rolled back: {one_line(error)}")
         return EXIT_FAILED
     average = f", of the moving average in {run.run_dir / 'export-ema'}" if "ema" in run.state else ""

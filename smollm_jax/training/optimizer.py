@@ -66,9 +66,11 @@ def make_optimizer(
     clip = _scale_and_clip(config.clip_norm)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decays)
+    given = config.muon_weight_decay
+    of_matrices = decay if given is None else optax.add_decayed_weights(given)
     if config.optimizer == "adamw":
         return optax.chain(clip, adam, decay)
-    muon = optax.chain(scale_by_muon(config.muon_momentum, mesh, dtype), decay)
+    muon = optax.chain(scale_by_muon(config.muon_momentum, mesh, dtype), of_matrices)
     others = optax.chain(adam, decay, optax.scale(config.adamw_share))
     return optax.chain(clip, optax.partition({"muon": muon, "adamw": others}, kinds))
 

@@ -21,7 +21,9 @@ from smollm_jax.training.step import init_state
 TINY = ModelConfig(
     vocab_size=56, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
 )
-MUON = OptimizerConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1, adamw_share=0.5)
+MUON = OptimizerConfig(
+    optimizer="muon", learning_rate=1e-2, weight_decay=0.1, muon_weight_decay=0.3, adamw_share=0.5
+)
 
 
 def random_like(params, seed):
@@ -50,7 +52,7 @@ def test_twenty_updates_equal_those_of_torch(monkeypatch):
         path: torch.tensor(np.array(x), requires_grad=True) for path, x in named.items() if path not in ADAPTED
     }
     muon = torch.optim.Muon(
-        matrices.values(), lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        matrices.values(), lr=1e-2, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     groups = [([x for path, x in others.items() if path.endswith("scale") == is_norm], 0.1 * (not is_norm))
               for is_norm in (False, True)]  # fmt: skip
@@ -146,6 +148,7 @@ def collectives(program):
         ("fsdp=4", 2 * ["all-to-all"]),  # three layers over four devices: one device has nothing but zeros
         pytest.param("data=2,fsdp=2,tensor=2", 4 * ["all-to-all"], marks=pytest.mark.release),
         pytest.param("data=3,fsdp=1", ["all-gather"], marks=pytest.mark.release),
+        pytest.param("data=4,fsdp=1", ["all-gather"], marks=pytest.mark.release),  # more devices than layers
     ],
 )
 def test_each_device_has_whole_layers_and_no_product_sums_over_devices(on_one_device, mesh, messages):
