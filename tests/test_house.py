@@ -37,11 +37,11 @@ HOUSE = {
     "planning": ("training kernels distributed model config runtime", 546),
     "cli": (
         "planning training evaluation serving runs generation hf checkpoint distributed tokenizer config runtime",
-        1_298,
+        1_300,
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 548),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_957, 23_282
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_957, 23_284
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

@@ -69,7 +69,9 @@ def generate(
         _complete(completer, str(prompt), encode(prompt), chosen, stop, chat=chat)
         return 0
     settings: dict[str, Any] = asdict(chosen) | {"stop": list(stop), "chat": chat, "system": system}
-    unneeded = ("stop_ids", "min_new_tokens", "seed")
+    # what no flag of this command sets, and the seed, which each row has of its own
+    unneeded = ("stop_ids", "min_new_tokens", "seed", "presence_penalty", "frequency_penalty", "logit_bias",
+                "ignore_eos")  # fmt: skip
     engine = {"step": step, "by": completer.about, "special_tokens": completer.tokenizer.mode}
     about = {
         "model": {"path": path} | engine,

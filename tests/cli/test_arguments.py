@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
         (["--steps", "0"], "steps=0 must be at least 1"),
         (["--steps", "many"], "many"),
         (["--step", "5"], "--step"),
-        (["--recipe", "replicate"], "expected one of replica, smollm2, quickstart"),
+        (["--recipe", "replicate"], "expected one of replica, smollm2, fast, quickstart"),
         (["--preset", "7B"], "expected one of 135M, 360M, 1.7B, quickstart"),
         (["--num-heads", "9", "--num-kv-heads", "4"], "num_heads=9 must be a multiple of num_kv_heads=4"),
         (["--learning-rate", "-1"], "learning_rate=-1.0 must be above 0"),

@@ -51,7 +51,7 @@ def test_fast_trains_on_twenty_tokens_a_parameter_with_muon():
 
 def test_muon_s_settings_belong_to_muon_which_trains_no_adapters():
     assert OptimizerConfig(optimizer="muon", muon_momentum=0.9, adamw_share=0.3).name == "Muon"
-    for values in ({"muon_momentum": 0.9}, {"adamw_share": 0.3}):
+    for values in ({"muon_momentum": 0.9}, {"muon_weight_decay": 0.3}, {"adamw_share": 0.3}):
         with pytest.raises(ValueError, match="belongs to --optimizer muon; adamw came"):
             OptimizerConfig(**values)
     with pytest.raises(ValueError, match="adapters train with adamw: give --optimizer adamw"):
@@ -232,7 +232,7 @@ def test_what_a_resume_may_change_stands_with_each_setting():
         "data.seq_len", "data.shuffle_window", "data.shards", "data.epochs", "data.eval_data",
         "data.eval_documents", "data.eval_batches", "data.special_tokens", "optimizer.beta1",
         "optimizer.beta2", "optimizer.epsilon", "optimizer.weight_decay", "optimizer.clip_norm",
-        "optimizer.optimizer", "optimizer.muon_momentum", "optimizer.adamw_share",
+        "optimizer.optimizer", "optimizer.muon_momentum", "optimizer.muon_weight_decay", "optimizer.adamw_share",
         "optimizer.z_loss", "optimizer.ema",
         "model.vocab_size", "model.hidden_size",
         "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.intermediate_size",

@@ -108,9 +108,16 @@ def test_other_data_are_read_from_their_beginning_at_the_step_of_the_branch(pare
         (["--from", "7", "--steps", "3"], "holds no checkpoint of step 7; there are: 12, 16"),
         (["--from", "12", "--steps", "0"], "--steps 0 must be at least 1"),
         ([*NEW, "--final-learning-rate", "1"], "is 0.01, not above the final 1"),
-        ([*NEW, "--learning-rate", "1", "--extend", "2"], "optimizer.learning_rate, run.extend: a branch keeps"),
+        (
+            [*NEW, "--learning-rate", "1", "--extend", "2"],
+            "--learning-rate, --extend: a branch has the settings of its run",
+        ),
+        (
+            [*NEW, "--schedule", "wsd"],
+            "--schedule: a branch has the settings of its run, and the decay of --decay",
+        ),
         ([*NEW, "--seed", "3"], "run.seed: a branch keeps the settings of its run"),
-        ([*NEW, "--recipe", "quickstart"], "--recipe: a branch has the settings of its run; leave it out"),
+        ([*NEW, "--recipe", "quickstart"], "--recipe: a branch has the settings of its run"),
         ([*NEW, "--run-dir", "PARENT"], "is the run itself"),
         ([*NEW, "--run-dir", "OTHER"], "holds another run"),
         ([*NEW, "--weigth-decay", "1"], "did you mean --weight-decay?"),
