@@ -110,11 +110,11 @@ def test_other_data_are_read_from_their_beginning_at_the_step_of_the_branch(pare
         ([*NEW, "--final-learning-rate", "1"], "is 0.01, not above the final 1"),
         (
             [*NEW, "--learning-rate", "1", "--extend", "2"],
-            "--learning-rate, --extend: a branch has the settings of its run",
+            "--learning-rate, --extend: a branch has",
         ),
         (
             [*NEW, "--schedule", "wsd"],
-            "--schedule: a branch has the settings of its run, and the decay of --decay",
+            "and the decay of --decay and --steps; leave it out",
         ),
         ([*NEW, "--seed", "3"], "run.seed: a branch keeps the settings of its run"),
         ([*NEW, "--recipe", "quickstart"], "--recipe: a branch has the settings of its run"),
