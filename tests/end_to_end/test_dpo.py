@@ -136,6 +136,7 @@ def test_the_card_says_how_it_was_trained(finished):
     assert json.loads((run / "export" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_its_own_reference(finished, place, capfd):
     run, _ = finished
     path = run / "reference.npz"
@@ -160,6 +161,7 @@ def test_a_resumed_run_needs_its_own_reference(finished, place, capfd):
     assert "preference.beta was 0.5, is 0.1" in capfd.readouterr().err
 
 
+@pytest.mark.release
 def test_a_start_before_the_first_checkpoint_takes_what_is_there_if_it_fits(place):
     flags = ("--steps", "4", "--no-export", "--eval-every", "0", "--pair-loss", "ipo", "--stop-after", "2")
     _, told = run_of(place, "again", *flags)
@@ -177,6 +179,7 @@ def test_a_start_before_the_first_checkpoint_takes_what_is_there_if_it_fits(plac
     assert "reference   computing" in told, "other rows need other pairs"
 
 
+@pytest.mark.release
 def test_what_computes_the_reference_leaves_the_training_data_open(place):
     """A source that is closed ends a slow read of the Hub, and the run with it."""
     closed = []

@@ -92,6 +92,7 @@ def test_a_fresh_run_gives_the_recorded_figures(recorded_run, cache):
     assert_as_recorded(recorded_run / "fresh", FIGURES["tiny"])
 
 
+@pytest.mark.slow
 def test_a_recorded_checkpoint_resumes_to_the_recorded_figures(recorded_run, cache):
     done = train(recorded_run, *TINY, "--compilation-cache-dir", str(cache), "--run-dir", "run")
     assert "from checkpoint 6" in done.stderr

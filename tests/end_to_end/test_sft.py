@@ -150,6 +150,7 @@ def test_the_same_command_goes_on_and_another_loss_is_refused(finished, place, c
     assert "data.loss_on was assistant, is all" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_torch_s_cross_entropy_on_the_same_rows(finished):
     torch = pytest.importorskip("torch")
     run, _ = finished

@@ -74,6 +74,7 @@ def test_the_card_names_the_scores_of_its_own_checkpoint(run, tmp_path):
     assert _scores([{"step": 2, "tasks/quiz/acc": 0.1}, shots], 4) == {"Score quiz/acc": "0.5000 (0-shot)"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, tasks):
     flags = ["--eval-tasks", tasks, "--eval-task-limit", "6"]
     assert start("stopped", *flags, "--stop-after", "3")[1] == 0
@@ -93,6 +94,7 @@ def test_a_resumed_run_has_the_same_scores_and_tasks_change_no_loss(run, start, 
             np.testing.assert_array_equal(a, c)
 
 
+@pytest.mark.release
 def test_adapters_are_scored_with_their_base(run, start, tasks, capsys):
     flags = ["--init-from", str(run), "--lora-rank", "2", "--learning-rate", "0.05", "--eval-tasks", tasks]
     folder, code = start("adapters", *flags, "--eval-task-limit", "6")

@@ -59,6 +59,7 @@ def test_a_wide_linear_and_its_gradients_are_rounded_once_at_most(letters):
         pytest.param(reference_linear, "full", marks=pytest.mark.release),
     ],
 )
+@pytest.mark.slow
 def test_residuals_kept_as_bits_give_the_same_gradients(remat, linear):
     params, tokens = init_params(TINY, 0), np.random.default_rng(1).integers(0, 61, (2, 11)).astype(np.int32)
     segment_ids = jnp.asarray([[1] * 4 + [2] * 7, [1] * 11])

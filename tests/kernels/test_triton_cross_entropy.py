@@ -92,6 +92,7 @@ def test_the_kernel_lowers_for_cuda(words):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_check_finds_a_wrong_loss_a_wrong_gradient_and_a_kernel_that_does_not_run(dtype):
     def one_percent_more(*given):
         nll, z, d = reference_cross_entropy(*given)

@@ -59,6 +59,7 @@ ODD = replace(TINY, hidden_size=96, num_heads=3, num_kv_heads=1, head_dim=32)
         pytest.param(TINY, "full", marks=pytest.mark.release),
     ],
 )
+@pytest.mark.slow
 def test_gradients_are_those_of_each_matrix_alone(config, remat):
     found = gradients(config, remat=remat, ops=fused(interpret=True))
     assert_close(found, gradients(config), 1e-5)
@@ -80,6 +81,7 @@ def test_in_bfloat16_they_are_as_near_to_the_exact_ones():
     "intermediate_size",
     [triton_layer.NUMBERS + 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (triton_layer.NUMBERS, 40))],
 )
+@pytest.mark.slow
 def test_a_feed_forward_of_any_width(intermediate_size):
     config = replace(TINY, intermediate_size=intermediate_size)
     assert_close(gradients(config, ops=fused(interpret=True)), gradients(config), 1e-5)
@@ -113,6 +115,7 @@ def _blocks(config):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_check_finds_wrong_layers_and_kernels_that_do_not_run(dtype):
     project_heads, feed_forward = fused_layer(interpret=True)
 

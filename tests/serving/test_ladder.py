@@ -5,6 +5,7 @@ import threading
 import time
 
 import jax
+import pytest
 
 from smollm_jax.generation.lengths import bucket
 from smollm_jax.generation.programs import Programs
@@ -21,6 +22,7 @@ def test_every_length_within_the_ladder_has_its_rung():
     assert all(text <= 1_024 for _, text in rungs(1_024, 200))
 
 
+@pytest.mark.slow
 def test_a_text_compiles_nothing_that_was_compiled_ahead(folder_of_chat_model, monkeypatch):
     monkeypatch.setattr(ladder, "LONGEST", 600)
     completer = open_completer(folder_of_chat_model)

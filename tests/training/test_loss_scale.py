@@ -50,6 +50,7 @@ def losses_of(dtype, seed):
     return np.array(losses), state
 
 
+@pytest.mark.slow
 def test_200_steps_in_float16_lose_as_much_as_in_float32_within_the_noise_of_seeds():
     runs = ("float16", 0), ("float32", 0), ("float32", 1)
     (ours, state), (theirs, plain), (other, _) = (losses_of(dtype, seed) for dtype, seed in runs)

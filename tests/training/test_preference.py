@@ -161,6 +161,7 @@ def step_of(batch, parts, mesh):
 @pytest.mark.parametrize(
     ("parts", "mesh"), [(2, ""), pytest.param(1, "data=2,tensor=2", marks=pytest.mark.slow)], ids=str
 )
+@pytest.mark.slow
 def test_a_step_has_the_mean_loss_of_its_pairs_in_parts_and_on_several_devices(
     batch, pairs, programs, parts, mesh
 ):
