@@ -47,6 +47,7 @@ TRAIN = (
 # limits leave room for a fresh machine, which reads PyTorch and XLA for the first time
 PARTS = (
     Part("train, 32 rows", TRAIN.format(size=32), 240),
+    Part("race", "benchmarks.race --seconds 60 --out {out}/race", 330),
     Part("curve", "benchmarks.curve --steps 200 --batch-size 2 --out {out}/runs", 300),
     Part(
         "decode",
@@ -98,6 +99,12 @@ SMALL_PARTS = (
         "benchmarks.curve --preset quickstart --steps 4 --batch-size 2 --seq-len 64 --tokenizer train:512 "
         "--out {out}/runs",
         200,
+    ),
+    Part(
+        "race",
+        "benchmarks.race --preset quickstart --seconds 5 --batch-size 2 --seq-len 64 --dtype float32 --form eager "
+        "--tokenizer train:512 --evaluations 2 --out {out}/race",
+        300,
     ),
     Part("startup", "benchmarks.startup --preset quickstart --seq-len 64 --rounds 1", 200),
     Part(

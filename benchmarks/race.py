@@ -110,7 +110,8 @@ def race(
 def _ours(plan: Plan, folder: Path) -> list[Row]:
     """Return held-out losses of a run of train_jax.py by its training time."""
     timed = ["--steps", "1000", "--stop-after", str(TIMED), "--eval-every", "0"]
-    step_seconds = median_step(_run([*plan.flags, *timed], folder))
+    with tempfile.TemporaryDirectory(prefix="race-") as scratch:
+        step_seconds = median_step(_run([*plan.flags, *timed], Path(scratch) / "timed"))
     steps = max(int(plan.seconds / step_seconds), plan.evaluations)
     every = -(-steps // plan.evaluations)
     lines = _run([*plan.flags, "--steps", str(steps), "--eval-every", str(every)], folder)

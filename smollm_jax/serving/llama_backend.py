@@ -26,12 +26,13 @@ from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.errors import require
 from smollm_jax.runtime.files import expand_home
 from smollm_jax.serving.llama_library import PART, LlamaFile
+from smollm_jax.serving.stepwise import Stepwise
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 FORMATS = {"auto": "f16", "float32": "f32", "bfloat16": "bf16"}
 
 
-class LlamaEngine:
+class LlamaEngine(Stepwise):
     """A GGUF file that streams ids as `Generator` does. The caller checks prompts."""
 
     def __init__(self, file: Path, config: ModelConfig, *, exact: bool = False):
@@ -47,18 +48,7 @@ class LlamaEngine:
         """Free the weights."""
         self._file.close()
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
-        """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
-        for token, _ in self._steps(prompt, sampling):
-            if token not in sampling.stop_ids:
-                yield [token]
-
-    def stream_scored(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[tuple[int, Score]]]:
-        """Yield new ids with their scores one by one, the stop id too."""
-        for token, logits_1V in self._steps(prompt, sampling):
-            yield [(token, _scores(logits_1V, [token])[0])]
-
-    def _steps(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, np.ndarray]]:
+    def steps(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, np.ndarray]]:
         """Yield new ids with the logits (1, V) that chose them, the stop id too."""
         self.stop_reason, ids = "cancelled", list(prompt)
         room = min(sampling.max_new_tokens, self.context - len(ids))
@@ -89,18 +79,17 @@ class LlamaEngine:
             choose = self._next
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
+    def scores(self, logits_TV: np.ndarray, targets: Sequence[int]) -> list[Score]:
+        """Return the scores of targets from logits before any rule of sampling."""
+        return rules.as_scores(rules.scores_of(jnp.asarray(logits_TV), jnp.asarray(targets)), len(targets))
+
     def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
         """Yield the scores of each id but the first, part by part, as `Generator.score` does."""
         for start in range(0, len(ids) - 1, SCORED):
             if self.cancelled():
                 return
             part = list(ids[start : start + SCORED + 1])
-            yield _scores(self._file.logits(part[:-1], start), part[1:])
-
-
-def _scores(logits_TV: np.ndarray, targets: Sequence[int]) -> list[Score]:
-    """Return the scores of targets from logits before any rule of sampling."""
-    return rules.as_scores(rules.scores_of(jnp.asarray(logits_TV), jnp.asarray(targets)), len(targets))
+            yield self.scores(self._file.logits(part[:-1], start), part[1:])
 
 
 def open_llama(

@@ -35,6 +35,7 @@ from smollm_jax.hf.mapping import Params, tensors, to_hf
 from smollm_jax.runs.load import load_model
 from smollm_jax.runtime.devices import compute_dtype
 from smollm_jax.runtime.errors import UserError, one_line, require
+from smollm_jax.serving.stepwise import Stepwise
 from smollm_jax.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 # transformers 5.23 renames `past_key_values` to `cache`, which earlier releases do not know
@@ -45,7 +46,7 @@ class _Cancelled(Exception):
     """The signal that the reader left while the model read the prompt."""
 
 
-class TorchEngine:
+class TorchEngine(Stepwise):
     """A transformers model that streams ids as `Generator` does. The caller checks prompts.
 
     `cancelled` is called before each layer, because a long prompt takes seconds and its reader may have left.
@@ -72,18 +73,7 @@ class TorchEngine:
         if self.cancelled():
             raise _Cancelled
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
-        """Yield new ids one by one, without the stop id. Closing the iterator ends the work."""
-        for token, _ in self._steps(prompt, sampling):
-            if token not in sampling.stop_ids:
-                yield [token]
-
-    def stream_scored(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[list[tuple[int, Score]]]:
-        """Yield new ids with their scores one by one, the stop id too."""
-        for token, logits_1V in self._steps(prompt, sampling):
-            yield [(token, _scores(logits_1V, [token])[0])]
-
-    def _steps(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, torch.Tensor]]:
+    def steps(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield new ids with the logits (1, V) that chose them, the stop id too."""
         self.stop_reason, cache = "cancelled", DynamicCache(config=self._model.config)
         room = min(sampling.max_new_tokens, self.context - len(prompt))
@@ -121,6 +111,15 @@ class TorchEngine:
                 return
         self.stop_reason = "length" if room == sampling.max_new_tokens else "context"
 
+    def scores(self, logits_TV: torch.Tensor, targets: Sequence[int]) -> list[Score]:
+        """Return the scores of targets from logits before any rule of sampling."""
+        logprobs_TV = logits_TV.float().log_softmax(dim=-1)
+        best_TA, ids_TA = logprobs_TV.topk(min(ALTERNATIVES, logprobs_TV.shape[-1]))
+        found_T = logprobs_TV.gather(1, torch.tensor(targets, device=logprobs_TV.device)[:, None])[:, 0]
+        likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids_TA.tolist(), best_TA.tolist(), strict=True)]
+        are_best = (best_TA[:, 0] == found_T).tolist()
+        return [Score(*one) for one in zip(found_T.tolist(), are_best, likeliest, strict=True)]
+
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> Iterator[list[Score]]:
         """Yield the scores of each id but the first, part by part, as `Generator.score` does."""
@@ -132,17 +131,7 @@ class TorchEngine:
                 logits_TV = self._model(part_1T, past_key_values=cache, use_cache=True).logits[0]
             except _Cancelled:
                 return
-            yield _scores(logits_TV, part[1:])
-
-
-def _scores(logits_TV: torch.Tensor, targets: Sequence[int]) -> list[Score]:
-    """Return the scores of targets from logits before any rule of sampling."""
-    logprobs_TV = logits_TV.float().log_softmax(dim=-1)
-    best_TA, ids_TA = logprobs_TV.topk(min(ALTERNATIVES, logprobs_TV.shape[-1]))
-    found_T = logprobs_TV.gather(1, torch.tensor(targets, device=logprobs_TV.device)[:, None])[:, 0]
-    likeliest = [list(zip(*pair, strict=True)) for pair in zip(ids_TA.tolist(), best_TA.tolist(), strict=True)]
-    are_best = (best_TA[:, 0] == found_T).tolist()
-    return [Score(*one) for one in zip(found_T.tolist(), are_best, likeliest, strict=True)]
+            yield self.scores(logits_TV, part[1:])
 
 
 class Penalties(LogitsProcessor):

@@ -421,3 +421,29 @@ def test_clients_compares_them_at_once_and_in_turn(ran):
     assert {row["text"] for row in waits} == {"alone", "beside a long prompt"}
     assert all(positive(row["wait between chunks, s"]) for row in waits)
     assert memory["memory, GiB"] > 0
+
+
+@pytest.mark.release
+@needs_torch
+def test_race_trains_both_sides_on_the_same_rows_for_the_same_time(ran, tmp_path):
+    flags = "--preset quickstart --seconds 4 --batch-size 2 --seq-len 64 --dtype float32 --form eager"
+    found, _ = ran(
+        "race", *flags.split(), "--tokenizer", "train:512", "--evaluations", "2", "--out", str(tmp_path / "race")
+    )
+    ours, peer = (next(row for row in found["rows"] if row["side"] == side) for side in ("ours", "peer"))
+    assert ours["tokens"] / ours["step"] == pytest.approx(peer["tokens"] / peer["step"], rel=0.02)
+    assert all(row["held-out loss"] < 6.3 for row in found["summary"]), "below the logarithm of the vocabulary"
+    assert (tmp_path / "race" / "race.png").stat().st_size > 5_000
+
+
+def test_prose_keeps_sentences_once(tmp_path):
+    from benchmarks.prose import _read, paragraphs
+
+    sentence = "This is a sentence of more than eight words that a person wrote."
+    body = f"<p>{sentence}</p><pre>int main(void);</pre><p>{sentence}</p>"
+    page = f"<html><head><title>x</title></head><body>{body}</body></html>"
+    (tmp_path / "page.html").write_text(page)
+    seen = set()
+    blocks = _read(tmp_path / "page.html")
+    assert list(paragraphs(blocks, seen)) == [sentence]
+    assert list(paragraphs([sentence, "x = 1 + 2 * 3 / 4 - 5 + 6 * 7;", "Too short."], seen)) == []
