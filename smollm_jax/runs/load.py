@@ -189,12 +189,8 @@ def open_for_adapters(source: str) -> tuple[ModelConfig, Any, Tokenizer, dict[st
     """Return a model as `load_model` does, and the record of its weights: place, step of a run, and hash."""
     step = newest_step(source) if is_run(source) else None
     model, params, tokenizer = load_model(source, step)
-    return (
-        model,
-        params,
-        tokenizer,
-        place_of(source) | {"step": step, "sha256": _hash_of(source, step, model, params)},
-    )
+    record = place_of(source) | {"step": step, "sha256": _hash_of(source, step, model, params)}
+    return model, params, tokenizer, record
 
 
 def _hash_of(path: str, step: int | None, model: ModelConfig, params: Any) -> str:
