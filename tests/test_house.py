@@ -31,7 +31,7 @@ HOUSE = {
     "evaluation": ("runs generation kernels model tokenizer config runtime", 667),
     "training": (
         "evaluation runs generation kernels checkpoint data distributed model tokenizer config runtime",
-        3_035,
+        3_045,
     ),
     "serving": ("runs generation hf model tokenizer config runtime", 4_022),
     "planning": ("training kernels distributed model config runtime", 546),
@@ -41,7 +41,7 @@ HOUSE = {
     ),
     "api": ("training serving runs generation distributed tokenizer config runtime", 548),
 }
-CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_957, 23_288
+CORE, CORE_BUDGET, BUDGET = ("config", "model", "data", "training"), 6_967, 23_298
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 OUTSIDE = ("serve.py", "train_jax.py", "smollm_jax/__init__.py", "smollm_jax/__main__.py")
 HEAVY = {  # packages that one place alone imports, at any depth

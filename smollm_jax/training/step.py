@@ -100,7 +100,11 @@ def select_step_ops(config: Config, mesh: Mesh | None, dtype: Any) -> Ops:
 def make_nll(config: Config, mesh: Mesh | None = None, **how: Any) -> Callable[..., jax.Array]:
     """Return `nll(params, tokens_BT1, segment_ids_BT1)`: f32 nats, as `make_loss` without a z-loss."""
     loss = make_loss(config, mesh, z_loss=0.0, **how)
-    return lambda *arrays, base=None: loss(*arrays, base=base)[0]
+
+    def nll(*arrays: jax.Array, base: Any = None) -> jax.Array:
+        return loss(*arrays, base=base)[0]
+
+    return nll
 
 
 def make_loss(
