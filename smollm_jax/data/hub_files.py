@@ -34,9 +34,18 @@ class HubFile:
     content: str
 
 
+@dataclass(frozen=True)
+class HubListing:
+    """The files of a dataset, in order, and what the Hub tells about it."""
+
+    files: list[HubFile]
+    revision: str | None = None
+    license: str | None = None
+
+
 @cache  # held-out and training documents come from the same revision
-def list_files(spec: str, split: str, *, patience: float) -> list[HubFile]:
-    """List the files of `OWNER/NAME:CONFIG`, in order. The list stays the same for the rest of the process.
+def list_files(spec: str, split: str, *, patience: float) -> HubListing:
+    """List the files of `OWNER/NAME:CONFIG`. The listing stays the same for the rest of the process.
 
     Raises `UserError` if there is no such dataset, config or split. Raises `SourceTimeout` if the Hub has not
     answered for `patience` seconds.
@@ -57,13 +66,13 @@ def list_files(spec: str, split: str, *, patience: float) -> list[HubFile]:
         raise UserError(f"--data {spec}: {one_line(error)}{ways_out}") from None
 
 
-def _list(repo: str, config: str | None, split: str) -> list[HubFile]:
+def _list(repo: str, config: str | None, split: str) -> HubListing:
     import datasets
     from huggingface_hub import HfApi, HfFileSystem
 
     be_quiet()
     # one plain request first: `datasets` would hide a Hub that is down behind half a minute of retries
-    HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(repo, timeout=request_seconds())
+    info = HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(repo, timeout=request_seconds())
     found = datasets.load_dataset_builder(repo, config).config.data_files or {}
     if split not in found:
         raise UserError(f"no split {split!r} but {', '.join(found) or 'none at all'}")
@@ -78,7 +87,8 @@ def _list(repo: str, config: str | None, split: str) -> list[HubFile]:
         # without the revision: a commit that leaves the data files alone must leave their names alone
         name = re.sub("@[^/]*", "", path, count=1)
         files.append(HubFile(name, filesystem.url(path), entry["size"], content))
-    return files
+    told = (info.card_data or {}).get("license")
+    return HubListing(files, info.sha, ", ".join(map(str, told)) if isinstance(told, list) else told and str(told))
 
 
 class HubReader(io.RawIOBase):

@@ -188,6 +188,7 @@ class Loader:
         self.config, self.tokenizer = config, tokenizer
         self.mixture = [(open_source(spec, data, resumes=resumes), weight) for spec, weight in mixture(data.data)]
         self._report_copies()
+        self.origins = [{"revision": one.revision, "license": one.license} for one, _ in self.mixture]
         self.excluded = exclusions(one for one, _ in held_out)
         self.shards = list(range(data.shards) if shards is None else shards)
         self.fixed: Cursor = {

@@ -109,7 +109,8 @@ class ShuffledSource:
         self.source, self.tokenizer, self.excluded, self.shard = source, tokenizer, excluded, shard
         self.seed = seed if shard == WHOLE else [*seed, shard.index]
         self.state: Cursor = {
-            "window": None, "number": 0, "index": 0, "epoch": 0, "tokens": 0, "skipped": 0, "ended": False,
+            "window": None, "number": 0, "index": 0, "epoch": 0, "tokens": 0, "documents": 0, "skipped": 0,
+            "ended": False,
         }  # fmt: skip
         if source.settings.is_chat:
             self.state["dropped"] = 0  # conversations without a turn to train on
@@ -133,6 +134,8 @@ class ShuffledSource:
                     state["dropped"] += 1
                     continue
                 state["tokens"] += len(window.documents[i][1])
+                if "documents" in state:  # version 0.1 did not count them
+                    state["documents"] += 1
                 return window.documents[i]
             require(i == len(window.documents), f"the cursor points past a window of {self.source.name}")
             index, count = self.shard.index, self.shard.count
@@ -154,7 +157,7 @@ class ShuffledSource:
         start = START if state["window"] is None else state["window"]
         counts = {**state, **start, "window": 0, "ended": 0}
         require(
-            set(state) == set(self.state)
+            set(self.state) - {"documents"} <= set(state) <= set(self.state)
             and set(start) == set(START)
             and all(map(is_count, counts.values()))
             and isinstance(state["ended"], bool)

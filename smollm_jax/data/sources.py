@@ -58,10 +58,13 @@ class Source:
     """An ordered set of files. A subclass knows how to open one.
 
     `sizes` are the bytes of each file. `fingerprint` has one hash per file, of its name, size and content. Setting
-    `closed` ends every wait.
+    `closed` ends every wait. `revision` and `license` are None where
+    nobody tells them.
     """
 
     parse_tries = 1
+    revision: str | None = None
+    license: str | None = None
 
     def __init__(self, name: str, files: list[str], sizes: list[int], prints: list[str], settings: DataConfig):
         self.name, self.files, self.sizes, self.settings = name, files, sizes, settings
@@ -165,11 +168,12 @@ class HubSource(Source):
         """Raise `UserError` if there are no files, or as `open_source` if the Hub is silent."""
         patience = settings.data_timeout if resumes else min(FRESH_SECONDS, settings.data_timeout)
         try:
-            self._listing = list_files(spec, settings.split, patience=patience)
+            listing = list_files(spec, settings.split, patience=patience)
         except SourceTimeout as error:
             if resumes:
                 raise
             raise UserError(f"--data {error}; {WAYS_OUT}") from None
+        self._listing, self.revision, self.license = listing.files, listing.revision, listing.license
         files, sizes = [file.name for file in self._listing], [file.size for file in self._listing]
         require_known(files, spec)
         prints = [_short_hash(file.name, file.size, file.content) for file in self._listing]
@@ -191,7 +195,8 @@ class BuiltInSource(Source):
         if rows is None:
             raise UserError(f"{of_kind}; it has {', '.join(BUILT_IN[spec])}")
         self.rows = rows()
-        version = ".".join(map(str, sys.version_info[:3]))
+        self.revision = version = ".".join(map(str, sys.version_info[:3]))
+        self.license = BUILT_IN_LICENSE
         prints = [_short_hash(version, *self.rows)]
         super().__init__(spec, [f"{spec} of Python {version}"], [], prints, settings)
 
@@ -201,6 +206,7 @@ class BuiltInSource(Source):
                 yield Record(value, row, {**start, "row": row + 1})
 
 
+BUILT_IN_LICENSE = "PSF-2.0"  # of CPython and its documentation
 # of each built-in source, what gives its rows to each kind of data
 BUILT_IN: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
     DOCS: {"text": python_docs, "chat": python_docs},

@@ -20,6 +20,17 @@ REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True)
+class DataUse:
+    """What a model was trained on from one source. A number or word that nobody knows is None."""
+
+    source: str
+    documents: int | None
+    tokens: int
+    revision: str | None
+    license: str | None
+
+
+@dataclass(frozen=True)
 class About:
     """The facts that a card tells beside the architecture. All may be unknown."""
 
@@ -28,6 +39,9 @@ class About:
     """Facts by label; None leaves one out."""
     datasets: tuple[str, ...] = ()
     """Hub ids of what it was trained on."""
+    uses: tuple[DataUse, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
+    """Scores on tasks, by names such as hellaswag/acc_norm."""
     base_model: str | None = None
     """Hub id of the weights it began with."""
     language: str | None = None
@@ -53,23 +67,55 @@ def model_card(
     rows |= {label: _cell(value) for label, value in about.rows.items() if value is not None}
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     library = "llama.cpp" if gguf else "peft" if adapter else "transformers"
-    head = [f"license: {LICENSE}", f"library_name: {library}", "pipeline_tag: text-generation"]
-    head += [f"language: {about.language}"] if about.language else []
-    head += [f"base_model: {about.base_model}"] if about.base_model else []
-    head += ["datasets:", *(f"- {name}" for name in about.datasets)] if about.datasets else []
-    head += ["tags:", "- llama", "- smollm", "- jax", *(["- lora"] if adapter else [])]
     kind = PREFERRED if about.pairs else INSTRUCT if about.chat else BASE
     parts = [
-        "\n".join(["---", *head, "---"]),
+        f"---\n{_front_matter(about, library)}\n---",
         f"# {' '.join(about.title.split())}",
         f"Trained with smollm-jax. {kind}{ADAPTERS if adapter else ''}",
         f"| | |\n|---|---|\n{table}",
+        *([_sources_table(about.uses)] if about.uses else []),
         *([f"![loss]({picture})"] if picture else []),
         _use_gguf(gguf) if gguf else _use_peft(adapter, about) if adapter else _use_transformers(about),
         *([f"A sample from the end of the training:\n\n{_quoted(_sample(about))}"] if about.sample else []),
         f"Check at export: {checked}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(about: About, library: str) -> str:
+    """Return the YAML that the Hub reads, by huggingface_hub. Scores are there for its leaderboard widgets."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    for name, score in about.scores.items():
+        task, _, metric = name.rpartition("/")
+        results.append(EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric,
+            metric_value=score,
+        ))  # fmt: skip
+    data = ModelCardData(
+        license=LICENSE, library_name=library, pipeline_tag="text-generation", language=about.language,
+        base_model=about.base_model, datasets=list(about.datasets) or None,
+        tags=["llama", "smollm", "jax", *(["lora"] if library == "peft" else [])],
+        model_name=about.title if results else None, eval_results=results or None,
+    )  # fmt: skip
+    return data.to_yaml(line_break="\n")
+
+
+def _sources_table(uses: tuple[DataUse, ...]) -> str:
+    total = max(sum(use.tokens for use in uses), 1)
+    rows = [
+        [_cell(use.source), f"{use.tokens / total:.1%}", _count(use.documents), f"{use.tokens:,}",
+         *("" if word is None else _cell(word) for word in (use.revision, use.license))]
+        for use in uses
+    ]  # fmt: skip
+    head = ["Trained on", "Share", "Documents", "Tokens", "Revision", "License"]
+    marks = ["---", "---:", "---:", "---:", "---", "---"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows))
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _call(about: About, stop: str = "") -> str:

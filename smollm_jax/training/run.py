@@ -145,6 +145,7 @@ def save(run: Run) -> None:
         "progress": dataclasses.asdict(run.progress) | {"cursor": cursor},
         "config": to_dict(run.config),
         "computed": run.computed,
+        "sources": run.stream.loader.origins,
     }
     if run.base is not None:
         meta["base"] = run.base

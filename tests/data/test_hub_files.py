@@ -365,3 +365,13 @@ def test_a_tokenizer_comes_from_the_hub_or_not_within_seconds(hub, tokenizer):
             load_tokenizer("me/third")
         assert "\n" not in str(caught.value)
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("card", "license_"), [
+    (None, None), ({}, None), ({"license": "odc-by"}, "odc-by"), ({"license": ["mit", "cc0-1.0"]}, "mit, cc0-1.0"),
+])  # fmt: skip
+def test_a_source_knows_revision_and_license(hub, card, license_):
+    hub.card = card
+    config = config_of()
+    source = open_source(config.data, config)
+    assert (source.revision, source.license) == (hub.commit, license_)

@@ -159,6 +159,22 @@ def test_resumes_of_resumes_equal_a_straight_run(folder, tokenizer, stops, epoch
     assert all(same(a[0], b[0]) and a[1] == b[1] for a, b in zip(pieces, straight, strict=True))
 
 
+def test_a_cursor_counts_the_documents_that_are_read_to_their_end(folder, tokenizer):
+    """An older cursor goes on without a count."""
+    taken = take(open_at(config_of(folder, epochs=2), tokenizer))
+    assert taken[-1][1]["lanes"]["0"]["sources"][0]["documents"] == 120
+    for i in range(0, len(taken), 7):
+        whole = [
+            one for one in documents_in([batch for batch, _ in taken[: i + 1]]) if one[-1] == tokenizer.eos_id
+        ]
+        assert taken[i][1]["lanes"]["0"]["sources"][0]["documents"] == len(whole)
+    cursor = taken[4][1]
+    del cursor["lanes"]["0"]["sources"][0]["documents"]
+    rest = take(open_at(config_of(folder, epochs=2), tokenizer, cursor))
+    assert all(same(a, b) for (a, _), (b, _) in zip(rest, taken[5:], strict=True))
+    assert "documents" not in rest[-1][1]["lanes"]["0"]["sources"][0]
+
+
 def test_a_resume_after_the_last_batch_ends_at_once(folder, tokenizer):
     config = config_of(folder)
     last = take(open_at(config, tokenizer))[-1][1]

@@ -9,7 +9,8 @@ from smollm_jax.checkpoint.manager import read_params
 from smollm_jax.cli.arguments import parse
 from smollm_jax.cli.main import command
 from smollm_jax.config.serialization import from_dict
-from smollm_jax.runs.convert import _scores, export_run
+from smollm_jax.runs.about import _scores
+from smollm_jax.runs.convert import export_run
 from smollm_jax.runs.plot import plot
 from smollm_jax.runs.records import read_metrics, scores_in
 from smollm_jax.runtime.errors import UserError, run_main
@@ -71,7 +72,7 @@ def test_the_card_names_the_scores_of_its_own_checkpoint(run, tmp_path):
         score, error = line["tasks/quiz/acc"], line["tasks/quiz/acc_stderr"]
         assert f"| Score quiz/acc | `{score:.4f} ± {error:.4f} (6 documents)` |" in card
     shots = {"step": 4, "tasks/quiz/acc": 0.5, "task_limit": None, "task_shots": 0}
-    assert _scores([{"step": 2, "tasks/quiz/acc": 0.1}, shots], 4) == {"Score quiz/acc": "0.5000 (0-shot)"}
+    assert _scores([{"step": 2, "tasks/quiz/acc": 0.1}, shots], 4) == {"quiz/acc": (0.5, "0.5000 (0-shot)")}
 
 
 @pytest.mark.slow

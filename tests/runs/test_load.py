@@ -19,7 +19,8 @@ from smollm_jax.hf.card import model_card
 from smollm_jax.hf.export import export_folder
 from smollm_jax.hf.reader import read_folder
 from smollm_jax.model.transformer import init_params
-from smollm_jax.runs.convert import about_run, export_run, import_run
+from smollm_jax.runs.about import about_run
+from smollm_jax.runs.convert import export_run, import_run
 from smollm_jax.runs.load import is_run, load_model, read_run, with_ids_of
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.tokenizer.load import train_tokenizer
@@ -285,6 +286,9 @@ def test_a_chat_template_without_a_usable_name_is_none(folder, tmp_path):
     assert load_model(tmp_path / "run")[2].chat_template is None
 
 
+STATES = {"tokens": 300, "documents": 7}, {"tokens": 100, "documents": 2}
+
+
 def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
     import_run(folder, tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text(
@@ -301,7 +305,12 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
     found.meta.update(
         {
             "progress": {"tokens": 5_000, "elapsed_seconds": 200.0},
-            "cursor": {"step": 0, "tokenizer": ""},
+            "cursor": {
+                "step": 0,
+                "tokenizer": "",
+                "lanes": {"0": {"sources": list(STATES)}, "1": {"sources": list(STATES)}},
+            },
+            "sources": [{"revision": "c0ffee", "license": "odc-by"}, {"revision": None, "license": None}],
             "imported_from": "HuggingFaceTB/SmolLM2-135M",
             "computed": {"platform": "gpu", "device": "NVIDIA H200", "dtype": "bfloat16", "devices": 8},
         }
@@ -317,6 +326,8 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
         "| Optimizer | `AdamW, betas 0.9 and 0.95, epsilon 1e-08` |", "| Peak learning rate | 0.0006 |",
         "| Schedule | `linear, 100 steps of warm-up` |", "| Weight decay | 0.01 |", "| Seed | 0 |",
         "| Computed on | `NVIDIA H200, gpu, bfloat16` |", "| Devices | 8 |",
+        "| `HuggingFaceTB/smollm-corpus:cosmopedia-v2` | 75.0% | 14 | 600 | `c0ffee` | `odc-by` |",
+        "| `a/b.jsonl` | 25.0% | 4 | 200 |  |  |",
     ):  # fmt: skip
         assert words in card, words
     assert "b.jsonl" not in card.partition("---\n# ")[0].partition("tags")[0]
@@ -326,6 +337,25 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
     (tmp_path / "run/config.json").write_text(json.dumps(values))
     english = model_card(CONFIG, about_run(tmp_path / "run", found), dtype="float32", checked="", picture=None)
     assert "\nlanguage: en\n" in english
+    assert "Trained on" not in english, "another number of sources than in the cursor"
+
+
+@pytest.mark.parametrize("damage", [
+    {"cursor": None}, {"cursor": {"lanes": [1]}}, {"cursor": {"lanes": {"0": {"sources": [1]}}}}, {"sources": [1]},
+    {"cursor": {"lanes": {"0": {"sources": [{"tokens": "x", "documents": None}]}}}}, {"sources": 5},
+    {"cursor": {"lanes": {}}},
+])  # fmt: skip
+def test_a_damaged_cursor_costs_the_card_only_its_table(folder, tmp_path, damage):
+    import_run(folder, tmp_path / "run")
+    found, _ = read_params(tmp_path / "run/checkpoints")
+    state = {"tokens": 300, "documents": 7}
+    found.meta.update({"cursor": {"lanes": {"0": {"sources": [state]}}}, "sources": [{"revision": "r"}]})
+    (use,) = about_run(tmp_path / "run", found).uses
+    assert (use.documents, use.tokens, use.revision, use.license) == (7, 300, "r", None)
+    del state["documents"]
+    assert about_run(tmp_path / "run", found).uses[0].documents is None, "as an earlier version counted"
+    found.meta.update(damage)
+    assert about_run(tmp_path / "run", found).uses == ()
 
 
 @pytest.mark.parametrize(("lost", "told"), [

@@ -30,6 +30,7 @@ class Hub:
         self.faulty = ""
         self.stall_seconds = 3.0
         self.commit = COMMIT
+        self.card = None  # of every dataset
         self.met = {}
         self.ranges = 0
         self._server, self._port = None, 0
@@ -131,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_json(listed + [_entry(name, content) for name, content in sorted(direct.items())])
         else:
             siblings = [{"rfilename": name} for name in sorted(files)]
-            self.send_json({"id": "/".join(parts[1:3]), "sha": self.hub.commit, "siblings": siblings, "tags": []})
+            about = {"sha": self.hub.commit, "tags": [], "cardData": self.hub.card}
+            self.send_json({"id": "/".join(parts[1:3]), "siblings": siblings, **about})
 
     def send_file(self, content):
         first, last, code = 0, len(content) - 1, 200
