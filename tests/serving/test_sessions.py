@@ -139,6 +139,9 @@ def test_a_server_that_nobody_asks_computes_next_to_nothing():
     with served(Gated()) as (_, _, client):
         assert client.get("/config").status_code == 200  # which starts the loops of Gradio's queue
         time.sleep(1)
-        began = time.process_time()
-        time.sleep(2)
-        assert time.process_time() - began < 0.04
+        spent = []
+        for _ in range(3):  # the least, because tests before this one may have left a thread at work
+            began = time.process_time()
+            time.sleep(1)
+            spent.append(time.process_time() - began)
+        assert min(spent) < 0.02
