@@ -87,7 +87,7 @@ def _list(repo: str, config: str | None, split: str) -> HubListing:
         # without the revision: a commit that leaves the data files alone must leave their names alone
         name = re.sub("@[^/]*", "", path, count=1)
         files.append(HubFile(name, filesystem.url(path), entry["size"], content))
-    told = (info.card_data or {}).get("license")
+    told = info.card_data.get("license") if info.card_data else None
     return HubListing(files, info.sha, ", ".join(map(str, told)) if isinstance(told, list) else told and str(told))
 
 

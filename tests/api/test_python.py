@@ -162,6 +162,7 @@ def test_a_mistake_is_one_line(model, run, words, monkeypatch, small):
     assert caught.value._render_traceback_() == [f"UserError: {caught.value}"]  # all that a notebook shows
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_the_same_call_goes_on(tmp_path, small):
     before, asked = surroundings(), {"run_dir": tmp_path / "run", **small, "eval_every": 0, "export": False}
 
@@ -194,6 +195,7 @@ def test_a_second_interrupt_gets_through_and_a_hasty_one_does_not():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_training_works_in_a_thread_that_has_no_signals(tmp_path, small):
     runs = []
     work = threading.Thread(
@@ -204,6 +206,7 @@ def test_training_works_in_a_thread_that_has_no_signals(tmp_path, small):
     assert runs[0].finished
 
 
+@pytest.mark.slow
 def test_a_server_runs_beside_the_model_and_ends(model, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     threads = set(threading.enumerate())

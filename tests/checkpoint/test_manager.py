@@ -597,6 +597,7 @@ ENDLESS_SAVES = """
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_of_a_save_leaves_the_newest_loadable(tmp_path):
     moments, newest, interrupted = random.Random(0), 0, 0
     for _ in range(6):

@@ -43,6 +43,7 @@ def files(source, target, *flags):
     return ("--input", source, "--output", target, *DRAWN, *flags)
 
 
+@pytest.mark.slow
 def test_a_file_keeps_its_rows_and_order_and_each_row_is_as_alone(folder, source, capsys):
     target = source.with_name("out.jsonl")
     assert generate(folder, *files(source, target)) == 0
@@ -73,7 +74,9 @@ def test_both_back_ends_complete_a_file(folder, source):
     assert [row["finish_reason"] for row in jax] == [row["finish_reason"] for row in torch]
 
 
-@pytest.mark.parametrize("kept", [0, 0.3, 0.5, 0.99, 1])
+@pytest.mark.parametrize(
+    "kept", [0, 0.99, 1, *(pytest.param(kept, marks=pytest.mark.slow) for kept in (0.3, 0.5))]
+)
 def test_an_interrupted_file_continues_with_the_first_row_that_has_no_result(folder, source, kept, monkeypatch):
     target = source.with_name("out.jsonl")
     generate(folder, *files(source, target))
@@ -96,8 +99,8 @@ def test_an_interrupted_file_continues_with_the_first_row_that_has_no_result(fol
         (b"my notes", (), "its last line"),
         (b"{}\n", (), "row 1"),
         (None, ("--temperature", "0.5"), "row 1 has another sampling"),
-        (None, ("--stop", "x"), "row 1 has another sampling"),
-        (None, ("--dtype", "bfloat16"), "row 1 has another model"),
+        pytest.param(None, ("--stop", "x"), "row 1 has another sampling", marks=pytest.mark.slow),
+        pytest.param(None, ("--dtype", "bfloat16"), "row 1 has another model", marks=pytest.mark.slow),
         (None, ("--special-tokens", "parse"), "row 1 has another model"),
         (b"\n" * 9, (), "more rows than"),
     ],

@@ -106,7 +106,14 @@ def batches_until_end(batches):
             return
 
 
-@pytest.mark.parametrize("data", ["a*.jsonl", "a*.jsonl=0.6,texts.jsonl=0.3,b.jsonl=0.1", "a1.jsonl,c.jsonl"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        "a*.jsonl",
+        pytest.param("a*.jsonl=0.6,texts.jsonl=0.3,b.jsonl=0.1", marks=pytest.mark.slow),
+        "a1.jsonl,c.jsonl",
+    ],
+)
 def test_the_batches_after_any_cursor_are_the_same(folder, tokenizer, data, monkeypatch):
     monkeypatch.setattr(best_fit, "BUFFER", 12)
     config = config_of(folder, data)

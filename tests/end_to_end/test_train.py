@@ -241,6 +241,7 @@ def test_four_devices_train_like_one(train, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "four", tmp_path / "pieces")
 
 
+@pytest.mark.slow
 def test_bad_rows_are_skipped_and_counted_when_asked(fitted, tmp_path, corpus):
     lines = (corpus / "part-0.jsonl").read_text().splitlines()
     path = tmp_path / "broken.jsonl"
@@ -253,6 +254,7 @@ def test_bad_rows_are_skipped_and_counted_when_asked(fitted, tmp_path, corpus):
     assert records(tmp_path / "run")[-1]["skipped_documents"] >= 1
 
 
+@pytest.mark.slow
 def test_stop_after_leaves_the_schedule_alone(fitted, tmp_path):
     fitted("--steps", "9", "--no-export", run="straight")
     out, _ = fitted("--steps", "9", "--no-export", "--stop-after", "4")

@@ -82,10 +82,7 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in {"greedy", "all rules"} else pytest.param(name, marks=pytest.mark.slow)
-        for name in SAMPLINGS
-    ],
+    [name if name == "greedy" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLINGS],
 )
 def test_with_and_without_a_cache_the_text_is_the_same(model, generator, name):
     expected = uncached(model, PROMPT, SAMPLINGS[name])
@@ -93,7 +90,9 @@ def test_with_and_without_a_cache_the_text_is_the_same(model, generator, name):
     assert len(set(expected)) > 4  # a text worth comparing
 
 
-@pytest.mark.parametrize("length", [64, 71])  # 71: the last block of keys overlaps the one before it
+@pytest.mark.parametrize(
+    "length", [71, pytest.param(64, marks=pytest.mark.slow)]
+)  # 71: the last block of keys overlaps the one before it
 def test_a_part_of_a_prompt_attends_to_a_long_cache_block_by_block(model, length, monkeypatch):
     decoder, rng = Decoder(model), np.random.default_rng(0)
     cache = jax.tree.map(

@@ -192,7 +192,7 @@ SMOOTH = replace(TINY, initializer_range=1 / 6)  # a softmax of large scores mak
         pytest.param(TWO_LAYERS, "bfloat16", 1, 128, marks=[pytest.mark.slow, pytest.mark.release]),
         pytest.param(SMOOTH, "float32", 1, 128, marks=pytest.mark.release),
         pytest.param(SMOOTH, "float32", 4, 64, marks=pytest.mark.slow),
-        (SMOOTH, "bfloat16", 4, 64),
+        pytest.param(SMOOTH, "bfloat16", 4, 64, marks=pytest.mark.slow),
     ],
     ids=["135M", "135M in bfloat16", "odd", "rows", "rows in bfloat16"],
 )
@@ -262,7 +262,7 @@ def test_a_layer_lowers_for_cuda_to_five_kernels(name, rows):
         assert program.count(f'name = "decode_{kernel}"') == kernels
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.float32])
 def test_the_check_is_content_with_the_kernels_where_they_run(dtype):
     assert check_decode(TINY, dtype, interpret=True) == ""
     assert check_decode(TINY, dtype).startswith("decoding: does not run here: ValueError")

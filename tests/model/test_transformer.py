@@ -225,7 +225,7 @@ def test_a_packed_row_equals_its_documents_run_alone(lengths):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("unroll", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_remat_and_unroll_do_not_change_gradients(remat, unroll):
     params, tokens = init_params(TINY, 0), tokens_of(TINY, 2, 11)
 

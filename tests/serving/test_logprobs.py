@@ -161,6 +161,7 @@ def test_a_run_of_special_tokens_costs_nothing(api):
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.slow
 def test_equal_prompts_without_a_seed_have_other_texts(api):
     asked = {"prompt": [TEXT] * 3, "max_tokens": 12, "temperature": 2.0, "ignore_eos": True}
     assert len({choice["text"] for choice in post(api, asked)["choices"]}) == 3

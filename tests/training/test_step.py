@@ -103,7 +103,9 @@ def test_accumulation_equals_one_big_batch(parts):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.release)])
+@pytest.mark.parametrize(
+    "parts", [pytest.param(2, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.release)]
+)
 def test_the_z_loss_is_trained_on_and_logged_apart(parts):
     config = config_of(z_loss=0.1, compute={"grad_accum": parts})
     params, (tokens, segment_ids) = init_params(TINY, 0), batch_of(4, 12)
@@ -214,6 +216,7 @@ def test_a_step_without_finite_gradients_changes_nothing_but_the_count():
         np.testing.assert_array_equal(after, before)
 
 
+@pytest.mark.slow
 def test_random_tokens_cannot_be_learned_below_the_logarithm_of_the_vocabulary():
     """The canary for a leak of targets into inputs: fresh random tokens each step, yet plenty of training."""
     config = config_of(phases="200x8", seq_len=32, learning_rate=3e-2, warmup_steps=5)
