@@ -18,6 +18,10 @@ class Programs:
         self._pending: dict[Hashable, threading.Event] = {}
         self._lock = threading.Lock()
 
+    def knows(self, *key: Hashable) -> bool:
+        """Return whether a program was compiled."""
+        return key in self._known
+
     @contextlib.contextmanager
     def calling(self, *key: Hashable) -> Iterator[None]:
         """Enclose the call of a program, which compiles it unless it is known."""

@@ -6,7 +6,7 @@ once for all. A row's token depends on its own seed and position alone, so compa
 """
 
 from collections import deque
-from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import jax
@@ -16,56 +16,14 @@ import numpy as np
 from smollm_jax.generation import generator as generation
 from smollm_jax.generation import steps
 from smollm_jax.generation.generator import Generator
-from smollm_jax.generation.lengths import bucket, check_prompt
-from smollm_jax.generation.sampling import Past, Sampling, SamplingArrays, Score, as_scores
+from smollm_jax.generation.lengths import bucket
+from smollm_jax.generation.row import Made, Row
+from smollm_jax.generation.sampling import Past, Sampling, SamplingArrays, as_scores
 from smollm_jax.generation.steps import DecodeState
 
 SLOT_TOKENS = 2_048  # positions of the cache per slot. Longer texts take the place of several
 SHORTEST = 128  # positions of a row of the batch
 PEAK = 3  # times all slots that caches take at most: a batch, the one that replaces it, prompts that are read
-
-
-class Row:
-    """A text that takes a slot: its prompt, how to go on, and how far it is. Without `sampling` it is only scored.
-
-    `scored` wants the scores of new ids, and `reads_scores` scores of the prompt, each but the first. At the end
-    `reason` is "eos", "length", "context", "scored" or "cancelled".
-    """
-
-    def __init__(
-        self, prompt: Sequence[int], sampling: Sampling | None, *, context: int, vocab_size: int,
-        scored: bool = False, reads_scores: bool = False,
-    ):  # fmt: skip
-        """Raises `UserError` as `check_prompt` does."""
-        check_prompt(prompt, context=context + (sampling is None), vocab_size=vocab_size)
-        self.prompt, self.sampling, self.scored = list(prompt), sampling or Sampling(), scored
-        self.reads_scores = reads_scores or sampling is None
-        self.room = min(sampling.max_new_tokens, context - len(prompt)) if sampling else 0
-        # parts of a text that is scored begin at multiples of their size, so its cache must be one too
-        longest = bucket(context + 1) if self.reads_scores else context
-        self.length = min(bucket(len(prompt) + self.room), longest)
-        self.arrays = SamplingArrays.from_sampling(self.sampling)
-        self.read_to = self.sent = self.made = 0
-        self.read: Any = None
-        self.state: DecodeState | None = None  # until the row joins the others
-        self.reason: str | None = None
-
-    @property
-    def greedy(self) -> bool:
-        return self.sampling.temperature == 0
-
-
-class Made(NamedTuple):
-    """What a step has made of a row. `scored` has new ids with their scores, a stop id too.
-
-    `reason` ends the row: nothing follows.
-    """
-
-    row: Row
-    ids: list[int]
-    scored: list[tuple[int, Score]]
-    prompt_scores: list[Score]
-    reason: str | None
 
 
 class Sent(NamedTuple):
@@ -85,6 +43,7 @@ class Slots:
         self._tokens = max(count * SLOT_TOKENS, generator.context)
         self._reading, self._ready = deque[Row](), list[Row]()
         self._sent = deque[Sent]()
+        self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self.zeros = jax.jit(self.nothing, static_argnums=(0, 1))
         self.move = jax.jit(steps.move_row, donate_argnums=0)
         self._clear()
@@ -112,6 +71,29 @@ class Slots:
 
     def slots_of(self, length: int) -> int:
         return max(min(self.count, self._tokens // length), 1)
+
+    def widths_of(self, length: int) -> list[int]:
+        """Return the numbers of rows that a batch can have: powers of two below all slots, and all slots."""
+        most = self.slots_of(length)
+        return [*takewhile(lambda width: width < most, (2**i for i in range(1, most))), most]
+
+    def _width_for(self, texts: int, length: int) -> int:
+        """Return the fewest rows that hold `texts`, of a batch whose program exists if there is one.
+
+        Each row costs time, also without a text. To compile would cost more.
+        """
+        enough, known = (
+            [width for width in self.widths_of(length) if width >= texts],
+            self.generator.programs.knows,
+        )
+        compiled = (width for width in enough if known("decode", self.shape_of(width, length), False, False))
+        return next(compiled, enough[0])
+
+    def shape_of(self, count: int, length: int) -> tuple[int, ...]:
+        """Return `DecodeState.shape` of a batch."""
+        if (count, length) not in self._shapes:
+            self._shapes[count, length] = jax.eval_shape(lambda: self.nothing(count, length)).shape
+        return self._shapes[count, length]
 
     def add(self, row: Row) -> None:
         """Let a row take a slot. It must fit."""
@@ -197,8 +179,8 @@ class Slots:
             elif not going:
                 (row,) = self._ready
                 self._rows, self._state, self._arrays, row.state = [row], row.state, row.arrays, None
-        elif len(everyone) > 1 and not self._suits(length):
-            self._build(everyone, self.slots_of(length), length)
+        elif len(everyone) > 1 and not self._suits(len(everyone), length):
+            self._build(everyone, self._width_for(len(everyone), length), length)
         else:
             for row in self._ready:
                 self._put(row, next(i for i, old in enumerate(self._rows) if old is None or old.reason))
@@ -206,12 +188,14 @@ class Slots:
             self._stack()
         self._ready.clear()
 
-    def _suits(self, length: int) -> bool:
-        """Return whether the batch has free slots for the rows that are ready, and about the right length."""
+    def _suits(self, texts: int, length: int) -> bool:
+        """Return whether the batch has free slots for the rows that are ready, and about the right size."""
         if self._state is None or len(self._rows) == 1:
             return False
-        free = sum(row is None or row.reason is not None for row in self._rows)
-        return free >= len(self._ready) and length <= self._state.shape[2] <= 2 * length
+        free, held = sum(row is None or row.reason is not None for row in self._rows), self._state.shape[2]
+        fits = free >= len(self._ready) and length <= held <= 2 * length
+        # a prompt that is read will take a free slot
+        return fits and (bool(self._reading) or len(self._rows) <= self._width_for(texts, length))
 
     def _build(self, everyone: list[Row], count: int, length: int) -> None:
         """Move rows into a new batch."""

@@ -32,6 +32,8 @@ class LlamaFile:
         of_context.n_threads = of_context.n_threads_batch = len(cores)
         cache = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
         of_context.type_k = of_context.type_v = cache
+        if exact:  # its flash attention computes in f16
+            of_context.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), of_model)
         self._context = self._model and llama_cpp.llama_init_from_model(self._model, of_context)
         require(bool(self._context), f"llama.cpp cannot load {file}")

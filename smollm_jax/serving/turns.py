@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from smollm_jax.generation.generator import Generator
-from smollm_jax.generation.slots import Made, Row, Slots
+from smollm_jax.generation.row import Made, Row
+from smollm_jax.generation.slots import Slots
 from smollm_jax.runtime.errors import UserError
 from smollm_jax.serving.completion import Completer
 from smollm_jax.serving.jobs import END, Job

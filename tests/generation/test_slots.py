@@ -11,8 +11,9 @@ from smollm_jax.generation import generator as generation
 from smollm_jax.generation import slots as together
 from smollm_jax.generation.ahead import batch_programs
 from smollm_jax.generation.generator import Generator
+from smollm_jax.generation.row import Row
 from smollm_jax.generation.sampling import Sampling
-from smollm_jax.generation.slots import Row, Slots
+from smollm_jax.generation.slots import Slots
 from smollm_jax.model.transformer import SmolLM, init_params
 from smollm_jax.runtime.errors import UserError
 
@@ -204,6 +205,27 @@ def test_a_stop_id_has_its_score_and_is_no_text(generator):
     assert row.reason == "eos"
     assert [token for token, _ in scored] == text[: text.index(text[12]) + 1]
     assert row.made == len(scored) - 1
+
+
+@pytest.mark.slow
+def test_a_batch_has_no_more_rows_than_it_needs(generator, monkeypatch):
+    """But one that is compiled is taken before a narrower one that is not."""
+    monkeypatch.setattr(together, "SHORTEST", 32)
+
+    def widths(slots):
+        seen = []
+        for new in (20, 12, 12, 12):  # all but the first end together
+            slots.add(row_of(generator, [5], Sampling(max_new_tokens=new)))
+        while slots.rows:
+            slots.step()
+            if not seen or seen[-1] != len(slots._rows):
+                seen.append(len(slots._rows))
+        return seen
+
+    monkeypatch.setattr(generator.programs, "knows", lambda *_: False)
+    assert widths(Slots(generator, 8)) == [1, 2, 4, 2, 0]
+    monkeypatch.setattr(generator.programs, "knows", lambda *key: key[1][0] == 8)
+    assert widths(Slots(generator, 8)) == [1, 8, 0]
 
 
 def test_what_is_no_prompt_takes_no_slot(generator):

@@ -76,6 +76,7 @@ def stand_in():
 
     module = ModuleType("llama_cpp")
     module.GGML_TYPE_F16, module.GGML_TYPE_F32 = 1, 0
+    module.LLAMA_FLASH_ATTN_TYPE_DISABLED = 0
     module.llama_log_callback = lambda function: function
     module.llama_log_set = module.llama_backend_init = lambda *_: None
     module.llama_model_free = module.llama_free = lambda _: None
