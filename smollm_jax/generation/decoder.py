@@ -32,11 +32,12 @@ class Matrix(nnx.Module):
     """A matrix (outputs, inputs) to multiply rows with. `streamed` stores it as `stream` reads it.
 
     As (outputs, inputs) XLA's own product with one vector runs along memory. But XLA reads 28 GB/s of f32 and 11
-    of bf16. `stream` reads 21 of bf16. Both layouts serve several rows.
+    of bf16. `stream` reads 21 of bf16. Both layouts serve several rows. XLA:CPU copies the second factor of a
+    product into another order, so the first one is to be the weights: `comes_first`.
     """
 
-    def __init__(self, weights_OI: jax.Array, *, streamed: bool):
-        self.streamed, parts = streamed, [weights_OI]
+    def __init__(self, weights_OI: jax.Array, *, streamed: bool, comes_first: bool = False):
+        self.streamed, self.comes_first, parts = streamed, comes_first, [weights_OI]
         if streamed:
             starts = range(0, len(weights_OI), STREAM_OUTPUTS)
             parts = [weights_OI[start : start + STREAM_OUTPUTS].T for start in starts]
@@ -51,6 +52,9 @@ class Matrix(nnx.Module):
     def _product(self, x_MI: jax.Array, weights: jax.Array) -> jax.Array:
         if self.streamed and len(x_MI) == 1:
             return stream(x_MI[0], weights)[None]
+        if self.comes_first and len(x_MI) > 1:
+            # without the barrier XLA sees that x may come first as well, and turns the product round
+            return jax.lax.optimization_barrier(jnp.einsum("OI,MI->OM", weights, x_MI)).T
         letters = "MI,IO->MO" if self.streamed else "MI,OI->MO"
         return jnp.einsum(letters, x_MI.astype(weights.dtype), weights, preferred_element_type=jnp.float32)
 
@@ -58,7 +62,7 @@ class Matrix(nnx.Module):
 class DecoderLayer(nnx.Module):
     """A block's weights, transposed and fused. `weights` is the block's part of the model's state."""
 
-    def __init__(self, config: ModelConfig, weights: Any, dtype: Any, streamed: bool):
+    def __init__(self, config: ModelConfig, weights: Any, dtype: Any, **how: bool):
         D = config.hidden_size
         attention, mlp = weights["attention"], weights["mlp"]
         qkv_DO = jnp.concatenate([attention[name].reshape(D, -1) for name in "qkv"], axis=1)
@@ -66,7 +70,7 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RMSNorm(config, weights["attention_norm"]["scale"])
         self.mlp_norm = RMSNorm(config, weights["mlp_norm"]["scale"])
         self.qkv, self.o, self.gate_up, self.down = (
-            Matrix(weights_IO.T.astype(dtype), streamed=streamed)
+            Matrix(weights_IO.T.astype(dtype), **how)
             for weights_IO in (qkv_DO, attention["o"].reshape(-1, D), gate_up_DO, mlp["down"])
         )
 
@@ -88,18 +92,20 @@ class Decoder(nnx.Module):
         self.kernels = _wants_kernels(model) if kernels is None else kernels
         self.interpret = interpret
         # XLA:CPU has no fast product of bf16 weights with one vector, so there we write our own
-        streamed = not self.kernels and model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+        on_cpu = not self.kernels and jax.default_backend() == "cpu"
+        streamed = on_cpu and model.dtype == jnp.bfloat16
+        how = {"streamed": streamed, "comes_first": on_cpu and not streamed}
         # XLA:CPU also converts between f32 and bf16 one number at a time, so only the weights are stored as bf16
         self.config, self.dtype = model.config, jnp.dtype(jnp.float32) if streamed else model.dtype
         stacked = nnx.to_pure_dict(nnx.state(model.blocks, nnx.Param))
         self.layers = nnx.List(
-            DecoderLayer(model.config, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), model.dtype, streamed)
+            DecoderLayer(model.config, jax.tree.map(lambda leaf, i=i: leaf[i], stacked), model.dtype, **how)
             for i in range(model.config.num_layers)
         )
         self.embedding = nnx.Param(model.embedding[...].astype(self.dtype))
         self.final_norm = RMSNorm(model.config, model.final_norm.scale[...])
         head_VD = self.embedding[...] if model.config.tie_embeddings else model.head[...]
-        self.head = Matrix(head_VD.astype(model.dtype), streamed=streamed)
+        self.head = Matrix(head_VD.astype(model.dtype), **how)
 
     def init_cache(self, batch_size: int, length: int) -> tuple[LayerCache, ...]:
         """Return an empty key/value cache of `length` positions: (B, K, S, H) twice per layer."""
