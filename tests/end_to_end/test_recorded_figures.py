@@ -105,6 +105,7 @@ def test_fifty_steps_of_the_quickstart_give_the_recorded_figures(tmp_path, cache
         pytest.skip(f"the quickstart reads CPython's own docs, recorded with Python {FIGURES['python']}")
     train(
         tmp_path, "--recipe", "quickstart", "--stop-after", "50", "--log-every", "1",
+        "--optimizer", "adamw", "--schedule", "cosine", "--weight-decay", "0.01",  # as the recipe was then
         "--compilation-cache-dir", str(cache), "--run-dir", "run",
     )  # fmt: skip
     figures, lines = FIGURES["quickstart"], lines_of(tmp_path / "run")
