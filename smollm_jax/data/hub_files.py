@@ -87,8 +87,11 @@ def _list(repo: str, config: str | None, split: str) -> HubListing:
         # without the revision: a commit that leaves the data files alone must leave their names alone
         name = re.sub("@[^/]*", "", path, count=1)
         files.append(HubFile(name, filesystem.url(path), entry["size"], content))
-    told = info.card_data.get("license") if info.card_data else None
-    return HubListing(files, info.sha, ", ".join(map(str, told)) if isinstance(told, list) else told and str(told))
+    card: Any = info.card_data
+    told = card.get("license") if hasattr(card, "get") else None
+    license_ = ", ".join(map(str, told)) if isinstance(told, list) else told and str(told)
+    read = re.search("@([^/]*)", paths[0]) if paths else None  # a commit may have come since `info`
+    return HubListing(files, read.group(1) if read else info.sha, license_)
 
 
 class HubReader(io.RawIOBase):

@@ -54,7 +54,8 @@ class Matrix(nnx.Module):
             return stream(x_MI[0], weights)[None]
         if self.comes_first and len(x_MI) > 1:
             # without the barrier XLA sees that x may come first as well, and turns the product round
-            return jax.lax.optimization_barrier(jnp.einsum("OI,MI->OM", weights, x_MI)).T
+            product_OM = jnp.einsum("OI,MI->OM", weights, x_MI, preferred_element_type=jnp.float32)
+            return jax.lax.optimization_barrier(product_OM).T
         letters = "MI,IO->MO" if self.streamed else "MI,OI->MO"
         return jnp.einsum(letters, x_MI.astype(weights.dtype), weights, preferred_element_type=jnp.float32)
 

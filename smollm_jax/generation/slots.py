@@ -23,6 +23,7 @@ from smollm_jax.generation.steps import DecodeState
 
 SLOT_TOKENS = 2_048  # positions of the cache per slot. Longer texts take the place of several
 SHORTEST = 128  # positions of a row of the batch
+PATIENCE = 8  # chunks for which fewer rows must have been enough: a client may ask again at once
 PEAK = 3  # times all slots that caches take at most: a batch, the one that replaces it, prompts that are read
 
 
@@ -44,6 +45,7 @@ class Slots:
         self._reading, self._ready = deque[Row](), list[Row]()
         self._sent = deque[Sent]()
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._spare = 0  # chunks for which fewer rows would have been enough
         self.zeros = jax.jit(self.nothing, static_argnums=(0, 1))
         self.move = jax.jit(steps.move_row, donate_argnums=0)
         self._clear()
@@ -77,17 +79,14 @@ class Slots:
         most = self.slots_of(length)
         return [*takewhile(lambda width: width < most, (2**i for i in range(1, most))), most]
 
-    def _width_for(self, texts: int, length: int) -> int:
-        """Return the fewest rows that hold `texts`, of a batch whose program exists if there is one.
+    def _width_for(self, texts: int, length: int, scored: bool) -> int:
+        """Return the fewest rows that hold `texts`, of a batch whose program exists. If none does, all slots.
 
         Each row costs time, also without a text. To compile would cost more.
         """
-        enough, known = (
-            [width for width in self.widths_of(length) if width >= texts],
-            self.generator.programs.knows,
-        )
-        compiled = (width for width in enough if known("decode", self.shape_of(width, length), False, False))
-        return next(compiled, enough[0])
+        *narrow, most = [width for width in self.widths_of(length) if width >= texts]
+        known = (self.generator.programs.knows("decode", self.shape_of(x, length), False, scored) for x in narrow)
+        return next((width for width, is_known in zip(narrow, known, strict=True) if is_known), most)
 
     def shape_of(self, count: int, length: int) -> tuple[int, ...]:
         """Return `DecodeState.shape` of a batch."""
@@ -179,8 +178,8 @@ class Slots:
             elif not going:
                 (row,) = self._ready
                 self._rows, self._state, self._arrays, row.state = [row], row.state, row.arrays, None
-        elif len(everyone) > 1 and not self._suits(len(everyone), length):
-            self._build(everyone, self._width_for(len(everyone), length), length)
+        elif len(everyone) > 1 and (size := self._new_size(everyone, length)) is not None:
+            self._build(everyone, *size)
         else:
             for row in self._ready:
                 self._put(row, next(i for i, old in enumerate(self._rows) if old is None or old.reason))
@@ -188,14 +187,20 @@ class Slots:
             self._stack()
         self._ready.clear()
 
-    def _suits(self, texts: int, length: int) -> bool:
-        """Return whether the batch has free slots for the rows that are ready, and about the right size."""
-        if self._state is None or len(self._rows) == 1:
-            return False
-        free, held = sum(row is None or row.reason is not None for row in self._rows), self._state.shape[2]
-        fits = free >= len(self._ready) and length <= held <= 2 * length
-        # a prompt that is read will take a free slot
-        return fits and (bool(self._reading) or len(self._rows) <= self._width_for(texts, length))
+    def _new_size(self, everyone: list[Row], length: int) -> tuple[int, int] | None:
+        """Return rows and positions of the batch that is needed. None if there is one, or a somewhat larger."""
+        held = self._state.shape[2] if self._state is not None and len(self._rows) > 1 else 0
+        keeps = length <= held <= 2 * length and len(everyone) <= self.slots_of(held)
+        length = held if keeps else length
+        texts = len(everyone) + sum(row.room > 0 for row in self._reading)  # those that are read come soon
+        scored = any(row.scored for row in everyone)
+        width = self._width_for(min(texts, self.slots_of(length)), length, scored)
+        if keeps and sum(row is None or row.reason is not None for row in self._rows) >= len(self._ready):
+            self._spare = self._spare + 1 if width < len(self._rows) else 0
+            if self._spare < PATIENCE:
+                return None
+        self._spare = 0
+        return width, length
 
     def _build(self, everyone: list[Row], count: int, length: int) -> None:
         """Move rows into a new batch."""

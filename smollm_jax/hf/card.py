@@ -40,6 +40,7 @@ class About:
     datasets: tuple[str, ...] = ()
     """Hub ids of what it was trained on."""
     uses: tuple[DataUse, ...] = ()
+    uses_title: str = "Trained on"
     scores: dict[str, float] = field(default_factory=dict)
     """Scores on tasks, by names such as hellaswag/acc_norm."""
     base_model: str | None = None
@@ -73,7 +74,7 @@ def model_card(
         f"# {' '.join(about.title.split())}",
         f"Trained with smollm-jax. {kind}{ADAPTERS if adapter else ''}",
         f"| | |\n|---|---|\n{table}",
-        *([_sources_table(about.uses)] if about.uses else []),
+        *([_sources_table(about.uses, about.uses_title)] if about.uses else []),
         *([f"![loss]({picture})"] if picture else []),
         _use_gguf(gguf) if gguf else _use_peft(adapter, about) if adapter else _use_transformers(about),
         *([f"A sample from the end of the training:\n\n{_quoted(_sample(about))}"] if about.sample else []),
@@ -102,14 +103,14 @@ def _front_matter(about: About, library: str) -> str:
     return data.to_yaml(line_break="\n")
 
 
-def _sources_table(uses: tuple[DataUse, ...]) -> str:
+def _sources_table(uses: tuple[DataUse, ...], title: str) -> str:
     total = max(sum(use.tokens for use in uses), 1)
     rows = [
         [_cell(use.source), f"{use.tokens / total:.1%}", _count(use.documents), f"{use.tokens:,}",
          *("" if word is None else _cell(word) for word in (use.revision, use.license))]
         for use in uses
     ]  # fmt: skip
-    head = ["Trained on", "Share", "Documents", "Tokens", "Revision", "License"]
+    head = [title, "Share", "Documents", "Tokens", "Revision", "License"]
     marks = ["---", "---:", "---:", "---:", "---", "---"]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, marks, *rows))
 
@@ -170,7 +171,8 @@ ollama create my-model -f Modelfile && ollama run my-model
 
 def _cell(value: Any) -> str:
     if isinstance(value, str):
-        return "`" + value.replace("|", "\\|") + "`"  # a bar would end the cell
+        # a bar or a line's end would end the cell, a backtick the code
+        return "`" + " ".join(value.replace("|", "\\|").replace("`", "'").split()) + "`"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

@@ -30,6 +30,7 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint, *, ema: bool = False) ->
     preference, is_pairs = config.preference, config.data.is_pairs
     smoothed = f", label smoothing {preference.label_smoothing:g}" if preference.label_smoothing else ""
     parent = parent_of(run_dir)
+    since = f" since step {parent['step']:,}" if parent else ""
     began = config.run.init_from or found.meta.get("imported_from")
     scores = {} if ema else _scores(lines, found.step)
     rows = {
@@ -66,6 +67,8 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint, *, ema: bool = False) ->
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
         rows=rows if progress else {x: y for x, y in rows.items() if x == "Began with" or x.startswith("Score ")},
         uses=_uses(found, config),
+        # a branch counts its own data, a buffer of conversations those that have left it
+        uses_title=f"Trained on{since}{', at least' * config.data.is_chat}",
         scores={name: score for name, (score, _) in scores.items()},
         datasets=tuple(name for name in sources if REPO.fullmatch(name)),
         language="en" if english.issuperset(spec for spec, _ in mixture(config.data.data)) else None,
@@ -109,5 +112,5 @@ def _uses(found: VerifiedCheckpoint, config: Config) -> tuple[DataUse, ...]:
             told = (str(origin[x])[:LONGEST_WORD] if origin.get(x) else None for x in ("revision", "license"))
             uses.append(DataUse(name, documents, sum(int(part["tokens"]) for part in parts), *told))
         return tuple(uses)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return ()

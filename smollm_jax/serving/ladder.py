@@ -46,7 +46,7 @@ def climb(
     completer: Completer, max_new_tokens: int, is_busy: Callable[[], bool], closed: threading.Event,
     slots: Slots | None = None,
 ) -> None:  # fmt: skip
-    """Start a thread that compiles rung by rung: sampled texts, texts in company, greedy texts.
+    """Start a thread that compiles rung by rung: sampled texts, texts in company, greedy texts, few in company.
 
     Only JAX compiles.
     """
@@ -60,8 +60,8 @@ def climb(
 
     def work() -> None:
         try:
-            together = iter(batch_programs(slots, longest)) if slots else ()
-            for compile_next in chain(single(False), together, single(True)):
+            wide, narrow = (batch_programs(slots, longest, narrow=n) if slots else () for n in (False, True))
+            for compile_next in chain(single(False), wide, single(True), narrow):
                 while is_busy() and not closed.is_set():
                     closed.wait(WAIT_SECONDS)
                 if closed.is_set():

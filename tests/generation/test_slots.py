@@ -209,23 +209,29 @@ def test_a_stop_id_has_its_score_and_is_no_text(generator):
 
 @pytest.mark.slow
 def test_a_batch_has_no_more_rows_than_it_needs(generator, monkeypatch):
-    """But one that is compiled is taken before a narrower one that is not."""
+    """Of the batches that are compiled; if none is, it has all slots."""
     monkeypatch.setattr(together, "SHORTEST", 32)
+    monkeypatch.setattr(together, "PATIENCE", 2)
 
-    def widths(slots):
-        seen = []
-        for new in (20, 12, 12, 12):  # all but the first end together
-            slots.add(row_of(generator, [5], Sampling(max_new_tokens=new)))
+    def sizes(asked, scored=False):
+        seen, slots = [], Slots(generator, 8)
+        for prompt, new in asked:
+            slots.add(row_of(generator, [5] * prompt, Sampling(max_new_tokens=new), scored=scored))
         while slots.rows:
             slots.step()
-            if not seen or seen[-1] != len(slots._rows):
-                seen.append(len(slots._rows))
+            shape = (len(slots._rows), slots._state.shape[2] if slots._state else 0)
+            if not seen or seen[-1] != shape:
+                seen.append(shape)
         return seen
 
-    monkeypatch.setattr(generator.programs, "knows", lambda *_: False)
-    assert widths(Slots(generator, 8)) == [1, 2, 4, 2, 0]
-    monkeypatch.setattr(generator.programs, "knows", lambda *key: key[1][0] == 8)
-    assert widths(Slots(generator, 8)) == [1, 8, 0]
+    few = [(1, 60), (1, 44), (1, 12), (1, 12)]  # two end long before the others
+    monkeypatch.setattr(generator.programs, "knows", lambda *_: True)
+    assert sizes(few) == [(1, 64), (4, 64), (2, 64), (0, 0)]
+    assert sizes([(40, 12), (40, 12), (1, 31), (1, 31)])[1:3] == [(4, 64), (2, 64)], "a row moves once, not twice"
+    known = lambda *key: key[1][0] == 2 and key[3]  # noqa: E731 - of scored texts, and two
+    monkeypatch.setattr(generator.programs, "knows", known)
+    assert sizes(few) == [(1, 64), (8, 64), (0, 0)]
+    assert sizes(few, scored=True) == [(1, 64), (8, 64), (2, 64), (0, 0)]
 
 
 def test_what_is_no_prompt_takes_no_slot(generator):
@@ -237,10 +243,12 @@ def test_what_is_no_prompt_takes_no_slot(generator):
 
 
 @pytest.mark.release
-def test_a_batch_compiles_nothing_that_was_compiled_ahead(generator):
+def test_a_batch_compiles_nothing_that_was_compiled_ahead():
+    generator = Generator(SmolLM.from_params(CONFIG, init_params(CONFIG, 1)))  # new: its programs
     slots, compiled = Slots(generator, 3), []
-    for compile_next in batch_programs(slots, 160):
-        compile_next()
+    for narrow in (False, True):
+        for compile_next in batch_programs(slots, 160, narrow=narrow):
+            compile_next()
     asked = [([i + 1] * (30 * i + 3), Sampling(max_new_tokens=30, temperature=0.5)) for i in range(3)]
     for one in asked:
         served(slots, [row_of(generator, *one)])

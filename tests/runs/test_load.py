@@ -343,6 +343,7 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_how(folder, tmp_path):
 @pytest.mark.parametrize("damage", [
     {"cursor": None}, {"cursor": {"lanes": [1]}}, {"cursor": {"lanes": {"0": {"sources": [1]}}}}, {"sources": [1]},
     {"cursor": {"lanes": {"0": {"sources": [{"tokens": "x", "documents": None}]}}}}, {"sources": 5},
+    {"cursor": {"lanes": {"0": {"sources": [{"tokens": float("inf"), "documents": 1}]}}}},
     {"cursor": {"lanes": {}}},
 ])  # fmt: skip
 def test_a_damaged_cursor_costs_the_card_only_its_table(folder, tmp_path, damage):
@@ -354,6 +355,9 @@ def test_a_damaged_cursor_costs_the_card_only_its_table(folder, tmp_path, damage
     assert (use.documents, use.tokens, use.revision, use.license) == (7, 300, "r", None)
     del state["documents"]
     assert about_run(tmp_path / "run", found).uses[0].documents is None, "as an earlier version counted"
+    found.meta["sources"] = [{"revision": "a|b", "license": "x`\n\n# Heading"}]
+    card = model_card(CONFIG, about_run(tmp_path / "run", found), dtype="float32", checked="", picture=None)
+    assert "| `a\\|b` | `x' # Heading` |" in card, "a data set's card may hold anything"
     found.meta.update(damage)
     assert about_run(tmp_path / "run", found).uses == ()
 

@@ -46,6 +46,8 @@ def stand_in():
         return SimpleNamespace(logits_of=logits_of, entries=config.vocab_size)
 
     def context_of(model, params):
+        exact = params.type_k == params.type_v == module.GGML_TYPE_F32
+        assert exact == (getattr(params, "flash_attn_type", None) == 0), "flash attention computes in f16"
         return SimpleNamespace(logits_of=model.logits_of, ids=[], most=params.n_batch, size=params.n_ctx)
 
     def init(most, *_):
