@@ -70,7 +70,7 @@ MUTANTS: tuple[Mutant, ...] = (
            TREE),
     Mutant("--limit ignored", "evaluation/tasks.py", "task_dict=tasks, limit=limit", "task_dict=tasks, limit=None",
            "tests/evaluation/test_harness.py -k prints_a_table"),
-    Mutant("the card has another step's scores", "runs/convert.py", 'if x["step"] == step for name, score',
+    Mutant("the card has another step's scores", "runs/about.py", 'if x["step"] == step for name, score',
            "for name, score", OF_RUNS),
     Mutant("published beside a share, not percent", "evaluation/published.py", 'f"{100 * score:.1f}"',
            'f"{score:.1f}"', "tests/evaluation/test_smollm2.py"),

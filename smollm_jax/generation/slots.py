@@ -192,7 +192,7 @@ class Slots:
         held = self._state.shape[2] if self._state is not None and len(self._rows) > 1 else 0
         keeps = length <= held <= 2 * length and len(everyone) <= self.slots_of(held)
         length = held if keeps else length
-        texts = len(everyone) + sum(row.room > 0 for row in self._reading)  # those that are read come soon
+        texts = len(everyone) + sum(row.room > 0 for row in self._reading)  # prompts under way come soon
         scored = any(row.scored for row in everyone)
         width = self._width_for(min(texts, self.slots_of(length)), length, scored)
         if keeps and sum(row is None or row.reason is not None for row in self._rows) >= len(self._ready):

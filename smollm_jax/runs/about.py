@@ -26,7 +26,6 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint, *, ema: bool = False) ->
     speeds = sorted(x["tokens_per_second"] for x in lines if x.get("tokens_per_second")) or [None]
     sources = [spec.partition(":")[0] for spec, _ in mixture(config.data.data) if not looks_local(spec)]
     optimizer, places = config.optimizer, ("device", "platform", "dtype")
-    english = {spec for recipe in RECIPES.values() for spec, _ in mixture(recipe.data.data)}
     preference, is_pairs = config.preference, config.data.is_pairs
     smoothed = f", label smoothing {preference.label_smoothing:g}" if preference.label_smoothing else ""
     parent = parent_of(run_dir)
@@ -67,11 +66,11 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint, *, ema: bool = False) ->
         title=(run_dir if run_dir.name != "." else run_dir.resolve()).name,
         rows=rows if progress else {x: y for x, y in rows.items() if x == "Began with" or x.startswith("Score ")},
         uses=_uses(found, config),
-        # a branch counts its own data, a buffer of conversations those that have left it
+        # a branch counts its own data, and a buffer only conversations which have left it
         uses_title=f"Trained on{since}{', at least' * config.data.is_chat}",
         scores={name: score for name, (score, _) in scores.items()},
         datasets=tuple(name for name in sources if REPO.fullmatch(name)),
-        language="en" if english.issuperset(spec for spec, _ in mixture(config.data.data)) else None,
+        language=_language(config),
         base_model=began if began and REPO.fullmatch(began) and not Path(began).exists() else None,
         prompt=prompt or (config.run.sample_prompts or ("Once upon a time",))[0],
         sample=sample,
@@ -80,8 +79,14 @@ def about_run(run_dir: Path, found: VerifiedCheckpoint, *, ema: bool = False) ->
     )
 
 
+def _language(config: Config) -> str | None:
+    """Return the language of the data if it is known: the recipes' data is English."""
+    english = {spec for recipe in RECIPES.values() for spec, _ in mixture(recipe.data.data)}
+    return "en" if english.issuperset(spec for spec, _ in mixture(config.data.data)) else None
+
+
 def _scores(lines: list[dict[str, Any]], step: int) -> dict[str, tuple[float, str]]:
-    """Return the scores on tasks of the checkpoint at `step`, the newest of each, also in words."""
+    """Return the scores on tasks of the checkpoint at `step`, the newest of each, also as text."""
     found = {name: (score, x) for x in lines if x["step"] == step for name, score in scores_in(x).items()}
     errors = {name: f" ± {error:.4f}" for name, (error, _) in found.items()}
     told = {}
