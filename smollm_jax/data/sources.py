@@ -58,8 +58,7 @@ class Source:
     """An ordered set of files. A subclass knows how to open one.
 
     `sizes` are the bytes of each file. `fingerprint` has one hash per file, of its name, size and content. Setting
-    `closed` ends every wait. `revision` and `license` are None where
-    nobody tells them.
+    `closed` ends every wait. `revision` and `license` are None where nobody tells them.
     """
 
     parse_tries = 1
